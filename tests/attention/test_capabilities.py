@@ -1,0 +1,159 @@
+"""The capability data: every cell of the table is tried, those that are refused too."""
+
+import itertools
+
+import pytest
+import torch
+from attention_cases import POSITIONS, compare
+
+from torchtitan_lite.attention import Flex, Sdpa, Varlen, capabilities, refusals
+from torchtitan_lite.attention.varlen import KERNELS
+
+FLASH = {"BACKEND": "FLASH"}
+CONFIGS = {
+    "sdpa": Sdpa(),
+    "flex": Flex(block_size=16),
+    "flex_flash": Flex(block_size=(128, 128), kernel_options=FLASH),
+    **{f"varlen_{kernel}": Varlen(kernel=kernel) for kernel in ("auto", *KERNELS)},
+}
+DTYPES = {name: getattr(torch, name) for name in capabilities.FLOATS}
+TOLERANCES = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 4e-2, "float16": 1e-2}
+
+
+def refused(config, device="cpu", dtype=torch.float32, **shape):
+    shape = {"head_dim": 64, "n_heads": 8, "n_kv_heads": 2, "sliding_window": None} | shape
+    return refusals(config, device=device, dtype=dtype, **shape)
+
+
+@pytest.mark.parametrize("name, dtype", list(itertools.product(CONFIGS, DTYPES)))
+def test_on_a_cpu_every_cell_runs_right_or_is_refused_with_a_remedy(name, dtype):
+    found = refused(CONFIGS[name], "cpu", DTYPES[dtype], head_dim=12)
+    only_cuda = name in ("flex_flash", "varlen_fa4", "varlen_fa3", "varlen_flash_attn", "varlen_torch")
+    assert bool(found) == only_cuda
+    if found:
+        assert all(refusal.rule and refusal.remedy for refusal in found)
+        assert {"kernel", "kernel_options"} & {refusal.field for refusal in found}
+        return
+    tolerance = {"rtol": TOLERANCES[dtype], "atol": TOLERANCES[dtype]}
+    compare(CONFIGS[name], POSITIONS["packed"], None, 7, 6, 2, 0.37, tolerance, DTYPES[dtype])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name, dtype", list(itertools.product(CONFIGS, DTYPES)))
+def test_on_a_gpu_every_cell_runs_right_or_is_refused_with_a_remedy(name, dtype):
+    from torchtitan_lite.attention import reference_attention
+
+    config, positions_BS = (
+        CONFIGS[name],
+        torch.cat([torch.arange(n) for n in (1, 300, 211)])[None].repeat(2, 1),
+    )
+    found = refused(config, "cuda", DTYPES[dtype], n_heads=4)
+    if found:
+        assert all(refusal.rule and refusal.remedy for refusal in found)
+        return
+    g = torch.Generator("cuda").manual_seed(0)
+    q, k, v = (
+        torch.randn(2, 512, heads, 64, generator=g, device="cuda", dtype=DTYPES[dtype]).requires_grad_()
+        for heads in (4, 2, 2)
+    )
+    for window in (None, 100):
+        out = config.build()(
+            q, k, v, config.mask(positions_BS, sliding_window=window, device="cuda"), scale=0.2
+        )
+        expected = reference_attention(q, k, v, positions_BS.cuda(), None, window, 0.2)
+        found, wanted = (torch.autograd.grad(x.square().sum(), (q, k, v)) for x in (out, expected))
+        error = [
+            float((a - b).norm() / b.norm()) for a, b in zip((out, *found), (expected, *wanted), strict=True)
+        ]
+        assert max(error) < {"float64": 1e-10, "float32": 5e-3, "bfloat16": 2e-2, "float16": 5e-3}[dtype], (
+            error
+        )
+
+
+@pytest.mark.parametrize("name", ["varlen_auto", "varlen_torch", "flex_flash"])
+def test_half_precision_kernels_refuse_float32_on_cuda(name):
+    (refusal,) = [refusal for refusal in refused(CONFIGS[name], "cuda") if refusal.field == "dtype"]
+    assert refusal.value == "float32"
+    assert "bfloat16" in refusal.remedy
+
+
+@pytest.mark.parametrize(
+    "shape, field", [({"n_heads": 6, "n_kv_heads": 4}, "n_heads"), ({"head_dim": 272}, "head_dim")]
+)
+def test_shapes_that_a_kernel_cannot_take_are_refused(shape, field):
+    config = Varlen(kernel="torch")
+    assert field in {refusal.field for refusal in refused(config, "cuda", torch.bfloat16, **shape)}
+    assert refused(config, "cuda", torch.bfloat16) == []
+
+
+@pytest.mark.parametrize(
+    "options, device, field",
+    [
+        ({"block_size": 100}, "cpu", "block_size"),
+        ({"block_size": 0}, "cuda", "block_size"),
+        ({"block_size": (128, 8)}, "cpu", "block_size"),
+        ({"block_size": 64, "kernel_options": FLASH}, "cuda", "block_size"),
+        ({"kernel_options": FLASH}, "cpu", "kernel_options"),
+        ({"kernel_options": {"num_stages": 2}}, "cpu", "kernel_options"),
+        ({"kernel_options": {"BACKEND": "FLAHS"}}, "cuda", "kernel_options.BACKEND"),
+        ({"kernel_options": {"num_stage": 2}}, "cuda", "kernel_options.num_stage"),
+    ],
+)
+def test_options_of_flex_that_mean_nothing_are_refused(options, device, field):
+    found = refused(Flex(**options), device, torch.bfloat16)
+    assert field in {refusal.field for refusal in found}
+
+
+def test_a_kernel_that_cannot_run_here_says_what_it_needs(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(capabilities, "_importable", lambda module: False)
+    with pytest.raises(ValueError, match="flash-attn-4"):
+        Varlen(kernel="fa4").build()
+    (refusal,) = refused(Varlen(kernel="fa3"), "cuda", torch.bfloat16)
+    assert (refusal.field, refusal.value) == ("kernel", "fa3")
+    assert "flash_attn_interface" in refusal.rule
+    (refusal,) = refused(Flex(kernel_options=FLASH), "cuda", torch.bfloat16)
+    assert "flash-attn-4" in refusal.rule
+
+
+@pytest.mark.parametrize(
+    "gpu, installed, expected",
+    [
+        ((9, 0), {"flash_attn.cute", "flash_attn_interface"}, "fa4"),
+        ((9, 0), {"flash_attn_interface", "flash_attn.bert_padding"}, "fa3"),
+        ((10, 0), {"flash_attn_interface", "flash_attn.bert_padding"}, "flash_attn"),
+        ((8, 0), {"flash_attn.cute", "flash_attn_interface"}, "torch"),
+        ((7, 5), {"flash_attn.bert_padding"}, "documents"),
+    ],
+)
+def test_auto_takes_the_best_kernel_that_is_installed_and_fits_the_gpu(monkeypatch, gpu, installed, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: gpu)
+    monkeypatch.setattr(capabilities, "_importable", lambda module: module in installed)
+    assert Varlen().resolve("cuda") == expected
+    assert Varlen().resolve("cpu") == "documents"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, the kernel may well run")
+@pytest.mark.parametrize("kernel", ["fa4", "fa3", "flash_attn", "torch"])
+def test_building_a_named_kernel_without_a_gpu_is_an_error_that_says_so(kernel):
+    with pytest.raises(ValueError, match="no CUDA device"):
+        Varlen(kernel=kernel).build()
+
+
+def test_what_flex_says_of_the_cpu_it_says_once(caplog):
+    from torchtitan_lite.attention import flex
+
+    flex._say_once_that_the_cpu_goes_block_row_by_block_row.cache_clear()
+    for _ in range(3):
+        Flex().mask(torch.arange(8)[None])
+    assert len([record for record in caplog.records if "block row" in record.message]) == 1
+
+
+def test_the_block_size_of_flex_is_that_of_its_mask_and_of_its_tiles():
+    positions_BS = torch.arange(256)[None]
+    for block_size, n_tiles in ((64, 1 + 2 * 3), (128, 1 + 2), ((64, 128), 1 + 1 + 2 + 2)):
+        mask = Flex(block_size=block_size).mask(positions_BS)
+        assert Flex(block_size=block_size).blocks == mask.block_mask.BLOCK_SIZE
+        assert len(mask.tiles.table) == n_tiles

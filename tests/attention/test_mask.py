@@ -1,0 +1,87 @@
+"""Positions, and masks that do not belong to the tensors, are checked and never guessed at."""
+
+import pytest
+import torch
+from attention_cases import rows
+
+from torchtitan_lite.attention import Flex, Sdpa, Varlen, positions_from_cu_seqlens
+from torchtitan_lite.attention.mask import explicit_mask, segments
+
+CONFIGS = [Sdpa(), Flex(block_size=16), Varlen()]
+each_config = pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.kind)
+
+
+def test_segments_are_the_pieces_of_documents_that_the_queries_are():
+    positions_BS = rows([3, 5, -2], [-1, 9])
+    assert segments(positions_BS).tolist() == [[0, 0, 3, 0, 3], [0, 3, 8, 3, 8], [1, 1, 10, 1, 10]]
+    # Queries 2..4 are local 0..1, queries 7..10 local 2..4: a document is cut at both ends of a range.
+    assert segments(positions_BS, ((2, 4), (7, 10))).tolist() == [
+        [0, 0, 1, 0, 3],
+        [0, 1, 2, 3, 4],
+        [0, 2, 3, 3, 8],
+        [1, 0, 2, 1, 4],
+        [1, 2, 5, 1, 10],
+    ]
+
+
+def test_the_explicit_mask_is_what_one_would_draw():
+    drawn = explicit_mask(rows([2, 3, -1]), sliding_window=2)[0].int().tolist()
+    assert drawn == [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [0, 0, 1, 0, 0, 0],
+        [0, 0, 1, 1, 0, 0],
+        [0, 0, 0, 1, 1, 0],
+        [0, 0, 0, 0, 0, 0],
+    ]
+
+
+@pytest.mark.parametrize(
+    "row", [[1, 2, 3], [0, 2, 3], [0, 1, 3], [0, -1, 0], [0, 1, -2], [-1, 1, 2], [0, -1, 1], [0, 0, 2]]
+)
+@each_config
+def test_positions_that_mean_nothing_are_refused(config, row):
+    with pytest.raises(ValueError, match=r"positions|padding"):
+        config.mask(torch.tensor([row]))
+
+
+@each_config
+def test_positions_of_another_dtype_or_shape_are_refused(config):
+    for bad in (torch.arange(3), torch.arange(3)[None].int(), torch.arange(3.0)[None]):
+        with pytest.raises(ValueError, match="int64"):
+            config.mask(bad)
+
+
+@pytest.mark.parametrize("queries", [((0, 9),), ((-1, 2),), ((3, 2),), ((0, 3), (2, 4))])
+@each_config
+def test_queries_that_are_no_ranges_of_the_keys_are_refused(config, queries):
+    with pytest.raises(ValueError, match="queries"):
+        config.mask(torch.arange(8)[None], queries=queries)
+
+
+@each_config
+def test_a_window_that_hides_a_query_from_itself_is_refused(config):
+    with pytest.raises(ValueError, match="sliding_window"):
+        config.mask(torch.arange(8)[None], sliding_window=0)
+
+
+@each_config
+def test_tensors_of_another_batch_than_the_masks_are_refused(config):
+    mask = config.mask(rows([3, 5], [8]))
+    inner = config.build()
+    for batch, n_queries, n_keys, kv_heads, kv_dim in (
+        (1, 8, 8, 2, 4),
+        (2, 7, 8, 2, 4),
+        (2, 8, 9, 2, 4),
+        (2, 8, 8, 3, 4),
+        (2, 8, 8, 2, 5),
+    ):
+        q = torch.randn(batch, n_queries, 4, 4)
+        k = v = torch.randn(batch, n_keys, kv_heads, kv_dim)
+        with pytest.raises(ValueError, match=r"must be|multiple"):
+            inner(q, k, v, mask)
+
+
+def test_positions_follow_from_cumulative_lengths():
+    cu_seqlens = torch.tensor([0, 3, 3, 5], dtype=torch.int32)  # an empty document is no document
+    assert positions_from_cu_seqlens(cu_seqlens).tolist() == [[0, 1, 2, 0, 1]]

@@ -1,0 +1,121 @@
+"""Every backend against the explicit-mask reference, on outputs and on every gradient."""
+
+import pytest
+import torch
+from attention_cases import EXACT, KEYS, POSITIONS, QUERIES, compare, qkv, rows
+
+from torchtitan_lite.attention import Flex, Sdpa, Varlen, flex, reference_attention
+from torchtitan_lite.attention.varlen import VarlenAttention, build_runs
+
+BACKENDS = {
+    "sdpa": Sdpa(),
+    "flex": Flex(block_size=16),
+    "flex_rectangular": Flex(block_size=(32, 16)),
+    "varlen": Varlen(),
+}
+WINDOWS = (None, 1, 7, 60)
+
+
+@pytest.mark.parametrize("queries", QUERIES)
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_backend_equals_the_reference_for_every_mask(backend, positions, queries):
+    for window in WINDOWS if queries in ("all", "two chunks") else (None, 7):
+        compare(BACKENDS[backend], POSITIONS[positions], QUERIES[queries], window, 6, 2, 0.37, EXACT)
+
+
+@pytest.mark.parametrize(
+    "heads, kv_heads", [(h, g) for h in (1, 2, 4, 8) for g in (1, 2, 4, 8) if h % g == 0]
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_ratio_of_heads_equals_the_reference_in_float32(backend, heads, kv_heads):
+    tolerance = {"rtol": 1e-5, "atol": 1e-5}
+    for positions in ("one document", "packed", "padded both sides and packed"):
+        for window in (None, 7):
+            case = POSITIONS[positions], None, window, heads, kv_heads, 0.37, tolerance, torch.float32
+            compare(BACKENDS[backend], *case)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_scale_is_one_over_the_root_of_the_head_dim_unless_given(backend):
+    compare(BACKENDS[backend], POSITIONS["packed"], None, None, 6, 2, None, EXACT)
+
+
+@pytest.mark.parametrize("window", [100, 128, 129, 200])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_windows_longer_than_a_tile_equal_the_reference(backend, window):
+    positions_BS = rows([10, 389], [399])
+    for queries in (None, ((130, 399),)):
+        compare(BACKENDS[backend], positions_BS, queries, window, 2, 1, 0.37, EXACT)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_padding_rows_are_exact_zeros_with_zero_gradients(backend):
+    positions_BS = POSITIONS["padded both sides and packed"]
+    out, grads = compare(BACKENDS[backend], positions_BS, None, None, 6, 2, 0.37, EXACT)
+    for x in (out, *grads):
+        assert torch.equal(x[positions_BS < 0], torch.zeros_like(x[positions_BS < 0]))
+        assert (x[positions_BS >= 0] != 0).any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bfloat16_is_as_close_to_the_reference_as_its_precision_allows(backend):
+    tolerance = {"rtol": 2e-2, "atol": 3e-2}
+    for name, queries in (("packed", None), ("packed", ((7, 20), (33, 47))), ("one document", None)):
+        compare(BACKENDS[backend], POSITIONS[name], queries, None, 6, 2, 0.37, tolerance, torch.bfloat16)
+
+
+def reference_kernel(q_THK, k_UGK, v_UGK, run, scale, window):
+    """A varlen kernel out of the reference: what a FlashAttention package is given, and must give."""
+    assert run.cu_q_D.dtype == run.cu_k_D.dtype == torch.int32
+    assert run.max_q == run.cu_q_D.diff().max()
+    assert run.max_k == run.cu_k_D.diff().max()
+    assert run.cu_q_D[-1] == len(q_THK)
+    assert run.cu_k_D[-1] == len(k_UGK)
+    outs = []
+    for (q0, q1), (k0, k1) in zip(
+        zip(run.cu_q_D, run.cu_q_D[1:], strict=False),
+        zip(run.cu_k_D, run.cu_k_D[1:], strict=False),
+        strict=True,
+    ):
+        assert q1 > q0, "empty documents never reach a kernel"
+        n, m = int(q1 - q0), int(k1 - k0)
+        document = torch.arange(m)[None]
+        parts = q_THK[q0:q1][None], k_UGK[k0:k1][None], v_UGK[k0:k1][None]
+        outs.append(reference_attention(*parts, document, ((m - n, m),), window, scale)[0])
+    return torch.cat(outs)
+
+
+@pytest.mark.parametrize("queries", QUERIES)
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_what_the_varlen_kernels_are_given_adds_up_to_the_reference(positions, queries):
+    def mask(positions_BS, queries, sliding_window):
+        return build_runs(positions_BS, queries, sliding_window, torch.device("cpu"))
+
+    for window in WINDOWS:
+        backend = mask, VarlenAttention(reference_kernel)
+        compare(backend, POSITIONS[positions], QUERIES[queries], window, 6, 2, 0.37, EXACT)
+
+
+def test_a_batch_without_padding_is_one_varlen_call_and_a_chunk_of_a_row_is_one():
+    cpu = torch.device("cpu")
+    assert len(build_runs(POSITIONS["packed"], None, None, cpu).runs) == 1
+    assert len(build_runs(rows([1, 20, 1, 31]), ((7, 20), (33, 47)), None, cpu).runs) == 2
+
+
+# torch evaluates a block mask on a CPU too, forward only and S x S, and warns of it.
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("queries", QUERIES)
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_what_the_flex_kernel_is_given_is_the_reference(monkeypatch, positions, queries):
+    monkeypatch.setattr(flex, "_compiled", lambda: flex.flex_attention)
+    positions_BS, chosen = POSITIONS[positions], QUERIES[queries]
+    n_queries = KEYS if chosen is None else sum(stop - start for start, stop in chosen)
+    inner = Flex().build()
+    with torch.no_grad():
+        q, k, v = (x.detach() for x in qkv(len(positions_BS), n_queries, KEYS, 6, 2))
+        for window in WINDOWS:
+            block_mask = flex.build_block_mask(positions_BS, chosen, window, (16, 16))
+            out = inner(q, k, v, flex.FlexMask(block_mask, None, (len(q), n_queries, KEYS)), scale=0.37)
+            expected = reference_attention(q, k, v, positions_BS, chosen, window, 0.37)
+            torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)

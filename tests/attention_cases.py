@@ -1,0 +1,56 @@
+"""What the attention tests share: positions, queries, tensors and the comparison with the reference."""
+
+import torch
+
+from torchtitan_lite.attention import reference_attention
+
+KEYS, HEAD_DIM = 53, 12  # S, H, G and K pairwise different: an axis out of place cannot hide
+EXACT = {"rtol": 1e-10, "atol": 1e-10}
+
+
+def rows(*documents: list[int]) -> torch.Tensor:
+    """Positions of rows of documents; a negative length is so many tokens of padding."""
+    return torch.stack(
+        [torch.cat([torch.arange(n) if n > 0 else torch.full((-n,), -1) for n in row]) for row in documents]
+    )
+
+
+POSITIONS = {
+    "one document": rows([53], [53]),
+    "packed": rows([1, 20, 1, 31], [17, 36]),
+    "packed, equal rows": rows([20, 33], [20, 33]),
+    "documents of length 1": rows([1] * 53, [50, 1, 1, 1]),
+    "padded right": rows([40, -13], [53]),
+    "padded left": rows([-13, 40], [-1, 52]),
+    "padded both sides and packed": rows([-3, 1, 30, 9, -10], [-20, 33]),
+    "a row of padding alone": rows([-53], [53]),
+}
+QUERIES = {
+    "all": None,
+    "the last one": ((52, 53),),
+    "the last nine": ((44, 53),),
+    "two chunks": ((7, 20), (33, 47)),
+    "chunks that touch": ((7, 20), (20, 41)),
+    "chunks out of order": ((33, 47), (7, 20)),
+}
+
+
+def qkv(batch, n_queries, n_keys, heads, kv_heads, dtype=torch.float64, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    shapes = [(batch, n_queries, heads), (batch, n_keys, kv_heads), (batch, n_keys, kv_heads)]
+    return [torch.randn(*s, HEAD_DIM, generator=g, dtype=dtype).requires_grad_() for s in shapes]
+
+
+def compare(config, positions_BS, queries, window, heads, kv_heads, scale, tolerance, dtype=torch.float64):
+    """Assert that a backend (a config, or a pair of a mask function and a module) equals the reference."""
+    n_queries = positions_BS.shape[1] if queries is None else sum(stop - start for start, stop in queries)
+    q, k, v = qkv(len(positions_BS), n_queries, positions_BS.shape[1], heads, kv_heads, dtype)
+    make_mask, inner = config if isinstance(config, tuple) else (config.mask, config.build())
+    out = inner(q, k, v, make_mask(positions_BS, queries=queries, sliding_window=window), scale=scale)
+    expected = reference_attention(q, k, v, positions_BS, queries, window, scale)
+    torch.testing.assert_close(out, expected, **tolerance)
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=dtype)
+    found, wanted = (torch.autograd.grad(x, (q, k, v), upstream) for x in (out, expected))
+    for name, a, b in zip("qkv", found, wanted, strict=True):
+        torch.testing.assert_close(a, b, **tolerance, msg=lambda m, name=name: f"d{name}: {m}")
+    return out, found

@@ -1,0 +1,3 @@
+"""Config-driven LLM pretraining for PyTorch."""
+
+__version__ = "0.1.0"

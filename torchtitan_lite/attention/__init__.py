@@ -1,0 +1,32 @@
+"""Attention: a mask says what may attend to what, a backend says how."""
+
+from torchtitan_lite.attention.capabilities import Capabilities, Refusal, markdown_table, refusals
+from torchtitan_lite.attention.flex import Flex
+from torchtitan_lite.attention.layout import LAYOUTS, WithLayout
+from torchtitan_lite.attention.mask import PADDING, SEQ_DIM, positions_from_cu_seqlens
+from torchtitan_lite.attention.reference import reference_attention
+from torchtitan_lite.attention.sdpa import Sdpa
+from torchtitan_lite.attention.varlen import Varlen
+
+AttentionConfig = Sdpa | Flex | Varlen
+"""The attention of a model: a typed config, told apart by `kind`."""
+
+BACKENDS = (Sdpa, Flex, Varlen)
+
+__all__ = [
+    "BACKENDS",
+    "LAYOUTS",
+    "PADDING",
+    "SEQ_DIM",
+    "AttentionConfig",
+    "Capabilities",
+    "Flex",
+    "Refusal",
+    "Sdpa",
+    "Varlen",
+    "WithLayout",
+    "markdown_table",
+    "positions_from_cu_seqlens",
+    "reference_attention",
+    "refusals",
+]

@@ -1,0 +1,130 @@
+"""What each attention implementation can run, as data for the validator, the documentation and the tests."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import NamedTuple, Protocol
+
+import torch
+
+FLOATS = ("float64", "float32", "bfloat16", "float16")
+HALVES = ("bfloat16", "float16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capabilities:
+    """One implementation of an attention backend and what it takes to run it."""
+
+    name: str
+    devices: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    head_dim_multiple: int = 1
+    head_dim_max: int | None = None
+    sliding_window: bool = True
+    short_queries: bool = True
+    packages: tuple[str, ...] = ()
+    """Modules that must be importable."""
+    gpu_majors: tuple[int, ...] = ()
+    """Major compute capabilities that it runs on; empty: any."""
+    install: str = ""
+    """How to get the packages."""
+
+    @property
+    def needs(self) -> str:
+        """What it takes besides torch, in words."""
+        gpus = " or ".join(f"{major}.x" for major in self.gpu_majors)
+        parts = [f"compute capability {gpus}" * bool(gpus), self.install]
+        return ", ".join(part for part in parts if part)
+
+    def missing(self) -> str | None:
+        """What this machine and its GPU lack, in words; None if nothing."""
+        if "cuda" in self.devices and "cpu" not in self.devices and not torch.cuda.is_available():
+            return "no CUDA device"
+        major, minor = torch.cuda.get_device_capability() if self.gpu_majors else (0, 0)
+        if self.gpu_majors and major not in self.gpu_majors:
+            return f"this GPU's compute capability is {major}.{minor}"
+        absent = [package for package in self.packages if not _importable(package)]
+        return f"{', '.join(absent)} not installed" if absent else None
+
+
+def _importable(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # of a parent package
+        return False
+
+
+def markdown_table(rows: Iterable[Capabilities]) -> str:
+    """The capabilities as a Markdown table, a row each; devices times dtypes are the cells that run."""
+    header = ("attention", "devices", "dtypes", "head_dim", "window", "short queries", "needs besides torch")
+    lines = [header, ("---",) * len(header)]
+    for can in rows:
+        head_dim = f"multiple of {can.head_dim_multiple}, " * (can.head_dim_multiple > 1)
+        head_dim += "any" if can.head_dim_max is None else f"up to {can.head_dim_max}"
+        words = [", ".join(can.devices), ", ".join(can.dtypes), head_dim]
+        words += ["yes" if yes else "no" for yes in (can.sliding_window, can.short_queries)]
+        lines.append((can.name, *words, can.needs or "nothing"))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+class Refusal(NamedTuple):
+    """Why a config cannot run here.
+
+    `field` is a field of the attention config, or what it was checked against: device, dtype, head_dim,
+    n_heads or sliding_window.
+    """
+
+    field: str
+    value: object
+    rule: str
+    remedy: str
+
+
+class Backend(Protocol):
+    """What the validator reads of an attention config."""
+
+    def implementation(self, device: str) -> Capabilities: ...
+
+    def option_refusals(self, device: str) -> list[Refusal]: ...
+
+
+def refusals(
+    config: Backend,
+    *,
+    device: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    n_heads: int,
+    n_kv_heads: int,
+    sliding_window: int | None = None,
+) -> list[Refusal]:
+    """All reasons why attention of this shape cannot run with `config` on `device` ("cpu" or "cuda").
+
+    What is installed, and which GPU, is checked only where there is a CUDA device to ask.
+    """
+    found = list(config.option_refusals(device))
+    can = config.implementation(device)
+    dtype_name = str(dtype).removeprefix("torch.")
+    if device not in can.devices and not found:
+        remedy = f"it needs {' or '.join(can.devices)}"
+        found.append(Refusal("device", device, f"does not run {can.name} attention", remedy))
+    if dtype_name not in can.dtypes:
+        rule = f"is not for {can.name} attention on {device}"
+        found.append(
+            Refusal("dtype", dtype_name, rule, f"use {' or '.join(can.dtypes)}, or another attention")
+        )
+    if head_dim % can.head_dim_multiple:
+        rule = f"is no multiple of {can.head_dim_multiple}, which {can.name} attention needs"
+        found.append(Refusal("head_dim", head_dim, rule, "use sdpa, or another head_dim"))
+    if can.head_dim_max is not None and head_dim > can.head_dim_max:
+        rule = f"is more than {can.head_dim_max}, the most that {can.name} attention has"
+        found.append(Refusal("head_dim", head_dim, rule, "use sdpa, or a smaller head_dim"))
+    if n_heads % n_kv_heads:
+        divisors = [n for n in range(1, n_heads + 1) if n_heads % n == 0]
+        remedy = f"use {n_kv_heads * (n_heads // n_kv_heads or 1)} heads, or n_kv_heads out of {divisors}"
+        found.append(Refusal("n_heads", n_heads, f"is no multiple of n_kv_heads = {n_kv_heads}", remedy))
+    if sliding_window is not None and not can.sliding_window:
+        found.append(
+            Refusal("sliding_window", sliding_window, f"is not for {can.name} attention", "use sdpa")
+        )
+    return found

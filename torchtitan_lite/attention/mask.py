@@ -1,0 +1,135 @@
+"""What may attend to what: documents, causality and sliding windows, all from positions.
+
+B batch rows, S key tokens, Q query tokens (Q <= S), N segments.
+
+Every query sees one interval of the keys of its own row: from the first token of its document (or of its
+window) up to itself. The backends differ only in how they evaluate that.
+"""
+
+import torch
+from torch import Tensor
+
+SEQ_DIM = 1
+"""The sequence axis of q, k, v and of the output: [B, S, H, K]."""
+
+PADDING = -1
+"""The position of a padding token."""
+
+Ranges = tuple[tuple[int, int], ...]
+"""Half-open ranges of key tokens, such as ((0, 64), (448, 512))."""
+
+
+def query_ranges(queries: Ranges | None, seq_len: int) -> Ranges:
+    """The key tokens that the queries are, in the queries' order; None stands for all of them.
+
+    Raises ValueError for a range outside the sequence and for ranges that overlap.
+    """
+    if queries is None:
+        return ((0, seq_len),)
+    ranges = tuple((int(start), int(stop)) for start, stop in queries if start != stop)
+    for start, stop in ranges:
+        if not 0 <= start < stop <= seq_len:
+            raise ValueError(f"queries {(start, stop)} are no range of the {seq_len} key tokens")
+    for (_, stop), (start, _) in zip(sorted(ranges), sorted(ranges)[1:], strict=False):
+        if start < stop:
+            raise ValueError(f"queries {queries} overlap")
+    return ranges
+
+
+def check_window(sliding_window: int | None) -> None:
+    """Raise ValueError for a window that shows a query not even itself."""
+    if sliding_window is not None and sliding_window < 1:
+        raise ValueError(f"sliding_window {sliding_window} must be at least 1: a query sees itself")
+
+
+def check_positions(positions_BS: Tensor) -> None:
+    """Raise ValueError unless each row is padding, whole documents counted from 0, padding."""
+    if positions_BS.ndim != 2 or positions_BS.dtype != torch.int64:
+        raise ValueError(
+            f"positions must be int64 of shape [B, S], not {positions_BS.dtype} {list(positions_BS.shape)}"
+        )
+    before = torch.nn.functional.pad(positions_BS, (1, 0), value=PADDING)[:, :-1]
+    starts_or_follows = (positions_BS == 0) | ((positions_BS == before + 1) & (before != PADDING))
+    pads = positions_BS == PADDING
+    if not bool((starts_or_follows | pads).all()):
+        raise ValueError(
+            "positions must start at 0, go up by 1 within a document, and be -1 on padding; a row that "
+            "starts in the middle of a document starts at 0 too"
+        )
+    real = (~pads).int()
+    between = pads & (real.cumsum(1) > 0) & (real.flip(1).cumsum(1).flip(1) > 0)
+    if bool(between.any()):
+        raise ValueError("padding may only stand before or after a row's tokens, not between them")
+
+
+def check_shapes(q_BQHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, shape: tuple[int, int, int]) -> None:
+    """Raise ValueError for tensors that do not belong together or to the mask, whose (B, Q, S) is `shape`."""
+    batch, n_queries, seq_len = shape
+    q, k, v = tuple(q_BQHK.shape), tuple(k_BSGK.shape), tuple(v_BSGK.shape)
+    if q[:2] != (batch, n_queries) or k[:2] != (batch, seq_len) or k != v or len(q) != 4 or q[3] != k[3]:
+        raise ValueError(
+            f"q {list(q)}, k {list(k)}, v {list(v)} must be [B, Q, H, K], [B, S, G, K], [B, S, G, K] with "
+            f"the mask's B = {batch}, Q = {n_queries}, S = {seq_len}"
+        )
+    if q[2] % k[2]:
+        raise ValueError(f"{q[2]} query heads are no multiple of {k[2]} key/value heads")
+
+
+def segments(positions_BS: Tensor, queries: Ranges | None = None) -> Tensor:
+    """The pieces of documents that the queries are: [N, 5] int64 rows (row, q0, q1, k0, k1), sorted.
+
+    Queries [q0, q1) of `row` see the keys [k0, k1) causally, aligned at the bottom right: the last query
+    sees all of them. q counts the queries at hand, k the keys. `positions_BS` must be on the CPU.
+    """
+    check_positions(positions_BS)
+    seq_len = positions_BS.shape[1]
+    real = positions_BS != PADDING
+    row, start = (positions_BS == 0).nonzero(as_tuple=True)
+    goes_on = torch.nn.functional.pad(positions_BS, (0, 1), value=PADDING)[:, 1:] > 0
+    stop = (real & ~goes_on).nonzero(as_tuple=True)[1] + 1
+
+    pieces, offset = [], 0
+    for first, last in query_ranges(queries, seq_len):
+        q0, q1 = start.clamp(min=first), stop.clamp(max=last)
+        piece = torch.stack([row, q0 - first + offset, q1 - first + offset, start, q1], dim=1)
+        pieces.append(piece[q0 < q1])
+        offset += last - first
+    found_N5 = torch.cat(pieces) if pieces else torch.empty(0, 5, dtype=torch.int64)
+    return found_N5[(found_N5[:, 0] * (offset + 1) + found_N5[:, 1]).argsort()]
+
+
+def intervals(
+    positions_BS: Tensor, queries: Ranges | None = None, sliding_window: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """The interval of keys that each query sees: (first_BQ, last_Q), both ends included.
+
+    Padding queries have first = S, so that their interval is empty. Nothing is read back from the device.
+    """
+    check_window(sliding_window)
+    seq_len = positions_BS.shape[1]
+    index_S = torch.arange(seq_len, device=positions_BS.device)
+    first_BS = index_S - positions_BS
+    if sliding_window is not None:
+        first_BS = torch.maximum(first_BS, index_S - (sliding_window - 1))
+    first_BS = first_BS.masked_fill(positions_BS == PADDING, seq_len)
+    ranges = query_ranges(queries, seq_len)
+    if ranges == ((0, seq_len),):
+        return first_BS, index_S
+    last_Q = torch.cat([index_S[:0], *(index_S[start:stop] for start, stop in ranges)])
+    return first_BS[:, last_Q], last_Q
+
+
+def explicit_mask(
+    positions_BS: Tensor, queries: Ranges | None = None, sliding_window: int | None = None
+) -> Tensor:
+    """The whole mask, [B, Q, S] bool, True where a query sees a key: quadratic, for the reference alone."""
+    first_BQ, last_Q = intervals(positions_BS, queries, sliding_window)
+    key_S = torch.arange(positions_BS.shape[1], device=positions_BS.device)
+    return (key_S >= first_BQ[..., None]) & (key_S <= last_Q[:, None])
+
+
+def positions_from_cu_seqlens(cu_seqlens: Tensor) -> Tensor:
+    """Positions [1, T] of T packed tokens, from the cumulative lengths of their documents, [N + 1]."""
+    cu = cu_seqlens.to(torch.int64)
+    token_T = torch.arange(int(cu[-1]), device=cu.device)
+    return (token_T - cu[torch.searchsorted(cu, token_T, right=True) - 1])[None]

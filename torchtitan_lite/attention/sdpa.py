@@ -1,0 +1,73 @@
+"""Attention by torch's scaled_dot_product_attention: runs everywhere.
+
+B batch rows, S key tokens, Q query tokens, H query heads, G key/value heads, K head dim.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torchtitan_lite.attention.capabilities import FLOATS, Capabilities, Refusal
+from torchtitan_lite.attention.mask import Ranges, check_shapes
+from torchtitan_lite.attention.tile_kernels import attend
+from torchtitan_lite.attention.tiles import Tiles, document_tiles
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sdpa:
+    """torch's scaled_dot_product_attention, a document at a time where they are packed: runs everywhere."""
+
+    kind: Literal["sdpa"] = "sdpa"
+
+    supports: ClassVar[tuple[Capabilities, ...]] = (
+        Capabilities(name="sdpa", devices=("cpu", "cuda"), dtypes=FLOATS),
+    )
+
+    def implementation(self, device: str) -> Capabilities:
+        """What runs on "cpu" or "cuda"."""
+        return self.supports[0]
+
+    def option_refusals(self, device: str) -> list[Refusal]:
+        """Nothing: there are no options."""
+        return []
+
+    def build(self) -> nn.Module:
+        """The inner attention."""
+        return SdpaAttention()
+
+    def mask(
+        self,
+        positions_BS: Tensor,
+        queries: Ranges | None = None,
+        sliding_window: int | None = None,
+        device: torch.device | str | None = None,
+    ) -> Tiles:
+        """What may attend to what, for one micro-batch and all layers; see docs/attention.md."""
+        return document_tiles(positions_BS, queries, sliding_window, device)
+
+
+class SdpaAttention(nn.Module):
+    """One kernel call for rows of one document each, else a loop over documents."""
+
+    def forward(
+        self, q_BQHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: Tiles, scale: float | None = None
+    ) -> Tensor:
+        """Attend; [B, Q, H, K], contiguous."""
+        if not mask.causal_rows or _only_quadratic(q_BQHK, k_BSGK):
+            return attend(q_BQHK, k_BSGK, v_BSGK, mask, scale)
+        check_shapes(q_BQHK, k_BSGK, v_BSGK, mask.shape)
+        q_BHQK, k_BGSK, v_BGSK = (x.transpose(1, 2) for x in (q_BQHK, k_BSGK, v_BSGK))
+        out_BHQK = F.scaled_dot_product_attention(
+            q_BHQK, k_BGSK, v_BGSK, is_causal=True, scale=scale, enable_gqa=q_BHQK.shape[1] != k_BGSK.shape[1]
+        )
+        return out_BHQK.transpose(1, 2)
+
+
+def _only_quadratic(q_BQHK: Tensor, k_BSGK: Tensor) -> bool:
+    """Whether torch has only its S x S kernel: on CUDA, full precision has none for grouped heads."""
+    wide = q_BQHK.dtype in (torch.float32, torch.float64)
+    grouped = q_BQHK.shape[2] != k_BSGK.shape[2]
+    return q_BQHK.is_cuda and wide and (grouped or q_BQHK.dtype == torch.float64)

@@ -1,0 +1,275 @@
+"""Evaluate a plan of tiles, forward and backward, with whatever plain kernel the device has.
+
+B batch rows, S key tokens, Q query tokens, H query heads, G key/value heads, R = H / G, K head dim;
+b, n, m: a tile's rows, queries and keys.
+
+A registered operator, so that torch.compile sees one node however many tiles there are. Autograd keeps
+q, k, v, the output and its log-sum-exp. Tiles of the same queries are merged by log-sum-exp; the backward
+of each tile with the merged output and log-sum-exp is then exact (FlashAttention's own argument:
+https://arxiv.org/abs/2205.14135, section 3.1 and appendix B.4).
+"""
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from torchtitan_lite.attention.mask import check_shapes
+from torchtitan_lite.attention.tiles import CAUSAL, FULL, Tile, Tiles
+
+aten = torch.ops.aten
+HALF = (torch.bfloat16, torch.float16)
+
+
+class Kernel(Protocol):
+    """Attention of one rectangle, [b, H, n, K] and [b, G, m, K], and its gradient; lse is [b, H, n]."""
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, scale: float
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+        causal: bool, mask: Tensor | None, scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]: ...  # fmt: skip
+
+
+class CpuKernel:
+    """torch's FlashAttention for CPUs: any float type, grouped heads, an additive mask."""
+
+    def forward(self, q, k, v, causal, mask, scale):
+        return aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, causal, attn_mask=mask, scale=scale
+        )
+
+    def backward(self, dout, q, k, v, out, lse, causal, mask, scale):
+        return aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            dout, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale
+        )
+
+
+class CudaKernel:
+    """torch's FlashAttention-2 for CUDA: fp16 and bf16, grouped heads, no mask."""
+
+    def forward(self, q, k, v, causal, mask, scale):
+        if mask is not None:
+            return PlainKernel().forward(q, k, v, causal, mask, scale)
+        out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)
+        return out, lse
+
+    def backward(self, dout, q, k, v, out, lse, causal, mask, scale):
+        if mask is not None:
+            return PlainKernel().backward(dout, q, k, v, out, lse, causal, mask, scale)
+        # The random state serves dropout alone, of which there is none.
+        seed = torch.empty(2, dtype=torch.uint64, device=q.device)
+        unused = torch.empty(0, dtype=torch.uint64, device=q.device)
+        return aten._scaled_dot_product_flash_attention_backward(
+            dout, q, k, v, out, lse.contiguous(), None, None, q.shape[2], k.shape[2],
+            0.0, causal, seed, unused, scale=scale,
+        )  # fmt: skip
+
+
+class PlainKernel:
+    """Matrix products in float32 or float64, some queries at a time: slow, the other kernels' reference."""
+
+    def __init__(self, block: int = 256) -> None:
+        self.block = block
+
+    def forward(self, q, k, v, causal, mask, scale):
+        outs, lses = [], []
+        for rows, n_keys in self._blocks(q, k, causal):
+            scores_bGRnm = self._scores(q[:, :, rows], k[:, :, :n_keys], rows, causal, mask, scale)
+            lse_bGRn = scores_bGRnm.logsumexp(-1)
+            p_bGRnm = (scores_bGRnm - _finite(lse_bGRn)[..., None]).exp()
+            out_bGRnK = (p_bGRnm.flatten(2, 3) @ v[:, :, :n_keys].to(p_bGRnm.dtype)).unflatten(
+                2, p_bGRnm.shape[2:4]
+            )
+            outs.append(out_bGRnK.flatten(1, 2))
+            lses.append(lse_bGRn.flatten(1, 2))
+        return torch.cat(outs, 2).to(q.dtype), torch.cat(lses, 2)
+
+    def backward(self, dout, q, k, v, out, lse, causal, mask, scale):
+        wide = _wide(q.dtype)
+        dq, dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (q, k, v))
+        groups = k.shape[1]
+        for rows, n_keys in self._blocks(q, k, causal):
+            keys, values = k[:, :, :n_keys].to(wide), v[:, :, :n_keys].to(wide)
+            scores = self._scores(q[:, :, rows], keys, rows, causal, mask, scale)
+            lse_bGRn, delta_bGRn, q_bGRnK, dout_bGRnK = (
+                x.to(wide).unflatten(1, (groups, -1))
+                for x in (
+                    lse[:, :, rows],
+                    (dout[:, :, rows].to(wide) * out[:, :, rows].to(wide)).sum(-1),
+                    q[:, :, rows],
+                    dout[:, :, rows],
+                )
+            )
+            p = (scores - _finite(lse_bGRn)[..., None]).exp().flatten(2, 3)
+            dout_bGMK = dout_bGRnK.flatten(2, 3)
+            dv[:, :, :n_keys] += p.mT @ dout_bGMK
+            ds = p * (dout_bGMK @ values.mT - delta_bGRn.flatten(2, 3)[..., None]) * scale
+            dq[:, :, rows] += (ds @ keys).unflatten(2, q_bGRnK.shape[2:4]).flatten(1, 2)
+            dk[:, :, :n_keys] += ds.mT @ q_bGRnK.flatten(2, 3)
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+    def _blocks(self, q: Tensor, k: Tensor, causal: bool):
+        """Slices of the queries, and how many keys each of them needs."""
+        n = q.shape[2]
+        for start in range(0, n, self.block):
+            stop = min(start + self.block, n)
+            yield slice(start, stop), stop if causal else k.shape[2]
+
+    def _scores(self, q, k, rows: slice, causal: bool, mask: Tensor | None, scale: float) -> Tensor:
+        """Scaled, masked scores [b, G, R, n, m] of a slice of the queries."""
+        wide = _wide(q.dtype)
+        q_bGRnK = q.to(wide).unflatten(1, (k.shape[1], -1))
+        scores = (q_bGRnK.flatten(2, 3) @ k.to(wide).mT).unflatten(2, q_bGRnK.shape[2:4]) * scale
+        if causal:
+            seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(rows.start)
+            scores = scores.masked_fill(~seen, float("-inf"))
+        return scores if mask is None else scores + mask[rows, : k.shape[2]]
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in HALF else dtype
+
+
+def _finite(lse: Tensor) -> Tensor:
+    """A log-sum-exp to subtract: a query that sees nothing gets weights of 0, not NaN."""
+    return lse.clamp(min=torch.finfo(lse.dtype).min)
+
+
+def kernel_for(q_BQHK: Tensor) -> Kernel:
+    """The kernel that computes a tile on this tensor's device in its dtype."""
+    if q_BQHK.device.type == "cpu":
+        return CpuKernel()
+    head_dim = q_BQHK.shape[-1]
+    flash = q_BQHK.is_cuda and q_BQHK.dtype in HALF and head_dim % 8 == 0 and head_dim <= 256
+    if flash and torch.cuda.get_device_capability(q_BQHK.device) >= (8, 0):
+        return CudaKernel()
+    return PlainKernel()
+
+
+class _Call(NamedTuple):
+    """One tile of a plan, ready to run."""
+
+    rows: slice
+    queries: slice
+    keys: slice
+    causal: bool
+    mask: Tensor | None
+    fresh_queries: bool
+    fresh_keys: bool
+
+    def q(self, x_BQHK: Tensor) -> Tensor:
+        return x_BQHK[self.rows, self.queries].transpose(1, 2)
+
+    def k(self, x_BSGK: Tensor) -> Tensor:
+        return x_BSGK[self.rows, self.keys].transpose(1, 2)
+
+
+def _calls(table: Tensor, masks: Tensor, dtype: torch.dtype) -> list[_Call]:
+    calls = []
+    for *fields, fresh_queries, fresh_keys in table.tolist():
+        tile = Tile(*fields)
+        mask, n, m = None, tile.q1 - tile.q0, tile.k1 - tile.k0
+        if tile.kind not in (FULL, CAUSAL):
+            seen = masks[tile.kind : tile.kind + n * m].view(n, m)
+            # In q's dtype: torch's CPU kernel takes a float32 mask beside float64 queries and misreads it.
+            mask = torch.zeros(n, m, dtype=dtype, device=masks.device).masked_fill_(~seen, float("-inf"))
+        where = slice(tile.row0, tile.row1), slice(tile.q0, tile.q1), slice(tile.k0, tile.k1)
+        calls.append(_Call(*where, tile.kind == CAUSAL, mask, bool(fresh_queries), bool(fresh_keys)))
+    return calls
+
+
+@torch.library.custom_op("torchtitan_lite::attend_tiles", mutates_args=())
+def attend_tiles(
+    q_BQHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, table: Tensor, masks: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attention by a plan: the output [B, Q, H, K] and its log-sum-exp [B, Q, H]; padding rows are zeros."""
+    kernel = kernel_for(q_BQHK)
+    out_BQHK = torch.zeros(q_BQHK.shape, dtype=q_BQHK.dtype, device=q_BQHK.device)
+    lse_BQH = torch.zeros(q_BQHK.shape[:3], dtype=_wide(q_BQHK.dtype), device=q_BQHK.device)
+    for call in _calls(table, masks, q_BQHK.dtype):
+        out, lse = kernel.forward(
+            call.q(q_BQHK), call.k(k_BSGK), call.k(v_BSGK), call.causal, call.mask, scale
+        )
+        if call.mask is not None:  # the CPU kernel reports 0 for a query that sees nothing in this tile
+            lse = lse.masked_fill(call.mask.isneginf().all(-1), float("-inf"))
+        out_bnHK, lse_bnH = out.transpose(1, 2), lse.transpose(1, 2)
+        here = call.rows, call.queries
+        if not call.fresh_queries:
+            out_bnHK, lse_bnH = _merge(out_BQHK[here], lse_BQH[here], out_bnHK, lse_bnH)
+        out_BQHK[here] = out_bnHK
+        lse_BQH[here] = lse_bnH
+    # A query that sees nothing at all: any finite value gives it weights of 0 in the backward.
+    return out_BQHK, lse_BQH.masked_fill_(lse_BQH.isneginf(), 0)
+
+
+def _merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over two sets of keys, from the attention over each."""
+    lse = torch.logaddexp(lse_a, lse_b)
+    weight_a, weight_b = ((x - _finite(lse)).exp()[..., None] for x in (lse_a, lse_b))
+    return (out_a * weight_a + out_b * weight_b).to(out_a.dtype), lse
+
+
+@attend_tiles.register_fake
+def _(q_BQHK, k_BSGK, v_BSGK, table, masks, scale):
+    lse_BQH = torch.empty(q_BQHK.shape[:3], dtype=_wide(q_BQHK.dtype), device=q_BQHK.device)
+    return torch.empty(q_BQHK.shape, dtype=q_BQHK.dtype, device=q_BQHK.device), lse_BQH
+
+
+@torch.library.custom_op("torchtitan_lite::attend_tiles_backward", mutates_args=())
+def attend_tiles_backward(
+    dout_BQHK: Tensor, q_BQHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, out_BQHK: Tensor, lse_BQH: Tensor,
+    table: Tensor, masks: Tensor, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients of `attend_tiles`, of the shapes of q, k and v."""
+    kernel, calls = kernel_for(q_BQHK), _calls(table, masks, q_BQHK.dtype)
+    # Tiles that share keys or queries are summed in full precision.
+    once = all(call.fresh_queries and call.fresh_keys for call in calls)
+    grads = [
+        torch.zeros(x.shape, dtype=x.dtype if once else _wide(x.dtype), device=x.device)
+        for x in (q_BQHK, k_BSGK, v_BSGK)
+    ]
+    for call in calls:
+        found = kernel.backward(
+            call.q(dout_BQHK), call.q(q_BQHK), call.k(k_BSGK), call.k(v_BSGK), call.q(out_BQHK),
+            lse_BQH[call.rows, call.queries].transpose(1, 2), call.causal, call.mask, scale,
+        )  # fmt: skip
+        places = (call.queries, call.keys, call.keys)
+        fresh = (call.fresh_queries, call.fresh_keys, call.fresh_keys)
+        for grad, part, place, first in zip(grads, found, places, fresh, strict=True):
+            if first:
+                grad[call.rows, place] = part.transpose(1, 2)
+            else:
+                grad[call.rows, place] += part.transpose(1, 2)
+    dq, dk, dv = (grad.to(q_BQHK.dtype) for grad in grads)
+    return dq, dk, dv
+
+
+@attend_tiles_backward.register_fake
+def _(dout_BQHK, q_BQHK, k_BSGK, v_BSGK, out_BQHK, lse_BQH, table, masks, scale):
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q_BQHK, k_BSGK, v_BSGK))
+    return dq, dk, dv
+
+
+def _save(ctx, inputs, output) -> None:
+    q_BQHK, k_BSGK, v_BSGK, table, masks, ctx.scale = inputs
+    ctx.save_for_backward(q_BQHK, k_BSGK, v_BSGK, *output)
+    ctx.plan = table, masks  # shared by every layer of the micro-batch: not this layer's to count
+
+
+def _backward(ctx, dout_BQHK, dlse_BQH):
+    grads = attend_tiles_backward(dout_BQHK, *ctx.saved_tensors, *ctx.plan, ctx.scale)
+    return *grads, None, None, None
+
+
+attend_tiles.register_autograd(_backward, setup_context=_save)
+
+
+def attend(q_BQHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, tiles: Tiles, scale: float | None) -> Tensor:
+    """Attention by a plan, [B, Q, H, K]; the scale defaults to 1 / sqrt(K)."""
+    check_shapes(q_BQHK, k_BSGK, v_BSGK, tiles.shape)
+    scale = q_BQHK.shape[-1] ** -0.5 if scale is None else scale
+    return attend_tiles(q_BQHK, k_BSGK, v_BSGK, tiles.table, tiles.masks, scale)[0]
