@@ -65,6 +65,25 @@ def test_bfloat16_is_as_close_to_the_reference_as_its_precision_allows(backend):
         compare(BACKENDS[backend], POSITIONS[name], queries, None, 6, 2, 0.37, tolerance, torch.bfloat16)
 
 
+@pytest.mark.parametrize("positions", ["one document", "packed", "padded both sides and packed"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_views_of_any_strides_equal_the_reference(backend, positions):
+    config, positions_BS = BACKENDS[backend], POSITIONS[positions]
+    g = torch.Generator().manual_seed(0)
+    fused = torch.randn(2, KEYS, 10 * 12, generator=g, dtype=torch.float64)
+    features_first = torch.randn(12, 10, 2, KEYS, generator=g, dtype=torch.float64).permute(2, 3, 1, 0)
+    for whole in (fused.unflatten(-1, (10, 12)), features_first):
+        q, k, v = (x.requires_grad_() for x in whole.split([6, 2, 2], dim=2))
+        out = config.build()(q, k, v, config.mask(positions_BS), scale=0.37)
+        expected = reference_attention(q, k, v, positions_BS, scale=0.37)
+        torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
+        for upstream in (torch.ones(()).double().expand_as(out), whole[:, :, 2:8].square()):
+            found, wanted = (
+                torch.autograd.grad(x, (q, k, v), upstream, retain_graph=True) for x in (out, expected)
+            )
+            torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+
+
 def reference_kernel(q_THK, k_UGK, v_UGK, run, scale, window):
     """A varlen kernel out of the reference: what a FlashAttention package is given, and must give."""
     assert run.cu_q_D.dtype == run.cu_k_D.dtype == torch.int32

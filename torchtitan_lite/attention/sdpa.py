@@ -56,7 +56,7 @@ class SdpaAttention(nn.Module):
         self, q_BQHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: Tiles, scale: float | None = None
     ) -> Tensor:
         """Attend; [B, Q, H, K], contiguous."""
-        if not mask.causal_rows or _only_quadratic(q_BQHK, k_BSGK):
+        if not mask.causal_rows or _only_quadratic(q_BQHK, k_BSGK, v_BSGK):
             return attend(q_BQHK, k_BSGK, v_BSGK, mask, scale)
         check_shapes(q_BQHK, k_BSGK, v_BSGK, mask.shape)
         q_BHQK, k_BGSK, v_BGSK = (x.transpose(1, 2) for x in (q_BQHK, k_BSGK, v_BSGK))
@@ -66,8 +66,13 @@ class SdpaAttention(nn.Module):
         return out_BHQK.transpose(1, 2)
 
 
-def _only_quadratic(q_BQHK: Tensor, k_BSGK: Tensor) -> bool:
-    """Whether torch has only its S x S kernel: on CUDA, full precision has none for grouped heads."""
+def _only_quadratic(q_BQHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor) -> bool:
+    """Whether torch has only its S x S kernel.
+
+    So where the features of a head are no neighbours and, on CUDA, for grouped heads in full precision.
+    """
+    if q_BQHK.stride(-1) != 1 or k_BSGK.stride(-1) != 1 or v_BSGK.stride(-1) != 1:
+        return True
     wide = q_BQHK.dtype in (torch.float32, torch.float64)
     grouped = q_BQHK.shape[2] != k_BSGK.shape[2]
     return q_BQHK.is_cuda and wide and (grouped or q_BQHK.dtype == torch.float64)

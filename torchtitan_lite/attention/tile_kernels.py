@@ -134,6 +134,11 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in HALF else dtype
 
 
+def _unit_stride(x: Tensor) -> Tensor:
+    """The fused kernels read the features of a head as neighbours, and do not check that they are."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def _finite(lse: Tensor) -> Tensor:
     """A log-sum-exp to subtract: a query that sees nothing gets weights of 0, not NaN."""
     return lse.clamp(min=torch.finfo(lse.dtype).min)
@@ -188,6 +193,7 @@ def attend_tiles(
 ) -> tuple[Tensor, Tensor]:
     """Attention by a plan: the output [B, Q, H, K] and its log-sum-exp [B, Q, H]; padding rows are zeros."""
     kernel = kernel_for(q_BQHK)
+    q_BQHK, k_BSGK, v_BSGK = (_unit_stride(x) for x in (q_BQHK, k_BSGK, v_BSGK))
     out_BQHK = torch.zeros(q_BQHK.shape, dtype=q_BQHK.dtype, device=q_BQHK.device)
     lse_BQH = torch.zeros(q_BQHK.shape[:3], dtype=_wide(q_BQHK.dtype), device=q_BQHK.device)
     for call in _calls(table, masks, q_BQHK.dtype):
@@ -226,6 +232,7 @@ def attend_tiles_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of `attend_tiles`, of the shapes of q, k and v."""
     kernel, calls = kernel_for(q_BQHK), _calls(table, masks, q_BQHK.dtype)
+    dout_BQHK, q_BQHK, k_BSGK, v_BSGK = (_unit_stride(x) for x in (dout_BQHK, q_BQHK, k_BSGK, v_BSGK))
     # Tiles that share keys or queries are summed in full precision.
     once = all(call.fresh_queries and call.fresh_keys for call in calls)
     grads = [
