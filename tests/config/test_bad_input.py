@@ -1,0 +1,368 @@
+"""Wrong input through the entry that a user calls: one line each, exit status 2, no traceback."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from torchtitan_lite.train import main
+
+# Flags, and the line they must give; "..." stands for any words in between.
+FLAGS = {
+    "--trainng.steps 5": 'trainng = {"steps": 5} is not a known section: did you mean "training"?',
+    "--steps 5": 'steps = 5 is not a known section: did you mean "training.steps" or "validation.steps"?',
+    "--training.stps 5": 'training.stps = 5 is not a known key: did you mean "steps"?',
+    "--training.lr 1e-3": 'training.lr = 0.001 is not a known key: did you mean "optimizer.lr"?',
+    "--training.steps abc": 'training.steps = "abc" is not an integer: write a whole number such as 64',
+    "--training.steps 1.5": "training.steps = 1.5 is not an integer: write a whole number such as 64",
+    "--training.steps 1e3": "training.steps = 1000.0 is not an integer: write 1000",
+    "--training.steps true": "training.steps = true is not an integer: write a whole number such as 64",
+    "--training.steps null": "training.steps = null is not an integer: write a whole number such as 64",
+    "--training.steps=": 'training.steps = "" is not an integer: write a whole number such as 64',
+    "--training.steps [5]": "training.steps = [5] is not an integer: write a whole number such as 64",
+    "--training.steps": "training.steps has no value: write --training.steps=VALUE",
+    "--training.steps -1": "training.steps = -1 must be at least 1: ...",
+    "--training.steps 9223372036854775808": (
+        "training.steps = 9223372036854775808 does not fit in 64 bits: write a smaller number"
+    ),
+    "--training 5": (
+        "training = 5 is a section, and a flag sets one key: write --training.local_batch_size VALUE"
+    ),
+    "--training.steps 5 6": (
+        'argument = "6" belongs to no flag: write --section.key VALUE, and text with spaces in quotes'
+    ),
+    "train": (
+        'argument = "train" belongs to no flag: write --section.key VALUE, and text with spaces in quotes'
+    ),
+    "-v": 'argument = "-v" belongs to no flag: write --section.key VALUE, and text with spaces in quotes',
+    "--": 'argument = "--" belongs to no flag: write --section.key VALUE, and text with spaces in quotes',
+    "--config": "--config has no value: write --config FILE.toml",
+    "--config nowhere.toml": '--config = "nowhere.toml" cannot be read (No such file or directory): name ...',
+    "--config /": (
+        '--config = "/" cannot be read (Is a directory): name a TOML file that exists and is readable'
+    ),
+    "--dry-run maybe": '--dry-run = "maybe" is not true or false: write --dry-run alone',
+    "--optimizer.lr nan": 'optimizer.lr = "nan" is not a number: write a number such as 0.1',
+    "--optimizer.lr NaN": "optimizer.lr = nan is not a finite number: write a finite number",
+    "--optimizer.lr 1e999": "optimizer.lr = inf is not a finite number: write a finite number",
+    "--optimizer.lr 0": "optimizer.lr = 0.0 must be greater than 0: ...",
+    "--optimizer.lr .5e": 'optimizer.lr = ".5e" is not a number: write a number such as 0.1',
+    "--optimizer.name SGD": 'optimizer.name = "SGD" is not "AdamW": use "AdamW"',
+    "--lr-scheduler.decay-ratio x": (
+        'lr_scheduler.decay_ratio = "x" is not a number: write a number such as 0.1, or leave it out'
+    ),
+    "--lr-scheduler.decay-ratio 1.5": "lr_scheduler.decay_ratio = 1.5 is not in [0, 1]: ...",
+    "--lr-scheduler.decay-type cosin": (
+        'lr_scheduler.decay_type = "cosin" is not one of "linear", "cosine", "sqrt": did you mean "cosine"?'
+    ),
+    "--lr-scheduler.warmup-steps 30 --training.steps 20": (
+        "lr_scheduler.warmup_steps = 30 is longer ... 20 ..."
+    ),
+    "--training.mixed-precision-param float16": (
+        'training.mixed_precision_param = "float16" is not one of "float32", "bfloat16": did you mean '
+        '"bfloat16"?'
+    ),
+    "--training.global-batch-size 12": (
+        "training.global_batch_size = 12 is not a multiple of ...: use 8 or 16"
+    ),
+    "--training.seq-len 4096": (
+        "training.seq_len = 4096 is more than the 2048 tokens that the model is meant for: "
+        "use at most 2048, or raise model.overrides.max_seq_len"
+    ),
+    "--validation.enable maybe": 'validation.enable = "maybe" is not true or false: write true or false',
+    "--validation.no-enable 1": (
+        '--validation.no-enable = "1" takes no value: write --validation.no-enable alone'
+    ),
+    "--validation.enable --data.validation-fraction 0": (
+        "validation.enable = true needs held-out text, and data.validation_fraction is 0: set that to 0.05"
+    ),
+    "--model.name qwen": 'model.name = "qwen" is not a model family: did you mean "qwen3"?',
+    "--model.flavor debugmodl": (
+        'model.flavor = "debugmodl" is not a flavor of qwen3: did you mean "debugmodel"?'
+    ),
+    "--model.flavor debugmodel_flash": (
+        'model.flavor = "debugmodel_flash" ...: did you mean "debugmodel_flex_flash"?'
+    ),
+    "--model.attention": "model.attention.kind has no value: write --model.attention=VALUE",
+    "--model.attention flx": 'model.attention.kind = "flx" is not a known kind: did you mean "flex"?',
+    "--model.attention.kind ring": (
+        'model.attention.kind = "ring" is not a known kind: choose one of "sdpa", "flex", "varlen"'
+    ),
+    "--model.attention.block-size 64": (
+        'model.attention.block_size = 64 belongs to kind "flex", and model.attention.kind is "sdpa": '
+        'leave it out, or set model.attention.kind = "flex"'
+    ),
+    "--model.attention varlen --model.attention.kernel-options {}": (
+        'model.attention.kernel_options = {} belongs to kind "flex", and model.attention.kind is "varlen": '
+        'leave it out, or set model.attention.kind = "flex"'
+    ),
+    "--model.attention flex --model.attention.kernel fa3": (
+        'model.attention.kernel = "fa3" belongs to kind "varlen", and model.attention.kind is "flex": '
+        'leave it out, or set model.attention.kind = "varlen"'
+    ),
+    "--model.attention flex --model.attention.blok-size 3": (
+        'model.attention.blok_size = 3 is not a known key: did you mean "block_size"?'
+    ),
+    "--model.attention flex --model.attention.block-size 64 128 256": (
+        "model.attention.block_size = [64, 128, 256] is not an integer or a list of 2 integers: "
+        "write a whole number such as 64"
+    ),
+    "--model.attention flex --model.attention.kernel-options FLASH": (
+        'model.attention.kernel_options = "FLASH" is not a table: '
+        """write a table, or on the command line JSON such as '{"key": 1}'"""
+    ),
+    "--model.flavor debugmodel_flex_flash --job.device cpu": (
+        'model.attention.kernel_options = {"BACKEND": "FLASH"} ... cpu: ...'
+    ),
+    "--model.attention varlen --model.attention.kernel fa3 --job.device cpu": (
+        'model.attention.kernel = "fa3" ...: ...'
+    ),
+    "--model.attention varlen --training.mixed-precision-param float32 --job.device cuda --dry-run": (
+        'training.mixed_precision_param = "float32" ...: use bfloat16 ...'
+    ),
+    '--model.overrides {"n_layrs":2}': 'model.overrides.n_layrs = 2 ...: did you mean "n_layers"?',
+    '--model.overrides {"n_layers":2.5}': "model.overrides.n_layers = 2.5 ...: ...",
+    '--model.overrides {"n_layers":null}': (
+        "model.overrides.n_layers = null cannot be written in a TOML file: leave the key out"
+    ),
+    '--model.overrides {"n_kv_heads":3}': (
+        "model.overrides.n_kv_heads = 3 does not divide n_heads = 8: use 1, 2, 4 or 8"
+    ),
+    '--model.overrides {"vocab_size":100}': (
+        'data.tokenizer = "bytes" has 257 tokens, and the model\'s vocab_size is 100: '
+        "set model.overrides.vocab_size to 257 or more"
+    ),
+    "--model.overrides.n_layers 2": (
+        "model.overrides.n_layers = 2 is inside model.overrides: write --model.overrides VALUE, a table "
+        "as JSON"
+    ),
+    "--data.dataset c4": (
+        'data.dataset = "c4" is not one of "python_stdlib", "text", "jsonl": '
+        'choose one of "python_stdlib", "text", "jsonl"'
+    ),
+    "--data.dataset text --data.path nowhere": 'data.path = "nowhere" does not exist: ...',
+    "--data.dataset text": 'data.path = "" is needed by dataset "text": ...',
+    "--data.path texts": (
+        'data.path = "texts" is an option of ...: leave it out, or set data.dataset = "text"'
+    ),
+    "--data.tokenizer nowhere.json": 'data.tokenizer = "nowhere.json" does not exist: use "bytes", or ...',
+    "--job.device tpu": 'job.device = "tpu" is not one of "auto", "cpu", "cuda": did you mean "cpu"?',
+    "--job.dump-folder /dev/null": 'job.dump_folder = "/dev/null" is a file: name a folder',
+    "--job.dump-folder /dev/null/run": (
+        'job.dump_folder = "/dev/null/run" cannot be made below /dev/null, which is a file: name a folder'
+    ),
+    "--checkpoint.enable": "checkpoint.enable = true is not available yet: use false",
+    "--activation-checkpoint.mode full": (
+        'activation_checkpoint.mode = "full" is not available yet: use "none"'
+    ),
+    "--parallelism.tensor-parallel-degree 2": (
+        "parallelism.tensor_parallel_degree = 2 is not available yet: use 1"
+    ),
+    "--parallelism.data-parallel-shard-degree 2": (
+        "parallelism.data_parallel_shard_degree = 2 is not available yet: use -1 or 1"
+    ),
+    "--comm.init-timeout-seconds 5": "comm.init_timeout_seconds = 5 is not available yet: use 300",
+    "--debug.seed -1": "debug.seed = -1 ...: ...",
+}
+
+# Files, and the line they must give.
+FILES = {
+    "[trainng]\nsteps = 5": 'trainng = {"steps": 5} is not a known section: did you mean "training"?',
+    "steps = 5": 'steps = 5 is not a known section: did you mean "training.steps" or "validation.steps"?',
+    "training = 5": "training = 5 is not a table: write training.local_batch_size = ...",
+    "[[training]]\nsteps = 5": (
+        'training = [{"steps": 5}] is not a table: write training.local_batch_size = ...'
+    ),
+    "[training]\nsteps = 20.0": "training.steps = 20.0 is not an integer: write 20",
+    "[training]\nsteps = true": "training.steps = true is not an integer: write a whole number such as 64",
+    "[training]\nsteps = '20'": 'training.steps = "20" is not an integer: write a whole number such as 64',
+    "[training]\nsteps = 2026-01-01": (
+        'training.steps = "2026-01-01" is a date or a time, which no key takes: put it in quotes'
+    ),
+    "[training]\nseq-len = 5": 'training.seq-len = 5 is not a known key: did you mean "seq_len"?',
+    "[optimizer]\nlr = nan": "optimizer.lr = nan is not a finite number: write a finite number",
+    "[optimizer]\nlr = -inf": "optimizer.lr = -inf is not a finite number: write a finite number",
+    "[optimizer]\nlr = '1e-3'": 'optimizer.lr = "1e-3" is not a number: write a number such as 0.1',
+    "[compile]\nenable = 1": "compile.enable = 1 is not true or false: write true or false",
+    "[job]\ndescription = 5": "job.description = 5 is not a string: put it in quotes",
+    '[job]\ndescription = "a\\u0000b"': (
+        "job.description = ... holds a character that a text file cannot: take ..."
+    ),
+    "[model]\nattention = 'flex'": (
+        'model.attention = "flex" is not a table: write model.attention.kind = "flex"'
+    ),
+    "[model]\nattention = 5": "model.attention = 5 is not a table: write model.attention.kind = ...",
+    "[model.attention]\nkind = 5": (
+        'model.attention.kind = 5 is not a known kind: choose one of "sdpa", "flex", "varlen"'
+    ),
+    "[model.attention]\nkind = 'sdpa'\nkernel = 'auto'": (
+        'model.attention.kernel = "auto" belongs to kind "varlen", and model.attention.kind is "sdpa": '
+        'leave it out, or set model.attention.kind = "varlen"'
+    ),
+    "[model]\noverrides = [1]": "model.overrides = [1] is not a table: ...",
+    "[model.overrides]\n'n layers' = 2": 'model.overrides... = 2 ...: did you mean "n_layers"?',
+    "[model.overrides]\nn_layers = 2026-01-01": (
+        'model.overrides.n_layers = "2026-01-01" is a date or a time, which no key takes: put it in quotes'
+    ),
+    "[training]\nsteps = \n": (
+        '--config = "FILE" is not TOML (Invalid value (at line 2, column 9)): correct ...'
+    ),
+    "[training": '--config = "FILE" is not TOML (...): correct the file there',
+    "[training]\nsteps = 1\nsteps = 2\n": (
+        '--config = "FILE" is not TOML (... line 3...): correct the file there'
+    ),
+    "a = " + "[" * 1000: '--config = "FILE" is not TOML that can be read (...): ...',
+    "a = " + "9" * 5000: '--config = "FILE" is not TOML that can be read (...): ...',
+}
+
+
+@pytest.fixture(autouse=True)
+def one_process_in_an_empty_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *argv: str) -> list[str]:
+    """The lines that the trainer refuses `argv` with."""
+    assert main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    return err.splitlines()
+
+
+def says(line: str, pattern: str) -> bool:
+    """Whether a line is `pattern`, in which "..." stands for any words."""
+    parts = pattern.split("...")
+    if len(parts) == 1:
+        return line == pattern
+    at = 0
+    for part in parts:
+        found = line.find(part, at)
+        if found < 0:
+            return False
+        at = found + len(part)
+    return line.startswith(parts[0]) and line.endswith(parts[-1])
+
+
+@pytest.mark.parametrize(("flags", "expected"), FLAGS.items(), ids=[*FLAGS])
+def test_wrong_flags_are_refused_in_one_line(
+    flags: str, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (line,) = refusal(capsys, *flags.split(" "))
+    assert says(line, expected), f"{line}\nis not\n{expected}"
+
+
+@pytest.mark.parametrize(("text", "expected"), FILES.items(), ids=[text[:40] for text in FILES])
+def test_wrong_files_are_refused_in_one_line(
+    text: str, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("FILE").write_text(text, encoding="utf-8")
+    (line,) = refusal(capsys, "--config", "FILE")
+    assert says(line, expected), f"{line}\nis not\n{expected}"
+
+
+def test_a_file_that_is_not_text_is_refused_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("FILE").write_bytes(b"\xff\xfe\x00")
+    assert refusal(capsys, "--config", "FILE") == [
+        '--config = "FILE" is not UTF-8 text (byte 0): name a TOML file'
+    ]
+
+
+def test_everything_that_is_wrong_is_reported_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("a.toml").write_text(
+        "[training]\nsteps = 1.5\nglobal_batch_size = 12\n[trainng]\n[model]\nname = 'gpt'\n"
+    )
+    Path("b.toml").write_text("[model.attention]\nkind = 'flx'\n[data]\ntokenizer = 'nowhere'\n")
+    argv = "--config a.toml --config b.toml --optimizer.lr x --compile.enabel stray --job.device tpu"
+    lines = refusal(capsys, *argv.split())
+    assert [line.split(" ")[0] for line in lines] == [
+        "compile.enabel",
+        "trainng",
+        "job.device",
+        "model.attention.kind",
+        "training.steps",
+        "optimizer.lr",
+        "training.global_batch_size",
+        "model.name",
+        "data.tokenizer",
+    ]
+
+
+def test_a_missing_file_does_not_hide_what_else_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = refusal(capsys, "--config", "a.toml", "--config", "b.toml", "--training.steps", "x")
+    assert [line.split(" ")[:3] for line in lines] == [
+        ["--config", "=", '"a.toml"'],
+        ["--config", "=", '"b.toml"'],
+        ["training.steps", "=", '"x"'],
+    ]
+
+
+def test_nothing_is_said_of_what_rests_on_a_wrong_value(capsys: pytest.CaptureFixture[str]) -> None:
+    # With the default of 8 in place of the unreadable size, the global batch would not divide.
+    argv = ["--training.local-batch-size", "x", "--training.global-batch-size", "12"]
+    (line,) = refusal(capsys, *argv)
+    assert line.startswith("training.local_batch_size")
+    # The file that could not be read may have held the size.
+    (line,) = refusal(capsys, "--config", "nowhere.toml", "--training.global-batch-size", "12")
+    assert line.startswith("--config")
+
+
+def test_a_value_that_a_later_layer_replaces_must_be_right_too(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("a.toml").write_text("[training]\nsteps = 'x'\n[model.attention]\nkind = 'flex'\nblock_size = 1.5\n")
+    lines = refusal(capsys, "--config", "a.toml", "--training.steps", "20", "--model.attention", "sdpa")
+    assert [line.split(" ")[0] for line in lines] == ["model.attention.block_size", "training.steps"]
+
+
+@pytest.mark.parametrize("value", ["a\nb", "a\u2028b", "a\rb", "a\x1b[2Jb", "\udcff", "é" * 9999, "\x85"])
+def test_a_refusal_is_one_printable_line_whatever_was_typed(
+    value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for argv in ([value], [f"--{value}"], [f"--training.{value}", "5"], ["--training.steps", value]):
+        for line in refusal(capsys, *argv):
+            assert line.isprintable()
+            assert len(line) < 25_000
+
+
+def test_more_ranks_than_one_are_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    (line,) = refusal(capsys, "--dry-run")
+    assert (
+        line == "WORLD_SIZE = 2 is more ranks than a run can have yet: start one, as with --nproc_per_node 1"
+    )
+
+
+@pytest.mark.parametrize(
+    ("argv", "status", "lines"),
+    [
+        (["--training.stps", "5"], 2, ['training.stps = 5 is not a known key: did you mean "steps"?']),
+        (["--config", "nowhere.toml", "x"], 2, ['--config = "nowhere.toml" ...', 'argument = "x" ...']),
+        (
+            ["--training.steps", b"\xff"],
+            2,
+            ["training.steps = ... holds a character that a text file cannot: ..."],
+        ),
+        (["--dry-run", "--training.steps", "5"], 0, []),
+        (["--help"], 0, []),
+    ],
+)
+def test_the_process_itself_exits_with_the_status_and_no_traceback(
+    argv: list[str | bytes], status: int, lines: list[str]
+) -> None:
+    package = Path(main.__code__.co_filename).parents[1]
+    process = subprocess.run(
+        [sys.executable, "-m", "torchtitan_lite.train", *argv],
+        env={**os.environ, "PYTHONPATH": str(package)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == status
+    printed = process.stderr.splitlines()
+    assert len(printed) == len(lines), process.stderr
+    assert all(says(line, expected) for line, expected in zip(printed, lines, strict=True))
+    assert bool(process.stdout) == (status == 0)

@@ -1,0 +1,59 @@
+"""What docs/configuration.md shows is what happens."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from torchtitan_lite.config.job import load_job
+from torchtitan_lite.train import main
+
+TEXT = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text(encoding="utf-8")
+FILES = re.findall(r"```toml\n(.*?)```", TEXT, re.DOTALL)
+CONSOLES = re.findall(r"```console\n\$ python -m torchtitan_lite.train (.*?)\n(.*?)```", TEXT, re.DOTALL)
+ROWS = re.findall(r"^\| `\[([\w.]+)\]` `(.*?)`(?:, `.*?`)? \| `(--.*?)`.* \|$", TEXT, re.MULTILINE)
+FLAVORS = re.findall(r"^\| `(\w+)` \| `(.*?)`, `(.*?)` \|$", TEXT, re.MULTILINE)
+
+
+def test_the_page_has_what_these_tests_look_for() -> None:
+    assert (len(FILES), len(CONSOLES), len(ROWS), len(FLAVORS)) == (1, 2, 6, 3)
+
+
+@pytest.mark.parametrize("text", FILES)
+def test_a_file_on_the_page_is_right(text: str, tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text(text)
+    load_job(["--config", str(tmp_path / "run.toml")])
+
+
+@pytest.mark.parametrize(("argv", "lines"), CONSOLES)
+def test_a_command_on_the_page_prints_what_the_page_says(
+    argv: str, lines: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(shlex.split(argv)) == 2
+    assert capsys.readouterr().err == lines
+
+
+@pytest.mark.parametrize(("section", "line", "flag"), ROWS)
+def test_a_flag_on_the_page_means_the_same_as_the_line_beside_it(
+    section: str, line: str, flag: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(f"[{section}]\n{line}")
+    gpu = ["--job.device", "cuda", "--dry-run"]
+    kind = ["--model.attention", "flex"] if section == "model.attention" else []
+    from_file = load_job(["--config", str(file), *kind, *gpu]).config
+    from_flags = load_job([*kind, *shlex.split(flag), *gpu]).config
+    assert from_file == from_flags
+    assert from_file != load_job(gpu).config
+
+
+@pytest.mark.parametrize(("flavor", "size", "attention"), FLAVORS)
+def test_a_flavor_on_the_page_means_the_same_as_the_table_beside_it(
+    flavor: str, size: str, attention: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(f"[model]\n{size}\n{attention}")
+    gpu = ["--job.device", "cuda", "--dry-run"]
+    from_file = load_job(["--config", str(file), *gpu]).config
+    assert from_file.decoder == load_job(["--model.flavor", flavor, *gpu]).config.decoder

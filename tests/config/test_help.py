@@ -1,0 +1,93 @@
+"""What `--help` prints."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from torchtitan_lite.config.job import JobConfig, load_job
+from torchtitan_lite.config.schema import leaves
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def printed(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """The help as one line of words, without the boxes around it."""
+    with pytest.raises(SystemExit) as caught:
+        load_job(argv)
+    assert caught.value.code == 0
+    return " ".join(re.sub("[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
+
+
+def test_help_says_how_to_give_options_and_explains_each(capsys: pytest.CaptureFixture[str]) -> None:
+    text = printed(capsys, "--help")
+    for words in (
+        "usage: python -m torchtitan_lite.train [-h] [OPTIONS] Train a decoder on text.",
+        "--training.steps 20 is steps = 20 in [training]",
+        "--config FILE.toml Read this file.",
+        "--dry-run Check everything",
+        "--job.device {auto,cpu,cuda} auto: cuda where there is one, else cpu. (default: auto)",
+        "--model.attention {sdpa,flex,varlen}",
+        "--model.overrides JSON",
+        "--compile.enable, --compile.no-enable",
+        "(default: 1e-08)",
+    ):
+        assert words in text
+
+
+def test_every_key_is_in_the_help_and_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    kinds = ("flex", "varlen", "sdpa")
+    text = " ".join(printed(capsys, "-h", "--model.attention", kind) for kind in kinds)
+    for key in leaves(JobConfig):
+        flag = f"--{key.replace('_', '-').removesuffix('.kind')}"
+        shown = re.search(rf"{re.escape(flag)},? (\S+ )?(.*?)\(default", text)
+        assert shown, flag
+        assert len(shown[2].split()) >= 3, f"{flag} is not explained"
+
+
+def test_help_shows_the_values_of_files_and_flags_as_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("run.toml").write_text("[training]\nsteps = 321\n[model.attention]\nkind = 'flex'\nblock_size = 64")
+    text = printed(capsys, "--help", "--config", "run.toml", "--optimizer.lr", "0.125")
+    assert "Optimizer steps of the whole run. (default: 321)" in text
+    assert "(default: 0.125)" in text
+    assert re.search(r"--model.attention \{sdpa,flex,varlen\} [^()]*\(default: flex\)", text)
+    assert re.search(r"--model.attention.block-size INT\|\{INT INT\} [^()]*\(default: 64\)", text)
+    assert "--model.attention.kernel " not in text
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_help_after_choosing_an_attention_shows_its_own_options(
+    order: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = printed(capsys, *["--model.attention=varlen", "--help"][::order])
+    assert "--model.attention.kernel {auto,fa4,fa3,flash_attn,torch,documents}" in text
+    assert "--model.attention.block-size" not in text
+
+
+def test_help_is_no_value_of_the_flag_before_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "usage:" in printed(capsys, "--job.description", "-h")
+
+
+def test_help_is_given_although_the_rest_is_wrong_and_says_what_is_wrong(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        load_job(["--training.stps", "5", "--config", "nowhere.toml", "--training.seq-len", "99", "--help"])
+    assert caught.value.code == 0
+    out, err = capsys.readouterr()
+    assert "(default: 99)" in out
+    assert [line.split(" ")[0] for line in err.splitlines()] == ["--config", "training.stps"]
+
+
+def test_loading_a_configuration_imports_neither_tyro_nor_tensorboard() -> None:
+    code = (
+        "import sys; from torchtitan_lite.config.job import load_job; load_job(['--training.steps', '5']);"
+        "assert not {'tyro', 'tensorboard', 'rich', 'torch._dynamo'} & set(sys.modules), sys.modules.keys()"
+    )
+    package = Path(load_job.__code__.co_filename).parents[2]
+    subprocess.run([sys.executable, "-c", code], cwd=package, check=True, timeout=120)

@@ -1,0 +1,132 @@
+"""Sections composed to a job, flavors, and what must hold between sections."""
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+
+from torchtitan_lite.attention import Flex, Sdpa, Varlen
+from torchtitan_lite.config.job import JobConfig, ModelSection, load_job
+from torchtitan_lite.config.load import ConfigError
+
+SECTIONS = (
+    "job model training optimizer lr_scheduler metrics activation_checkpoint compile checkpoint parallelism "
+    "validation profiling comm debug data"
+)
+FLASH = Flex(kernel_options={"BACKEND": "FLASH"})
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def model(*argv: str, **files: str) -> ModelSection:
+    """The model section after the given files, in order, and flags; for a GPU that need not be here."""
+    named = []
+    for name, text in files.items():
+        Path(name).write_text(text)
+        named += ["--config", name]
+    return load_job([*named, *argv, "--job.device", "cuda", "--dry-run"]).config.model
+
+
+def test_the_sections_are_those_of_torchtitan_and_data() -> None:
+    assert {section.name for section in fields(JobConfig)} == set(SECTIONS.split())
+
+
+@pytest.mark.parametrize(
+    ("suffix", "attention"), [("", Sdpa()), ("_flex", Flex()), ("_flex_flash", FLASH), ("_varlen", Varlen())]
+)
+@pytest.mark.parametrize("size", ["debugmodel", "0.6B"])
+def test_a_suffix_of_the_flavor_chooses_the_attention(size: str, suffix: str, attention: object) -> None:
+    section = model("--model.flavor", size + suffix)
+    assert (section.flavor, section.attention) == (size + suffix, attention)
+    assert model(file=f"[model]\nflavor = '{size}{suffix}'") == section
+
+
+def test_options_beside_the_suffix_are_laid_over_it() -> None:
+    expected = Flex(block_size=(64, 32))
+    assert (
+        model("--model.flavor", "debugmodel_flex", "--model.attention.block-size", "64", "32").attention
+        == expected
+    )
+    assert (
+        model("--model.attention.block-size", "64", "32", "--model.flavor", "debugmodel_flex").attention
+        == expected
+    )
+    file = "[model]\nflavor = 'debugmodel_flex'\nattention.block_size = [64, 32]"
+    assert model(file=file).attention == expected
+    both = model(
+        "--model.flavor", "debugmodel_flex_flash", "--model.attention.kernel-options", '{"num_warps": 4}'
+    )
+    assert both.attention == Flex(kernel_options={"BACKEND": "FLASH", "num_warps": 4})
+
+
+def test_a_later_suffix_replaces_the_whole_attention() -> None:
+    file = "[model]\nflavor = 'debugmodel_flex_flash'"
+    assert model("--model.flavor", "debugmodel_flex", file=file).attention == Flex()
+    assert model("--model.flavor", "debugmodel_varlen", file=file).attention == Varlen()
+    small = "[model]\nattention = {kind = 'flex', block_size = 64}"
+    assert model("--model.flavor", "debugmodel_flex_flash", file=small).attention == FLASH
+
+
+def test_a_flavor_without_suffix_leaves_the_attention_alone() -> None:
+    assert model("--model.flavor", "0.6B", file="[model.attention]\nkind = 'flex'").attention == Flex()
+
+
+def test_a_kind_that_is_named_wins_over_the_suffix_which_then_leaves_the_name() -> None:
+    for argv in (
+        ["--model.flavor", "debugmodel_flex_flash", "--model.attention", "varlen"],
+        ["--model.attention", "varlen", "--model.flavor", "debugmodel_flex_flash"],
+    ):
+        assert model(*argv) == ModelSection(flavor="debugmodel", attention=Varlen())
+    later = model("--model.attention", "sdpa", file="[model]\nflavor = 'debugmodel_flex'")
+    assert later == ModelSection(flavor="debugmodel", attention=Sdpa())
+
+
+def test_a_dry_run_for_a_gpu_needs_none_and_a_real_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert load_job(["--job.device", "cuda", "--dry-run"]).config.device == "cuda"
+    with pytest.raises(ConfigError) as caught:
+        load_job(["--job.device", "cuda"])
+    expected = 'job.device = "cuda" is not available, as torch finds no GPU: use "cpu" or "auto"'
+    assert str(caught.value) == expected
+    assert load_job([]).config.device == "cpu"
+
+
+def test_the_flash_kernel_is_refused_where_the_device_comes_to_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for device in ("auto", "cpu"):
+        with pytest.raises(ConfigError) as caught:
+            load_job(["--model.flavor", "debugmodel_flex_flash", "--job.device", device, "--dry-run"])
+        (problem,) = caught.value.problems
+        assert problem.key == "model.attention.kernel_options"
+    load_job(["--model.flavor", "debugmodel_flex_flash", "--job.device", "cuda", "--dry-run"])
+
+
+def test_the_attention_is_checked_although_the_model_is_unknown() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_job(["--model.name", "gpt", "--model.attention", "varlen", "--model.attention.kernel", "fa3"])
+    keys = [problem.key for problem in caught.value.problems]
+    assert "model.name" in keys
+    assert any(key.startswith("model.attention.kernel") for key in keys)
+
+
+def test_the_decoder_is_that_of_the_flavor_with_its_overrides() -> None:
+    job = load_job(["--model.overrides", '{"n_layers": 2}', "--model.attention", "varlen"]).config
+    assert (job.decoder.n_layers, job.decoder.attention) == (2, Varlen())
+    assert JobConfig().decoder.n_layers == 6
+
+
+def test_every_file_in_configs_resolves() -> None:
+    folder = Path(__file__).parents[2] / "configs"
+    files = sorted(folder.rglob("*.toml"))
+    assert folder / "debugmodel.toml" in files
+    for file in files:
+        assert load_job(["--config", str(file), "--dry-run"]).files == (str(file),)
+
+
+def test_checking_leaves_no_trace_on_the_disk(tmp_path: Path) -> None:
+    load_job(["--job.dump-folder", "new/run", "--data.cache-dir", "new/cache"])
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,258 @@
+"""Layers, flags and their merge, on a configuration made for the purpose."""
+
+import itertools
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pytest
+
+from torchtitan_lite.config.load import Afresh, Available, ConfigError, Loaded, Problem, load, near
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plain:
+    kind: Literal["plain"] = "plain"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiled:
+    kind: Literal["tiled"] = "tiled"
+    size: int | tuple[int, int] = 128
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packed:
+    kind: Literal["packed"] = "packed"
+    kernel: Literal["auto", "fast"] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    name: str = "small"
+    inner: Plain | Tiled | Packed = field(default_factory=Plain)
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    steps: int = 10
+    lr: float = 1e-3
+    ratio: float | None = None
+    no_decay: bool = False
+    fast: bool = True
+    words: tuple[str, ...] = ()
+    ranks: Annotated[int, Available(1)] = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    model: Model = field(default_factory=Model)
+    train: Train = field(default_factory=Train)
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def read(*argv: str, **files: str) -> Run:
+    """The configuration of `argv`, after the given files, in order."""
+    return loaded(*argv, **files).config
+
+
+def loaded(*argv: str, **files: str) -> Loaded[Run]:
+    named = []
+    for name, text in files.items():
+        Path(name).write_text(text, encoding="utf-8")
+        named += ["--config", name]
+    return load(Run, [*named, *argv], prog="run")
+
+
+def problems(*argv: str, **files: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        loaded(*argv, **files)
+    return str(caught.value).splitlines()
+
+
+def test_defaults_give_way_to_files_in_order_and_files_to_flags() -> None:
+    one = "[train]\nsteps = 1\nlr = 1.0\nratio = 0.1"
+    two = "[train]\nsteps = 2\nlr = 2"
+    run = read("--train.steps", "3", one=one, two=two)
+    assert run.train == Train(steps=3, lr=2.0, ratio=0.1)
+    assert isinstance(run.train.lr, float)
+    assert read(two=two, one=one).train.steps == 1
+    assert read().train == Train()
+
+
+def test_flags_come_last_wherever_the_files_stand() -> None:
+    Path("one").write_text("[train]\nsteps = 1\nlr = 1.0")
+    assert read("--train.steps", "3", "--config", "one").train == Train(steps=3, lr=1.0)
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ("--train.steps 5", Train(steps=5)),
+        ("--train.steps=5", Train(steps=5)),
+        ("--train.steps 4 --train.steps 5", Train(steps=5)),
+        ("--train.steps -5", Train(steps=-5)),
+        ("--train.lr 1", Train(lr=1.0)),
+        ("--train.lr 1e-5", Train(lr=1e-5)),
+        ("--train.lr -0.5", Train(lr=-0.5)),
+        ("--train.ratio 0.5", Train(ratio=0.5)),
+        ("--train.ratio 0.5 --train.ratio None", Train()),
+        ("--train.ratio null", Train()),
+        ("--train.no-decay", Train(no_decay=True)),
+        ("--train.no_decay", Train(no_decay=True)),
+        ("--train.no-no-decay", Train()),
+        ("--train.fast", Train()),
+        ("--train.no-fast", Train(fast=False)),
+        ("--train.no_fast", Train(fast=False)),
+        ("--train.fast false", Train(fast=False)),
+        ("--train.fast=False", Train(fast=False)),
+        ("--train.no-fast --train.fast", Train()),
+        ("--train.words a 1 -b", Train(words=("a", "1", "-b"))),
+        ('--train.words ["a","b"]', Train(words=("a", "b"))),
+        ("--train.ranks 1", Train()),
+    ],
+)
+def test_a_flag_sets_its_key(argv: str, expected: Train) -> None:
+    assert read(*argv.split(" ")).train == expected
+
+
+@pytest.mark.parametrize("text", ["5", "true", "null", "", " a b ", "[1]", "a=b", "-x", "é\n", '"q"'])
+def test_the_text_of_a_string_is_taken_as_it_stands(text: str) -> None:
+    assert read("--model.name", text).model.name == text
+    assert read(f"--model.name={text}").model.name == text
+
+
+def test_a_string_that_looks_like_a_flag_is_given_with_an_equals_sign() -> None:
+    assert read("--model.name=--train.steps").model.name == "--train.steps"
+    assert problems("--model.name", "--train.fast") == ["model.name has no value: write --model.name=VALUE"]
+
+
+def test_a_table_is_given_as_json_and_merges_with_the_file() -> None:
+    file = "[model.overrides]\na = 1\n[model.overrides.deep]\nx = 1\ny = 2"
+    run = read("--model.overrides", '{"b": [1, 2.5], "deep": {"y": 3}}', file=file)
+    assert run.model.overrides == {"a": 1, "b": [1, 2.5], "deep": {"x": 1, "y": 3}}
+
+
+def test_flags_mean_the_same_in_any_order() -> None:
+    flags = (
+        ("--model.inner", "tiled"),
+        ("--model.inner.size", "64", "32"),
+        ("--model.inner.options", '{"a": 1}'),
+        ("--train.no-fast",),
+        ("--config", "file"),
+    )
+    Path("file").write_text("[model]\nname = 'large'\n[model.inner]\nkind = 'packed'\nkernel = 'fast'")
+    expected = Run(
+        model=Model(name="large", inner=Tiled(size=(64, 32), options={"a": 1})), train=Train(fast=False)
+    )
+    for order in itertools.permutations(flags):
+        assert read(*itertools.chain(*order)) == expected
+
+
+@pytest.mark.parametrize("size", ["64 32", "[64,32]", "[64, 32]"])
+def test_a_pair_is_two_words_or_json(size: str) -> None:
+    words = [size] if "[" in size else size.split()
+    assert read("--model.inner", "tiled", "--model.inner.size", *words).model.inner == Tiled(size=(64, 32))
+
+
+def test_both_spellings_of_a_kind_choose_it() -> None:
+    assert read("--model.inner", "packed").model.inner == Packed()
+    assert read("--model.inner.kind", "packed").model.inner == Packed()
+    assert read("--model.inner.kind=tiled", "--model.inner", "packed").model.inner == Packed()
+
+
+TILED = "[model.inner]\nkind = 'tiled'\nsize = 64\noptions = {a = 1}"
+
+
+def test_a_later_layer_of_the_same_kind_keeps_the_options() -> None:
+    run = read("--model.inner", "tiled", "--model.inner.size", "32", file=TILED)
+    assert run.model.inner == Tiled(size=32, options={"a": 1})
+
+
+def test_another_kind_drops_the_options_of_the_one_before() -> None:
+    assert read("--model.inner", "packed", file=TILED).model.inner == Packed()
+    back = "[model.inner]\nkind = 'packed'"
+    assert read("--model.inner", "tiled", file=TILED, back=back).model.inner == Tiled()
+
+
+def test_options_may_come_before_the_kind_that_they_belong_to() -> None:
+    assert read("--model.inner", "tiled", file="[model.inner]\nsize = 64").model.inner == Tiled(size=64)
+
+
+def test_options_of_a_kind_that_is_not_chosen_are_refused() -> None:
+    expected = 'model.inner.size = 8 belongs to kind "tiled", and model.inner.kind is "{}": ...'
+    for kind in ("plain", "packed"):
+        (line,) = problems("--model.inner.size", "8", "--model.inner", kind)
+        assert line.startswith(expected.format(kind).removesuffix("..."))
+    (line,) = problems("--model.inner.size", "8")
+    assert line.startswith(expected.format("plain").removesuffix("..."))
+    (line,) = problems("--model.inner.size", "8", file="[model.inner]\nkind = 'packed'")
+    assert line.startswith(expected.format("packed").removesuffix("..."))
+
+
+def test_a_layer_may_be_rewritten_before_the_merge_and_may_start_a_table_afresh() -> None:
+    Path("file").write_text(TILED)
+
+    def hook(layer: dict[str, Any]) -> dict[str, Any]:
+        if layer.get("model", {}).pop("name", None) == "again":
+            layer["model"]["inner"] = Afresh(kind="tiled", options={"b": 2})
+        return layer
+
+    argv = ["--config", "file", "--model.name", "again"]
+    run = load(Run, argv, prog="run", layer_hook=hook).config
+    assert run.model.inner == Tiled(options={"b": 2})
+
+
+def test_a_field_whose_feature_is_to_come_takes_its_off_value_alone() -> None:
+    assert problems("--train.ranks", "2") == ["train.ranks = 2 is not available yet: use 1"]
+    assert problems("--train.ranks", "x")[0].startswith('train.ranks = "x" is not an integer')
+
+
+def test_checks_see_the_values_and_are_reported_with_the_rest() -> None:
+    seen = []
+
+    def check(run: Run, dry_run: bool) -> list[Problem]:
+        seen.append((run.train.steps, dry_run))
+        return [
+            Problem("model.name", run.model.name, "is wrong", "x"),
+            Problem("train.lr", 1, "is wrong", "x"),
+        ]
+
+    with pytest.raises(ConfigError) as caught:
+        load(Run, ["--train.steps", "7", "--train.lr", "x", "--dry-run"], prog="run", check=check)
+    assert seen == [(7, True)]
+    assert [problem.key for problem in caught.value.problems] == ["train.lr", "model.name"]
+
+
+def test_what_was_asked_for_is_handed_back() -> None:
+    result = loaded("--dry-run", one="", two="")
+    assert (result.dry_run, result.files) == (True, ("one", "two"))
+    assert not loaded("--dry_run=false").dry_run
+    assert not loaded().dry_run
+
+
+def test_nesting_without_end_is_refused() -> None:
+    (line,) = problems("--model.overrides", '{"a": ' + "[" * 99 + "]" * 99 + "}")
+    assert line == "model.overrides.a is nested more than 32 levels deep: write a flatter table"
+    assert "is not a table" in problems("--model.overrides", '{"a": ' + "[" * 99999)[0]
+
+
+def test_a_near_miss_is_suggested_and_otherwise_the_choice_is_listed() -> None:
+    assert near("stps", ["steps", "lr"]) == 'did you mean "steps"?'
+    assert near("SEQ-LEN", ["steps", "seq_len"]) == 'did you mean "seq_len"?'
+    assert near("x", ["steps", "lr"]) == 'choose one of "steps", "lr"'
+    assert near(7, [1]) == "use 1"
+    assert near("x", []) == "leave it out"
+
+
+def test_a_problem_reads_as_key_value_rule_and_remedy() -> None:
+    problem = Problem("a.b", 4, "does not divide c.d = 6", "use 1, 2, 3 or 6")
+    assert str(problem) == "a.b = 4 does not divide c.d = 6: use 1, 2, 3 or 6"
+    assert str(ConfigError([problem, problem])) == f"{problem}\n{problem}"
+    assert str(Problem("k", {"a": [1, None, "ü"]}, "r", "m")) == 'k = {"a": [1, null, "ü"]} r: m'

@@ -1,0 +1,19 @@
+"""What the data page promises."""
+
+import re
+from pathlib import Path
+
+from torchtitan_lite.data.tokenizer import _END_NAMES
+
+PAGE = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+
+
+def test_the_example_of_the_page_runs(tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (example,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    exec(example, {})  # noqa: S102 - it is our own page
+    assert int(capsys.readouterr().out.split()[0]) > 5_000_000
+
+
+def test_the_page_names_the_ends_in_the_order_that_they_are_tried():
+    assert ", ".join(f"`{name}`" for name in _END_NAMES) in PAGE.replace("\n", " ")

@@ -1,0 +1,108 @@
+"""The order in which batches come."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from torchtitan_lite.data import IGNORE, Batch, Loader, Samples, Split, in_order
+from torchtitan_lite.data.order import sample_at
+
+
+@pytest.fixture
+def samples() -> Samples:
+    """Thirty-seven samples, each of which can be told by its first token."""
+    tokens = np.arange(37 * 4)
+    offsets = np.arange(0, len(tokens) + 1, 37)
+    split = Split(
+        name="train",
+        n_documents=4,
+        n_tokens=len(tokens),
+        n_bytes=0,
+        unigram_entropy=0.0,
+        tokens_T=tokens,
+        offsets=offsets,
+    )
+    return Samples(split, 4)
+
+
+def rows(batches: list[Batch]) -> list[int]:
+    """The index of each row's sample in the split."""
+    return [first // 4 for batch in batches for first in batch.tokens_BS[:, 0].tolist()]
+
+
+def global_order(samples: Samples, n_ranks: int, local: int, n_steps: int, **options) -> list[int]:
+    """The rows of all ranks, rank after rank within each step."""
+    loaders = [Loader(samples, 5, local, rank=rank, n_ranks=n_ranks, **options) for rank in range(n_ranks)]
+    return rows([next(loader) for _ in range(n_steps) for loader in loaders])
+
+
+@pytest.mark.parametrize(("n_ranks", "local"), [(1, 1), (1, 12), (2, 6), (3, 4), (4, 3), (12, 1), (2, 3)])
+def test_ranks_and_batch_sizes_cut_one_and_the_same_order(samples: Samples, n_ranks: int, local: int):
+    expected = [sample_at(g, 37, 5) for g in range(120)]
+    assert global_order(samples, n_ranks, local, 120 // (n_ranks * local)) == expected
+
+
+@pytest.mark.parametrize("consumed", [0, 6, 36, 37, 1000])
+def test_a_loader_goes_on_where_another_stopped_on_other_ranks_too(samples: Samples, consumed: int):
+    expected = [sample_at(g, 37, 5) for g in range(consumed, consumed + 24)]
+    for n_ranks, local in ((1, 3), (4, 2), (2, 1)):
+        n_steps = 24 // (n_ranks * local)
+        assert global_order(samples, n_ranks, local, n_steps, consumed_samples=consumed) == expected
+
+
+def test_consumed_samples_counts_all_ranks_and_is_the_whole_state(samples: Samples):
+    loader = Loader(samples, 3, 2, rank=1, n_ranks=4)
+    for n in range(1, 9):
+        next(loader)
+        assert loader.consumed_samples == 8 * n
+    resumed = Loader(samples, 3, 2, rank=1, n_ranks=4, consumed_samples=loader.consumed_samples)
+    for one, other in itertools.islice(zip(loader, resumed, strict=True), 10):
+        assert one.sample_ids == other.sample_ids
+        assert torch.equal(one.tokens_BS, other.tokens_BS)
+
+
+def test_sample_ids_are_places_in_the_global_order(samples: Samples):
+    loader = Loader(samples, 3, 4, rank=1, n_ranks=2, consumed_samples=80)
+    batch = next(loader)
+    assert batch.sample_ids == [84, 85, 86, 87]
+    assert rows([batch]) == [sample_at(g, 37, 3) for g in batch.sample_ids]
+
+
+def test_the_seed_changes_the_order_and_each_epoch_has_its_own(samples: Samples):
+    one, other = (rows([next(Loader(samples, seed, 37))]) for seed in (1, 2))
+    assert sorted(one) == sorted(other) == list(range(37)) and one != other
+    loader = Loader(samples, 1, 37)
+    epochs = [rows([next(loader)]) for _ in range(3)]
+    assert all(sorted(epoch) == list(range(37)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+
+
+def test_held_out_batches_come_in_order_and_none_is_left_out(samples: Samples):
+    batches = list(in_order(samples, 8))
+    assert [len(batch.tokens_BS) for batch in batches] == [8, 8, 8, 8, 5]
+    assert rows(batches) == list(range(37))
+    assert [i for batch in batches for i in batch.sample_ids] == list(range(37))
+
+
+@pytest.mark.parametrize(("n_batches", "n_samples"), [(0, 0), (1, 8), (4, 32), (5, 37), (99, 37), (-1, 37)])
+def test_a_fixed_number_of_held_out_batches_is_the_same_samples_each_time(
+    samples: Samples, n_batches: int, n_samples: int
+):
+    for _ in range(2):
+        assert rows(list(in_order(samples, 8, n_batches))) == list(range(n_samples))
+
+
+@pytest.mark.parametrize(("n_ranks", "local"), [(2, 4), (3, 4), (4, 8), (5, 3)])
+def test_ranks_share_the_held_out_samples_and_stay_in_step(samples: Samples, n_ranks: int, local: int):
+    shares = [list(in_order(samples, local, rank=rank, n_ranks=n_ranks)) for rank in range(n_ranks)]
+    assert len({len(share) for share in shares}) == 1
+    seen = [i for share in shares for batch in share for i in batch.sample_ids]
+    assert sorted(seen) == list(range(37))
+    for batch in itertools.chain(*shares):
+        assert len(batch.tokens_BS) >= 1
+        assert batch.sample_ids or (batch.labels_BS == IGNORE).all()
+    n_labels = sum((batch.labels_BS != IGNORE).sum().item() for share in shares for batch in share)
+    whole = sum((batch.labels_BS != IGNORE).sum().item() for batch in in_order(samples, 8))
+    assert n_labels == whole > 0

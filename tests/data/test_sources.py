@@ -1,0 +1,310 @@
+"""Which files and documents a dataset has."""
+
+import io
+import json
+import os
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from torchtitan_lite.config.load import ConfigError
+from torchtitan_lite.data import DataConfig, documents
+from torchtitan_lite.data.sources import Source, open_source
+
+
+def source(path: Path | str = "", dataset: str = "text", field: str = "text") -> Source:
+    return open_source(DataConfig(dataset=dataset, path=str(path), field=field))  # type: ignore[arg-type]
+
+
+def texts(opened: Source) -> list[str]:
+    return [b"".join(document.pieces).decode() for document in opened.documents()]
+
+
+def error(call: Callable, *args: object) -> str:
+    with pytest.raises(ConfigError) as caught:
+        call(*args)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_the_standard_library_is_the_running_pythons_own():
+    files = source(dataset="python_stdlib").files
+    names = [file.name for file in files]
+    assert {"os.py", "json/decoder.py", "asyncio/events.py"} <= set(names)
+    assert dict(zip(names, files, strict=True))["os.py"].path == Path(os.__file__)
+    assert names == sorted(names) and len(names) > 500
+    left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+    assert all(name.endswith(".py") and not left_out & set(name.split("/")) for name in names)
+    for file in random.Random(0).sample(files, 50):
+        file.path.read_text(encoding="utf-8")
+
+
+def test_the_standard_library_ignores_files_that_are_not_its_text(tmp_path: Path, monkeypatch):
+    for name, content in {
+        "b.py": b"b",
+        "a.py": b"a",
+        "pkg/z.py": b"z",
+        "latin.py": b"# \xe9",
+        "empty.py": b"",
+        "notes.txt": b"n",
+        "test/t.py": b"t",
+        "pkg/tests/t.py": b"t",
+        "idlelib/idle_test/t.py": b"t",
+        "site-packages/torch.py": b"t",
+        "pkg/__pycache__/c.py": b"c",
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    files = source(dataset="python_stdlib").files
+    assert [file.name for file in files] == ["a.py", "b.py", "pkg/z.py"]
+
+
+def test_a_python_without_its_sources_is_an_error(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    assert error(source, "", "python_stdlib").startswith(
+        'data.dataset = "python_stdlib" finds no source file'
+    )
+
+
+def test_the_order_and_the_digest_do_not_depend_on_the_file_system(text_folder: Path, monkeypatch):
+    before = source(text_folder)
+    walk = os.walk
+
+    def shuffled(root, **options):
+        for folder, subfolders, names in walk(root, **options):
+            random.Random(1).shuffle(subfolders)
+            random.Random(2).shuffle(names)
+            yield folder, subfolders, names
+
+    monkeypatch.setattr("os.walk", shuffled)
+    after = source(text_folder)
+    assert [file.name for file in after.files] == [file.name for file in before.files]
+    assert after.digest == before.digest
+
+
+def test_the_digest_follows_content_and_names_but_not_the_place(tmp_path: Path):
+    folder = tmp_path / "one"
+    folder.mkdir()
+    (folder / "a.txt").write_text("hello")
+    (folder / "b.txt").write_text("world")
+    first, status = source(folder).digest, (folder / "a.txt").stat()
+    folder = folder.rename(tmp_path / "two")
+    assert source(folder).digest == first
+    (folder / "a.txt").write_text("hellO")
+    os.utime(folder / "a.txt", ns=(status.st_atime_ns, status.st_mtime_ns))
+    second = source(folder).digest
+    (folder / "b.txt").rename(folder / "c.txt")
+    assert len({first, second, source(folder).digest}) == 3
+
+
+def test_a_folder_gives_its_utf_8_files_and_says_how_many_it_left_out(tmp_path: Path, caplog):
+    for name, content in {
+        "b.md": b"b",
+        "a/2": b"two",
+        "a/10.txt": b"ten",
+        "a.txt": "\ufefftext é\r\n".encode(),
+        "empty.txt": b"",
+        "latin.txt": "é".encode("latin-1"),
+        "wide.txt": "wide".encode("utf-16"),
+        "image.bin": b"\0\1\2",
+        "cut.txt": "é".encode()[:1],
+        ".hidden/x.txt": b"x",
+        ".x.txt": b"x",
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    opened = source(tmp_path)
+    assert [file.name for file in opened.files] == ["a.txt", "a/10.txt", "a/2", "b.md"]
+    assert texts(opened) == ["text é\r\n", "ten", "two", "b"]
+    assert caplog.messages == [f"{tmp_path}: left out 1 empty files and 4 that are not UTF-8 text"]
+
+
+def test_a_folder_that_is_all_text_gives_no_warning(text_folder: Path, caplog):
+    source(text_folder)
+    assert not caplog.messages
+
+
+def test_a_file_that_turns_out_not_to_be_text_far_into_it_is_left_out(tmp_path: Path):
+    (tmp_path / "a.txt").write_bytes(b"a" * (3 << 20) + b"\xff")
+    (tmp_path / "b.txt").write_bytes("é".encode() * (1 << 20))  # no piece boundary may split a character
+    assert [file.name for file in source(tmp_path).files] == ["b.txt"]
+
+
+def test_a_path_may_start_at_the_home_folder(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.txt").write_text("a")
+    assert texts(source("~/a.txt")) == ["a"]
+    assert DataConfig(cache_dir="~/c").cache_folder == tmp_path / "c"
+
+
+@pytest.mark.parametrize(
+    ("content", "rule"), [(b"", "is empty"), (b"\xff", "is not UTF-8 text"), (b"a\0b", "is not UTF-8 text")]
+)
+def test_a_single_file_without_text_is_an_error(tmp_path: Path, content: bytes, rule: str):
+    (tmp_path / "x").write_bytes(content)
+    remedy = "name a file that holds text, or convert it to UTF-8"
+    assert error(source, tmp_path / "x") == f'data.path = "{tmp_path}/x" {rule}: {remedy}'
+
+
+def test_a_folder_without_text_is_an_error(tmp_path: Path):
+    assert error(source, tmp_path).startswith(f'data.path = "{tmp_path}" holds no text file')
+    (tmp_path / "x").write_bytes(b"\xff")
+    (tmp_path / "y").write_bytes(b"")
+    assert "holds no UTF-8 text file (1 empty, 1 not UTF-8, hidden ones not counted)" in error(
+        source, tmp_path
+    )
+    assert "holds no .jsonl file" in error(source, tmp_path, "jsonl")
+
+
+def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path: Path, write_jsonl):
+    file, lines = tmp_path / "a.txt", write_jsonl(["one", "two"])
+    file.write_text("before")
+    for opened, path in ((source(file), file), (source(lines, "jsonl"), lines)):
+        with path.open("a") as stream:
+            stream.write("\n")
+        assert "changed while it was read: start again" in error(texts, opened)
+        path.unlink()
+        assert "cannot be read (No such file or directory)" in error(texts, opened)
+
+
+def test_json_lines_are_documents_in_order(tmp_path: Path, write_jsonl):
+    expected = ["one", "two\nlines", "é 🙂 \u2028", "", "<|endoftext|>"]
+    assert texts(source(write_jsonl(expected), "jsonl")) == expected
+    (tmp_path / "b").mkdir()
+    write_jsonl(["last"], "b/z.jsonl")
+    (tmp_path / "b" / "other.txt").write_text("not a document")
+    assert texts(source(tmp_path, "jsonl")) == ["last", *expected]
+
+
+def test_json_lines_may_have_a_mark_blank_lines_and_carriage_returns(tmp_path: Path):
+    (tmp_path / "x.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n\r\n   \n{"body": 1, "text": "b"}')
+    assert texts(source(tmp_path / "x.jsonl", "jsonl")) == ["a", "b"]
+
+
+def test_the_field_of_json_lines_can_be_chosen(tmp_path: Path):
+    (tmp_path / "x.jsonl").write_text('{"text": "a", "body": "b"}\n')
+    assert texts(source(tmp_path / "x.jsonl", "jsonl", "body")) == ["b"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "is not JSON (Expecting property name"),
+        ("text", "is not JSON (Expecting value"),
+        ('{"text": "a"} {"text": "b"}', "is not JSON (Extra data"),
+        ("\udcff", "is not JSON ('utf-8' codec can't decode"),
+        ("[" * 100_000, "is not JSON (maximum recursion depth"),
+        ('{"text": ' + "9" * 5000 + "}", "is not JSON (Exceeds the limit"),
+        ('["text"]', 'is not a JSON object: write {"text": "..."} on each line'),
+        ("null", "is not a JSON object"),
+        (r'{"text": "\ud83d"}', "has half of a surrogate pair in its text: write all of it"),
+    ],
+)
+def test_a_malformed_json_line_is_named(tmp_path: Path, line: str, message: str):
+    file = tmp_path / "x.jsonl"
+    file.write_bytes(b'{"text": "fine"}\n' + line.encode(errors="surrogateescape") + b"\n")
+    found = error(texts, source(file, "jsonl"))
+    assert found.startswith(f'data.path = "{file}, line 2" {message}')
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"texts": "a"}, 'is not a key of the object in {}, line 2: did you mean "texts"?'),
+        ({}, "is not a key of the object in {}, line 2: "),
+        ({"text": 3}, "is not the key of a string in {}, line 2: name the key of a text, or correct"),
+        ({"text": None}, "is not the key of a string in {}, line 2: name the key of a text, or correct"),
+    ],
+)
+def test_a_json_line_without_the_field_is_named(tmp_path: Path, content: dict, message: str):
+    file = tmp_path / "x.jsonl"
+    file.write_text('{"text": "fine"}\n' + json.dumps(content) + "\n")
+    assert error(texts, source(file, "jsonl")).startswith('data.field = "text" ' + message.format(file))
+
+
+@pytest.mark.parametrize("kind", ["lines", "words", "no break at all", "wide characters", "carriage returns"])
+def test_pieces_are_the_text_in_bounded_parts_that_split_no_character(monkeypatch, kind: str):
+    monkeypatch.setattr(documents, "PIECE_BYTES", 100)
+    chance = random.Random(kind)
+    alphabet = {
+        "lines": "ab \n",
+        "words": "abcdé ",
+        "no break at all": "ab",
+        "wide characters": "🙂文é",
+        "carriage returns": "ab\r\n",
+    }[kind]
+    for length in (0, 1, 99, 100, 101, 350, 5000):
+        text = "".join(chance.choices(alphabet, k=length)).encode()
+        pieces = list(documents._pieces(io.BytesIO(text)))
+        assert b"".join(pieces) == text
+        assert all(0 < len(piece) <= 200 for piece in pieces)
+        for piece in pieces:
+            piece.decode()
+
+
+def test_pieces_of_a_long_document_encode_as_the_whole_does(monkeypatch, tokenizer_folder: Path):
+    from torchtitan_lite.data import load_tokenizer
+
+    tokenizer = load_tokenizer(str(tokenizer_folder))
+    text = Path(random.__file__).read_bytes()
+    monkeypatch.setattr(documents, "PIECE_BYTES", 2000)
+    pieces = list(documents._pieces(io.BytesIO(text)))
+    assert len(pieces) > 10
+    parts = [i for ids in tokenizer.encode_pieces(pieces) for i in ids.tolist()]
+    assert parts == tokenizer.encode(text.decode()).tolist()
+
+
+OUT_OF_RANGE = "is not in [0, 1): use 0.05 to hold out a twentieth of the text, or 0 for none"
+OF_JSONL = 'is an option of dataset "jsonl", and the dataset is "python_stdlib": leave it out, or set'
+OF_FILES = (
+    'is an option of datasets "text" and "jsonl", and the dataset is "python_stdlib": leave it out, or set'
+)
+NAME = "name a text file or a folder of them"
+PYTHON = sys.executable
+WRITABLE = "name a folder that you can write to"
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, []),
+        ({"dataset": "text"}, [f'path = "" is needed by dataset "text": {NAME}']),
+        ({"dataset": "jsonl"}, [f'path = "" is needed by dataset "jsonl": {NAME.replace("text", ".jsonl")}']),
+        ({"dataset": "text", "path": "/no/such"}, [f'path = "/no/such" does not exist: {NAME}']),
+        ({"dataset": "text", "path": PYTHON}, []),
+        (
+            {"path": "/tmp", "field": "body", "validation_fraction": 1.0},
+            [
+                f'path = "/tmp" {OF_FILES} data.dataset = "text"',
+                f"validation_fraction = 1.0 {OUT_OF_RANGE}",
+                f'field = "body" {OF_JSONL} data.dataset = "jsonl"',
+            ],
+        ),
+        ({"validation_fraction": 0.0}, []),
+        ({"validation_fraction": -0.1}, [f"validation_fraction = -0.1 {OUT_OF_RANGE}"]),
+        ({"cache_dir": PYTHON}, [f'cache_dir = "{PYTHON}" is not a folder: {WRITABLE}']),
+        ({"cache_dir": f"{PYTHON}/a"}, [f'cache_dir = "{PYTHON}/a" cannot be made in {PYTHON}: {WRITABLE}']),
+    ],
+)
+def test_a_data_section_that_cannot_work_says_so_in_one_line_each(options: dict, expected: list[str]):
+    problems = DataConfig(**options).problems("data")
+    assert [str(problem) for problem in problems] == [f"data.{line}" for line in expected]
+
+
+@pytest.mark.parametrize("dataset", ["text", "jsonl"])
+def test_an_empty_folder_is_found_before_anything_is_read(tmp_path: Path, dataset: str):
+    (tmp_path / "sub").mkdir()
+    (problem,) = DataConfig(dataset=dataset, path=str(tmp_path)).problems("data")  # type: ignore[arg-type]
+    assert problem.key == "data.path" and problem.rule.startswith("holds no ")
+
+
+def test_the_cache_is_in_the_users_cache_folder_by_default(monkeypatch, tmp_path: Path):
+    monkeypatch.setenv("HOME", "/home/someone")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert DataConfig().cache_folder == Path("/home/someone/.cache/torchtitan_lite")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert DataConfig().cache_folder == tmp_path / "torchtitan_lite"

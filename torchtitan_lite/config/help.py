@@ -1,0 +1,109 @@
+"""The text of `--help`: tyro draws it from the dataclasses, their docstrings and the values read so far."""
+
+import dataclasses
+import inspect
+import json
+from typing import Annotated, Any, Literal, cast, get_origin
+
+from torchtitan_lite.config.schema import classes, field_types, kinds, unwrapped
+
+
+def print_help(config: Any, prog: str) -> None:
+    """Print every option with its value in `config` as the default; of tagged unions, the chosen member's."""
+    import tyro
+
+    registry = tyro.constructors.ConstructorRegistry()
+    registry.struct_rule(_Options(type(config), _choices(type(config))))
+    try:
+        tyro.cli(
+            type(config),
+            prog=prog,
+            description=(inspect.getdoc(type(config)) or "").replace("\n\n", "\n"),
+            args=["--help"],
+            default=config,
+            config=(tyro.conf.AvoidSubcommands,),
+            registry=registry,
+        )
+    except SystemExit:
+        return
+
+
+class _Options:
+    """A rule for tyro: how the options of a dataclass are shown."""
+
+    def __init__(self, root: type, choices: dict[type, list[str]]) -> None:
+        self.root, self.choices = root, choices
+        self.asking_tyro = False
+
+    def __call__(self, info: Any) -> Any:
+        from tyro.constructors import ConstructorRegistry
+
+        if self.asking_tyro or not dataclasses.is_dataclass(info.type):
+            return None
+        self.asking_tyro = True
+        try:
+            spec = cast(Any, ConstructorRegistry.get_struct_spec(info))
+        finally:
+            self.asking_tyro = False
+        fields = [self.shown(cast(type, info.type), field) for field in spec.fields]
+        return dataclasses.replace(spec, fields=(*(_command() if info.type is self.root else ()), *fields))
+
+    def shown(self, owner: type, field: Any) -> Any:
+        """A field as the command line has it."""
+        import tyro
+
+        if get_origin(unwrapped(field.type)[0]) is dict:
+            field = dataclasses.replace(field, type=Annotated[dict, _json()])
+        if field.name == "kind" and owner in self.choices:
+            options = self.choices[owner]
+            selector = Annotated[Literal[tuple(options)], tyro.conf.arg(name="")]  # type: ignore
+            text = "Each has options of its own; those shown here are the chosen one's."
+            return dataclasses.replace(field, type=selector, helptext=text)
+        text = cast(str | None, field.helptext() if callable(field.helptext) else field.helptext)
+        return dataclasses.replace(field, helptext=" ".join(text.split()) if text else None)
+
+
+def _choices(cls: type) -> dict[type, list[str]]:
+    """For each member of a tagged union below `cls`, the kinds to choose from."""
+    found: dict[type, list[str]] = {}
+    for annotation in field_types(cls).values():
+        members = kinds(annotation)
+        found |= {member: list(members) for member in members.values()}
+        for section in classes(annotation):
+            found |= _choices(section)
+    return found
+
+
+def _command() -> tuple[Any, ...]:
+    """The two options that are about the command itself."""
+    import tyro
+    from tyro.constructors import PrimitiveConstructorSpec, StructFieldSpec
+
+    file = PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="FILE.toml",
+        instance_from_str=list,
+        is_instance=lambda value: isinstance(value, list),
+        str_from_instance=list,
+    )
+    no_default = tyro.conf.arg(help_behavior_hint="")
+    files: Any = Annotated[list, file, no_default]
+    switch: Any = Annotated[bool, tyro.conf.FlagCreatePairsOff, no_default]
+    config = "Read this file. Several --config merge from left to right; the options below come last."
+    dry_run = "Check everything, print the resolved configuration as TOML, and exit."
+    return (
+        StructFieldSpec(name="config", type=files, default=[], helptext=config),
+        StructFieldSpec(name="dry_run", type=switch, default=False, helptext=dry_run),
+    )
+
+
+def _json() -> Any:
+    from tyro.constructors import PrimitiveConstructorSpec
+
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="JSON",
+        instance_from_str=lambda words: json.loads(words[0]),
+        is_instance=lambda value: isinstance(value, dict),
+        str_from_instance=lambda value: [json.dumps(value)],
+    )

@@ -1,0 +1,218 @@
+"""A run as one value: the sections that the other modules own, and what must hold between them."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from torchtitan_lite.attention import AttentionConfig, Sdpa, refusals
+from torchtitan_lite.checkpoint import CheckpointConfig
+from torchtitan_lite.config.load import Afresh, ConfigError, Loaded, Problem, load, overlay
+from torchtitan_lite.data.sources import DataConfig
+from torchtitan_lite.data.tokenizer import load_tokenizer
+from torchtitan_lite.models.decoder import DecoderConfig
+from torchtitan_lite.models.registry import resolve, split_flavor
+from torchtitan_lite.parallel.apply import CompileConfig
+from torchtitan_lite.parallel.mesh import CommConfig, ParallelismConfig
+from torchtitan_lite.parallel.recompute import ActivationCheckpointConfig
+from torchtitan_lite.training.determinism import DebugConfig
+from torchtitan_lite.training.metrics import MetricsConfig
+from torchtitan_lite.training.optimizer import OptimizerConfig
+from torchtitan_lite.training.profiling import ProfilingConfig
+from torchtitan_lite.training.schedule import LRSchedulerConfig
+from torchtitan_lite.training.step import TrainingConfig
+from torchtitan_lite.training.validation import ValidationConfig
+
+_REFUSED_KEYS = {
+    "device": "job.device",
+    "dtype": "training.mixed_precision_param",
+    "head_dim": "model.overrides.head_dim",
+    "n_heads": "model.overrides.n_heads",
+    "sliding_window": "model.overrides.sliding_window",
+}
+"""The keys that set what an attention backend was checked against, where they are not its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobSection:
+    """What the run is called, where it writes, and on which device it runs."""
+
+    dump_folder: str = ""
+    """The run's own folder, used as given. Empty: outputs/<name>-<flavor>-<time>."""
+    description: str = ""
+    """What the run is for, in your own words; kept with its files."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda where there is one, else cpu."""
+
+    def problems(self, key: str) -> list[Problem]:
+        """An output folder that cannot be made or written to."""
+        folder = Path(self.dump_folder or "outputs").absolute()
+        try:
+            nearest = next(place for place in (folder, *folder.parents) if place.exists())
+        except OSError as error:
+            rule = f"cannot be a folder ({error.strerror})"
+            return [Problem(f"{key}.dump_folder", self.dump_folder, rule, "name another")]
+        if not nearest.is_dir():
+            rule = "is a file" if nearest == folder else f"cannot be made below {nearest}, which is a file"
+            return [Problem(f"{key}.dump_folder", self.dump_folder, rule, "name a folder")]
+        if not os.access(nearest, os.W_OK | os.X_OK):
+            rule, remedy = f"cannot be written: {nearest} is read-only", "name a folder that you can write to"
+            return [Problem(f"{key}.dump_folder", self.dump_folder, rule, remedy)]
+        return []
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSection:
+    """Which decoder is trained."""
+
+    name: str = "qwen3"
+    """Family of the model: qwen3 or llama3."""
+    flavor: str = "debugmodel"
+    """Size of the model, alone or with an attention: 8B, 8B_flex, 8B_flex_flash, 8B_varlen."""
+    attention: AttentionConfig = field(default_factory=Sdpa)
+    overrides: dict[str, Any] = field(default_factory=dict)
+    """Fields of the decoder that replace those of the flavor, such as {"n_layers": 2}."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobConfig:
+    """Train a decoder on text.
+
+    - An option is a key of a file: --training.steps 20 is steps = 20 in [training].
+    - Later wins: defaults, each --config in order, then the options, in any order.
+    - The defaults below are those after what is given with --help.
+    """
+
+    job: JobSection = field(default_factory=JobSection)
+    model: ModelSection = field(default_factory=ModelSection)
+    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    lr_scheduler: LRSchedulerConfig = field(default_factory=LRSchedulerConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    activation_checkpoint: ActivationCheckpointConfig = field(default_factory=ActivationCheckpointConfig)
+    compile: CompileConfig = field(default_factory=CompileConfig)
+    parallelism: ParallelismConfig = field(default_factory=ParallelismConfig)
+    comm: CommConfig = field(default_factory=CommConfig)
+    profiling: ProfilingConfig = field(default_factory=ProfilingConfig)
+    debug: DebugConfig = field(default_factory=DebugConfig)
+
+    @property
+    def device(self) -> str:
+        """The device that `job.device` comes to here: "cpu" or "cuda"."""
+        if self.job.device == "auto":
+            return "cuda" if torch.cuda.is_available() else "cpu"
+        return self.job.device
+
+    @property
+    def decoder(self) -> DecoderConfig:
+        """The decoder that the model section describes. Raises ConfigError where it describes none."""
+        return resolve(self.model.name, self.model.flavor, self.model.attention, self.model.overrides)
+
+    def check(self, world_size: int = 1, *, dry_run: bool = False) -> list[Problem]:
+        """Everything that is wrong although each value has its type; a dry run needs no GPU."""
+        arguments: dict[str, Any] = {
+            "training": {"data_ranks": world_size},
+            "lr_scheduler": {"training_steps": self.training.steps if self.training.steps > 0 else None},
+        }
+        found = []
+        for section in fields(self):
+            problems = getattr(getattr(self, section.name), "problems", None)
+            if problems is not None:
+                found += problems(section.name, **arguments.get(section.name, {}))
+        if world_size > 1:
+            rule, remedy = "is more ranks than a run can have yet", "start one, as with --nproc_per_node 1"
+            found.append(Problem("WORLD_SIZE", world_size, rule, remedy))
+        if self.device == "cuda" and not dry_run and not torch.cuda.is_available():
+            rule, remedy = "is not available, as torch finds no GPU", 'use "cpu" or "auto"'
+            found.append(Problem("job.device", "cuda", rule, remedy))
+        if self.validation.enable and self.data.validation_fraction == 0:
+            rule, remedy = "needs held-out text, and data.validation_fraction is 0", "set that to 0.05"
+            found.append(Problem("validation.enable", True, rule, remedy))
+        return found + self._model_problems()
+
+    def _model_problems(self) -> list[Problem]:
+        try:
+            decoder = self.decoder
+        except ConfigError as error:
+            return [*error.problems, *self._attention_problems(None), *self._tokenizer_problems(None)]
+        found = self._attention_problems(decoder) + self._tokenizer_problems(decoder)
+        if self.training.seq_len > decoder.max_seq_len:
+            rule = f"is more than the {decoder.max_seq_len} tokens that the model is meant for"
+            remedy = f"use at most {decoder.max_seq_len}, or raise model.overrides.max_seq_len"
+            found.append(Problem("training.seq_len", self.training.seq_len, rule, remedy))
+        return found
+
+    def _attention_problems(self, decoder: DecoderConfig | None) -> list[Problem]:
+        """What keeps the backend from running; without a decoder, for heads that suit every backend."""
+        refused = refusals(
+            self.model.attention,
+            device=self.device,
+            dtype=self.training.compute_dtype,
+            head_dim=decoder.head_dim if decoder else 64,
+            n_heads=decoder.n_heads if decoder else 1,
+            n_kv_heads=decoder.n_kv_heads if decoder else 1,
+            sliding_window=decoder.sliding_window if decoder else None,
+        )
+        return [
+            Problem(_REFUSED_KEYS.get(field, f"model.attention.{field}"), value, rule, remedy)
+            for field, value, rule, remedy in refused
+        ]
+
+    def _tokenizer_problems(self, decoder: DecoderConfig | None) -> list[Problem]:
+        try:
+            size = load_tokenizer(self.data.tokenizer).vocab_size
+        except ConfigError as error:
+            return list(error.problems)
+        if decoder is None or size <= decoder.vocab_size:
+            return []
+        rule = f"has {size} tokens, and the model's vocab_size is {decoder.vocab_size}"
+        remedy = f"set model.overrides.vocab_size to {size} or more"
+        return [Problem("data.tokenizer", self.data.tokenizer, rule, remedy)]
+
+
+def load_job(
+    argv: Sequence[str], *, world_size: int = 1, prog: str = "python -m torchtitan_lite.train"
+) -> Loaded[JobConfig]:
+    """The checked configuration of the command line `argv`; raises ConfigError with all that is wrong."""
+
+    def check(job: JobConfig, dry_run: bool) -> list[Problem]:
+        return job.check(world_size, dry_run=dry_run)
+
+    loaded = load(JobConfig, argv, prog=prog, layer_hook=expand_flavor, check=check)
+    return replace(loaded, config=_with_true_flavor(loaded.config))
+
+
+def expand_flavor(layer: dict[str, Any]) -> dict[str, Any]:
+    """A layer with the attention that the suffix of its flavor stands for.
+
+    That attention replaces what earlier layers say; the layer's own attention table is laid over it, or wins
+    as a whole when it names another kind. A flavor without a suffix leaves the attention alone.
+    """
+    model = layer.get("model")
+    if not isinstance(model, dict) or not isinstance(model.get("flavor"), str):
+        return layer
+    _, attention = split_flavor(model["flavor"])
+    own = model.get("attention", {})
+    if attention is None or not isinstance(own, dict):
+        return layer
+    if own.get("kind", attention["kind"]) != attention["kind"]:
+        return layer
+    return {**layer, "model": {**model, "attention": Afresh(overlay(attention, own))}}
+
+
+def _with_true_flavor(job: JobConfig) -> JobConfig:
+    """`job` without the flavor's suffix where a later layer has chosen another attention.
+
+    So the name never says what is not so, and the resolved file, read again, means the same.
+    """
+    size, attention = split_flavor(job.model.flavor)
+    chosen = {name: getattr(job.model.attention, name, None) for name in attention or {}}
+    if attention is None or overlay(chosen, attention) == chosen:
+        return job
+    return replace(job, model=replace(job.model, flavor=size))

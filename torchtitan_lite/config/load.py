@@ -1,0 +1,90 @@
+"""Defaults, TOML files and flags, each laid over the one before, to one frozen dataclass.
+
+Every field of the dataclass, and of those below it, has a default, and one that may be None has None. The
+flags are the last layer and pass the same validation as the files, so that all problems are reported at once.
+"""
+
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from torchtitan_lite.config.flags import read_flags
+from torchtitan_lite.config.problem import MISSING, ConfigError, Problem, near
+from torchtitan_lite.config.schema import Available
+from torchtitan_lite.config.toml import read_toml, to_toml
+from torchtitan_lite.config.validation import Afresh, overlay, validate
+
+__all__ = [
+    "MISSING",
+    "Afresh",
+    "Available",
+    "ConfigError",
+    "Loaded",
+    "Problem",
+    "load",
+    "near",
+    "overlay",
+    "to_toml",
+]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded(Generic[T]):
+    """What the command line came to."""
+
+    config: T
+    dry_run: bool
+    """Whether the user asked to see the configuration alone."""
+    files: tuple[str, ...]
+    """The files that were read, in order."""
+
+
+def load(
+    cls: type[T],
+    argv: Sequence[str],
+    *,
+    prog: str,
+    layer_hook: Callable[[dict[str, Any]], dict[str, Any]] = lambda layer: layer,
+    check: Callable[[T, bool], list[Problem]] = lambda config, dry_run: [],
+) -> Loaded[T]:
+    """Read the command line `argv`, and the files that it names, into a `cls`.
+
+    `layer_hook` may rewrite each layer before it is merged. `check(config, dry_run)` finds what is wrong
+    although each value has its type. Raises ConfigError with everything that is wrong. `--help` prints the
+    options, with the values read so far as their defaults, and raises SystemExit(0).
+    """
+    flags = read_flags(cls, argv)
+    layers, problems = [], []
+    for path in flags.files:
+        table, found = read_toml(path)
+        layers.append(table)
+        problems += found
+    unread = bool(problems)
+    config, found = validate(cls, [layer_hook(layer) for layer in (*layers, flags.layer)])
+    problems += [*flags.problems, *found]
+    if flags.help:
+        _print_help(config, prog, problems)
+        raise SystemExit(0)
+    if not unread:
+        problems += _of_sound_values(check(config, flags.dry_run), problems)
+    if problems:
+        raise ConfigError(problems)
+    return Loaded(config=config, dry_run=flags.dry_run, files=tuple(flags.files))
+
+
+def _of_sound_values(found: list[Problem], earlier: list[Problem]) -> list[Problem]:
+    """Those of `found` that mention no key of an `earlier` problem, where a default stood in."""
+    unsound = [re.compile(rf"(?<![\w.-]){re.escape(problem.key)}(?![\w-])") for problem in earlier]
+    return [problem for problem in found if not any(key.search(str(problem)) for key in unsound)]
+
+
+def _print_help(config: object, prog: str, problems: list[Problem]) -> None:
+    from torchtitan_lite.config.help import print_help
+
+    print_help(config, prog)
+    if problems:
+        print(ConfigError(problems), file=sys.stderr)

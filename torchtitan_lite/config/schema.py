@@ -1,0 +1,67 @@
+"""What a configuration dataclass says of its keys: their types, and the kinds of a tagged union."""
+
+import dataclasses
+import functools
+import types
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+
+
+class Available:
+    """Marks a field of which only these values work so far: `Annotated[int, Available(1)]`."""
+
+    def __init__(self, *values: object) -> None:
+        self.values = values
+
+
+@functools.cache
+def field_types(cls: type) -> dict[str, Any]:
+    """Name and annotation of each field of a dataclass, in order."""
+    hints = get_type_hints(cls, include_extras=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def unwrapped(annotation: Any) -> tuple[Any, tuple[Any, ...]]:
+    """The type inside `Annotated`, and the notes beside it."""
+    if get_origin(annotation) is Annotated:
+        return annotation.__origin__, annotation.__metadata__
+    return annotation, ()
+
+
+def alternatives(annotation: Any) -> tuple[Any, ...]:
+    """The members of a union; a type that is none is its own only member."""
+    tp, _ = unwrapped(annotation)
+    return get_args(tp) if get_origin(tp) in (Union, types.UnionType) else (tp,)
+
+
+def classes(annotation: Any) -> list[type]:
+    """The dataclasses that a table under this annotation may become."""
+    return [tp for tp in alternatives(annotation) if dataclasses.is_dataclass(tp) and isinstance(tp, type)]
+
+
+def kinds(annotation: Any) -> dict[str, type]:
+    """The members of a tagged union by their `kind`; empty for every other type."""
+    members = classes(annotation)
+    if len(members) < 2:
+        return {}
+    return {get_args(field_types(member)["kind"])[0]: member for member in members}
+
+
+def at(cls: type, path: list[str]) -> Any:
+    """The annotation of the key at `path`, joined over the kinds that have it; None where there is none."""
+    found: list[Any] = [cls]
+    for name in path:
+        owners = [owner for annotation in found for owner in classes(annotation)]
+        found = [field_types(owner)[name] for owner in owners if name in field_types(owner)]
+    if not found:
+        return None
+    return found[0] if len(found) == 1 else Union[tuple(found)]  # noqa: UP007 (a union of a computed list)
+
+
+def leaves(annotation: Any, key: str = "") -> list[str]:
+    """The dotted keys of all values below `annotation`."""
+    owners = classes(annotation)
+    if not owners:
+        return [key]
+    children = {name: child for owner in owners for name, child in field_types(owner).items()}
+    prefix = f"{key}." if key else ""
+    return [leaf for name, child in children.items() for leaf in leaves(child, prefix + name)]

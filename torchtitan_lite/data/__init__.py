@@ -1,0 +1,25 @@
+"""Text to batches of token ids.
+
+files -> documents -> pieces --tokenizer--> shards on disk -> samples of fixed length -> batches in order
+sources  documents    heldout  tokenizer    shards, cache     batch                      order, loader
+"""
+
+from torchtitan_lite.data.batch import IGNORE, Batch, Samples
+from torchtitan_lite.data.loader import Loader, in_order
+from torchtitan_lite.data.shards import Shards, Split, prepare
+from torchtitan_lite.data.sources import DataConfig
+from torchtitan_lite.data.tokenizer import Tokenizer, load_tokenizer
+
+__all__ = [
+    "IGNORE",
+    "Batch",
+    "DataConfig",
+    "Loader",
+    "Samples",
+    "Shards",
+    "Split",
+    "Tokenizer",
+    "in_order",
+    "load_tokenizer",
+    "prepare",
+]

@@ -1,0 +1,69 @@
+"""The order of the samples: a pure function of the seed and the global sample index, with nothing to store.
+
+A Feistel network permutes the smallest power of two that holds all n samples; an index that lands beyond n is
+permuted again until it lands below ("cycle walking"), which keeps the map a bijection of range(n).
+Black and Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002, https://eprint.iacr.org/2001/012
+"""
+
+from typing import overload
+
+import numpy as np
+
+_N_ROUNDS = 8
+_MASK = (1 << 64) - 1
+# https://prng.di.unimi.it/splitmix64.c
+_GOLDEN, _MIX1, _MIX2 = map(np.uint64, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+
+
+@overload
+def sample_at(g: int, n: int, seed: int) -> int: ...
+@overload
+def sample_at(g: np.ndarray, n: int, seed: int) -> np.ndarray: ...
+def sample_at(g: int | np.ndarray, n: int, seed: int) -> int | np.ndarray:
+    """Which of the n samples stands at place `g` of the endless order; each epoch has its own permutation."""
+    epoch, index = np.divmod(np.atleast_1d(np.asarray(g, np.uint64)), np.uint64(n))
+    placed = _permute(index, n, _mix(_key(seed) + epoch))
+    return int(placed[0]) if np.ndim(g) == 0 else placed.astype(np.int64)
+
+
+@overload
+def permute(index: int, n: int, seed: int) -> int: ...
+@overload
+def permute(index: np.ndarray, n: int, seed: int) -> np.ndarray: ...
+def permute(index: int | np.ndarray, n: int, seed: int) -> int | np.ndarray:
+    """Where a permutation of range(n), chosen by `seed`, takes `index` (one, or an array of them)."""
+    places = np.atleast_1d(np.asarray(index, np.uint64))
+    placed = _permute(places, n, np.broadcast_to(_key(seed), places.shape))
+    return int(placed[0]) if np.ndim(index) == 0 else placed.astype(np.int64)
+
+
+def _permute(index: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
+    assert 0 < n < 1 << 62 and bool((index < n).all()), f"indices of range({n})"
+    n_bits = max(2, (n - 1).bit_length())
+    placed = _feistel(index, n_bits, key)
+    while (beyond := placed >= n).any():
+        placed[beyond] = _feistel(placed[beyond], n_bits, key[beyond])
+    return placed
+
+
+def _feistel(index: np.ndarray, n_bits: int, key: np.ndarray) -> np.ndarray:
+    # The halves swap places and widths each round; an even number of rounds brings the widths back.
+    n_right, n_left = n_bits // 2, n_bits - n_bits // 2
+    left, right = index >> np.uint64(n_right), index & np.uint64((1 << n_right) - 1)
+    for turn in range(_N_ROUNDS):
+        mixed = _mix(right + _mix(key + np.uint64(turn)))
+        left, right = right, left ^ (mixed >> np.uint64(64 - n_left))
+        n_left, n_right = n_right, n_left
+    return left << np.uint64(n_right) | right
+
+
+def _key(seed: int) -> np.ndarray:
+    return _mix(np.array([seed & _MASK], np.uint64))
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """The output function of splitmix64, modulo 2**64."""
+    x = x + _GOLDEN
+    x = (x ^ (x >> np.uint64(30))) * _MIX1
+    x = (x ^ (x >> np.uint64(27))) * _MIX2
+    return x ^ (x >> np.uint64(31))

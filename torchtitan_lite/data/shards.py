@@ -1,0 +1,220 @@
+"""Text to token shards on disk, once for each content and tokenizer, and the shards as memory maps.
+
+    <cache>/<dataset>-<key>/ train.tokens train.offsets validation.tokens validation.offsets metadata.json
+
+Tokens are little-endian integers of the width that the vocabulary needs, documents one after the other, each
+with the end-of-text token last. Offsets are int64: where each document starts, then the number of tokens.
+"""
+
+import hashlib
+import json
+import logging
+import time
+from array import array
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
+
+from torchtitan_lite.config.load import ConfigError, Problem
+from torchtitan_lite.data import cache, heldout
+from torchtitan_lite.data.sources import DataConfig, Source, open_source
+from torchtitan_lite.data.tokenizer import Tokenizer
+
+# Counts up when the same text and tokenizer come to other shards, or the shards to other files.
+_FORMAT = 1
+_BATCH_BYTES = 2 << 20
+_LOG = logging.getLogger(__name__)
+
+SplitName = Literal["train", "validation"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """One split of a dataset as tokens."""
+
+    name: SplitName
+    n_documents: int
+    n_tokens: int
+    """End-of-text tokens included."""
+    n_bytes: int
+    """Bytes of UTF-8 text."""
+    unigram_entropy: float
+    """Nats per byte of the split's own byte frequencies: the loss of who knows those and nothing else."""
+    tokens_T: np.ndarray
+    """All tokens, memory-mapped."""
+    offsets: np.ndarray
+    """Where each document starts in the tokens, and after them the number of tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shards:
+    """A dataset as tokens; the validation split is empty when nothing is held out."""
+
+    folder: Path
+    train: Split
+    validation: Split
+
+
+def prepare(config: DataConfig, tokenizer: Tokenizer) -> Shards:
+    """The shards of `config`, built where the cache does not have them whole.
+
+    ConfigError: there is no text, a JSON line is wrong, or the cache folder cannot be written to.
+    """
+    source = open_source(config)
+    key = _key(config, source, tokenizer)
+    folder = config.cache_folder / cache.name(config.dataset, key)
+    cache.sweep(folder.parent)
+    if shards := _load(folder, key):
+        return shards
+    try:
+        with cache.exclusive(folder):
+            # Another process may have built it while this one waited.
+            return _load(folder, key) or _build(source, config.validation_fraction, tokenizer, folder, key)
+    except OSError as error:
+        rule = f"cannot be written to ({error.strerror or error})"
+        remedy = "name a folder that you can write to, on a disk with room"
+        raise ConfigError([Problem("data.cache_dir", str(folder.parent), rule, remedy)]) from None
+
+
+def _key(config: DataConfig, source: Source, tokenizer: Tokenizer) -> str:
+    parts = [_FORMAT, config.dataset, source.digest, source.json_field, config.validation_fraction]
+    return hashlib.sha256(json.dumps([*parts, tokenizer.fingerprint]).encode()).hexdigest()
+
+
+def _build(source: Source, fraction: float, tokenizer: Tokenizer, folder: Path, key: str) -> Shards:
+    began = time.perf_counter()
+    held_out = heldout.plan(source.documents(), fraction, source.n_bytes)
+    dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
+    with cache.scratch(folder) as place:
+        with open(place / "train.tokens", "wb") as first, open(place / "validation.tokens", "wb") as second:
+            train, validation = _Writer(first, tokenizer, dtype), _Writer(second, tokenizer, dtype)
+            for document in source.documents():
+                for is_held_out, piece in held_out.divide(document):
+                    (validation if is_held_out else train).add(piece)
+                train.end_document()
+                validation.end_document()
+            splits = {"train": train.finish(), "validation": validation.finish()}
+        (place / "train.offsets").write_bytes(train.offsets)
+        (place / "validation.offsets").write_bytes(validation.offsets)
+        _write_metadata(place, {"key": key, "dtype": dtype, "splits": splits})
+        cache.publish(place, folder)
+    shards = _load(folder, key)
+    assert shards, f"{folder} was built just now"
+    n_documents = shards.train.n_documents + shards.validation.n_documents
+    n_tokens, seconds = shards.train.n_tokens + shards.validation.n_tokens, time.perf_counter() - began
+    _LOG.info("tokenized %d documents to %d tokens in %.1f s: %s", n_documents, n_tokens, seconds, folder)
+    return shards
+
+
+class _Writer:
+    """Appends the documents of one split to its file of tokens, many pieces at a time."""
+
+    def __init__(self, file: BinaryIO, tokenizer: Tokenizer, dtype: str) -> None:
+        self._file, self._tokenizer, self._dtype = file, tokenizer, dtype
+        self._hash = hashlib.sha256()
+        self._waiting: list[bytes | None] = []
+        self._n_bytes_waiting = 0
+        self._within_document = False
+        self._starts = array("q", [0])
+        self._n_tokens = 0
+        self._n_of_byte = np.zeros(256, np.int64)
+
+    def add(self, piece: bytes) -> None:
+        """More of the document at hand."""
+        self._n_of_byte += np.bincount(np.frombuffer(piece, np.uint8), minlength=256)
+        self._waiting.append(piece)
+        self._within_document = True
+        self._n_bytes_waiting += len(piece)
+        if self._n_bytes_waiting >= _BATCH_BYTES:
+            self._flush()
+
+    def end_document(self) -> None:
+        """The document at hand is complete, if there is one."""
+        if self._within_document:
+            self._waiting.append(None)
+            self._within_document = False
+
+    def finish(self) -> dict[str, Any]:
+        """Write what waits; the split's part of the metadata."""
+        self._flush()
+        n_bytes = int(self._n_of_byte.sum())
+        shares = self._n_of_byte[self._n_of_byte > 0] / max(n_bytes, 1)
+        return {
+            "n_bytes": n_bytes,
+            "unigram_entropy": float(np.sum(-shares * np.log(shares))),
+            "sha256": {"tokens": self._hash.hexdigest(), "offsets": hashlib.sha256(self.offsets).hexdigest()},
+        }
+
+    @property
+    def offsets(self) -> bytes:
+        return np.asarray(self._starts).astype("<i8").tobytes()
+
+    def _flush(self) -> None:
+        encoded = iter(self._tokenizer.encode_pieces([piece for piece in self._waiting if piece is not None]))
+        for piece in self._waiting:
+            if piece is not None:
+                self._write(next(encoded))
+            elif self._n_tokens > self._starts[-1]:  # a tokenizer may make nothing of some text
+                self._write(np.array([self._tokenizer.eos_id]))
+                self._starts.append(self._n_tokens)
+        self._waiting, self._n_bytes_waiting = [], 0
+
+    def _write(self, ids: np.ndarray) -> None:
+        tokens = ids.astype(self._dtype).tobytes()
+        self._file.write(tokens)
+        self._hash.update(tokens)
+        self._n_tokens += len(ids)
+
+
+def _load(folder: Path, key: str) -> Shards | None:
+    """The shards in `folder`, if every byte of them is as it was written."""
+    if not folder.exists():
+        return None
+    try:
+        metadata = _read_metadata(folder)
+        if metadata["key"] != key:
+            raise ValueError("it is another dataset's")
+        train, validation = (_load_split(folder, name, metadata) for name in ("train", "validation"))
+    except (OSError, ValueError) as error:
+        _LOG.warning("%s is damaged and will be built again (%s)", folder, error)
+        return None
+    return Shards(folder=folder, train=train, validation=validation)
+
+
+def _load_split(folder: Path, name: SplitName, metadata: dict[str, Any]) -> Split:
+    content = metadata["splits"][name]
+    mapped = {}
+    for what, dtype in (("tokens", metadata["dtype"]), ("offsets", "<i8")):
+        path = folder / f"{name}.{what}"
+        with path.open("rb") as stream:
+            if hashlib.file_digest(stream, "sha256").hexdigest() != content["sha256"][what]:
+                raise ValueError(f"{path.name} is not what was written")
+        # An empty file cannot be mapped.
+        mapped[what] = np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype)
+    return Split(
+        name=name,
+        n_documents=len(mapped["offsets"]) - 1,
+        n_tokens=len(mapped["tokens"]),
+        n_bytes=content["n_bytes"],
+        unigram_entropy=content["unigram_entropy"],
+        tokens_T=mapped["tokens"],
+        offsets=mapped["offsets"],
+    )
+
+
+def _write_metadata(folder: Path, content: dict[str, Any]) -> None:
+    text = json.dumps({"content": content, "sha256": _hash_of(content)}, indent=2)
+    (folder / "metadata.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _read_metadata(folder: Path) -> dict[str, Any]:
+    whole = json.loads((folder / "metadata.json").read_text(encoding="utf-8"))
+    if not isinstance(whole, dict) or whole.get("sha256") != _hash_of(whole.get("content")):
+        raise ValueError("metadata.json is not what was written")
+    return whole["content"]
+
+
+def _hash_of(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

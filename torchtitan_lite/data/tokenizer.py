@@ -1,0 +1,136 @@
+"""Text to token ids and back: bytes, or a Hugging Face tokenizer.json."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from torchtitan_lite.config.load import ConfigError, Problem
+
+_END_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<|im_end|>", "<eos>", "[EOS]")
+_END_TEXT_FILES = ("tokenizer_config.json", "special_tokens_map.json")
+_END_ID_FILES = ("generation_config.json", "config.json")
+
+
+class Tokenizer(Protocol):
+    """What the shards and the model need of a tokenizer."""
+
+    vocab_size: int
+    """One more than the largest id."""
+    eos_id: int
+    """The id that ends every document; no text encodes to it."""
+    fingerprint: str
+    """Changes whenever the ids of some text may change."""
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids of `text`, without any special token."""
+        ...
+
+    def encode_pieces(self, pieces: Sequence[bytes]) -> list[np.ndarray]:
+        """Ids of each UTF-8 piece by itself; the fast way for much text."""
+        ...
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids`, special tokens left out."""
+        ...
+
+
+def load_tokenizer(spec: str) -> Tokenizer:
+    """The tokenizer that `data.tokenizer` names: "bytes", a tokenizer.json, or a folder that holds one."""
+    if spec == "bytes":
+        return ByteTokenizer()
+    path = os.path.expanduser(spec)
+    file = os.path.join(path, "tokenizer.json") if os.path.isdir(path) else path
+    if not os.path.isfile(file):
+        rule = "holds no tokenizer.json" if os.path.isdir(path) else "does not exist"
+        raise _error(spec, rule, 'use "bytes", or the path of a tokenizer.json or of a folder that holds one')
+    return FileTokenizer(Path(file), spec)
+
+
+class ByteTokenizer:
+    """One id for each byte of the UTF-8 text, and one that ends a document."""
+
+    eos_id = 256
+    vocab_size = 257
+    fingerprint = "bytes-1"
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.frombuffer(text.encode(), np.uint8)
+
+    def encode_pieces(self, pieces: Sequence[bytes]) -> list[np.ndarray]:
+        return [np.frombuffer(piece, np.uint8) for piece in pieces]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return bytes(i for i in map(int, ids) if i < self.eos_id).decode(errors="replace")
+
+
+class FileTokenizer:
+    """A tokenizer.json, read by the tokenizers library."""
+
+    def __init__(self, file: Path, spec: str) -> None:
+        # Imported here: a run on bytes need not wait for it.
+        from tokenizers import AddedToken
+        from tokenizers import Tokenizer as Encoder
+
+        try:
+            content = file.read_bytes()
+            self._encoder: Any = Encoder.from_str(content.decode())
+        except Exception as error:  # noqa: BLE001 - the library raises Exception itself
+            remedy = "name a tokenizer.json that the tokenizers library can read"
+            raise _error(spec, f"cannot be read ({error})", remedy) from None
+        # A file may ask for both, and documents would be cut short without a word.
+        self._encoder.no_truncation()
+        self._encoder.no_padding()
+        end = _find_end(self._encoder, file, spec)
+        # The end must be special, whatever the file says, for the next line to keep it out of the text.
+        self._encoder.add_special_tokens([AddedToken(end, special=True, normalized=False)])
+        self._encoder.encode_special_tokens = True
+        self.eos_id: int = self._encoder.token_to_id(end)
+        self.vocab_size: int = max(self._encoder.get_vocab().values()) + 1
+        self.fingerprint = hashlib.sha256(content + f"\0{self.eos_id}".encode()).hexdigest()
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.array(self._encoder.encode(text, add_special_tokens=False).ids, np.uint32)
+
+    def encode_pieces(self, pieces: Sequence[bytes]) -> list[np.ndarray]:
+        texts = [piece.decode() for piece in pieces]
+        encoded = self._encoder.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(one.ids, np.uint32) for one in encoded]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._encoder.decode([int(i) for i in ids], skip_special_tokens=True)
+
+
+def _find_end(encoder: Any, file: Path, spec: str) -> str:
+    """The token that ends a text: as the files beside the tokenizer say, else a common name that it knows."""
+    named = [_read_json(file.parent / name, spec).get("eos_token") for name in _END_TEXT_FILES]
+    names = [name.get("content") if isinstance(name, dict) else name for name in named]
+    for file_name in _END_ID_FILES:
+        ids = _read_json(file.parent / file_name, spec).get("eos_token_id")
+        first = ids[0] if isinstance(ids, list) and ids else ids
+        if isinstance(first, int) and first >= 0:
+            names.append(encoder.id_to_token(first))
+    for name in (*names, *_END_NAMES):
+        if isinstance(name, str) and encoder.token_to_id(name) is not None:
+            return name
+    rule = f"does not say which token ends a text, and knows none of {', '.join(_END_NAMES)}"
+    raise _error(spec, rule, 'put a tokenizer_config.json with {"eos_token": "..."} beside it')
+
+
+def _read_json(file: Path, spec: str) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        rule = f"has a {file.name} beside it that cannot be read ({error})"
+        raise _error(spec, rule, "correct that file, or remove it") from None
+    return content if isinstance(content, dict) else {}
+
+
+def _error(spec: str, rule: str, remedy: str) -> ConfigError:
+    return ConfigError([Problem("data.tokenizer", spec, rule, remedy)])
