@@ -110,9 +110,7 @@ def refusals(
         found.append(Refusal("device", device, f"does not run {can.name} attention", remedy))
     if dtype_name not in can.dtypes:
         rule = f"is not for {can.name} attention on {device}"
-        found.append(
-            Refusal("dtype", dtype_name, rule, f"use {' or '.join(can.dtypes)}, or another attention")
-        )
+        found.append(Refusal("dtype", dtype_name, rule, f"use {can.dtypes[0]}, or another attention"))
     if head_dim % can.head_dim_multiple:
         rule = f"is no multiple of {can.head_dim_multiple}, which {can.name} attention needs"
         found.append(Refusal("head_dim", head_dim, rule, "use sdpa, or another head_dim"))
