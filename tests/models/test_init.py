@@ -1,0 +1,98 @@
+"""Initial weights are a function of the seed and the parameter's name."""
+
+import pytest
+import torch
+
+from torchtitan_lite.models.init import init_weights, initial_weight
+from torchtitan_lite.models.registry import resolve
+
+SMALL = {"n_layers": 3, "dim": 64, "ffn_dim": 96, "vocab_size": 300}
+
+
+def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("family", ["llama3", "qwen3"])
+def test_meta_construction_gives_the_weights_of_direct_construction(family: str):
+    config = resolve(family, "debugmodel", overrides=SMALL)
+    with torch.device("meta"):
+        model = config.build()
+    assert all(parameter.is_meta for parameter in model.parameters())
+    model.to_empty(device="cpu")
+    init_weights(model, seed=0)
+    assert_same(weights(model), weights(config.build()))
+
+
+def test_neither_the_order_nor_the_rest_of_the_model_matters():
+    expected = weights(resolve("llama3", "debugmodel", overrides=SMALL).build())
+    part = resolve("llama3", "debugmodel", overrides=SMALL).build()
+    part.head = None
+    part._modules = dict(reversed(part._modules.items()))
+    with torch.no_grad():
+        for parameter in part.parameters():
+            parameter.fill_(7.0)
+    init_weights(part, seed=0)
+    found = weights(part)
+    assert next(iter(found)) == "norm.weight", "the order was meant to change"
+    assert_same(found, {name: value for name, value in expected.items() if name in found})
+
+
+def test_the_number_of_threads_does_not_matter():
+    threads = torch.get_num_threads()
+    drawn = []
+    try:
+        for n_threads in (1, 2):
+            torch.set_num_threads(n_threads)
+            drawn.append(initial_weight("embedding.weight", torch.Size([500, 100]), 2, seed=0))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*drawn)
+
+
+def test_the_random_state_of_the_caller_is_left_alone():
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    resolve("qwen3", "debugmodel", overrides=SMALL).build()
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_other_names_and_other_seeds_give_other_weights():
+    shape = torch.Size([40, 50])
+    names = ("blocks.0.ffn.w1.weight", "blocks.1.ffn.w1.weight", "blocks.0.ffn.w3.weight")
+    drawn = [initial_weight(name, shape, 2, seed).flatten() for name in names for seed in (0, 1)]
+    correlation = torch.corrcoef(torch.stack(drawn)) - torch.eye(len(drawn))
+    assert correlation.abs().max() < 0.1
+
+
+def test_weights_stay_the_same_from_release_to_release():
+    drawn = initial_weight("embedding.weight", torch.Size([300, 64]), 3, seed=0)[0, :3]
+    # Not exactly: the vector units of another CPU round the normal distribution's logarithm otherwise.
+    pinned = torch.tensor([0.0190347, -0.0308937, -0.0058973])
+    torch.testing.assert_close(drawn, pinned, rtol=1e-3, atol=1e-6)
+
+
+def test_standard_deviations_are_as_stated():
+    model = resolve("llama3", "debugmodel").build()
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            assert torch.equal(parameter, torch.ones_like(parameter)), name
+            continue
+        residual = name.endswith(("attention.wo.weight", "ffn.w2.weight"))
+        expected = 0.02 / (2 * 6) ** 0.5 if residual else 0.02
+        assert parameter.std().item() == pytest.approx(expected, rel=0.02), name
+        assert abs(parameter.mean().item()) < 4 * expected / parameter.numel() ** 0.5, name
+
+
+def test_parameters_of_another_dtype_get_the_same_weights_rounded():
+    model = resolve("qwen3", "debugmodel", overrides=SMALL).build()
+    expected = weights(model)
+    model.bfloat16()
+    init_weights(model, seed=0)
+    assert_same(weights(model), {name: value.bfloat16() for name, value in expected.items()})

@@ -1,0 +1,186 @@
+"""The chunked loss equals the plain one, and never holds the logits."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from torchtitan_lite.models.loss import IGNORE, chunk_rows, linear_cross_entropy, reference_cross_entropy
+
+Loss = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def inputs(
+    n_rows: int, vocab: int, dim: int, dtype: torch.dtype, weight_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states [2, n_rows / 2, dim], weight and labels, a part of them ignored."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, n_rows // 2, dim, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    weight = torch.randn(vocab, dim, generator=generator, dtype=torch.float64).mul(0.2).to(weight_dtype)
+    labels = torch.randint(vocab, (2, n_rows // 2), generator=generator)
+    labels[torch.rand(labels.shape, generator=generator) < 0.2] = IGNORE
+    return x, weight.requires_grad_(), labels
+
+
+def results(loss: Loss, x: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Value, count and the gradients of 0.3 times the mean."""
+    value, count = loss(x, weight, labels)
+    dx, dweight = torch.autograd.grad(0.3 * value / count.clamp(min=1), (x, weight))
+    return value, count, dx, dweight
+
+
+def assert_equal_to_reference(x: Tensor, weight: Tensor, labels: Tensor, tolerance: float) -> None:
+    found, expected = (results(f, x, weight, labels) for f in (linear_cross_entropy, reference_cross_entropy))
+    assert [each.dtype for each in found] == [each.dtype for each in expected]
+    for ours, theirs in zip(found, expected, strict=True):
+        scale = theirs.abs().max().clamp(min=1e-30)
+        torch.testing.assert_close(ours / scale, theirs / scale, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("n_rows", [2, 16, 30, 326])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_value_and_gradients_equal_the_reference(dtype: torch.dtype, tolerance: float, n_rows: int):
+    x, weight, labels = inputs(n_rows, vocab=97, dim=24, dtype=dtype, weight_dtype=dtype)
+    assert n_rows < 100 or n_rows % chunk_rows(n_rows, x) != 0, "the last chunk was meant to be smaller"
+    assert_equal_to_reference(x, weight, labels, tolerance)
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
+def test_bfloat16_hidden_states_give_gradients_in_the_dtype_of_the_weight(weight_dtype: torch.dtype):
+    # More than two tiles of the vocabulary, the last one smaller.
+    x, weight, labels = inputs(326, vocab=20_000, dim=16, dtype=torch.bfloat16, weight_dtype=weight_dtype)
+    assert_equal_to_reference(x, weight, labels, tolerance=1e-2)
+
+
+@pytest.mark.parametrize(("n_rows", "vocab"), [(512, 300), (256, 65_536)], ids=["32 chunks", "8 tiles"])
+def test_bfloat16_gradients_are_as_exact_as_those_of_one_product(n_rows: int, vocab: int):
+    # A sum over chunks (dweight) or tiles (dx) that were in bfloat16 would show.
+    x, weight, labels = inputs(n_rows, vocab, dim=16, dtype=torch.bfloat16, weight_dtype=torch.float32)
+    found, expected = (results(f, x, weight, labels) for f in (linear_cross_entropy, reference_cross_entropy))
+    exact = results(reference_cross_entropy, x.double(), weight, labels)
+    for ours, theirs, truth in list(zip(found, expected, exact, strict=True))[2:]:
+        assert (ours - truth).norm() < 1.15 * (theirs - truth).norm()
+
+
+def test_gradients_pass_gradcheck_also_where_only_one_is_needed():
+    x, weight, labels = inputs(40, vocab=11, dim=8, dtype=torch.float64, weight_dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x, w: linear_cross_entropy(x, w, labels)[0], (x, weight))
+    assert torch.autograd.gradcheck(lambda x: linear_cross_entropy(x, weight.detach(), labels)[0], (x,))
+    assert torch.autograd.gradcheck(lambda w: linear_cross_entropy(x.detach(), w, labels)[0], (weight,))
+
+
+def test_chunks_without_any_label_add_nothing():
+    x, weight, labels = inputs(128, vocab=50, dim=8, dtype=torch.float64, weight_dtype=torch.float64)
+    labels.flatten()[:48] = IGNORE
+    assert chunk_rows(128, x) <= 24, "a whole chunk was meant to be ignored"
+    assert_equal_to_reference(x, weight, labels, tolerance=1e-12)
+
+
+def test_no_label_at_all_gives_zero_loss_and_zero_gradients():
+    x, weight, labels = inputs(40, vocab=50, dim=8, dtype=torch.float32, weight_dtype=torch.float32)
+    value, count, dx, dweight = results(linear_cross_entropy, x, weight, torch.full_like(labels, IGNORE))
+    assert value == 0 and count == 0
+    assert not dx.any() and not dweight.any()
+
+
+def test_large_logits_neither_overflow_nor_lose_the_loss():
+    x = torch.tensor([[[200.0, 0.0]]], requires_grad=True)
+    weight = torch.eye(2, requires_grad=True)
+    assert linear_cross_entropy(x, weight, torch.tensor([[1]]))[0].item() == 200.0
+    assert linear_cross_entropy(x, weight, torch.tensor([[0]]))[0].item() == 0.0
+
+
+def test_a_label_outside_the_vocabulary_is_an_error():
+    x, weight, labels = inputs(4, vocab=11, dim=8, dtype=torch.float32, weight_dtype=torch.float32)
+    with pytest.raises((RuntimeError, IndexError), match="out of bounds"):
+        linear_cross_entropy(x, weight, torch.full_like(labels, 11))
+
+
+def test_a_second_backward_pass_is_right_or_refused():
+    x, weight, labels = inputs(40, vocab=11, dim=8, dtype=torch.float64, weight_dtype=torch.float64)
+    value, _ = linear_cross_entropy(x, weight, labels)
+    once = torch.autograd.grad(value, weight, retain_graph=True)[0]
+    thrice = torch.autograd.grad(3 * value, weight)[0]
+    torch.testing.assert_close(thrice, 3 * once)
+    with pytest.raises(RuntimeError, match="retain_graph"):
+        value.backward()
+
+
+def test_without_gradients_the_value_is_the_same():
+    x, weight, labels = inputs(326, vocab=97, dim=24, dtype=torch.float32, weight_dtype=torch.float32)
+    value, count = linear_cross_entropy(x, weight, labels)
+    with torch.no_grad():
+        quiet_value, quiet_count = linear_cross_entropy(x, weight, labels)
+    assert quiet_value.grad_fn is None
+    assert torch.equal(quiet_value, value.detach()) and torch.equal(quiet_count, count)
+
+
+def test_chunks_are_a_sixteenth_of_the_logits_within_bounds():
+    wide, narrow = torch.empty(0, dtype=torch.float32), torch.empty(0, dtype=torch.bfloat16)
+    assert [chunk_rows(n, wide) for n in (10, 512, 8192, 100_000)] == [16, 32, 512, 2048]
+    assert [chunk_rows(n, narrow) for n in (10, 1024, 8192, 100_000)] == [16, 32, 256, 2048]
+    assert chunk_rows(512, wide.to("meta")) == 512, "devices other than the CPU have a larger least chunk"
+
+
+class Memory(TorchDispatchMode):
+    """Records the bytes that the tensors made under it hold at once, at most, and the largest of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        known = {
+            leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)
+        }
+        made = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(made):
+            if isinstance(leaf, Tensor) and (storage := leaf.untyped_storage())._cdata not in known:
+                self.live[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+                self.largest = max(self.largest, storage.nbytes())
+        self.live = {key: entry for key, entry in self.live.items() if not entry[0].expired()}
+        self.peak = max(self.peak, sum(n_bytes for _, n_bytes in self.live.values()))
+        return made
+
+
+VOCAB, ROWS = 151_936, 512
+
+
+def peak_bytes(loss: Loss, dtype: torch.dtype) -> int:
+    """Bytes held by forward and backward beyond the inputs and their two gradients."""
+    x, weight, labels = inputs(ROWS, VOCAB, dim=4, dtype=dtype, weight_dtype=torch.float32)
+    with Memory() as memory:
+        value, _ = loss(x, weight, labels)
+        value.backward()
+    assert x.grad is not None and weight.grad is not None
+    return memory.peak - x.grad.nbytes - weight.grad.nbytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_large_vocabulary_takes_a_small_part_of_the_memory_of_its_logits(dtype: torch.dtype):
+    all_logits = ROWS * VOCAB * dtype.itemsize
+    assert peak_bytes(linear_cross_entropy, dtype) < all_logits / 12
+    assert peak_bytes(reference_cross_entropy, dtype) > all_logits
+
+
+def test_evaluation_holds_one_chunk_and_no_gradient():
+    x, weight, labels = inputs(ROWS, VOCAB, dim=4, dtype=torch.float32, weight_dtype=torch.float32)
+    with Memory() as memory, torch.no_grad():
+        linear_cross_entropy(x, weight, labels)
+    chunk = chunk_rows(ROWS, x) * VOCAB * 4
+    assert chunk <= memory.peak < 1.05 * chunk
+    assert memory.largest == chunk
+
+
+def test_the_gradient_of_the_weight_is_made_once_and_handed_over():
+    x, weight, labels = inputs(ROWS, 20_000, dim=64, dtype=torch.float32, weight_dtype=torch.float32)
+    with Memory() as memory:
+        linear_cross_entropy(x, weight, labels)[0].backward()
+    assert weight.grad is not None
+    made = weight.grad.nbytes + chunk_rows(ROWS, x) * 20_000 * 4
+    assert memory.peak < made + weight.grad.nbytes / 2

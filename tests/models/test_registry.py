@@ -1,0 +1,198 @@
+"""Presets against the published models, flavors by rule, and what bad names and overrides are answered."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from torchtitan_lite.attention import Flex, Sdpa, Varlen
+from torchtitan_lite.config.load import ConfigError
+from torchtitan_lite.models.registry import families, flavors, resolve, split_flavor
+from torchtitan_lite.models.rope import RopeScaling
+
+# Totals on the Hugging Face Hub (safetensors.total of huggingface.co/api/models/<model>).
+# Those of Qwen3-0.6B and 1.7B store the tied head a second time, which is taken off here.
+PUBLISHED_TOTALS = {
+    ("qwen3", "0.6B"): 751_632_384 - 151_936 * 1024,
+    ("qwen3", "1.7B"): 2_031_739_904 - 151_936 * 2048,
+    ("qwen3", "4B"): 4_022_468_096,
+    ("qwen3", "8B"): 8_190_735_360,
+    ("qwen3", "14B"): 14_768_307_200,
+    ("qwen3", "32B"): 32_762_123_264,
+    ("llama3", "1B"): 1_235_814_400,
+    ("llama3", "3B"): 3_212_749_824,
+    ("llama3", "8B"): 8_030_261_248,
+    ("llama3", "70B"): 70_553_706_496,
+    ("llama3", "405B"): 405_853_388_800,
+}
+
+# hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads, head_dim,
+# vocab_size, max_position_embeddings, rms_norm_eps, rope_theta, rope_scaling.factor and tie_word_embeddings
+# of each config.json: a second writing of the preset tables, in other columns.
+COLUMNS = (
+    "dim", "ffn_dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "vocab_size", "max_seq_len",
+    "norm_eps", "rope_theta",
+)  # fmt: skip
+PUBLISHED_CONFIGS = {
+    ("qwen3", "0.6B"): (1024, 3072, 28, 16, 8, 128, 151936, 40960, 1e-06, 1000000, None, True),
+    ("qwen3", "1.7B"): (2048, 6144, 28, 16, 8, 128, 151936, 40960, 1e-06, 1000000, None, True),
+    ("qwen3", "4B"): (2560, 9728, 36, 32, 8, 128, 151936, 40960, 1e-06, 1000000, None, True),
+    ("qwen3", "8B"): (4096, 12288, 36, 32, 8, 128, 151936, 40960, 1e-06, 1000000, None, False),
+    ("qwen3", "14B"): (5120, 17408, 40, 40, 8, 128, 151936, 40960, 1e-06, 1000000, None, False),
+    ("qwen3", "32B"): (5120, 25600, 64, 64, 8, 128, 151936, 40960, 1e-06, 1000000, None, False),
+    ("llama3", "1B"): (2048, 8192, 16, 32, 8, 64, 128256, 131072, 1e-05, 500000.0, 32.0, True),
+    ("llama3", "3B"): (3072, 8192, 28, 24, 8, 128, 128256, 131072, 1e-05, 500000.0, 32.0, True),
+    ("llama3", "8B"): (4096, 14336, 32, 32, 8, 128, 128256, 131072, 1e-05, 500000.0, 8.0, False),
+    ("llama3", "70B"): (8192, 28672, 80, 64, 8, 128, 128256, 131072, 1e-05, 500000.0, 8.0, False),
+    ("llama3", "405B"): (16384, 53248, 126, 128, 8, 128, 128256, 131072, 1e-05, 500000.0, 8.0, False),
+}
+ALL_PRESETS = [(name, size) for name, presets in families.items() for size in presets]
+
+
+def problems(*args, **kwargs) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        resolve(*args, **kwargs)
+    return str(caught.value).splitlines()
+
+
+@pytest.mark.parametrize(("name", "size"), ALL_PRESETS)
+def test_parameters_on_the_meta_device_are_as_many_as_published(name: str, size: str):
+    config = resolve(name, size)
+    with torch.device("meta"):
+        model = config.build()
+    total = sum(parameter.numel() for parameter in model.parameters())
+    assert total == config.n_params
+    if size == "debugmodel":
+        assert 4.8e6 < total < 5.0e6
+    else:
+        assert total == PUBLISHED_TOTALS[name, size]
+
+
+@pytest.mark.parametrize(("name", "size"), PUBLISHED_CONFIGS)
+def test_presets_are_the_published_configs(name: str, size: str):
+    preset = resolve(name, size)
+    *values, factor, tied = PUBLISHED_CONFIGS[name, size]
+    assert [getattr(preset, column) for column in COLUMNS] == values
+    assert preset.tie_embeddings is tied
+    expected = RopeScaling(
+        factor=factor or 1.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=8192
+    )
+    assert preset.rope_scaling == (expected if factor else None)
+    assert preset.qk_norm is (name == "qwen3")
+    assert preset.sliding_window is None
+
+
+def test_each_published_size_has_its_preset():
+    assert [key for key in ALL_PRESETS if key[1] != "debugmodel"] == sorted(
+        PUBLISHED_CONFIGS, key=lambda key: (key[0], PUBLISHED_TOTALS[key])
+    )
+
+
+@pytest.mark.parametrize(("name", "size"), ALL_PRESETS)
+def test_every_size_comes_with_every_backend(name: str, size: str):
+    expected = {
+        "": Sdpa(),
+        "_flex": Flex(),
+        "_flex_flash": Flex(kernel_options={"BACKEND": "FLASH"}),
+        "_varlen": Varlen(),
+    }
+    for suffix, attention in expected.items():
+        assert size + suffix in flavors(name)
+        assert split_flavor(size + suffix)[0] == size
+        assert resolve(name, size + suffix) == dataclasses.replace(families[name][size], attention=attention)
+    assert sum(flavor.startswith(size) for flavor in flavors(name)) == len(expected)
+
+
+def test_the_tables_of_two_flavors_are_not_one_object():
+    split_flavor("8B_flex_flash")[1]["kernel_options"]["BACKEND"] = "changed"  # pyright: ignore
+    assert split_flavor("8B_flex_flash") == ("8B", {"kind": "flex", "kernel_options": {"BACKEND": "FLASH"}})
+    assert split_flavor("8B") == ("8B", None)
+
+
+def test_a_given_attention_replaces_that_of_the_flavor():
+    assert resolve("qwen3", "8B_flex", attention=Varlen()).attention == Varlen()
+
+
+def test_overrides_reach_every_field():
+    changes = {
+        "vocab_size": 1000, "dim": 64, "n_layers": 2, "n_heads": 6, "n_kv_heads": 3, "head_dim": 8,
+        "ffn_dim": 40, "max_seq_len": 99, "norm_eps": 1, "rope_theta": 5.0, "qk_norm": True,
+        "tie_embeddings": True, "sliding_window": 7, "rope_scaling": {"factor": 4},
+    }  # fmt: skip
+    config = resolve("llama3", "8B", overrides=changes)
+    assert {field.name for field in dataclasses.fields(config)} == {*changes, "attention"}
+    assert config.rope_scaling == RopeScaling(factor=4.0)
+    assert type(config.norm_eps) is float
+    del changes["rope_scaling"]
+    assert {field: getattr(config, field) for field in changes} == changes
+
+
+def test_a_table_of_rope_scaling_is_laid_over_that_of_the_preset():
+    config = resolve("llama3", "1B", overrides={"rope_scaling": {"low_freq_factor": 2.0}})
+    assert config.rope_scaling == RopeScaling(factor=32.0, low_freq_factor=2.0)
+    assert resolve("qwen3", "8B", overrides={"rope_scaling": {"factor": 2.0}}).rope_scaling == RopeScaling(
+        factor=2.0
+    )
+
+
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        (("qwen", "8B"), 'model.name = "qwen" is not a model family: did you mean "qwen3"?'),
+        (("gpt2", "8B"), 'model.name = "gpt2" is not a model family: choose one of "llama3", "qwen3"'),
+        (("qwen3", "8b"), 'model.flavor = "8b" is not a flavor of qwen3: did you mean "8B"?'),
+        (("llama3", "8B_flx"), 'model.flavor = "8B_flx" is not a flavor of llama3: did you mean "8B_flex"?'),
+        (("llama3", "_flex"), 'model.flavor = "_flex" is not a flavor of llama3: '),
+        (("llama3", "8B_flex_flex"), 'model.flavor = "8B_flex_flex" is not a flavor of llama3: '),
+    ],
+)
+def test_an_unknown_name_is_answered_with_what_was_meant(args: tuple[str, str], line: str):
+    (found,) = problems(*args)
+    assert found.startswith(line)
+
+
+BAD_OVERRIDES = [
+    ({"dims": 3}, 'dims = 3 is not a field of DecoderConfig: did you mean "dim"?'),
+    ({"n_layers": 1.5}, "n_layers = 1.5 is not a whole number: use 6 or the like"),
+    ({"n_layers": True}, "n_layers = true is not a whole number: use 6 or the like"),
+    ({"n_layers": "2"}, 'n_layers = "2" is not a whole number: use 6 or the like'),
+    ({"n_layers": 0}, "n_layers = 0 must be greater than 0: use a positive number"),
+    ({"norm_eps": "small"}, 'norm_eps = "small" is not a finite number: use 1e-06 or the like'),
+    ({"norm_eps": float("nan")}, "norm_eps = nan is not a finite number: use 1e-06 or the like"),
+    ({"norm_eps": -1e-6}, "norm_eps = -1e-06 must be greater than 0: use a positive number"),
+    ({"qk_norm": 1}, "qk_norm = 1 is not true or false: use true or the like"),
+    ({"sliding_window": None}, "sliding_window = null is what TOML cannot say: leave the key out"),
+    ({"sliding_window": 0}, "sliding_window = 0 must be greater than 0: use a positive number"),
+    ({"head_dim": 31}, "head_dim = 31 is odd, and rotary embedding turns pairs: use 32"),
+    ({"n_kv_heads": 3}, "n_kv_heads = 3 does not divide n_heads = 8: use 1, 2, 4 or 8"),
+    ({"n_heads": 1}, "n_kv_heads = 4 does not divide n_heads = 1: use 1"),
+    ({"attention": "flex"}, 'attention = "flex" has a table of its own: set model.attention'),
+]
+BAD_SCALINGS = [
+    (8, " = 8 is not a table: use {factor = 1.0} for no scaling"),
+    (None, " = null is not a table: use {factor = 1.0} for no scaling"),
+    ({"factor": "a"}, '.factor = "a" is not a finite number: use 8.0 or the like'),
+    ({"factr": 2}, '.factr = 2 is not a field of RopeScaling: did you mean "factor"?'),
+    ({"factor": 0.5}, ".factor = 0.5 must be at least 1: use 1 for no scaling"),
+    ({"low_freq_factor": 0}, ".low_freq_factor = 0.0 must be greater than 0: use 1.0"),
+    ({"high_freq_factor": 1}, ".high_freq_factor = 1.0 must exceed low_freq_factor = 1.0: use 4.0"),
+    ({"original_max_seq_len": 0}, ".original_max_seq_len = 0 must be at least 1: use 8192"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "line"), BAD_OVERRIDES)
+def test_a_bad_override_is_answered_on_one_line(overrides: dict, line: str):
+    assert problems("qwen3", "debugmodel", overrides=overrides) == [f"model.overrides.{line}"]
+
+
+@pytest.mark.parametrize(("scaling", "line"), BAD_SCALINGS)
+def test_a_bad_rope_scaling_is_answered_on_one_line(scaling: object, line: str):
+    overrides = {"rope_scaling": scaling}
+    assert problems("qwen3", "debugmodel", overrides=overrides) == [f"model.overrides.rope_scaling{line}"]
+
+
+def test_all_bad_overrides_are_reported_at_once():
+    assert len(problems("qwen3", "debugmodel", overrides={"dims": 1, "n_layers": "x", "qk_norm": 2})) == 3
+    assert len(problems("qwen3", "debugmodel", overrides={"dim": 0, "n_heads": 9, "head_dim": 3})) == 3
+    assert len(problems("qwen3", "9B", overrides={"dims": 1, "n_layers": "x"})) == 3
+    assert len(problems("qwen", "9B", overrides={"dims": 1, "n_layers": "x"})) == 3

@@ -1,0 +1,1 @@
+"""Decoders: one architecture (`decoder`), preset tables per family, and the loss."""

@@ -1,0 +1,158 @@
+"""Output projection and cross-entropy in one, chunk by chunk, so that the logits never exist as a whole.
+
+B batch, S sequence, N = B * S rows, C rows of a chunk, D model dim, V vocab, T columns of a tile of V.
+
+    for each chunk of rows:
+        logits_CV   = x_CD @ weight_VD^T                the one buffer, used again by every chunk
+        loss       += log(sum(exp(logits))) - logits[label]
+        logits_CV   = softmax(logits) - onehot(label)   its gradient, in the same buffer
+        dx_CD       = logits_CV @ weight_VD
+        dweight_VD += logits_CV^T @ x_CD
+
+The gradients are made in the forward pass, where the logits are at hand; the backward pass only scales them.
+"""
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+IGNORE = -100
+"""The label of a token that has nothing to predict."""
+
+_TILE_COLUMNS = 8192
+
+
+def linear_cross_entropy(x_BSD: Tensor, weight_VD: Tensor, labels_BS: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of -log softmax(x @ weight^T)[label] over the labels that are not IGNORE, and how many those are.
+
+    The products are computed in the dtype of `x_BSD`, all else in float32 (float64 if that is float64).
+    The sum is a scalar in nats, the count int64. Memory beyond the two gradients: one chunk of logits.
+    """
+    x_ND, labels_N = x_BSD.flatten(0, -2), labels_BS.flatten()
+    grad = torch.is_grad_enabled()
+    needs_dx, needs_dweight = grad and x_ND.requires_grad, grad and weight_VD.requires_grad
+    loss = _LinearCrossEntropy.apply(x_ND, weight_VD, labels_N, needs_dx, needs_dweight)
+    return loss, (labels_N != IGNORE).sum()
+
+
+def reference_cross_entropy(x_BSD: Tensor, weight_VD: Tensor, labels_BS: Tensor) -> tuple[Tensor, Tensor]:
+    """What `linear_cross_entropy` must equal, with all the logits at once: for tests and measurements."""
+    logits_BSV = F.linear(x_BSD, weight_VD.to(x_BSD.dtype)).to(_sum_dtype(x_BSD))
+    logits_NV, labels_N = logits_BSV.flatten(0, -2), labels_BS.flatten()
+    loss = F.cross_entropy(logits_NV, labels_N, ignore_index=IGNORE, reduction="sum")
+    return loss, (labels_N != IGNORE).sum()
+
+
+def chunk_rows(n_rows: int, x: Tensor) -> int:
+    """Rows of a chunk: so many that it takes a sixteenth of the memory of all the logits in the dtype of `x`.
+
+    At least 16 rows on a CPU and 512 elsewhere, lest the weight be read too often, and at most 2048, which
+    keep any device busy. docs/models.md has the measurements.
+    """
+    least = 16 if x.device.type == "cpu" else 512
+    share = n_rows * x.dtype.itemsize // (16 * _sum_dtype(x).itemsize)
+    return min(max(share, least), 2048)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, needs_dx: bool, needs_dweight: bool
+    ) -> Tensor:
+        n_rows, sum_dtype = len(x_ND), _sum_dtype(x_ND)
+        rows = min(chunk_rows(n_rows, x_ND), n_rows)
+        loss = x_ND.new_zeros((), dtype=sum_dtype)
+        dx_ND = torch.empty_like(x_ND) if needs_dx else None
+        dweight_VD = torch.zeros_like(weight_VD, dtype=sum_dtype) if needs_dweight else None
+        buffer_CV = x_ND.new_empty(rows, len(weight_VD), dtype=sum_dtype)
+        for start in range(0, n_rows, max(rows, 1)):
+            chunk = slice(start, min(start + rows, n_rows))
+            logits_CV = buffer_CV[: chunk.stop - start]
+            _project(x_ND[chunk], weight_VD, logits_CV)
+            loss += _cross_entropy_(logits_CV, labels_N[chunk], gradient=needs_dx or needs_dweight)
+            if dx_ND is not None:
+                _project_back(logits_CV, weight_VD, dx_ND[chunk])
+            if dweight_VD is not None:
+                _add_outer(logits_CV, x_ND[chunk], dweight_VD)
+        ctx.gradients, ctx.weight_dtype = (dx_ND, dweight_VD), weight_VD.dtype
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if ctx.gradients is None:
+            raise RuntimeError("this loss was differentiated before: pass retain_graph=True the first time")
+        dx_ND, dweight_VD = ctx.gradients
+        if _graph_is_kept():
+            dx_ND, dweight_VD = (None if each is None else each * dloss for each in (dx_ND, dweight_VD))
+        else:
+            # Handed over for good: scaled in place, and free to become the parameter's .grad without a copy.
+            ctx.gradients = None
+            for each in (dx_ND, dweight_VD):
+                if each is not None:
+                    each *= dloss
+        return dx_ND, None if dweight_VD is None else dweight_VD.to(ctx.weight_dtype), None, None, None
+
+
+def _cross_entropy_(logits_CV: Tensor, labels_C: Tensor, gradient: bool) -> Tensor:
+    """Sum of the losses of a chunk; overwrites its logits, with `gradient` by the gradient of the sum."""
+    valid_C1 = (labels_C != IGNORE)[:, None]
+    label_C1 = torch.where(valid_C1, labels_C[:, None], 0)
+    logits_CV -= logits_CV.amax(dim=1, keepdim=True)
+    label_logit_C1 = logits_CV.gather(1, label_C1)
+    total_C1 = logits_CV.exp_().sum(dim=1, keepdim=True)
+    if gradient:
+        logits_CV.scatter_add_(1, label_C1, -total_C1)
+        logits_CV *= valid_C1 / total_C1
+    return torch.where(valid_C1, total_C1.log() - label_logit_C1, 0).sum()
+
+
+def _project(x_CD: Tensor, weight_VD: Tensor, logits_CV: Tensor) -> None:
+    """logits_CV = x_CD @ weight_VD^T."""
+    for tile in _tiles(x_CD, weight_VD):
+        _matmul_into(logits_CV[:, tile], x_CD, weight_VD[tile].to(x_CD.dtype).t(), beta=0)
+
+
+def _project_back(dlogits_CV: Tensor, weight_VD: Tensor, dx_CD: Tensor) -> None:
+    """dx_CD = dlogits_CV @ weight_VD."""
+    sum_CD = torch.zeros_like(dx_CD, dtype=dlogits_CV.dtype)
+    for tile in _tiles(dx_CD, weight_VD):
+        _matmul_into(sum_CD, dlogits_CV[:, tile].to(dx_CD.dtype), weight_VD[tile].to(dx_CD.dtype), beta=1)
+    dx_CD.copy_(sum_CD)
+
+
+def _add_outer(dlogits_CV: Tensor, x_CD: Tensor, dweight_VD: Tensor) -> None:
+    """dweight_VD += dlogits_CV^T @ x_CD."""
+    for tile in _tiles(x_CD, dweight_VD):
+        _matmul_into(dweight_VD[tile], dlogits_CV[:, tile].to(x_CD.dtype).t(), x_CD, beta=1)
+
+
+def _tiles(x_CD: Tensor, weight_VD: Tensor) -> Iterator[slice]:
+    """The vocabulary: in one piece, or in small ones where a copy in another dtype is made of each."""
+    converts = {x_CD.dtype, weight_VD.dtype} != {_sum_dtype(x_CD)}
+    step = _TILE_COLUMNS if converts else len(weight_VD)
+    return (slice(start, start + step) for start in range(0, len(weight_VD), step))
+
+
+def _matmul_into(out: Tensor, a: Tensor, b: Tensor, beta: Literal[0, 1]) -> None:
+    """out = beta * out + a @ b, the sum in the dtype of `out`."""
+    if out.dtype == a.dtype:
+        torch.addmm(out, a, b, beta=beta, out=out)
+    elif beta == 0:
+        out.copy_(a @ b)
+    else:
+        out.add_(a @ b)
+
+
+def _sum_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _graph_is_kept() -> bool:
+    """Whether the running backward pass may be run again; yes where torch cannot tell."""
+    tell = getattr(getattr(torch._C, "_autograd", None), "_get_current_graph_task_keep_graph", None)
+    return tell is None or tell()

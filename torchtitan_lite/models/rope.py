@@ -1,0 +1,78 @@
+"""Rotary position embedding, half-rotation layout, with the frequency scaling of Llama 3.1.
+
+B batch, S sequence, H heads (query or key), K head dim, F = K / 2 frequencies.
+
+Feature f of a head is paired with feature f + K/2, and each pair turns by position * frequency[f]
+(https://arxiv.org/abs/2104.09864; the pairing is the one of the Hugging Face checkpoints).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from torchtitan_lite.config.load import Problem
+
+Rotation = tuple[Tensor, Tensor]
+"""(cos_BS1F, sin_BS1F) of every token's angles, float32: computed once per forward, used by every block."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """Slows the low frequencies, so that a model reaches beyond the context it began with (Llama 3.1)."""
+
+    factor: float = 8.0
+    """How many times slower the lowest frequencies turn; 1 changes nothing."""
+    low_freq_factor: float = 1.0
+    """Frequencies that turn fewer times than this in the original context are slowed by the whole factor."""
+    high_freq_factor: float = 4.0
+    """Frequencies that turn more times than this in the original context are left alone."""
+    original_max_seq_len: int = 8192
+    """Tokens of context before scaling."""
+
+    def problems(self, key: str) -> list[Problem]:
+        """Values out of range."""
+        found = []
+        if self.factor < 1:
+            found.append(Problem(f"{key}.factor", self.factor, "must be at least 1", "use 1 for no scaling"))
+        if self.low_freq_factor <= 0:
+            rule = "must be greater than 0"
+            found.append(Problem(f"{key}.low_freq_factor", self.low_freq_factor, rule, "use 1.0"))
+        if self.high_freq_factor <= self.low_freq_factor:
+            rule = f"must exceed low_freq_factor = {self.low_freq_factor}"
+            found.append(Problem(f"{key}.high_freq_factor", self.high_freq_factor, rule, "use 4.0"))
+        if self.original_max_seq_len < 1:
+            rule = "must be at least 1"
+            found.append(Problem(f"{key}.original_max_seq_len", self.original_max_seq_len, rule, "use 8192"))
+        return found
+
+    def apply(self, frequency_F: Tensor) -> Tensor:
+        """The scaled frequencies: slowed where the wavelength is long, a smooth blend in between.
+
+        Source: https://github.com/meta-llama/llama-models/blob/main/models/llama3/model.py (apply_scaling).
+        """
+        turns_F = self.original_max_seq_len * frequency_F / (2 * math.pi)
+        kept_F = (turns_F - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+        return torch.lerp(frequency_F / self.factor, frequency_F, kept_F.clamp(0, 1))
+
+
+def rotation(positions_BS: Tensor, head_dim: int, theta: float, scaling: RopeScaling | None) -> Rotation:
+    """Cosines and sines of the angles at `positions_BS`; padding (-1) counts as position 0."""
+    # Computed anew in every forward: a buffer would not survive construction on the meta device.
+    exponent_F = torch.arange(0, head_dim, 2, device=positions_BS.device, dtype=torch.float32) / head_dim
+    frequency_F = 1.0 / theta**exponent_F
+    if scaling is not None:
+        frequency_F = scaling.apply(frequency_F)
+    # float32: bfloat16 angles cannot tell neighbours apart at long context.
+    angle_BS1F = positions_BS.clamp(min=0).float()[:, :, None, None] * frequency_F
+    return angle_BS1F.cos(), angle_BS1F.sin()
+
+
+def rotate(x_BSHK: Tensor, rotation: Rotation) -> Tensor:
+    """`x_BSHK` turned by `rotation`, in float32, returned in the dtype of the input."""
+    cos_BS1F, sin_BS1F = rotation
+    # chunk, not slices: the backward of a slice fills zeros and copies, that of chunk concatenates once.
+    first_BSHF, second_BSHF = x_BSHK.chunk(2, dim=-1)
+    turned = (first_BSHF * cos_BS1F - second_BSHF * sin_BS1F, second_BSHF * cos_BS1F + first_BSHF * sin_BS1F)
+    return torch.cat(turned, dim=-1).to(x_BSHK.dtype)
