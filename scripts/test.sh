@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Lint, types and tests; whatever else is given goes to pytest, for example:
+#   ./scripts/test.sh tests/attention -k varlen
+# Makes .venv and installs the package and the development tools on the first call. Works from any folder.
+set -euo pipefail
+source "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh"
+
+install dev
+cd "$root"
+"$venv/bin/ruff" check .
+"$venv/bin/ruff" format --check .
+"$venv/bin/basedpyright"
+exec "$venv/bin/python" -m pytest "$@"

@@ -1,0 +1,45 @@
+"""What is applied to the finished model."""
+
+import pytest
+import torch
+import torch._dynamo
+
+from torchtitan_lite.config.job import load_job
+from torchtitan_lite.parallel.apply import CompileConfig, apply
+from torchtitan_lite.training.trainer import Trainer
+
+
+def test_without_compile_the_model_is_left_as_it_is(small_run) -> None:
+    model = Trainer(load_job(small_run).config).model
+    apply(model, compile=CompileConfig())
+    assert all(block._compiled_call_impl is None for block in model.blocks)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "flex", "varlen"])
+def test_compiled_blocks_train_to_the_losses_of_eager_ones(small_run, attention: str) -> None:
+    torch._dynamo.reset()
+    flags = [*small_run, "--model.attention", attention, "--optimizer.lr", "1e-2"]
+    curves = []
+    for compile in ("--compile.no-enable", "--compile.enable"):
+        trainer = Trainer(load_job([*flags, compile]).config)
+        curves.append([trainer.train_step().loss for _ in range(5)])
+        compiled = [block._compiled_call_impl is not None for block in trainer.model.blocks]
+        assert compiled == [compile == "--compile.enable"] * 2
+    assert curves[1] == pytest.approx(curves[0], abs=1e-4)
+
+
+def test_all_blocks_share_one_compiled_graph(small_run) -> None:
+    torch._dynamo.reset()
+    trainer = Trainer(load_job([*small_run, "--compile.enable", "--compile.backend", "aot_eager"]).config)
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for _ in range(3):
+        trainer.train_step()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == 1
+
+
+def test_an_unknown_backend_is_a_problem_with_the_near_miss() -> None:
+    (problem,) = CompileConfig(enable=True, backend="inductr").problems("compile")
+    assert (
+        str(problem)
+        == 'compile.backend = "inductr" is not a backend of torch.compile: did you mean "inductor"?'
+    )

@@ -1,0 +1,225 @@
+"""The two scripts, in a repository of their own with a Python that only notes what it is asked to install."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import tomli
+
+ROOT = Path(__file__).parents[1]
+
+# Answers questions like a real Python, and writes down what would have taken minutes.
+STAND_IN = f"""#!/usr/bin/env bash
+log="${{FAKE_LOG:?}}"
+case "$*" in
+    "-m venv --clear "*) echo "venv" >>"$log"; rm -rf "$4"; mkdir -p "$4/bin"; cp "$0" "$4/bin/python"
+        for tool in ruff basedpyright; do
+            printf '#!/bin/sh\\necho "%s $*" >>"$FAKE_LOG"\\n' $tool >"$4/bin/$tool"; chmod +x "$4/bin/$tool"
+        done ;;
+    "-m pip install "*) echo "pip ${{*:7}}" >>"$log"
+        if [[ -n ${{FAKE_PIP_FAILS:-}} ]]; then exit 1; fi ;;
+    "-m pytest"*) echo "pytest $PWD $*" >>"$log" ;;
+    *train.py*) echo "train $PWD" >>"$log"; printf '%s\\n' "${{@:2}}" >>"$log" ;;
+    *) exec {sys.executable} "$@" ;;
+esac
+"""
+
+
+@dataclass
+class Repository:
+    """A copy of the scripts, somewhere else."""
+
+    root: Path
+    log: Path
+
+    def run(self, script: str, *words: str, cwd: Path | None = None, **environment: str):
+        """The finished process, and what it had installed or started."""
+        self.log.write_text("")
+        python = {"PYTHON": str(self.root.parent / "stand-in"), "FAKE_LOG": str(self.log), **environment}
+        done = subprocess.run(
+            ["bash", str(self.root / "scripts" / script), *words],
+            cwd=cwd or self.root,
+            env={**os.environ, **python},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        return done, self.log.read_text().splitlines()
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Repository:
+    root = tmp_path / "a repository"  # with a space, which is where shell scripts break
+    shutil.copytree(ROOT / "scripts", root / "scripts")
+    for name in ("pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, root / name)
+    stand_in = tmp_path / "stand-in"
+    stand_in.write_text(STAND_IN)
+    stand_in.chmod(0o755)
+    return Repository(root, tmp_path / "log")
+
+
+def installs(log: list[str]) -> list[str]:
+    return [line for line in log if line.split()[0] in ("venv", "pip")]
+
+
+def test_the_first_run_makes_the_environment_and_installs_with_the_constraints(
+    repository: Repository,
+) -> None:
+    done, log = repository.run("train.sh")
+    assert done.returncode == 0, done.stderr
+    root = repository.root
+    assert installs(log) == ["venv", f"pip {root}/constraints.txt --editable {root}"]
+
+
+def test_the_second_run_installs_nothing(repository: Repository) -> None:
+    repository.run("train.sh")
+    done, log = repository.run("train.sh")
+    assert done.returncode == 0
+    assert installs(log) == []
+    assert done.stderr == ""
+
+
+def test_training_gets_the_debug_config_and_then_the_arguments_as_they_are(repository: Repository) -> None:
+    words = ("--model.overrides", '{"n_layers": 2}', "--job.description", "two  words")
+    _, log = repository.run("train.sh", *words)
+    start = log.index(f"train {repository.root}")
+    assert log[start + 1 :] == ["--config", f"{repository.root}/configs/debugmodel.toml", *words]
+
+
+@pytest.mark.parametrize("place", ["scripts", "elsewhere"])
+def test_it_runs_from_any_folder_and_stays_there(repository: Repository, place: str) -> None:
+    folder = repository.root / place
+    folder.mkdir(exist_ok=True)
+    done, log = repository.run("train.sh", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert f"train {folder}" in log
+
+
+def test_it_can_be_named_relative_to_its_own_folder(repository: Repository) -> None:
+    repository.run("train.sh")
+    environment = {**os.environ, "FAKE_LOG": str(repository.log), "CDPATH": "/"}
+    subprocess.run(["bash", "train.sh"], cwd=repository.root / "scripts", env=environment, check=True)
+
+
+def test_the_tests_have_the_tools_and_lint_types_and_tests_run_in_turn(repository: Repository) -> None:
+    done, log = repository.run("test.sh", "-k", "one or two", cwd=repository.root / "scripts")
+    assert done.returncode == 0, done.stderr
+    root = repository.root
+    assert log == [
+        "venv",
+        f"pip {root}/constraints.txt --editable {root}[dev]",
+        "ruff check .",
+        "ruff format --check .",
+        "basedpyright ",
+        f"pytest {root} -m pytest -k one or two",
+    ]
+
+
+def test_the_tests_stop_at_what_lint_finds(repository: Repository) -> None:
+    repository.run("test.sh")
+    ruff = repository.root / ".venv" / "bin" / "ruff"
+    ruff.write_text("#!/bin/sh\nexit 3\n")
+    done, log = repository.run("test.sh")
+    assert (done.returncode, log) == (3, [])
+
+
+def test_an_environment_for_the_tests_serves_a_run_but_not_the_other_way_round(
+    repository: Repository,
+) -> None:
+    repository.run("train.sh")
+    assert len(installs(repository.run("test.sh")[1])) == 1
+    assert installs(repository.run("train.sh")[1]) == []
+    assert installs(repository.run("test.sh")[1]) == []
+
+
+@pytest.mark.parametrize("name", ["pyproject.toml", "constraints.txt"])
+def test_a_change_of_what_to_install_installs_it_into_the_same_environment(
+    repository: Repository, name: str
+) -> None:
+    repository.run("train.sh")
+    with (repository.root / name).open("a") as file:
+        file.write("# changed\n")
+    _, log = repository.run("train.sh")
+    assert [line.split()[0] for line in installs(log)] == ["pip"]
+
+
+def test_a_moved_repository_is_installed_again(repository: Repository) -> None:
+    repository.run("train.sh")
+    moved = repository.root.rename(repository.root.with_name("moved"))
+    _, log = Repository(moved, repository.log).run("train.sh")
+    assert len(installs(log)) == 1
+
+
+def test_an_install_that_failed_is_done_afresh(repository: Repository) -> None:
+    done, log = repository.run("train.sh", FAKE_PIP_FAILS="1")
+    assert done.returncode == 1
+    assert not any(line.startswith("train") for line in log)
+    done, log = repository.run("train.sh")
+    assert done.returncode == 0
+    assert [line.split()[0] for line in installs(log)] == ["venv", "pip"]
+
+
+def test_an_environment_cut_off_while_it_was_made_is_made_again(repository: Repository) -> None:
+    bin = repository.root / ".venv" / "bin"
+    bin.mkdir(parents=True)
+    (bin / "python").write_text("#!/bin/sh\nexit 1\n")
+    (bin / "python").chmod(0o755)
+    done, log = repository.run("train.sh")
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[0] for line in installs(log)] == ["venv", "pip"]
+
+
+def test_two_first_runs_at_once_install_once(repository: Repository) -> None:
+    environment = {"PYTHON": str(repository.root.parent / "stand-in"), "FAKE_LOG": str(repository.log)}
+    command = ["bash", str(repository.root / "scripts" / "train.sh")]
+    start: Callable = lambda: subprocess.Popen(
+        command, env={**os.environ, **environment}, stderr=subprocess.DEVNULL
+    )
+    assert [process.wait() for process in [start(), start(), start()]] == [0, 0, 0]
+    log = repository.log.read_text().splitlines()
+    assert len(installs(log)) == 2
+    assert sum(line.startswith("train") for line in log) == 3
+
+
+def test_a_python_that_cannot_be_used_is_named_with_what_is_needed(repository: Repository) -> None:
+    old = repository.root.parent / "old-python"
+    old.write_text("#!/bin/sh\nexit 1\n")
+    old.chmod(0o755)
+    done, log = repository.run("train.sh", PYTHON=str(old))
+    assert done.returncode == 1
+    assert str(old) in done.stderr and "3.11, 3.12 or 3.13" in done.stderr
+    assert log == []
+
+
+def test_a_name_on_path_that_does_not_run_is_passed_over(repository: Repository, tmp_path: Path) -> None:
+    shims = tmp_path / "shims"
+    shims.mkdir()
+    for name in ("python3.13", "python3.12"):
+        (shims / name).write_text("#!/bin/sh\necho not installed >&2\nexit 127\n")
+        (shims / name).chmod(0o755)
+    shutil.copy(tmp_path / "stand-in", shims / "python3.11")
+    path = f"{shims}:{os.environ['PATH']}"
+    done, log = repository.run("train.sh", PYTHON="", PATH=path)
+    assert done.returncode == 0, done.stderr
+    assert installs(log)[0] == "venv"
+
+
+def test_ci_runs_the_test_script() -> None:
+    script = (ROOT / ".ci" / "run").read_text()
+    assert script.splitlines()[-1].startswith("exec bash ") and "scripts/test.sh" in script
+
+
+def test_the_constraints_pin_every_dependency_to_one_version() -> None:
+    project = tomli.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = dict(line.lower().replace("_", "-").split("==") for line in lines if not line.startswith("#"))
+    assert pins["torch"] == "2.13.0"
+    assert {re.split("[<>=]", line)[0] for line in needed} <= pins.keys()

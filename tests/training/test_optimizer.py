@@ -1,0 +1,77 @@
+"""AdamW: which weights decay, and the same update from every implementation."""
+
+import pytest
+import torch
+from torch import nn
+
+from torchtitan_lite.training.optimizer import OptimizerConfig, build_optimizer
+
+
+def two_layers() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 3), nn.RMSNorm(3))
+
+
+def step(model: nn.Module, config: OptimizerConfig) -> None:
+    optimizer = build_optimizer(model.named_parameters(), config)
+    model(torch.arange(5)).square().sum().backward()
+    optimizer.step()
+
+
+def test_matrices_decay_and_vectors_do_not() -> None:
+    model = two_layers()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = build_optimizer(model.named_parameters(), OptimizerConfig(lr=0.1, weight_decay=0.5))
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for name, p in model.named_parameters():
+        share = 1 - 0.1 * 0.5 if p.ndim >= 2 else 1.0
+        torch.testing.assert_close(p.detach(), before[name] * share)
+
+
+def test_one_update_is_adamw_worked_out_by_hand() -> None:
+    weight = nn.Parameter(torch.tensor([[2.0]]))
+    config = OptimizerConfig(lr=0.1, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.5)
+    optimizer = build_optimizer([("weight", weight)], config)
+    for gradient in (3.0, -1.0):
+        weight.grad = torch.tensor([[gradient]])
+        optimizer.step()
+    # First: the means are the gradient itself once their bias is taken out, so the step is lr times its sign.
+    after_first = 2.0 * (1 - 0.05) - 0.1
+    mean = (0.9 * 0.1 * 3.0 + 0.1 * -1.0) / (1 - 0.9**2)
+    square = (0.95 * 0.05 * 9.0 + 0.05 * 1.0) / (1 - 0.95**2)
+    assert weight.item() == pytest.approx(after_first * (1 - 0.05) - 0.1 * mean / square**0.5, rel=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["fused", "foreach"])
+def test_every_implementation_gives_the_update_of_the_loop(implementation) -> None:
+    model, reference = two_layers(), two_layers()
+    step(model, OptimizerConfig(implementation=implementation))
+    step(reference, OptimizerConfig(implementation="for-loop"))
+    for p, q in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize("implementation", ["fused", "foreach", "for-loop"])
+def test_the_implementation_that_is_asked_for_is_the_one_that_runs(implementation) -> None:
+    optimizer = build_optimizer(
+        two_layers().named_parameters(), OptimizerConfig(implementation=implementation)
+    )
+    chosen = {name: optimizer.defaults[name] for name in ("fused", "foreach")}
+    assert chosen == {"fused": implementation == "fused", "foreach": implementation == "foreach"}
+
+
+def test_frozen_weights_are_left_out() -> None:
+    model = two_layers()
+    model[0].requires_grad_(False)
+    optimizer = build_optimizer(model.named_parameters(), OptimizerConfig())
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == 3
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"lr": 0.0}, {"beta1": 1.0}, {"beta2": -0.1}, {"eps": 0.0}, {"weight_decay": -1.0}]
+)
+def test_a_value_out_of_range_is_a_problem_named_by_its_key(wrong) -> None:
+    (problem,) = OptimizerConfig(**wrong).problems("optimizer")
+    assert problem.key == f"optimizer.{next(iter(wrong))}"

@@ -1,0 +1,233 @@
+"""The program as a user starts it: real processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tomli
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "torchtitan_lite" / "train.py"
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1")
+STARTS = {
+    "module": ("-m", "torchtitan_lite.train"),
+    "path": (SCRIPT,),
+    "torchrun path": (*TORCHRUN, SCRIPT),
+    "torchrun module": (*TORCHRUN, "-m", "torchtitan_lite.train"),
+    "command": ("-m", "torchtitan_lite.cli", "train"),
+}
+
+
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder: Path) -> list[float]:
+    return [line["loss"] for line in lines(folder) if "loss" in line]
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_every_way_to_start_trains_and_leaves_the_files(start: str, run, small_run, tmp_path: Path) -> None:
+    done = run(
+        *STARTS[start], *small_run, "--metrics.enable-tensorboard", "--metrics.save-tb-folder", "logs/tb"
+    )
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "run"
+    assert {path.name for path in folder.iterdir()} == {"config.toml", "exit.json", "metrics.jsonl", "logs"}
+    assert [line["step"] for line in lines(folder)] == [1, 2, 3, 4, 5]
+    assert json.loads((folder / "exit.json").read_text())["status"] == 0
+    assert f"Files: {folder}" in done.stdout
+    assert f"--logdir {folder / 'logs' / 'tb'}" in done.stdout.splitlines()[-1]
+
+
+def test_started_by_path_modules_are_found_beside_the_package_and_not_inside_it(run) -> None:
+    code = (
+        "import runpy, sys\n"
+        f"sys.path.insert(0, {str(SCRIPT.parent)!r})\n"
+        f"runpy.run_path({str(SCRIPT)!r})\n"
+        "print(*sys.path, sep='\\n')"
+    )
+    path = run("-c", code).stdout.splitlines()
+    assert path[0] == str(ROOT)
+    assert str(SCRIPT.parent) not in path
+
+
+def test_started_by_path_it_needs_no_installed_package(run, small_run, tmp_path: Path) -> None:
+    done = run("-I", SCRIPT, *small_run, "--dry-run")
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_printed_tensorboard_command_reads_the_run(run, small_run, tmp_path: Path) -> None:
+    command = (
+        run(SCRIPT, *small_run, "--metrics.enable-tensorboard")
+        .stdout.splitlines()[-1]
+        .removeprefix("TensorBoard: ")
+    )
+    shown = subprocess.run(f"{command} --inspect", shell=True, capture_output=True, text=True, check=True)
+    assert "loss" in shown.stdout
+
+
+def test_without_a_folder_the_run_makes_its_own_below_the_current_one(run, small_run, tmp_path: Path) -> None:
+    assert run(SCRIPT, *small_run[2:]).returncode == 0
+    (folder,) = (tmp_path / "outputs").iterdir()
+    assert folder.name.startswith("qwen3-debugmodel-")
+    assert len(losses(folder)) == 5
+
+
+def test_a_dry_run_prints_the_config_and_builds_and_writes_nothing(run, small_run, tmp_path: Path) -> None:
+    code = (
+        "import sys; from torchtitan_lite import train\n"
+        "status = train.main(sys.argv[1:])\n"
+        "assert 'torchtitan_lite.training.trainer' not in sys.modules\n"
+        "sys.exit(status)"
+    )
+    done = run("-c", code, *small_run, "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert tomli.loads(done.stdout)["training"]["seq_len"] == 64
+    assert list(tmp_path.iterdir()) == []
+    assert done.stderr == ""
+
+
+def test_the_saved_config_is_the_resolved_one_and_repeats_the_run(run, small_run, tmp_path: Path) -> None:
+    resolved = run(SCRIPT, *small_run, "--dry-run").stdout
+    run(SCRIPT, *small_run)
+    assert (tmp_path / "run" / "config.toml").read_text() == resolved
+    again = run(SCRIPT, "--config", tmp_path / "run" / "config.toml", "--job.dump-folder", tmp_path / "again")
+    assert again.returncode == 0, again.stderr
+    assert losses(tmp_path / "again") == pytest.approx(losses(tmp_path / "run"), rel=1e-6)
+
+
+def test_wrong_input_is_a_line_each_and_status_2_and_no_traceback(run, small_run, tmp_path: Path) -> None:
+    done = run(SCRIPT, *small_run, "--training.steps", -1, "--training.stepz", 3, "--model.flavor", "8C")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) >= 1
+    assert "Traceback" not in done.stderr
+    assert 'did you mean "steps"' in done.stderr
+    assert not (tmp_path / "run" / "config.toml").exists()
+    outcome = json.loads((tmp_path / "run" / "exit.json").read_text())
+    assert (outcome["status"], outcome["outcome"]) == (2, "refused")
+    assert outcome["message"] == done.stderr.strip()
+
+
+def test_wrong_input_in_a_dry_run_writes_nothing(run, small_run, tmp_path: Path) -> None:
+    assert run(SCRIPT, *small_run, "--training.steps", -1, "--dry-run").returncode == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("flag", ["--help", "--dry-run"])
+def test_a_reader_that_has_had_enough_gets_no_traceback(flag: str, tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as pipe:
+        done = subprocess.run(
+            [sys.executable, SCRIPT, flag], stdout=pipe, stderr=subprocess.PIPE, check=False
+        )
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.mark.parametrize("flag", ["--job.dump-folder=there", "--job.dump_folder=there"])
+def test_a_refusal_is_left_in_the_folder_however_its_option_is_written(
+    flag: str, run, tmp_path: Path
+) -> None:
+    assert run(SCRIPT, flag, "--training.steps", 0).returncode == 2
+    assert json.loads((tmp_path / "there" / "exit.json").read_text())["status"] == 2
+
+
+def test_data_found_wanting_after_the_start_is_refused_the_same_way(run, small_run, tmp_path: Path) -> None:
+    little = ("--training.seq-len", 2048, "--validation.enable", "--data.validation-fraction", 0.01)
+    done = run(SCRIPT, *small_run, *little)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("training.seq_len = 2048 ")
+    assert "Traceback" not in done.stderr
+    assert json.loads((tmp_path / "run" / "exit.json").read_text())["outcome"] == "refused"
+
+
+def test_more_than_one_rank_is_refused_and_rank_0_alone_says_so(run, small_run) -> None:
+    first, second = (run(SCRIPT, *small_run, RANK=rank, WORLD_SIZE="2") for rank in "01")
+    assert (first.returncode, second.returncode) == (2, 2)
+    assert first.stderr.startswith("WORLD_SIZE = 2 ")
+    assert second.stderr == ""
+
+
+def test_a_diverging_run_stops_with_the_step_and_samples_named(run, small_run, tmp_path: Path) -> None:
+    done = run(SCRIPT, *small_run, "--optimizer.lr", "1e30", "--lr-scheduler.warmup-steps", 0)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "of step 2 is nan" in done.stderr and "4, 5, 6, 7" in done.stderr
+    outcome = json.loads((tmp_path / "run" / "exit.json").read_text())
+    assert (outcome["status"], outcome["outcome"], outcome["step"]) == (1, "non-finite", 1)
+    assert len(losses(tmp_path / "run")) == 1
+
+
+def test_a_crash_keeps_its_traceback_and_says_so_in_the_folder(run, small_run, tmp_path: Path) -> None:
+    code = (
+        "import sys; from torchtitan_lite import train\n"
+        "from torchtitan_lite.training.trainer import Trainer\n"
+        "Trainer.train_step = lambda self: 1 / 0\n"
+        "sys.exit(train.main(sys.argv[1:]))"
+    )
+    done = run("-c", code, *small_run)
+    assert done.returncode == 1
+    assert "ZeroDivisionError" in done.stderr and "Traceback" in done.stderr
+    outcome = json.loads((tmp_path / "run" / "exit.json").read_text())
+    assert (outcome["status"], outcome["outcome"]) == (1, "failed")
+
+
+def test_an_interrupted_run_ends_with_130_and_no_traceback(small_run, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, SCRIPT, *small_run, "--training.steps", "1000000"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert any(line.startswith("step") and " 3/" in line for line in process.stdout)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert error.splitlines()[-1] == "interrupted" and "Traceback" not in error
+    outcome = json.loads((tmp_path / "run" / "exit.json").read_text())
+    assert (outcome["status"], outcome["outcome"]) == (130, "interrupted")
+    assert len(losses(tmp_path / "run")) >= 3
+
+
+def test_two_deterministic_runs_give_the_same_losses_to_the_bit(run, small_run, tmp_path: Path) -> None:
+    flags = ("--debug.deterministic", "--validation.enable", "--training.mixed-precision-param", "bfloat16")
+    curves = []
+    for name in ("one", "two"):
+        done = run(SCRIPT, *small_run, *flags, "--job.dump-folder", tmp_path / name, OMP_NUM_THREADS="2")
+        assert done.returncode == 0, done.stderr
+        curves.append([line.get("loss", line.get("validation_loss")) for line in lines(tmp_path / name)])
+    assert len(curves[0]) == 7
+    assert curves[0] == curves[1]
+
+
+def test_one_file_trains_on_each_backend_from_the_command_line_with_the_same_curve(
+    run, small_run, tmp_path
+) -> None:
+    config = ROOT / "configs" / "debugmodel.toml"
+    curves = {}
+    for kind in ("sdpa", "flex", "varlen"):
+        folder = tmp_path / kind
+        steps = ("--training.steps", 20, "--validation.no-enable", "--job.dump-folder", folder)
+        done = run(SCRIPT, "--config", config, *small_run, "--model.attention", kind, *steps)
+        assert done.returncode == 0, done.stderr
+        assert tomli.loads((folder / "config.toml").read_text())["model"]["attention"]["kind"] == kind
+        curves[kind] = losses(folder)
+    assert len(curves["sdpa"]) == 20 and curves["sdpa"][-1] < curves["sdpa"][0]
+    assert curves["flex"] == pytest.approx(curves["sdpa"], abs=1e-3)
+    assert curves["varlen"] == pytest.approx(curves["sdpa"], abs=1e-3)
+
+
+def test_one_rank_under_torchrun_keeps_all_threads(run, small_run) -> None:
+    plain = run(SCRIPT, *small_run, OMP_NUM_THREADS="").stdout.splitlines()[0]
+    started = run(*TORCHRUN, SCRIPT, *small_run, OMP_NUM_THREADS="").stdout.splitlines()[0]
+    assert ("(1 threads)" in plain) == (len(os.sched_getaffinity(0)) == 1)
+    assert started == plain

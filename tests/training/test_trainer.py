@@ -1,0 +1,271 @@
+"""The training step and the run around it, in this process."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from torchtitan_lite.config.job import JobConfig, load_job
+from torchtitan_lite.config.load import ConfigError
+from torchtitan_lite.data import IGNORE, Batch
+from torchtitan_lite.training import trainer as trainer_module
+from torchtitan_lite.training.step import NonFinite
+from torchtitan_lite.training.trainer import Trainer
+
+
+def job(*words: object) -> JobConfig:
+    return load_job([str(word) for word in words]).config
+
+
+def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+def test_two_micro_batches_of_four_are_one_of_eight(small_run) -> None:
+    runs = []
+    for local in (8, 4, 2):
+        sizes = ("--training.local-batch-size", local, "--training.global-batch-size", 8)
+        trainer = Trainer(job(*small_run, *sizes))
+        assert trainer.accumulation == 8 // local
+        stats = [trainer.train_step() for _ in range(3)]
+        runs.append(([(s.loss, s.grad_norm) for s in stats], weights(trainer)))
+        assert [s.n_tokens for s in stats] == [8 * 64] * 3
+    for numbers, parameters in runs[1:]:
+        torch.testing.assert_close(numbers, runs[0][0], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(parameters, runs[0][1], rtol=0, atol=1e-6)
+
+
+def test_the_loss_is_the_mean_over_valid_tokens_of_all_micro_batches(small_run, monkeypatch) -> None:
+    trainer = Trainer(job(*small_run, "--training.global-batch-size", 8))
+    micro = [next(trainer.batches) for _ in range(2)]
+    micro[0].labels_BS[:, 5:] = IGNORE  # few valid tokens in one, many in the other
+    with torch.no_grad():
+        sums, counts = zip(*(trainer.loss_of(batch) for batch in micro), strict=True)
+    trainer.batches = iter(micro)  # pyright: ignore[reportAttributeAccessIssue]
+    assert trainer.train_step().loss == pytest.approx(float(sum(sums) / sum(counts)), rel=1e-6)
+
+
+def test_the_gradients_are_those_of_that_mean(small_run, monkeypatch) -> None:
+    trainer = Trainer(job(*small_run, "--training.global-batch-size", 8, "--training.max-norm", 0))
+    micro = [next(trainer.batches) for _ in range(2)]
+    micro[0].labels_BS[:, 5:] = IGNORE
+    (one, n_one), (other, n_other) = (trainer.loss_of(batch) for batch in micro)
+    ((one + other) / (n_one + n_other)).backward()
+    expected = {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
+    trainer.optimizer.zero_grad()
+    trainer.batches = iter(micro)  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setattr(trainer.optimizer, "zero_grad", lambda: None)
+    trainer.train_step()
+    actual = {name: p.grad for name, p in trainer.model.named_parameters()}
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_gradients_are_clipped_to_the_norm_and_the_norm_before_is_reported(small_run, monkeypatch) -> None:
+    trainer = Trainer(job(*small_run, "--training.max-norm", 0.25))
+    monkeypatch.setattr(trainer.optimizer, "zero_grad", lambda: None)
+    stats = trainer.train_step()
+    after = torch.stack([p.grad.norm() for p in trainer.model.parameters() if p.grad is not None]).norm()
+    assert stats.grad_norm > 0.3
+    assert float(after) == pytest.approx(0.25, rel=1e-3)
+
+
+def test_a_norm_of_zero_leaves_the_gradients_alone(small_run, monkeypatch) -> None:
+    trainer = Trainer(job(*small_run, "--training.max-norm", 0))
+    monkeypatch.setattr(trainer.optimizer, "zero_grad", lambda: None)
+    stats = trainer.train_step()
+    after = torch.stack([p.grad.norm() for p in trainer.model.parameters() if p.grad is not None]).norm()
+    assert float(after) == pytest.approx(stats.grad_norm, rel=1e-5)
+
+
+def test_the_learning_rate_of_every_step_is_the_schedules(small_run) -> None:
+    schedule = ("--lr-scheduler.warmup-steps", 2, "--lr-scheduler.total-steps", 6, "--optimizer.lr", 1e-3)
+    trainer = Trainer(job(*small_run, *schedule))
+    assert [trainer.train_step().lr for _ in range(5)] == pytest.approx([5e-4, 1e-3, 1e-3, 7.5e-4, 5e-4])
+
+
+@pytest.mark.parametrize("broken", ["loss", "gradient norm"])
+def test_a_number_that_is_not_finite_stops_the_run_before_the_weights_change(
+    small_run, broken, monkeypatch
+) -> None:
+    trainer = Trainer(job(*small_run))
+    trainer.train_step()
+    before = weights(trainer)
+    if broken == "loss":
+        monkeypatch.setattr(trainer, "loss_of", _times(trainer.loss_of, math.nan))
+    else:
+        trainer.model.norm.weight.register_hook(lambda grad: grad * math.inf)
+    with pytest.raises(NonFinite) as caught:
+        trainer.train_step()
+    assert (caught.value.step, caught.value.name, caught.value.sample_ids) == (2, broken, [4, 5, 6, 7])
+    torch.testing.assert_close(weights(trainer), before, rtol=0, atol=0)
+
+
+def _times(loss_of, factor: float):
+    def broken(batch: Batch):
+        loss, count = loss_of(batch)
+        return loss * factor, count
+
+    return broken
+
+
+def test_the_mask_is_made_once_for_each_micro_batch_and_reaches_every_block(small_run, monkeypatch) -> None:
+    trainer = Trainer(job(*small_run, "--training.global-batch-size", 8))
+    made, used = [], []
+    config = type(trainer.model.config.attention)
+    make = config.mask
+    monkeypatch.setattr(
+        config, "mask", lambda *args, **kwargs: made.append(make(*args, **kwargs)) or made[-1]
+    )
+    for block in trainer.model.blocks:
+        block.register_forward_pre_hook(lambda _, args: used.append(args[-1]))
+    trainer.train_step()
+    assert len(made) == 2
+    assert [id(mask) for mask in used] == [id(mask) for mask in made for _ in range(2)]
+
+
+def test_the_sliding_window_of_the_model_reaches_the_mask(small_run) -> None:
+    flags = [*small_run]
+    at = flags.index("--model.overrides") + 1
+    losses = []
+    for window in ("null", "2"):
+        flags[at] = (
+            small_run[at].replace("}", f', "sliding_window": {window}}}')
+            if window != "null"
+            else small_run[at]
+        )
+        losses.append(Trainer(job(*flags)).train_step().loss)
+    assert losses[0] != losses[1]
+
+
+def test_weights_stay_float32_whatever_the_model_computes_in(small_run) -> None:
+    trainer = Trainer(job(*small_run, "--training.mixed-precision-param", "bfloat16"))
+    seen = []
+    trainer.model.norm.register_forward_hook(lambda _, args, out: seen.append(out.dtype))
+    trainer.train_step()
+    assert seen == [torch.bfloat16]
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+    assert {t.dtype for state in trainer.optimizer.state.values() for t in state.values()} == {torch.float32}
+
+
+def test_the_seed_decides_the_weights_and_the_order_of_the_data(small_run) -> None:
+    same, again, other = (Trainer(job(*small_run, "--debug.seed", seed)) for seed in (3, 3, 4))
+    torch.testing.assert_close(weights(same), weights(again), rtol=0, atol=0)
+    assert not torch.equal(weights(same)["embedding.weight"], weights(other)["embedding.weight"])
+    first, once_more, another = (next(trainer.batches).tokens_BS for trainer in (same, again, other))
+    assert torch.equal(first, once_more)
+    assert not torch.equal(first, another)
+
+
+def test_steps_are_those_of_a_plain_loop(small_run) -> None:
+    """The slow reference: one sample at a time, and every part of a step written out with torch alone."""
+    trainer = Trainer(job(*small_run, "--optimizer.lr", 1e-2, "--training.max-norm", 0.5))
+    reference = Trainer(job(*small_run))
+    model, batches = reference.model, reference.batches
+    decayed = [p for p in model.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if p.ndim != 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
+        lr=1e-2, betas=(0.9, 0.95), foreach=False,
+    )  # fmt: skip
+    for step in range(4):
+        batch = next(batches)
+        n_valid = (batch.labels_BS >= 0).sum()
+        total = 0.0
+        for row in range(len(batch.tokens_BS)):
+            mask = model.config.attention.mask(batch.positions_BS[row : row + 1])
+            inputs = (part[row : row + 1] for part in (batch.tokens_BS, batch.positions_BS))
+            loss_sum, _ = model(*inputs, mask, batch.labels_BS[row : row + 1])
+            (loss_sum / n_valid).backward()
+            total += loss_sum.item() / int(n_valid)
+        squares = torch.stack([p.grad.square().sum() for p in model.parameters() if p.grad is not None])
+        norm = squares.sum().sqrt()
+        for p in model.parameters():
+            assert p.grad is not None
+            p.grad *= min(1.0, 0.5 / norm)
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 * (1 - step / 5)
+        optimizer.step()
+        optimizer.zero_grad()
+        stats = trainer.train_step()
+        assert (stats.loss, stats.grad_norm) == (
+            pytest.approx(total, rel=1e-5),
+            pytest.approx(norm.item(), rel=1e-4),
+        )
+        torch.testing.assert_close(weights(trainer), weights(reference), rtol=1e-4, atol=1e-5)
+
+
+def test_a_run_learns_and_reports_every_step_that_is_due(small_run, tmp_path: Path) -> None:
+    flags = ("--training.steps", 25, "--metrics.log-freq", 10, "--optimizer.lr", 1e-2)
+    validation = ("--validation.enable", "--validation.freq", 10, "--validation.steps", 2)
+    Trainer(job(*small_run, *flags, *validation)).run(tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == [1, 10, 20, 25]
+    assert [line["step"] for line in lines if "validation_loss" in line] == [0, 10, 20, 25]
+    assert set(steps[0]) == {
+        *("step", "loss", "grad_norm", "lr", "n_tokens_seen", "tokens_per_second", "mfu"),
+        *("peak_memory_gib", "data_wait_fraction"),
+    }
+    assert [line["n_tokens_seen"] for line in steps] == [step * 4 * 64 for step in (1, 10, 20, 25)]
+    assert all(0 <= line["data_wait_fraction"] < 1 for line in steps)
+    losses = [line["validation_loss"] for line in lines if "validation_loss" in line]
+    assert losses[0] == pytest.approx(math.log(512), abs=0.3)
+    assert losses[-1] < losses[0] - 1
+
+
+def test_validation_changes_nothing_about_training(small_run, tmp_path: Path) -> None:
+    curves = []
+    for name, flags in (("with", ("--validation.enable", "--validation.freq", 2)), ("without", ())):
+        folder = tmp_path / name
+        folder.mkdir()
+        Trainer(job(*small_run, *flags)).run(folder)
+        lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        curves.append([line["loss"] for line in lines if "loss" in line])
+    assert curves[0] == curves[1]
+
+
+def test_the_validation_loss_is_the_mean_over_the_whole_split(small_run, tmp_path: Path) -> None:
+    trainer = Trainer(job(*small_run, "--validation.enable", "--validation.steps", -1, "--training.steps", 1))
+    assert trainer.held_out is not None
+    n = len(trainer.held_out)
+    assert n % 4, "the last batch should be a short one"
+    trainer.run(tmp_path)
+    with torch.no_grad():
+        loss, count = trainer.loss_of(trainer.held_out.batch(range(n), range(n)))
+    assert trainer.validations[-1].loss == pytest.approx(float(loss / count), rel=1e-6)
+    split = trainer.shards.validation
+    per_byte = trainer.validations[-1].loss * split.n_tokens / split.n_bytes
+    assert trainer.validations[-1].nats_per_byte == pytest.approx(per_byte)
+
+
+def test_data_that_cannot_be_used_is_found_before_the_model_is_built(small_run, monkeypatch) -> None:
+    monkeypatch.setattr(trainer_module, "build_model", lambda *_: pytest.fail("the model was built"))
+    with pytest.raises(ConfigError, match=r"training\.seq_len = 2048"):
+        Trainer(
+            job(
+                *small_run,
+                "--validation.enable",
+                "--training.seq-len",
+                2048,
+                "--data.validation-fraction",
+                0.01,
+            )
+        )
+
+
+@pytest.mark.parametrize("flavor", ["debugmodel_flex", "debugmodel_varlen"])
+@pytest.mark.parametrize("window", [None, 7])
+def test_every_backend_gives_the_loss_curve_of_sdpa(small_run, flavor: str, window: int | None) -> None:
+    """Twenty steps in float32 over packed documents."""
+    curves = []
+    for name in ("debugmodel", flavor):
+        flags = [*small_run, "--model.flavor", name, "--training.steps", 20, "--optimizer.lr", 1e-2]
+        if window:
+            at = flags.index("--model.overrides") + 1
+            flags[at] = flags[at].replace("}", f', "sliding_window": {window}}}')
+        trainer = Trainer(job(*flags))
+        curves.append([trainer.train_step().loss for _ in range(20)])
+    assert curves[0][-1] < curves[0][0] - 1
+    assert curves[1] == pytest.approx(curves[0], abs=1e-3)

@@ -1,0 +1,108 @@
+"""The command `torchtitan-lite`: train a model, or show what there is to train with."""
+
+import sys
+from collections.abc import Iterable, Sequence
+
+USAGE = """\
+usage: torchtitan-lite COMMAND
+
+  train [options]   train a model; `torchtitan-lite train --help` lists the options
+  models            list the presets of every family with their parameter counts
+  attention         list the attention backends, what each one can do, and what runs on this machine
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Do what the command line `argv` says, and return the exit status."""
+    command, *rest = (sys.argv[1:] if argv is None else list(argv)) or [""]
+    if command == "train":
+        from torchtitan_lite import train
+
+        return train.main(rest, prog="torchtitan-lite train")
+    if command in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0
+    listings = {"models": models, "attention": attention}
+    if command in listings and not rest:
+        print("\n".join(listings[command]()))
+        return 0
+    print(_refusal(command, rest), file=sys.stderr)
+    return 2
+
+
+def models() -> list[str]:
+    """A row for each size of each family."""
+    from torchtitan_lite.models.registry import families
+
+    rows: list[tuple[str, ...]] = [
+        ("name", "flavor", "parameters", "layers", "dim", "heads", "kv heads", "longest sequence")
+    ]
+    for name, sizes in families.items():
+        for size, config in sizes.items():
+            counts = (config.n_params, config.n_layers, config.dim, config.n_heads, config.n_kv_heads)
+            rows.append((name, size, *(f"{count:,}" for count in counts), f"{config.max_seq_len:,}"))
+    suffixes = "every flavor also comes as <flavor>_flex, <flavor>_flex_flash and <flavor>_varlen"
+    return [*_aligned(rows, left=2), "", suffixes]
+
+
+def attention() -> list[str]:
+    """A row for each implementation of each backend, and what `varlen` comes to here."""
+    import torch
+
+    from torchtitan_lite.attention import BACKENDS, Varlen
+
+    rows: list[tuple[str, ...]] = [
+        (
+            "implementation",
+            "devices",
+            "dtypes",
+            "head_dim",
+            "sliding window",
+            "short queries",
+            "on this machine",
+        )
+    ]
+    for can in (implementation for backend in BACKENDS for implementation in backend.supports):
+        multiple = f"multiple of {can.head_dim_multiple}" if can.head_dim_multiple > 1 else ""
+        most = f"at most {can.head_dim_max}" if can.head_dim_max else ""
+        head_dim = ", ".join(filter(None, (multiple, most))) or "any"
+        yes = [("no", "yes")[able] for able in (can.sliding_window, can.short_queries)]
+        devices, dtypes = ", ".join(can.devices), ", ".join(can.dtypes)
+        rows.append((can.name, devices, dtypes, head_dim, *yes, can.missing() or "yes"))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    kernel = Varlen().resolve(device)
+    return [
+        *_aligned(rows, left=len(rows[0])),
+        "",
+        f'kind = "varlen", kernel = "auto" comes to "{kernel}" on {device}',
+    ]
+
+
+def _aligned(rows: Iterable[tuple[str, ...]], left: int) -> list[str]:
+    """The rows with the first `left` columns aligned at their left, the others at their right."""
+    rows = list(rows)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = enumerate(zip(row, widths, strict=True))
+        lines.append(
+            "  ".join(cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in cells).rstrip()
+        )
+    return lines
+
+
+def _refusal(command: str, rest: Sequence[str]) -> str:
+    from torchtitan_lite.config.load import near
+
+    commands = ("train", "models", "attention")
+    if command in commands:
+        return f"torchtitan-lite {command} takes no options: leave out {' '.join(rest)}"
+    return (
+        f"torchtitan-lite {command} is not a command: {near(command, commands)}"
+        if command
+        else USAGE.rstrip()
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""Train a model: torchrun torchtitan_lite/train.py --config configs/debugmodel.toml
+
+Works by path, as `-m torchtitan_lite.train`, and without torchrun. Exit status: 0 done, 2 the input is wrong,
+130 interrupted, 1 any other failure; torchrun makes 1 of them all, so the run's exit.json says it too.
+"""
+
+import contextlib
+import logging
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if not __package__:
+    # Started by path, Python has put this file's folder first, where nothing is to be imported from.
+    here = Path(__file__).resolve().parent
+    sys.path[:] = [str(here.parent), *(entry for entry in sys.path if Path(entry).resolve() != here)]
+
+if TYPE_CHECKING:
+    from torchtitan_lite.config.job import JobConfig
+    from torchtitan_lite.training.trainer import Trainer
+
+# Our imports stay inside the functions, so that --dry-run and wrong input are answered without the slow ones.
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "python -m torchtitan_lite.train") -> int:
+    """Do what the command line `argv` says, and return the exit status."""
+    try:
+        return _main(sys.argv[1:] if argv is None else argv, prog)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output, such as `head`, has had enough; Python would complain again on its way out.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _main(argv: Sequence[str], prog: str) -> int:
+    from torchtitan_lite.config.job import load_job
+    from torchtitan_lite.config.load import ConfigError, to_toml
+    from torchtitan_lite.training.step import NonFinite
+
+    is_first_rank = os.environ.get("RANK", "0") == "0"
+    try:
+        loaded = load_job(argv, world_size=int(os.environ.get("WORLD_SIZE", "1")), prog=prog)
+        if loaded.dry_run:
+            print(to_toml(loaded.config), end="", flush=True)
+        else:
+            train(loaded.config)
+    except ConfigError as error:
+        if is_first_rank:
+            print(error, file=sys.stderr)
+            _write_refusal(argv, error)
+        return 2
+    except NonFinite as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def train(job: "JobConfig") -> None:
+    """Train in a folder of the run's own, and leave the outcome there even when it is an exception."""
+    from torchtitan_lite.config.load import ConfigError, to_toml
+    from torchtitan_lite.training.outputs import new_folder, write_exit
+    from torchtitan_lite.training.step import NonFinite
+    from torchtitan_lite.training.trainer import Trainer
+
+    _show_log()
+    subfolders = (job.metrics.save_tb_folder, job.profiling.save_traces_folder)
+    folder = new_folder(job.job.dump_folder, job.model.name, job.model.flavor, subfolders)
+    (folder / "config.toml").write_text(to_toml(job), encoding="utf-8")
+    trainer = None
+    try:
+        trainer = Trainer(job)
+        trainer.run(folder)
+    except BaseException as error:
+        ends = {
+            ConfigError: (2, "refused"),
+            NonFinite: (1, "non-finite"),
+            KeyboardInterrupt: (130, "interrupted"),
+        }
+        status, outcome = ends.get(type(error), (1, "failed"))
+        message = str(error) or type(error).__name__
+        write_exit(folder, status, outcome, step=trainer.step if trainer else 0, message=message)
+        raise
+    write_exit(folder, 0, "done", step=trainer.step)
+    _summarize(trainer, folder)
+
+
+def _summarize(trainer: "Trainer", folder: Path) -> None:
+    if trainer.validations:
+        first, last = (done.nats_per_byte for done in (trainer.validations[0], trainer.validations[-1]))
+        alone = trainer.shards.validation.unigram_entropy
+        print(
+            f"Validation loss: {first:.4f} to {last:.4f} nats per byte (byte frequencies alone: {alone:.4f})"
+        )
+    print(f"Files: {folder}")
+    if trainer.job.metrics.enable_tensorboard:
+        logs = shlex.quote(str(folder / trainer.job.metrics.save_tb_folder))
+        print(f"TensorBoard: {shlex.quote(sys.executable)} -m tensorboard.main --logdir {logs}")
+
+
+def _write_refusal(argv: Sequence[str], error: Exception) -> None:
+    """Leave the outcome in the folder that `argv` names: a launcher that named one looks for it there."""
+    from torchtitan_lite.training.outputs import write_exit
+
+    flag = "--job.dump-folder"
+    words = [word.replace("_", "-", 1) if word.startswith("--job.dump_folder") else word for word in argv]
+    named = [word.removeprefix(f"{flag}=") for word in words if word.startswith(f"{flag}=")]
+    named += [after for word, after in zip(words, argv[1:], strict=False) if word == flag]
+    if not named or "--dry-run" in argv:
+        return
+    with contextlib.suppress(OSError):  # the folder itself may be what is wrong
+        write_exit(Path(named[-1]), 2, "refused", step=0, message=str(error))
+
+
+def _show_log() -> None:
+    """Show what the package logs, and no other's, on standard error."""
+    log = logging.getLogger("torchtitan_lite")
+    if not log.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,40 @@
+"""Seeds, and runs that repeat to the bit."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from torchtitan_lite.config.load import Problem
+
+
+@dataclass(frozen=True, kw_only=True)
+class DebugConfig:
+    """What makes a run repeatable."""
+
+    seed: int = 0
+    """Seed of the initial weights and of the order of the data."""
+    deterministic: bool = False
+    """Use deterministic kernels alone: slower; two runs on one machine give the same losses to the bit."""
+
+    def problems(self, key: str) -> list[Problem]:
+        """Values out of range."""
+        if 0 <= self.seed < 2**63:
+            return []
+        return [Problem(f"{key}.seed", self.seed, "is not in [0, 2^63)", "use a small number such as 0")]
+
+
+def set_determinism(config: DebugConfig) -> None:
+    """Seed torch and, when asked, refuse every kernel whose result depends on timing.
+
+    Must run before the first CUDA kernel: cuBLAS reads its workspace setting once.
+    """
+    torch.manual_seed(config.seed)
+    if not config.deterministic:
+        return
+    # https://docs.nvidia.com/cuda/cublas/#results-reproducibility
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    # Filling every new tensor with NaN finds reads of uninitialised memory; it is no part of repeating a run.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]

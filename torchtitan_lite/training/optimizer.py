@@ -1,0 +1,64 @@
+"""AdamW with decay on matrices alone."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from torchtitan_lite.config.load import Problem
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Which optimizer updates the weights, and how strongly."""
+
+    name: Literal["AdamW"] = "AdamW"
+    """AdamW: Adam with decoupled weight decay (https://arxiv.org/abs/1711.05101)."""
+    lr: float = 8e-4
+    """Peak learning rate; the schedule scales it."""
+    beta1: float = 0.9
+    """Decay rate of the running mean of the gradient."""
+    beta2: float = 0.95
+    """Decay rate of the running mean of the squared gradient."""
+    eps: float = 1e-8
+    """Added to the denominator of the update."""
+    weight_decay: float = 0.1
+    """Decay of matrices (embeddings included); vectors such as norm weights are never decayed."""
+    implementation: Literal["fused", "foreach", "for-loop"] = "fused"
+    """fused: one kernel for all weights; foreach: batched operations; for-loop: one weight at a time."""
+
+    def problems(self, key: str) -> list[Problem]:
+        """Values out of range."""
+        rules = (
+            ("lr", self.lr > 0, "must be greater than 0", "use 8e-4 or so"),
+            ("beta1", 0 <= self.beta1 < 1, "is not in [0, 1)", "use 0.9 or so"),
+            ("beta2", 0 <= self.beta2 < 1, "is not in [0, 1)", "use 0.95 or so"),
+            ("eps", self.eps > 0, "must be greater than 0", "use 1e-8 or so"),
+            ("weight_decay", self.weight_decay >= 0, "must be at least 0", "use 0 for none"),
+        )
+        return [
+            Problem(f"{key}.{name}", getattr(self, name), rule, fix)
+            for name, ok, rule, fix in rules
+            if not ok
+        ]
+
+
+def build_optimizer(
+    named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig
+) -> torch.optim.Optimizer:
+    """AdamW over `named_parameters` in two groups: matrices, which decay, and the rest, which does not."""
+    trained = [(name, p) for name, p in named_parameters if p.requires_grad]
+    groups = [
+        {"params": [pair for pair in trained if pair[1].ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [pair for pair in trained if pair[1].ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        fused=config.implementation == "fused",
+        foreach=config.implementation == "foreach",
+    )

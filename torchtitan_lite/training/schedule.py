@@ -1,0 +1,83 @@
+"""Learning rate over the run: warm up, stay, decay."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from torchtitan_lite.config.load import Problem
+
+_LONGEST_DEFAULT_WARMUP = 200
+
+
+@dataclass(frozen=True, kw_only=True)
+class LRSchedulerConfig:
+    """The learning rate's course: a linear rise, a plateau, a decay."""
+
+    warmup_steps: int | None = None
+    """Steps of linear rise to the peak. Unset: a tenth of the total, at most 200."""
+    total_steps: int | None = None
+    """Steps that the schedule spans. Unset: training.steps. Set: the run may stop early, same schedule."""
+    decay_ratio: float | None = None
+    """Share of the total that decays at the end. Unset: all that follows the warm-up."""
+    decay_type: Literal["linear", "cosine", "sqrt"] = "linear"
+    """Shape of the decay."""
+    min_lr_factor: float = 0.0
+    """The decay ends at this share of the peak."""
+
+    def problems(self, key: str, training_steps: int | None = None) -> list[Problem]:
+        """Values out of range, and what does not fit a run of `training_steps` steps when given."""
+        rules = (
+            ("warmup_steps", 0, math.inf, "must be at least 0", "use 0 for none"),
+            ("total_steps", 1, math.inf, "must be at least 1", "leave it out for training.steps"),
+            ("decay_ratio", 0, 1, "is not in [0, 1]", "use a share such as 0.1"),
+            ("min_lr_factor", 0, 1, "is not in [0, 1]", "use a share such as 0.1"),
+        )
+        found = []
+        for name, least, most, rule, remedy in rules:
+            value = getattr(self, name)
+            if value is not None and not least <= value <= most:
+                found.append(Problem(f"{key}.{name}", value, rule, remedy))
+        if found or training_steps is None or self.warmup_steps is None:
+            return found
+        total = self.total(training_steps)
+        if self.warmup_steps <= total:
+            return []
+        rule, remedy = (
+            f"is longer than the schedule of {total} steps",
+            f"use {total} or less, or leave it out",
+        )
+        return [Problem(f"{key}.warmup_steps", self.warmup_steps, rule, remedy)]
+
+    def total(self, training_steps: int) -> int:
+        """Steps that the schedule spans when the run takes `training_steps`."""
+        return training_steps if self.total_steps is None else self.total_steps
+
+    def warmup(self, training_steps: int) -> int:
+        """Steps of warm-up when the run takes `training_steps`."""
+        if self.warmup_steps is not None:
+            return self.warmup_steps
+        return min(_LONGEST_DEFAULT_WARMUP, self.total(training_steps) // 10)
+
+
+def lr_factor(step: int, config: LRSchedulerConfig, training_steps: int) -> float:
+    """Share of the peak learning rate at the 0-based `step`: a function of these three and nothing else.
+
+    The warm-up starts at 1 / warm-up and the decay ends one decay step above its floor, so that no step is
+    spent at a learning rate of 0; past the end the floor stays. As in torchtitan's lr_scheduler.py.
+    """
+    total, warmup = config.total(training_steps), config.warmup(training_steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    decay = total - warmup
+    if config.decay_ratio is not None:
+        decay = min(decay, round(total * config.decay_ratio))
+    done = step - (total - decay)
+    if done < 0 or decay == 0:
+        return 1.0
+    progress = min(1.0, done / decay)
+    left = {
+        "linear": 1 - progress,
+        "cosine": (1 + math.cos(math.pi * progress)) / 2,
+        "sqrt": 1 - math.sqrt(progress),
+    }[config.decay_type]
+    return config.min_lr_factor + (1 - config.min_lr_factor) * left

@@ -1,0 +1,57 @@
+"""Loss on held-out text."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from torchtitan_lite.config.load import Problem
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationConfig:
+    """Whether, how often and on how much the model is validated."""
+
+    enable: bool = False
+    """Measure the loss on held-out text before the first step, every `freq` steps and at the end."""
+    freq: int = 100
+    """Steps between two validations."""
+    steps: int = 10
+    """Micro-batches per validation. -1: the whole validation split."""
+
+    def problems(self, key: str) -> list[Problem]:
+        """Values out of range."""
+        found = []
+        if self.freq < 1:
+            found.append(Problem(f"{key}.freq", self.freq, "must be at least 1", "use a positive number"))
+        if self.steps != -1 and self.steps < 1:
+            remedy = "use -1 for the whole split"
+            found.append(Problem(f"{key}.steps", self.steps, "must be -1 or positive", remedy))
+        return found
+
+
+BatchT = TypeVar("BatchT")
+
+
+@torch.no_grad()
+def mean_loss(
+    model: nn.Module,
+    loss_of: Callable[[BatchT], tuple[Tensor, Tensor]],
+    batches: Iterable[BatchT],
+) -> float:
+    """Mean loss over every valid token of `batches`, in nats per token.
+
+    `loss_of(batch)` gives the sum of its losses and the count of its valid tokens; `model` is in eval mode
+    meanwhile. Every token weighs the same, however the batches are cut. NaN where there is no valid token.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        sums, counts = zip(*(loss_of(batch) for batch in batches), strict=True)
+    finally:
+        model.train(was_training)
+    both = [torch.stack(values).double().sum() for values in (sums, counts)]
+    total, count = torch.stack(both).tolist()
+    return total / count if count else float("nan")
