@@ -28,7 +28,7 @@ class Mutant(NamedTuple):
     tests: str
 
 
-PORTABLE_VARLEN = "            return attend(q_BQHK, k_BSGK, v_BSGK, mask.tiles, scale)\n        check_shapes"
+PORTABLE_VARLEN = "            return attend(q_BQHK, k_BSGK, v_BSGK, mask.tiles, scale)\n"
 HEADS_FIRST = "(x.transpose(1, 2) for x in (q_BQHK, k_BSGK, v_BSGK))"
 REPEATED = HEADS_FIRST.replace(" for", ".repeat_interleave(q_BQHK.shape[2] // x.shape[2], 1) for")
 MUTANTS = {
@@ -51,10 +51,10 @@ MUTANTS = {
         ORACLE,
     ),
     "varlen: the window does not reach the kernel": Mutant(
-        ATTENTION + "varlen.py", "run, scale, mask.window)", "run, scale, None)", ORACLE
+        ATTENTION + "varlen.py", "(q, k, v, run, scale, window)", "(q, k, v, run, scale, None)", ORACLE
     ),
-    "tiles: the scale does not reach the kernel": Mutant(
-        ATTENTION + "tile_kernels.py", "** -0.5 if scale is None else scale", "** -0.5", ORACLE
+    "all backends: the scale that is given is dropped": Mutant(
+        ATTENTION + "mask.py", "** -0.5 if scale is None else scale", "** -0.5", ORACLE
     ),
     "sdpa: the scale does not reach the kernel": Mutant(
         ATTENTION + "sdpa.py", "is_causal=True, scale=scale,", "is_causal=True,", ORACLE
@@ -97,8 +97,8 @@ MUTANTS = {
     ),
     "block size of flex dropped on the way to the mask": Mutant(
         ATTENTION + "flex.py",
-        "build_block_mask(positions_BS.to(device), queries, sliding_window, self.blocks)",
-        "build_block_mask(positions_BS.to(device), queries, sliding_window, (128, 128))",
+        "queries, sliding_window, self.blocks)",
+        "queries, sliding_window, (128, 128))",
         "tests/attention/test_capabilities.py",
     ),
     "keys and values repeated to all heads": Mutant(ATTENTION + "sdpa.py", HEADS_FIRST, REPEATED, MEMORY),

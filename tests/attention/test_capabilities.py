@@ -7,14 +7,18 @@ import torch
 from attention_cases import POSITIONS, compare
 
 from torchtitan_lite.attention import Flex, Sdpa, Varlen, capabilities, refusals
-from torchtitan_lite.attention.varlen import KERNELS
 
 FLASH = {"BACKEND": "FLASH"}
 CONFIGS = {
     "sdpa": Sdpa(),
-    "flex": Flex(block_size=16),
+    "flex": Flex(),
     "flex_flash": Flex(block_size=(128, 128), kernel_options=FLASH),
-    **{f"varlen_{kernel}": Varlen(kernel=kernel) for kernel in ("auto", *KERNELS)},
+    "varlen_auto": Varlen(),
+    "varlen_fa4": Varlen(kernel="fa4"),
+    "varlen_fa3": Varlen(kernel="fa3"),
+    "varlen_flash_attn": Varlen(kernel="flash_attn"),
+    "varlen_torch": Varlen(kernel="torch"),
+    "varlen_documents": Varlen(kernel="documents"),
 }
 DTYPES = {name: getattr(torch, name) for name in capabilities.FLOATS}
 TOLERANCES = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 4e-2, "float16": 1e-2}
@@ -89,6 +93,10 @@ def test_shapes_that_a_kernel_cannot_take_are_refused(shape, field):
 @pytest.mark.parametrize(
     "options, device, field",
     [
+        ({"block_size": 64}, "cuda", "block_size"),
+        ({"kernel_options": {"fwd_BLOCK_X": 64}}, "cuda", "kernel_options.fwd_BLOCK_X"),
+        ({"kernel_options": {"BLOCK_M": "abc"}}, "cuda", "kernel_options.BLOCK_M"),
+        ({"kernel_options": {"USE_TMA": 1}}, "cuda", "kernel_options.USE_TMA"),
         ({"block_size": 100}, "cpu", "block_size"),
         ({"block_size": 0}, "cuda", "block_size"),
         ({"block_size": (128, 8)}, "cpu", "block_size"),
@@ -102,6 +110,39 @@ def test_shapes_that_a_kernel_cannot_take_are_refused(shape, field):
 def test_options_of_flex_that_mean_nothing_are_refused(options, device, field):
     found = refused(Flex(**options), device, torch.bfloat16)
     assert field in {refusal.field for refusal in found}
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"fwd_BLOCK_M": 64, "bwd_BLOCK_N1": 64, "USE_TMA": True, "BACKEND": "TRITON"}]
+)
+def test_options_of_flex_that_torch_has_are_accepted(options):
+    assert refused(Flex(kernel_options=options), "cuda", torch.bfloat16) == []
+
+
+def test_what_a_backend_does_not_claim_is_refused():
+    class Modest(Sdpa):
+        supports = (
+            capabilities.Capabilities(
+                name="modest",
+                devices=("cpu",),
+                dtypes=("float32",),
+                sliding_window=False,
+                deterministic=False,
+            ),
+        )
+
+    found = refused(Modest(), "cuda", torch.bfloat16, sliding_window=5, deterministic=True)
+    assert {refusal.field for refusal in found} == {"device", "dtype", "sliding_window", "deterministic"}
+    assert refused(Modest()) == []
+
+
+@pytest.mark.parametrize(
+    "name, found",
+    [("flex_flash", ["deterministic"]), ("varlen_fa3", ["deterministic"]), ("varlen_torch", [])],
+)
+def test_kernels_without_deterministic_gradients_refuse_the_deterministic_mode(name, found):
+    refusals = refused(CONFIGS[name], "cuda", torch.bfloat16, deterministic=True)
+    assert [refusal.field for refusal in refusals] == found
 
 
 def test_a_kernel_that_cannot_run_here_says_what_it_needs(monkeypatch):
@@ -131,8 +172,19 @@ def test_auto_takes_the_best_kernel_that_is_installed_and_fits_the_gpu(monkeypat
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: gpu)
     monkeypatch.setattr(capabilities, "_importable", lambda module: module in installed)
+    monkeypatch.setattr("torch.nn.attention._fa4._aten_to_fa4_window_size", None, raising=False)
     assert Varlen().resolve("cuda") == expected
     assert Varlen().resolve("cpu") == "documents"
+
+
+def test_auto_passes_over_fa4_where_torch_gives_it_no_causal_window(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(capabilities, "_importable", lambda module: module == "flash_attn.cute")
+    monkeypatch.delattr("torch.nn.attention._fa4._aten_to_fa4_window_size", raising=False)
+    assert Varlen().resolve("cuda") == "torch"
+    (refusal,) = refused(Varlen(kernel="fa4"), "cuda", torch.bfloat16)
+    assert "causal window" in refusal.rule
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, the kernel may well run")
@@ -156,4 +208,5 @@ def test_the_block_size_of_flex_is_that_of_its_mask_and_of_its_tiles():
     for block_size, n_tiles in ((64, 1 + 2 * 3), (128, 1 + 2), ((64, 128), 1 + 1 + 2 + 2)):
         mask = Flex(block_size=block_size).mask(positions_BS)
         assert Flex(block_size=block_size).blocks == mask.block_mask.BLOCK_SIZE
+        assert mask.tiles is not None
         assert len(mask.tiles.table) == n_tiles

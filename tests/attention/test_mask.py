@@ -85,3 +85,12 @@ def test_tensors_of_another_batch_than_the_masks_are_refused(config):
 def test_positions_follow_from_cumulative_lengths():
     cu_seqlens = torch.tensor([0, 3, 3, 5], dtype=torch.int32)  # an empty document is no document
     assert positions_from_cu_seqlens(cu_seqlens).tolist() == [[0, 1, 2, 0, 1]]
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.5, float("nan"), float("inf")])
+@each_config
+def test_a_scale_that_kernels_answer_with_nan_is_refused(config, scale):
+    mask = config.mask(torch.arange(8)[None])
+    q, k, v = (torch.randn(1, 8, heads, 4) for heads in (4, 2, 2))
+    with pytest.raises(ValueError, match="scale"):
+        config.build()(q, k, v, mask, scale=scale)

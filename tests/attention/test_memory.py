@@ -161,6 +161,26 @@ def test_the_gradients_of_keys_and_values_have_their_own_few_heads():
         assert (dq.shape[2], dk.shape[2], dv.shape[2]) == (8, 2, 2)
 
 
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("config", [Sdpa(), Flex(), Varlen()], ids=lambda config: config.kind)
+def test_memory_falls_with_the_number_of_key_heads(config, case):
+    positions_BS, queries = CASES[case]
+    n_queries = 4096 if queries is None else sum(stop - start for start, stop in queries)
+
+    def peak(kv_heads):
+        q, k, v = tensors(1, 4096, kv_heads=kv_heads, n_queries=n_queries)
+        with Recorder() as recorder:  # the operators from outside: what is alive when the backward ends
+            out = config.build()(q, k, v, config.mask(positions_BS, queries=queries))
+            torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+        outputs = ("flash_attention_for_cpu", "attend_tiles", "backward")
+        made = sum(made[2] for made in recorder.made if any(word in made[0] for word in outputs))
+        return q.nbytes + k.nbytes + v.nbytes + made
+
+    # Keys, values and their gradients, and nothing else, know of the key heads.
+    one_head = 4 * 4096 * 16
+    assert peak(8) - peak(2) == 4 * 6 * one_head
+
+
 def test_the_work_on_packed_documents_is_the_sum_of_their_squares():
     def area(positions_BS):
         *edges, kinds = document_tiles(positions_BS).table[:, :7].unbind(1)

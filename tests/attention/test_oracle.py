@@ -4,7 +4,8 @@ import pytest
 import torch
 from attention_cases import EXACT, KEYS, POSITIONS, QUERIES, compare, qkv, rows
 
-from torchtitan_lite.attention import Flex, Sdpa, Varlen, flex, reference_attention
+from torchtitan_lite.attention import Flex, Sdpa, Varlen, WithLayout, flex, reference_attention
+from torchtitan_lite.attention.block_mask import build_block_mask
 from torchtitan_lite.attention.varlen import VarlenAttention, build_runs
 
 BACKENDS = {
@@ -116,6 +117,26 @@ def test_what_the_varlen_kernels_are_given_adds_up_to_the_reference(positions, q
         compare(backend, POSITIONS[positions], QUERIES[queries], window, 6, 2, 0.37, EXACT)
 
 
+@pytest.mark.parametrize("positions", ["packed", "padded both sides and packed", "a row of padding alone"])
+def test_rows_that_do_not_follow_each_other_reach_the_varlen_kernel_as_views(positions):
+    seen = []
+
+    def kernel(q_THK, k_UGK, v_UGK, run, scale, window):
+        seen.extend(x.untyped_storage().data_ptr() for x in (q_THK, k_UGK, v_UGK))
+        return reference_kernel(q_THK, k_UGK, v_UGK, run, scale, window)
+
+    positions_BS = POSITIONS[positions]
+    mask = build_runs(positions_BS, None, 7, torch.device("cpu"))
+    q, k, v = (x.detach().transpose(0, 1).contiguous().requires_grad_() for x in qkv(2, KEYS, KEYS, 6, 2))
+    out = WithLayout(VarlenAttention(kernel), "sbhd")(q, k, v, mask, scale=0.37)
+    assert set(seen) == {x.untyped_storage().data_ptr() for x in (q, k, v)}
+    q_BSHK, k_BSGK, v_BSGK = (x.transpose(0, 1) for x in (q, k, v))
+    expected = reference_attention(q_BSHK, k_BSGK, v_BSGK, positions_BS, None, 7, 0.37)
+    torch.testing.assert_close(out.transpose(0, 1), expected, rtol=1e-10, atol=1e-10)
+    found, wanted = (torch.autograd.grad(x.square().sum(), (q, k, v)) for x in (out, expected))
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+
+
 def test_a_batch_without_padding_is_one_varlen_call_and_a_chunk_of_a_row_is_one():
     cpu = torch.device("cpu")
     assert len(build_runs(POSITIONS["packed"], None, None, cpu).runs) == 1
@@ -134,7 +155,7 @@ def test_what_the_flex_kernel_is_given_is_the_reference(monkeypatch, positions, 
     with torch.no_grad():
         q, k, v = (x.detach() for x in qkv(len(positions_BS), n_queries, KEYS, 6, 2))
         for window in WINDOWS:
-            block_mask = flex.build_block_mask(positions_BS, chosen, window, (16, 16))
+            block_mask = build_block_mask(positions_BS, chosen, window, (16, 16))
             out = inner(q, k, v, flex.FlexMask(block_mask, None, (len(q), n_queries, KEYS)), scale=0.37)
             expected = reference_attention(q, k, v, positions_BS, chosen, window, 0.37)
             torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)

@@ -1,6 +1,6 @@
 """What each attention implementation can run, as data for the validator, the documentation and the tests."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import NamedTuple, Protocol
@@ -21,13 +21,16 @@ class Capabilities:
     head_dim_multiple: int = 1
     head_dim_max: int | None = None
     sliding_window: bool = True
-    short_queries: bool = True
+    deterministic: bool = True
+    """Whether its gradients are the same from run to run in torch's deterministic mode."""
     packages: tuple[str, ...] = ()
     """Modules that must be importable."""
     gpu_majors: tuple[int, ...] = ()
     """Major compute capabilities that it runs on; empty: any."""
     install: str = ""
     """How to get the packages."""
+    also_missing: Callable[[], str | None] = lambda: None
+    """What else keeps it from running here, in words."""
 
     @property
     def needs(self) -> str:
@@ -44,7 +47,7 @@ class Capabilities:
         if self.gpu_majors and major not in self.gpu_majors:
             return f"this GPU's compute capability is {major}.{minor}"
         absent = [package for package in self.packages if not _importable(package)]
-        return f"{', '.join(absent)} not installed" if absent else None
+        return f"{', '.join(absent)} not installed" if absent else self.also_missing()
 
 
 def _importable(module: str) -> bool:
@@ -56,13 +59,13 @@ def _importable(module: str) -> bool:
 
 def markdown_table(rows: Iterable[Capabilities]) -> str:
     """The capabilities as a Markdown table, a row each; devices times dtypes are the cells that run."""
-    header = ("attention", "devices", "dtypes", "head_dim", "window", "short queries", "needs besides torch")
+    header = ("attention", "devices", "dtypes", "head_dim", "window", "deterministic", "needs besides torch")
     lines = [header, ("---",) * len(header)]
     for can in rows:
         head_dim = f"multiple of {can.head_dim_multiple}, " * (can.head_dim_multiple > 1)
         head_dim += "any" if can.head_dim_max is None else f"up to {can.head_dim_max}"
         words = [", ".join(can.devices), ", ".join(can.dtypes), head_dim]
-        words += ["yes" if yes else "no" for yes in (can.sliding_window, can.short_queries)]
+        words += ["yes" if yes else "no" for yes in (can.sliding_window, can.deterministic)]
         lines.append((can.name, *words, can.needs or "nothing"))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -71,7 +74,7 @@ class Refusal(NamedTuple):
     """Why a config cannot run here.
 
     `field` is a field of the attention config, or what it was checked against: device, dtype, head_dim,
-    n_heads or sliding_window.
+    n_heads, sliding_window or deterministic.
     """
 
     field: str
@@ -97,6 +100,7 @@ def refusals(
     n_heads: int,
     n_kv_heads: int,
     sliding_window: int | None = None,
+    deterministic: bool = False,
 ) -> list[Refusal]:
     """All reasons why attention of this shape cannot run with `config` on `device` ("cpu" or "cuda").
 
@@ -121,8 +125,10 @@ def refusals(
         divisors = [n for n in range(1, n_heads + 1) if n_heads % n == 0]
         remedy = f"use {n_kv_heads * (n_heads // n_kv_heads or 1)} heads, or n_kv_heads out of {divisors}"
         found.append(Refusal("n_heads", n_heads, f"is no multiple of n_kv_heads = {n_kv_heads}", remedy))
-    if sliding_window is not None and not can.sliding_window:
-        found.append(
-            Refusal("sliding_window", sliding_window, f"is not for {can.name} attention", "use sdpa")
-        )
+    for field, value, able in (
+        ("sliding_window", sliding_window, can.sliding_window),
+        ("deterministic", deterministic or None, can.deterministic),
+    ):
+        if value is not None and not able:
+            found.append(Refusal(field, value, f"is not for {can.name} attention", "use sdpa"))
     return found

@@ -62,8 +62,13 @@ def check_positions(positions_BS: Tensor) -> None:
         raise ValueError("padding may only stand before or after a row's tokens, not between them")
 
 
-def check_shapes(q_BQHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, shape: tuple[int, int, int]) -> None:
-    """Raise ValueError for tensors that do not belong together or to the mask, whose (B, Q, S) is `shape`."""
+def check_inputs(
+    q_BQHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, shape: tuple[int, int, int], scale: float | None
+) -> float:
+    """The scale, 1 / sqrt(K) by default, of tensors that fit each other and the mask of (B, Q, S) `shape`.
+
+    Raises ValueError where they do not, and for a scale that is not positive: some kernels give NaN for it.
+    """
     batch, n_queries, seq_len = shape
     q, k, v = tuple(q_BQHK.shape), tuple(k_BSGK.shape), tuple(v_BSGK.shape)
     if q[:2] != (batch, n_queries) or k[:2] != (batch, seq_len) or k != v or len(q) != 4 or q[3] != k[3]:
@@ -73,6 +78,9 @@ def check_shapes(q_BQHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, shape: tuple[in
         )
     if q[2] % k[2]:
         raise ValueError(f"{q[2]} query heads are no multiple of {k[2]} key/value heads")
+    if scale is not None and not 0 < scale < float("inf"):
+        raise ValueError(f"scale {scale} must be positive")
+    return q[3] ** -0.5 if scale is None else scale
 
 
 def segments(positions_BS: Tensor, queries: Ranges | None = None) -> Tensor:

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchtitan_lite.attention.capabilities import FLOATS, Capabilities, Refusal
-from torchtitan_lite.attention.mask import Ranges, check_shapes
-from torchtitan_lite.attention.tile_kernels import attend
+from torchtitan_lite.attention.mask import Ranges, check_inputs
+from torchtitan_lite.attention.tile_kernels import attend, has_cuda_flash
 from torchtitan_lite.attention.tiles import Tiles, document_tiles
 
 
@@ -58,7 +58,7 @@ class SdpaAttention(nn.Module):
         """Attend; [B, Q, H, K], contiguous."""
         if not mask.causal_rows or _only_quadratic(q_BQHK, k_BSGK, v_BSGK):
             return attend(q_BQHK, k_BSGK, v_BSGK, mask, scale)
-        check_shapes(q_BQHK, k_BSGK, v_BSGK, mask.shape)
+        scale = check_inputs(q_BQHK, k_BSGK, v_BSGK, mask.shape, scale)
         q_BHQK, k_BGSK, v_BGSK = (x.transpose(1, 2) for x in (q_BQHK, k_BSGK, v_BSGK))
         out_BHQK = F.scaled_dot_product_attention(
             q_BHQK, k_BGSK, v_BGSK, is_causal=True, scale=scale, enable_gqa=q_BHQK.shape[1] != k_BGSK.shape[1]
@@ -67,12 +67,13 @@ class SdpaAttention(nn.Module):
 
 
 def _only_quadratic(q_BQHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor) -> bool:
-    """Whether torch has only its S x S kernel.
+    """Whether torch would repeat the keys and make the scores of S x S.
 
-    So where the features of a head are no neighbours and, on CUDA, for grouped heads in full precision.
+    So where the features of a head are no neighbours and, on CUDA, where neither FlashAttention nor the
+    memory-efficient kernel can be used: that one takes no grouped heads and no float64.
     """
     if q_BQHK.stride(-1) != 1 or k_BSGK.stride(-1) != 1 or v_BSGK.stride(-1) != 1:
         return True
-    wide = q_BQHK.dtype in (torch.float32, torch.float64)
-    grouped = q_BQHK.shape[2] != k_BSGK.shape[2]
-    return q_BQHK.is_cuda and wide and (grouped or q_BQHK.dtype == torch.float64)
+    if not q_BQHK.is_cuda or has_cuda_flash(q_BQHK):
+        return False
+    return q_BQHK.shape[2] != k_BSGK.shape[2] or q_BQHK.dtype == torch.float64

@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from torchtitan_lite.attention.mask import check_shapes
+from torchtitan_lite.attention.mask import check_inputs
 from torchtitan_lite.attention.tiles import CAUSAL, FULL, Tile, Tiles
 
 aten = torch.ops.aten
@@ -148,11 +148,14 @@ def kernel_for(q_BQHK: Tensor) -> Kernel:
     """The kernel that computes a tile on this tensor's device in its dtype."""
     if q_BQHK.device.type == "cpu":
         return CpuKernel()
+    return CudaKernel() if has_cuda_flash(q_BQHK) else PlainKernel()
+
+
+def has_cuda_flash(q_BQHK: Tensor) -> bool:
+    """Whether torch's FlashAttention for CUDA takes these queries."""
     head_dim = q_BQHK.shape[-1]
-    flash = q_BQHK.is_cuda and q_BQHK.dtype in HALF and head_dim % 8 == 0 and head_dim <= 256
-    if flash and torch.cuda.get_device_capability(q_BQHK.device) >= (8, 0):
-        return CudaKernel()
-    return PlainKernel()
+    fits = q_BQHK.is_cuda and q_BQHK.dtype in HALF and head_dim % 8 == 0 and head_dim <= 256
+    return fits and torch.cuda.get_device_capability(q_BQHK.device) >= (8, 0)
 
 
 class _Call(NamedTuple):
@@ -277,6 +280,5 @@ attend_tiles.register_autograd(_backward, setup_context=_save)
 
 def attend(q_BQHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, tiles: Tiles, scale: float | None) -> Tensor:
     """Attention by a plan, [B, Q, H, K]; the scale defaults to 1 / sqrt(K)."""
-    check_shapes(q_BQHK, k_BSGK, v_BSGK, tiles.shape)
-    scale = q_BQHK.shape[-1] ** -0.5 if scale is None else scale
+    scale = check_inputs(q_BQHK, k_BSGK, v_BSGK, tiles.shape, scale)
     return attend_tiles(q_BQHK, k_BSGK, v_BSGK, tiles.table, tiles.masks, scale)[0]

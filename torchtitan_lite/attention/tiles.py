@@ -65,7 +65,7 @@ def build_tiles(
     table = torch.tensor(rows, dtype=torch.int64).reshape(len(rows), len(Tile._fields) + 2)
     batch, n_queries, seq_len = shape
     causal_rows = n_queries == seq_len and tiles == [Tile(0, batch, 0, seq_len, 0, seq_len, CAUSAL)]
-    return Tiles(table, flat.to(device), shape, causal_rows)
+    return Tiles(table, flat.to(device, non_blocking=True), shape, causal_rows)
 
 
 def document_tiles(

@@ -6,7 +6,7 @@ T = B * Q and U = B * S packed query and key tokens, D documents.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from inspect import signature
 from itertools import pairwise
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from torchtitan_lite.attention.capabilities import FLOATS, HALVES, Capabilities, Refusal
-from torchtitan_lite.attention.mask import Ranges, check_shapes, check_window, query_ranges, segments
+from torchtitan_lite.attention.mask import Ranges, check_inputs, check_window, query_ranges, segments
 from torchtitan_lite.attention.tile_kernels import attend
 from torchtitan_lite.attention.tiles import Tiles, document_tiles
 
@@ -23,7 +23,15 @@ Kernel = Callable[..., Tensor]
 """kernel(q_THK, k_UGK, v_UGK, run, scale, window) -> out_THK, causal and aligned at the bottom right."""
 
 
-def _flash(name: str, majors: tuple[int, ...], package: str = "", install: str = "") -> Capabilities:
+def _fa4_takes_no_window() -> str | None:
+    from torch.nn.attention import _fa4
+
+    # Causal attention is a window to varlen_attn, and torch 2.11 hands it to FlashAttention-4 as it stands.
+    can = hasattr(_fa4, "_aten_to_fa4_window_size")
+    return None if can else "this torch's FlashAttention-4 takes no causal window"
+
+
+def _flash(name: str, majors: tuple[int, ...], package: str = "", install: str = "", **more) -> Capabilities:
     return Capabilities(
         name=f"varlen ({name})",
         devices=("cuda",),
@@ -33,12 +41,17 @@ def _flash(name: str, majors: tuple[int, ...], package: str = "", install: str =
         packages=(package,) if package else (),
         gpu_majors=majors,
         install=install,
+        **more,
     )
 
 
+_FA3 = "FlashAttention-3 from the flash-attention sources"
 KERNELS = {
-    "fa4": _flash("fa4", (9, 10), "flash_attn.cute", "pip install flash-attn-4"),
-    "fa3": _flash("fa3", (9,), "flash_attn_interface", "FlashAttention-3 from the flash-attention sources"),
+    "fa4": _flash(
+        "fa4", (9, 10), "flash_attn.cute", "pip install flash-attn-4", also_missing=_fa4_takes_no_window
+    ),
+    # torch does not pass its deterministic mode on to FlashAttention-3.
+    "fa3": _flash("fa3", (9,), "flash_attn_interface", _FA3, deterministic=False),
     "flash_attn": _flash("flash_attn", (8, 9, 10, 12), "flash_attn.bert_padding", "pip install flash-attn"),
     "torch": _flash("torch", (8, 9, 10, 12)),
     "documents": Capabilities(name="varlen (documents)", devices=("cpu", "cuda"), dtypes=FLOATS),
@@ -104,7 +117,7 @@ class Varlen:
         device = torch.device(device) if device is not None else positions_BS.device
         if self.resolve(device.type) == "documents":
             tiles = document_tiles(positions_BS, queries, sliding_window, device)
-            return VarlenMask(tiles, (), sliding_window, tiles.shape)
+            return VarlenMask(tiles, (), sliding_window, tiles.shape, torch.empty(0, 5, dtype=torch.int64))
         return build_runs(positions_BS, queries, sliding_window, device)
 
 
@@ -129,9 +142,19 @@ class VarlenMask:
 
     tiles: Tiles | None
     runs: tuple[Run, ...]
+    """Of the rows one after the other."""
     window: int | None
     shape: tuple[int, int, int]
     """(B, Q, S) of the micro-batch."""
+    segments_N5: Tensor
+    """As in mask.segments."""
+
+    @cached_property
+    def row_runs(self) -> tuple[tuple[Run, ...], ...]:
+        """The runs of each row by itself, for rows that do not follow each other in memory."""
+        device = self.runs[0].cu_q_D.device if self.runs else torch.device("cpu")
+        row_N, spans_N4 = self.segments_N5[:, 0], self.segments_N5[:, 1:]
+        return tuple(_runs(spans_N4[row_N == row], device) for row in range(self.shape[0]))
 
 
 def build_runs(
@@ -139,29 +162,30 @@ def build_runs(
 ) -> VarlenMask:
     """The documents as runs: one for a batch without padding, one a row and range for fewer queries."""
     check_window(sliding_window)
-    row, q0, q1, k0, k1 = segments(positions_BS.cpu(), queries).unbind(1)
+    segments_N5 = segments(positions_BS.cpu(), queries)
     batch, seq_len = positions_BS.shape
     n_queries = sum(stop - start for start, stop in query_ranges(queries, seq_len))
-    # Packed coordinates: rows one after the other.
-    spans_N4 = torch.stack(
-        [row * n_queries + q0, row * n_queries + q1, row * seq_len + k0, row * seq_len + k1], dim=1
-    )
+    before_N4 = segments_N5[:, :1] * torch.tensor([n_queries, n_queries, seq_len, seq_len])
+    runs = _runs(segments_N5[:, 1:] + before_N4, device)
+    return VarlenMask(None, runs, sliding_window, (batch, n_queries, seq_len), segments_N5)
+
+
+def _runs(spans_N4: Tensor, device: torch.device) -> tuple[Run, ...]:
+    """Documents (q0, q1, k0, k1), in order, cut wherever the next one's queries or keys do not follow."""
     breaks = (spans_N4[1:, 0] != spans_N4[:-1, 1]) | (spans_N4[1:, 2] != spans_N4[:-1, 3])
     edges = [0, *(breaks.nonzero().flatten() + 1).tolist(), len(spans_N4)]
-    runs = tuple(_run(spans_N4[start:stop], device) for start, stop in pairwise(edges) if start < stop)
-    return VarlenMask(None, runs, sliding_window, (batch, n_queries, seq_len))
+    return tuple(_run(spans_N4[start:stop], device) for start, stop in pairwise(edges) if start < stop)
 
 
 def _run(spans_D4: Tensor, device: torch.device) -> Run:
     (q0, k0), (q1, k1) = spans_D4[0, [0, 2]].tolist(), spans_D4[-1, [1, 3]].tolist()
-    cu_q, cu_k = (
+    cu_q_D, cu_k_D = (
         torch.cat([spans_D4[:1, first], spans_D4[:, first + 1]]).sub(spans_D4[0, first]).int()
         for first in (0, 2)
     )
-    longest = [int(cu.diff().max()) for cu in (cu_q, cu_k)]
-    return Run(
-        q0, q1, k0, k1, cu_q.to(device, non_blocking=True), cu_k.to(device, non_blocking=True), *longest
-    )
+    max_q, max_k = (int(cu_D.diff().max()) for cu_D in (cu_q_D, cu_k_D))
+    cu_q_D, cu_k_D = (cu_D.to(device, non_blocking=True) for cu_D in (cu_q_D, cu_k_D))
+    return Run(q0, q1, k0, k1, cu_q_D, cu_k_D, max_q, max_k)
 
 
 class VarlenAttention(nn.Module):
@@ -177,22 +201,40 @@ class VarlenAttention(nn.Module):
         """Attend; [B, Q, H, K]."""
         if mask.tiles is not None:
             return attend(q_BQHK, k_BSGK, v_BSGK, mask.tiles, scale)
-        check_shapes(q_BQHK, k_BSGK, v_BSGK, mask.shape)
+        scale = check_inputs(q_BQHK, k_BSGK, v_BSGK, mask.shape, scale)
+        tensors = q_BQHK, k_BSGK, v_BSGK
+        if all(len(x) == 1 or x.stride(0) == x.shape[1] * x.stride(1) for x in tensors):
+            q_THK, k_UGK, v_UGK = (x.flatten(0, 1) for x in tensors)
+            out_THK = self._attend(q_THK, k_UGK, v_UGK, mask.runs, scale, mask.window)
+            return out_THK.unflatten(0, q_BQHK.shape[:2])
+        # Rows that do not follow each other, as in [S, B, H, K]: packing them would copy all three tensors.
+        rows = zip(*(x.unbind() for x in tensors), mask.row_runs, strict=True)
+        return torch.stack([self._attend(q, k, v, runs, scale, mask.window) for q, k, v, runs in rows])
+
+    def _attend(
+        self,
+        q_THK: Tensor,
+        k_UGK: Tensor,
+        v_UGK: Tensor,
+        runs: tuple[Run, ...],
+        scale: float,
+        window: int | None,
+    ) -> Tensor:
         assert self.kernel is not None
-        q_THK, k_UGK, v_UGK = (x.flatten(0, 1) for x in (q_BQHK, k_BSGK, v_BSGK))
-        scale = q_BQHK.shape[-1] ** -0.5 if scale is None else scale
         outs, done = [], 0
-        for run in mask.runs:
-            keys = slice(run.k0, run.k1)
+        for run in runs:
             outs.append(q_THK.new_zeros(run.q0 - done, *q_THK.shape[1:]))  # padding
-            outs.append(
-                self.kernel(q_THK[run.q0 : run.q1], k_UGK[keys], v_UGK[keys], run, scale, mask.window)
-            )
+            q, k, v = _part(q_THK, run.q0, run.q1), _part(k_UGK, run.k0, run.k1), _part(v_UGK, run.k0, run.k1)
+            outs.append(self.kernel(q, k, v, run, scale, window))
             done = run.q1
         outs.append(q_THK.new_zeros(len(q_THK) - done, *q_THK.shape[1:]))
         outs = [out for out in outs if len(out)]
-        out_THK = outs[0] if len(outs) == 1 else torch.cat(outs)
-        return out_THK.unflatten(0, q_BQHK.shape[:2])
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+
+def _part(x_THK: Tensor, start: int, stop: int) -> Tensor:
+    """A slice of tokens; all of them as they are, since the gradient of a slice is a copy."""
+    return x_THK if (start, stop) == (0, len(x_THK)) else x_THK[start:stop]
 
 
 def _window(window: int | None) -> tuple[int, int]:
@@ -229,6 +271,7 @@ def _load_flash_attn() -> Kernel:
         return flash_attn_varlen_func(
             q_THK, k_UGK, v_UGK, run.cu_q_D, run.cu_k_D, run.max_q, run.max_k,
             softmax_scale=scale, causal=True, window_size=_window(window),
+            deterministic=torch.are_deterministic_algorithms_enabled(),
         )  # fmt: skip
 
     return kernel

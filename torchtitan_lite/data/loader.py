@@ -43,16 +43,18 @@ class Loader:
 def in_order(
     samples: Samples, local_batch_size: int, n_batches: int = -1, rank: int = 0, n_ranks: int = 1
 ) -> Iterator[Batch]:
-    """This rank's share of the first `n_batches` global batches of `samples` as they stand; of all with -1.
+    """This rank's share of `n_batches` global batches of `samples`; of all samples with -1.
 
-    No sample is left out: the last global batch may be short. A rank that it has no sample for gets one whose
-    labels are all IGNORE, which counts for nothing and keeps the ranks in step.
+    They are spread evenly over the split, so that a few stand for all of it, and come as they stand. With -1 none
+    is left out: the last global batch may be short. A rank that it has no sample for gets one whose labels are
+    all IGNORE, which counts for nothing and keeps the ranks in step.
     """
     n_global = n_ranks * local_batch_size
     n_samples = len(samples) if n_batches < 0 else min(n_batches * n_global, len(samples))
     for start in range(0, n_samples, n_global):
         first = start + rank * local_batch_size
-        share = range(first, min(first + local_batch_size, n_samples))
+        places = range(first, min(first + local_batch_size, n_samples))
+        share = [place * len(samples) // n_samples for place in places]
         if share:
             yield samples.batch(share, share)
         else:
