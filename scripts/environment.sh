@@ -57,8 +57,9 @@ PY
 }
 
 find_python() {
-    local candidate
-    for candidate in ${PYTHON:-python3.13 python3.12 python3.11 python3 python}; do
+    local candidate candidates=(python3.13 python3.12 python3.11 python3 python)
+    if [[ -n ${PYTHON:-} ]]; then candidates=("$PYTHON"); fi
+    for candidate in "${candidates[@]}"; do
         # Each one is run: a name on PATH may be a shim that only says that it is not installed.
         if "$candidate" -c "$usable" >/dev/null 2>&1; then
             printf '%s\n' "$candidate"

@@ -3,6 +3,7 @@
 #   ./scripts/test.sh tests/attention -k varlen
 # Makes .venv and installs the package and the development tools on the first call. Works from any folder.
 set -euo pipefail
+# shellcheck source=scripts/environment.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh"
 
 install dev

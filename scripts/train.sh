@@ -3,6 +3,7 @@
 #   ./scripts/train.sh --training.steps 20 --model.attention flex
 # Makes .venv and installs the package on the first call. Works from any folder; outputs/ is made in that one.
 set -euo pipefail
+# shellcheck source=scripts/environment.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh"
 
 install ""

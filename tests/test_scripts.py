@@ -41,7 +41,7 @@ class Repository:
     def run(self, script: str, *words: str, cwd: Path | None = None, **environment: str):
         """The finished process, and what it had installed or started."""
         self.log.write_text("")
-        python = {"PYTHON": str(self.root.parent / "stand-in"), "FAKE_LOG": str(self.log), **environment}
+        python = {"PYTHON": str(self.root.parent / "stand in"), "FAKE_LOG": str(self.log), **environment}
         done = subprocess.run(
             ["bash", str(self.root / "scripts" / script), *words],
             cwd=cwd or self.root,
@@ -59,7 +59,7 @@ def repository(tmp_path: Path) -> Repository:
     shutil.copytree(ROOT / "scripts", root / "scripts")
     for name in ("pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, root / name)
-    stand_in = tmp_path / "stand-in"
+    stand_in = tmp_path / "stand in"
     stand_in.write_text(STAND_IN)
     stand_in.chmod(0o755)
     return Repository(root, tmp_path / "log")
@@ -177,7 +177,7 @@ def test_an_environment_cut_off_while_it_was_made_is_made_again(repository: Repo
 
 
 def test_two_first_runs_at_once_install_once(repository: Repository) -> None:
-    environment = {"PYTHON": str(repository.root.parent / "stand-in"), "FAKE_LOG": str(repository.log)}
+    environment = {"PYTHON": str(repository.root.parent / "stand in"), "FAKE_LOG": str(repository.log)}
     command = ["bash", str(repository.root / "scripts" / "train.sh")]
     start: Callable = lambda: subprocess.Popen(
         command, env={**os.environ, **environment}, stderr=subprocess.DEVNULL
@@ -204,7 +204,7 @@ def test_a_name_on_path_that_does_not_run_is_passed_over(repository: Repository,
     for name in ("python3.13", "python3.12"):
         (shims / name).write_text("#!/bin/sh\necho not installed >&2\nexit 127\n")
         (shims / name).chmod(0o755)
-    shutil.copy(tmp_path / "stand-in", shims / "python3.11")
+    shutil.copy(tmp_path / "stand in", shims / "python3.11")
     path = f"{shims}:{os.environ['PATH']}"
     done, log = repository.run("train.sh", PYTHON="", PATH=path)
     assert done.returncode == 0, done.stderr

@@ -50,25 +50,12 @@ def attention() -> list[str]:
     import torch
 
     from torchtitan_lite.attention import BACKENDS, Varlen
+    from torchtitan_lite.attention.capabilities import table
 
-    rows: list[tuple[str, ...]] = [
-        (
-            "implementation",
-            "devices",
-            "dtypes",
-            "head_dim",
-            "sliding window",
-            "short queries",
-            "on this machine",
-        )
-    ]
-    for can in (implementation for backend in BACKENDS for implementation in backend.supports):
-        multiple = f"multiple of {can.head_dim_multiple}" if can.head_dim_multiple > 1 else ""
-        most = f"at most {can.head_dim_max}" if can.head_dim_max else ""
-        head_dim = ", ".join(filter(None, (multiple, most))) or "any"
-        yes = [("no", "yes")[able] for able in (can.sliding_window, can.short_queries)]
-        devices, dtypes = ", ".join(can.devices), ", ".join(can.dtypes)
-        rows.append((can.name, devices, dtypes, head_dim, *yes, can.missing() or "yes"))
+    implementations = [can for backend in BACKENDS for can in backend.supports]
+    header, *words = table(implementations)
+    here = [(can.missing() or "yes",) for can in implementations]
+    rows = [(*header, "on this machine"), *((*row, *last) for row, last in zip(words, here, strict=True))]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     kernel = Varlen().resolve(device)
     return [

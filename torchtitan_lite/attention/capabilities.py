@@ -57,17 +57,22 @@ def _importable(module: str) -> bool:
         return False
 
 
-def markdown_table(rows: Iterable[Capabilities]) -> str:
-    """The capabilities as a Markdown table, a row each; devices times dtypes are the cells that run."""
-    header = ("attention", "devices", "dtypes", "head_dim", "window", "deterministic", "needs besides torch")
-    lines = [header, ("---",) * len(header)]
+def table(rows: Iterable[Capabilities]) -> list[tuple[str, ...]]:
+    """The capabilities in words, a header and a row each; devices times dtypes are the cells that run."""
+    lines = [("attention", "devices", "dtypes", "head_dim", "window", "deterministic", "needs besides torch")]
     for can in rows:
         head_dim = f"multiple of {can.head_dim_multiple}, " * (can.head_dim_multiple > 1)
         head_dim += "any" if can.head_dim_max is None else f"up to {can.head_dim_max}"
-        words = [", ".join(can.devices), ", ".join(can.dtypes), head_dim]
-        words += ["yes" if yes else "no" for yes in (can.sliding_window, can.deterministic)]
-        lines.append((can.name, *words, can.needs or "nothing"))
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        window, deterministic = ("yes" if able else "no" for able in (can.sliding_window, can.deterministic))
+        devices, dtypes = ", ".join(can.devices), ", ".join(can.dtypes)
+        lines.append((can.name, devices, dtypes, head_dim, window, deterministic, can.needs or "nothing"))
+    return lines
+
+
+def markdown_table(rows: Iterable[Capabilities]) -> str:
+    """The capabilities as a Markdown table."""
+    header, *lines = table(rows)
+    return "\n".join(f"| {' | '.join(line)} |" for line in (header, ("---",) * len(header), *lines))
 
 
 class Refusal(NamedTuple):

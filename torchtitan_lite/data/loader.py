@@ -45,9 +45,9 @@ def in_order(
 ) -> Iterator[Batch]:
     """This rank's share of `n_batches` global batches of `samples`; of all samples with -1.
 
-    They are spread evenly over the split, so that a few stand for all of it, and come as they stand. With -1 none
-    is left out: the last global batch may be short. A rank that it has no sample for gets one whose labels are
-    all IGNORE, which counts for nothing and keeps the ranks in step.
+    They are spread evenly over the split, so that a few stand for all of it, and come in its order. With -1
+    none is left out: the last global batch may be short. A rank that it has no sample for gets one whose
+    labels are all IGNORE, which counts for nothing and keeps the ranks in step.
     """
     n_global = n_ranks * local_batch_size
     n_samples = len(samples) if n_batches < 0 else min(n_batches * n_global, len(samples))

@@ -51,7 +51,8 @@ def traced(config: ProfilingConfig, folder: Path, device: torch.device, step: in
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities, record_shapes=True) as profiler:
+    # acc_events: without it some versions warn of further cycles, of which there are none here.
+    with torch.profiler.profile(activities=activities, record_shapes=True, acc_events=True) as profiler:
         yield
     traces = folder / config.save_traces_folder
     traces.mkdir(parents=True, exist_ok=True)
