@@ -45,7 +45,7 @@ def _main(argv: Sequence[str], prog: str) -> int:
 
     is_first_rank = os.environ.get("RANK", "0") == "0"
     try:
-        loaded = load_job(argv, world_size=int(os.environ.get("WORLD_SIZE", "1")), prog=prog)
+        loaded = load_job(argv, world_size=_world_size(), prog=prog)
         if loaded.dry_run:
             print(to_toml(loaded.config), end="", flush=True)
         else:
@@ -59,6 +59,17 @@ def _main(argv: Sequence[str], prog: str) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _world_size() -> int:
+    """How many ranks the launcher started; one without a launcher."""
+    from torchtitan_lite.config.load import ConfigError, Problem
+
+    given = os.environ.get("WORLD_SIZE", "1")
+    if not given.isdecimal() or int(given) < 1:
+        rule, remedy = "is not a number of ranks", "unset it, or start with torchrun, which sets it"
+        raise ConfigError([Problem("WORLD_SIZE", given, rule, remedy)])
+    return int(given)
 
 
 def train(job: "JobConfig") -> None:
@@ -113,8 +124,8 @@ def _write_refusal(argv: Sequence[str], error: Exception) -> None:
     named += [after for word, after in zip(words, argv[1:], strict=False) if word == flag]
     if not named or "--dry-run" in argv:
         return
-    with contextlib.suppress(OSError):  # the folder itself may be what is wrong
-        write_exit(Path(named[-1]), 2, "refused", step=0, message=str(error))
+    with contextlib.suppress(OSError, RuntimeError):  # the folder itself may be what is wrong
+        write_exit(Path(named[-1]).expanduser(), 2, "refused", step=0, message=str(error))
 
 
 def _show_log() -> None:

@@ -12,6 +12,7 @@ FLASH = {"BACKEND": "FLASH"}
 CONFIGS = {
     "sdpa": Sdpa(),
     "flex": Flex(),
+    "flex_64": Flex(block_size=64),
     "flex_flash": Flex(block_size=(128, 128), kernel_options=FLASH),
     "varlen_auto": Varlen(),
     "varlen_fa4": Varlen(kernel="fa4"),
@@ -93,7 +94,7 @@ def test_shapes_that_a_kernel_cannot_take_are_refused(shape, field):
 @pytest.mark.parametrize(
     "options, device, field",
     [
-        ({"block_size": 64}, "cuda", "block_size"),
+        ({"block_size": 16}, "cuda", "block_size"),
         ({"kernel_options": {"fwd_BLOCK_X": 64}}, "cuda", "kernel_options.fwd_BLOCK_X"),
         ({"kernel_options": {"BLOCK_M": "abc"}}, "cuda", "kernel_options.BLOCK_M"),
         ({"kernel_options": {"USE_TMA": 1}}, "cuda", "kernel_options.USE_TMA"),

@@ -148,7 +148,7 @@ def test_a_batch_without_padding_is_one_varlen_call_and_a_chunk_of_a_row_is_one(
 @pytest.mark.parametrize("queries", QUERIES)
 @pytest.mark.parametrize("positions", POSITIONS)
 def test_what_the_flex_kernel_is_given_is_the_reference(monkeypatch, positions, queries):
-    monkeypatch.setattr(flex, "_compiled", lambda: flex.flex_attention)
+    monkeypatch.setattr(flex, "_compiled", lambda autotuned: flex.flex_attention)
     positions_BS, chosen = POSITIONS[positions], QUERIES[queries]
     n_queries = KEYS if chosen is None else sum(stop - start for start, stop in chosen)
     inner = Flex().build()

@@ -120,7 +120,7 @@ FLAGS = {
         'model.attention.kernel = "fa3" ...: ...'
     ),
     "--model.attention varlen --training.mixed-precision-param float32 --job.device cuda --dry-run": (
-        'training.mixed_precision_param = "float32" ...: use bfloat16 ...'
+        'training.mixed_precision_param = "float32" ...: use bfloat16, ...'
     ),
     '--model.overrides {"n_layrs":2}': 'model.overrides.n_layrs = 2 ...: did you mean "n_layers"?',
     '--model.overrides {"n_layers":2.5}': "model.overrides.n_layers = 2.5 ...: ...",
@@ -152,6 +152,14 @@ FLAGS = {
     "--job.dump-folder /dev/null": 'job.dump_folder = "/dev/null" is a file: name a folder',
     "--job.dump-folder /dev/null/run": (
         'job.dump_folder = "/dev/null/run" cannot be made below /dev/null, which is a file: name a folder'
+    ),
+    "--model.attention flex --model.attention.block-size 64 --compile.enable --job.device cuda --dry-run": (
+        "model.attention.block_size = 64 finds no kernel within compiled blocks: use a multiple of 128, ..."
+    ),
+    "--checkpoint.interval 100": "checkpoint.interval = 100 is not available yet: use 500",
+    "--checkpoint.load-step 5": "checkpoint.load_step = 5 is not available yet: use -1",
+    "--model.flavor debugmodel_flex_flash --job.device cuda --debug.deterministic --dry-run": (
+        "debug.deterministic = true is not for flex (flash) attention: use sdpa"
     ),
     "--checkpoint.enable": "checkpoint.enable = true is not available yet: use false",
     "--activation-checkpoint.mode full": (

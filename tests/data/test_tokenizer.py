@@ -1,7 +1,6 @@
 """Bytes, and tokenizer.json files as people have them."""
 
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -37,12 +36,11 @@ def test_bytes_decode_leaves_out_what_is_no_byte():
     assert load_tokenizer("bytes").decode(np.array([0xC3, 0x28])) == "\ufffd("
 
 
-def test_bytes_of_much_text_take_next_to_no_time():
-    tokenizer, pieces = load_tokenizer("bytes"), [b"abcdefgh" * (8 << 20)]
-    began = time.perf_counter()
-    (ids,) = tokenizer.encode_pieces(pieces)
-    assert time.perf_counter() - began < 0.1
-    assert len(ids) == 64 << 20
+def test_the_ids_of_bytes_are_the_text_itself_and_no_copy():
+    text = b"abcdefgh" * 1000
+    (ids,) = load_tokenizer("bytes").encode_pieces([text])
+    assert np.shares_memory(ids, np.frombuffer(text, np.uint8))
+    assert len(ids) == len(text)
 
 
 @pytest.mark.parametrize("as_folder", [True, False])

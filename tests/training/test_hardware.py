@@ -27,6 +27,7 @@ def test_a_cpu_is_measured_in_the_precision_of_the_run() -> None:
         ("NVIDIA H200", 989),
         ("NVIDIA A100-SXM4-80GB", 312),
         ("NVIDIA L40S", 362),
+        ("NVIDIA L40", 181),
         ("NVIDIA L4", 121),
     ],
 )

@@ -15,6 +15,11 @@ def test_a_given_folder_is_used_as_given(tmp_path: Path) -> None:
     assert (tmp_path / "a" / "b").is_dir()
 
 
+def test_the_home_folder_may_be_written_as_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert new_folder("~/run", "qwen3", "debugmodel") == tmp_path / "run"
+
+
 def test_without_one_every_run_gets_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     first, second = (new_folder("", "qwen3", "debugmodel") for _ in range(2))
@@ -54,7 +59,9 @@ def test_the_outcome_is_one_json_object(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["exit.json"]
 
 
-@pytest.mark.parametrize("folder", ["", ".", "..", "../tb", "tb/../../tb", "/tmp/tb"])
+@pytest.mark.parametrize(
+    "folder", ["", ".", "..", "../tb", "tb/../../tb", "/tmp/tb", "metrics.jsonl", "earlier/tb"]
+)
 def test_a_subfolder_outside_the_runs_folder_is_a_problem(folder: str) -> None:
     (problem,) = MetricsConfig(save_tb_folder=folder).problems("metrics")
     assert problem.key == "metrics.save_tb_folder"

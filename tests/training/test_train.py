@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import tomli
 
+from torchtitan_lite import train
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "torchtitan_lite" / "train.py"
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1")
@@ -152,6 +154,13 @@ def test_more_than_one_rank_is_refused_and_rank_0_alone_says_so(run, small_run) 
     assert (first.returncode, second.returncode) == (2, 2)
     assert first.stderr.startswith("WORLD_SIZE = 2 ")
     assert second.stderr == ""
+
+
+@pytest.mark.parametrize("size", ["", "two", "-1", "0", "1.5"])
+def test_a_world_size_that_is_no_number_is_a_line(size: str, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("WORLD_SIZE", size)
+    assert train.main(["--dry-run"]) == 2
+    assert capsys.readouterr().err.startswith(f'WORLD_SIZE = "{size}" is not a number of ranks: ')
 
 
 def test_a_diverging_run_stops_with_the_step_and_samples_named(run, small_run, tmp_path: Path) -> None:

@@ -24,8 +24,8 @@ logger = logging.getLogger(__name__)
 FLASH_BLOCKS = {9: (128, 128), 10: (256, 128)}
 """The block size that the FLASH backend takes, by major compute capability: Hopper and Blackwell."""
 
-TRITON_BLOCK = 128
-"""A block must hold a whole number of the Triton kernels' tiles, forward and backward; none is larger."""
+TRITON_BLOCKS = (32, 128)
+"""A block holds whole tiles of the Triton kernels: the smallest in autotuning, the largest default."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +69,11 @@ class Flex:
         return size_q, size_k
 
     @property
+    def autotuned(self) -> bool:
+        """Whether the Triton kernels' default tiles may exceed a block, so that others must be found."""
+        return not self.flash and min(self.blocks) < TRITON_BLOCKS[1]
+
+    @property
     def flash(self) -> bool:
         """Whether the kernel is FlashAttention-4."""
         return self.kernel_options.get("BACKEND") == "FLASH"
@@ -102,9 +107,9 @@ class Flex:
             if self.blocks not in allowed:
                 remedy = f"use {' or '.join(str(list(size)) for size in allowed)}"
                 yield Refusal("block_size", self.block_size, "does not fit the FLASH backend", remedy)
-        elif device == "cuda" and any(size % TRITON_BLOCK for size in self.blocks):
-            rule = f"is no multiple of {TRITON_BLOCK}, the largest tile of the Triton kernel"
-            yield Refusal("block_size", self.block_size, rule, f"use {TRITON_BLOCK}")
+        elif device == "cuda" and min(self.blocks) < TRITON_BLOCKS[0]:
+            rule = f"is less than {TRITON_BLOCKS[0]}, the smallest tile of the Triton kernels"
+            yield Refusal("block_size", self.block_size, rule, f"use {TRITON_BLOCKS[1]}")
 
     def _kernel_refusals(self) -> Iterator[Refusal]:
         known = get_type_hints(FlexKernelOptions)
@@ -124,7 +129,7 @@ class Flex:
 
     def build(self) -> nn.Module:
         """The inner attention."""
-        return FlexAttention(self.kernel_options)
+        return FlexAttention(self.kernel_options, self.autotuned)
 
     def mask(
         self,
@@ -163,9 +168,10 @@ class FlexMask:
 class FlexAttention(nn.Module):
     """FlexAttention on CUDA; on a CPU, where it has no backward, the same mask block row by block row."""
 
-    def __init__(self, kernel_options: dict[str, Any]) -> None:
+    def __init__(self, kernel_options: dict[str, Any], autotuned: bool) -> None:
         super().__init__()
         self.kernel_options = dict(kernel_options) or None
+        self.autotuned = autotuned
 
     def forward(
         self, q_BQHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: FlexMask, scale: float | None = None
@@ -175,7 +181,7 @@ class FlexAttention(nn.Module):
             return attend(q_BQHK, k_BSGK, v_BSGK, mask.tiles, scale)
         scale = check_inputs(q_BQHK, k_BSGK, v_BSGK, mask.shape, scale)
         q_BHQK, k_BGSK, v_BGSK = (x.transpose(1, 2) for x in (q_BQHK, k_BSGK, v_BSGK))
-        out_BHQK = _compiled()(
+        out_BHQK = _compiled(self.autotuned)(
             q_BHQK,
             k_BGSK,
             v_BGSK,
@@ -188,9 +194,9 @@ class FlexAttention(nn.Module):
 
 
 @cache
-def _compiled() -> Callable[..., Any]:
+def _compiled(autotuned: bool) -> Callable[..., Any]:
     # One compiled function for all layers: uncompiled, FlexAttention builds the scores of S x S.
-    return torch.compile(flex_attention)
+    return torch.compile(flex_attention, options={"max_autotune": True} if autotuned else None)
 
 
 @cache

@@ -12,3 +12,7 @@ class CheckpointConfig:
 
     enable: Annotated[bool, Available(False)] = False
     """Save the state of the run. Only false so far."""
+    interval: Annotated[int, Available(500)] = 500
+    """Steps between two saves. Only 500 so far."""
+    load_step: Annotated[int, Available(-1)] = -1
+    """Step to go on from. -1: the last one that was saved."""

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from torchtitan_lite.attention import AttentionConfig, Sdpa, refusals
+from torchtitan_lite.attention import AttentionConfig, Flex, Sdpa, refusals
 from torchtitan_lite.checkpoint import CheckpointConfig
 from torchtitan_lite.config.load import Afresh, ConfigError, Loaded, Problem, load, overlay
 from torchtitan_lite.data.sources import DataConfig
@@ -32,6 +32,7 @@ _REFUSED_KEYS = {
     "head_dim": "model.overrides.head_dim",
     "n_heads": "model.overrides.n_heads",
     "sliding_window": "model.overrides.sliding_window",
+    "deterministic": "debug.deterministic",
 }
 """The keys that set what an attention backend was checked against, where they are not its own."""
 
@@ -49,11 +50,11 @@ class JobSection:
 
     def problems(self, key: str) -> list[Problem]:
         """An output folder that cannot be made or written to."""
-        folder = Path(self.dump_folder or "outputs").absolute()
         try:
+            folder = Path(self.dump_folder or "outputs").expanduser().absolute()
             nearest = next(place for place in (folder, *folder.parents) if place.exists())
-        except OSError as error:
-            rule = f"cannot be a folder ({error.strerror})"
+        except (OSError, RuntimeError) as error:  # a name too long; ~ of a user who is not known
+            rule = f"cannot be a folder ({getattr(error, 'strerror', error)})"
             return [Problem(f"{key}.dump_folder", self.dump_folder, rule, "name another")]
         if not nearest.is_dir():
             rule = "is a file" if nearest == folder else f"cannot be made below {nearest}, which is a file"
@@ -158,11 +159,23 @@ class JobConfig:
             n_heads=decoder.n_heads if decoder else 1,
             n_kv_heads=decoder.n_kv_heads if decoder else 1,
             sliding_window=decoder.sliding_window if decoder else None,
+            deterministic=self.debug.deterministic,
         )
-        return [
+        found = [
             Problem(_REFUSED_KEYS.get(field, f"model.attention.{field}"), value, rule, remedy)
             for field, value, rule, remedy in refused
         ]
+        attention = self.model.attention
+        if (
+            self.device == "cuda"
+            and self.compile.enable
+            and isinstance(attention, Flex)
+            and attention.autotuned
+        ):
+            rule = "finds no kernel within compiled blocks"
+            remedy = "use a multiple of 128, or compile.enable = false"
+            found.append(Problem("model.attention.block_size", attention.block_size, rule, remedy))
+        return found
 
     def _tokenizer_problems(self, decoder: DecoderConfig | None) -> list[Problem]:
         try:

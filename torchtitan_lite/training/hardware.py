@@ -1,5 +1,6 @@
 """What the device can do, and how much of its memory the run has taken."""
 
+import re
 import resource
 import sys
 import time
@@ -9,7 +10,8 @@ import torch
 # Dense BF16 FLOP per second, first match wins. The makers' figures, halved where they count sparsity:
 # https://www.nvidia.com/en-us/data-center/h100/    https://www.nvidia.com/en-us/data-center/h200/
 # https://www.nvidia.com/en-us/data-center/a100/    https://www.nvidia.com/en-us/data-center/hgx/ (B200)
-# https://www.nvidia.com/en-us/data-center/l40s/    https://www.nvidia.com/en-us/data-center/l4/
+# https://www.nvidia.com/en-us/data-center/l40s/    https://www.nvidia.com/en-us/data-center/l40/
+# https://www.nvidia.com/en-us/data-center/l4/
 _BF16_PEAK = (
     ("B200", 2250e12),
     ("H200 NVL", 836e12),
@@ -19,6 +21,7 @@ _BF16_PEAK = (
     ("H100", 989e12),
     ("A100", 312e12),
     ("L40S", 362e12),
+    ("L40", 181e12),
     ("L4", 121e12),
 )
 
@@ -28,7 +31,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
         for known, flops in _BF16_PEAK:
-            if known in name:
+            if re.search(rf"\b{known}\b", name):
                 return flops
     return measured_flops(device, dtype)
 

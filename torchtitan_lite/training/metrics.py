@@ -34,7 +34,12 @@ class MetricsConfig:
         rules = (
             ("log_freq", self.log_freq >= 1, "must be at least 1", "use 1 for every step"),
             ("peak_flops", self.peak_flops >= 0, "must be at least 0", "use 0 to find it out"),
-            ("save_tb_folder", is_inside(self.save_tb_folder), "is not inside the run's folder", 'use "tb"'),
+            (
+                "save_tb_folder",
+                is_inside(self.save_tb_folder),
+                "is not a folder of its own inside the run's",
+                'use "tb"',
+            ),
         )
         return [
             Problem(f"{key}.{name}", getattr(self, name), rule, fix)

@@ -5,12 +5,14 @@ import time
 from pathlib import Path
 
 _FILES = ("config.toml", "metrics.jsonl", "exit.json")
+_EARLIER = "earlier"
 
 
 def is_inside(subfolder: str) -> bool:
-    """Whether a configured subfolder stays within the run's folder and is not that folder itself."""
+    """Whether a configured subfolder stays within the run's folder and is nothing else that is there."""
     path = Path(subfolder)
-    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
+    inside = bool(path.parts) and not path.is_absolute() and ".." not in path.parts
+    return inside and path.parts[0] not in (*_FILES, _EARLIER)
 
 
 def new_folder(dump_folder: str, name: str, flavor: str, subfolders: tuple[str, ...] = ()) -> Path:
@@ -21,12 +23,12 @@ def new_folder(dump_folder: str, name: str, flavor: str, subfolders: tuple[str, 
     """
     if not dump_folder:
         return _free_folder(Path("outputs").absolute(), f"{name}-{flavor}-{time.strftime('%Y%m%d-%H%M%S')}")
-    folder = Path(dump_folder).absolute()
+    folder = Path(dump_folder).expanduser().absolute()
     folder.mkdir(parents=True, exist_ok=True)
     names = (*_FILES, *(Path(subfolder).parts[0] for subfolder in subfolders))
     left = [folder / name for name in names if (folder / name).exists()]
     if left:
-        earlier = _free_folder(folder, "earlier")
+        earlier = _free_folder(folder, _EARLIER)
         for path in left:
             path.rename(earlier / path.name)
     return folder

@@ -31,7 +31,7 @@ class ProfilingConfig:
             (
                 "save_traces_folder",
                 is_inside(self.save_traces_folder),
-                "is not inside the run's folder",
+                "is not a folder of its own inside the run's",
                 _REMEDY,
             ),
         )
