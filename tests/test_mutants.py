@@ -46,8 +46,8 @@ MUTANTS = {
     ),
     "varlen: the scale does not reach the kernel": Mutant(
         ATTENTION + "varlen.py",
-        "run, scale, mask.window)",
-        "run, q_BQHK.shape[-1] ** -0.5, mask.window)",
+        "(q, k, v, run, scale, window)",
+        "(q, k, v, run, q.shape[-1] ** -0.5, window)",
         ORACLE,
     ),
     "varlen: the window does not reach the kernel": Mutant(
@@ -97,8 +97,8 @@ MUTANTS = {
     ),
     "block size of flex dropped on the way to the mask": Mutant(
         ATTENTION + "flex.py",
-        "queries, sliding_window, self.blocks)",
-        "queries, sliding_window, (128, 128))",
+        "queries, sliding_window, self.blocks\n",
+        "queries, sliding_window, (128, 128)\n",
         "tests/attention/test_capabilities.py",
     ),
     "keys and values repeated to all heads": Mutant(ATTENTION + "sdpa.py", HEADS_FIRST, REPEATED, MEMORY),
@@ -107,6 +107,46 @@ MUTANTS = {
         HEADS_FIRST,
         HEADS_FIRST.replace(" for", ".contiguous() for"),
         MEMORY,
+    ),
+    "keys and values repeated before they reach the backend": Mutant(
+        "torchtitan_lite/models/decoder.py",
+        "out_BSHK = self.inner(q_BSHK, k_BSGK, v_BSGK, mask)",
+        "n = q_BSHK.shape[2] // k_BSGK.shape[2]; out_BSHK = self.inner(q_BSHK, "
+        "k_BSGK.repeat_interleave(n, 2), v_BSGK.repeat_interleave(n, 2), mask)",
+        "tests/models/test_decoder.py",
+    ),
+    "an extra transpose of the attention's output in the decoder, hidden by a view": Mutant(
+        "torchtitan_lite/models/decoder.py",
+        "self.wo(out_BSHK.flatten(2))",
+        "self.wo(out_BSHK.transpose(2, 3).flatten(2))",
+        "tests/models/test_decoder.py",
+    ),
+    "rotary positions counted from the start of the row": Mutant(
+        "torchtitan_lite/models/decoder.py",
+        "turns = rotation(positions_BS,",
+        "turns = rotation(torch.arange(positions_BS.shape[1])[None] + 0 * positions_BS,",
+        "tests/models/test_decoder.py",
+    ),
+    "a label across the end of a document": Mutant(
+        "torchtitan_lite/data/batch.py",
+        "        labels[breaks - 1] = IGNORE\n",
+        "",
+        "tests/data/test_batch.py",
+    ),
+    "each micro-batch divided by its own count of tokens": Mutant(
+        "torchtitan_lite/training/trainer.py",
+        "(loss_sum / n_valid).backward()",
+        "(loss_sum / (batch.labels_BS != IGNORE).sum() / len(micro)).backward()",
+        "tests/training/test_trainer.py",
+    ),
+    "the weights change before a number is known to be finite": Mutant(
+        "torchtitan_lite/training/trainer.py",
+        "        check_finite(step=self.step + 1,",
+        "        self.optimizer.step(); check_finite(step=self.step + 1,",
+        "tests/training/test_trainer.py",
+    ),
+    "norms decay like matrices": Mutant(
+        "torchtitan_lite/training/optimizer.py", "ndim >= 2", "ndim >= 1", "tests/training/test_optimizer.py"
     ),
     "a layout found by substring": Mutant(
         ATTENTION + "layout.py",
@@ -133,6 +173,11 @@ def survivors(mutant: Mutant, folder: Path) -> tuple[int, str]:
     )
     failed = re.search(r"^FAILED (\S+::\w+)", done.stdout, re.MULTILINE)
     return done.returncode, failed[1] if failed else done.stdout[-2000:]
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_the_code_that_a_mutant_changes_is_still_there(name):
+    assert (ROOT / MUTANTS[name].file).read_text().count(MUTANTS[name].old) == 1
 
 
 @pytest.mark.slow
