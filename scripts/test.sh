@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Lint, types and tests; whatever else is given goes to pytest, for example:
-#   ./scripts/test.sh tests/attention -k varlen
+# Lint, types and all tests; whatever else is given goes to pytest, for example:
+#   ./scripts/test.sh tests/attention -k varlen -m 'not slow'
 # Makes .venv and installs the package and the development tools on the first call. Works from any folder.
 set -euo pipefail
 # shellcheck source=scripts/environment.sh
@@ -11,4 +11,4 @@ cd "$root"
 "$venv/bin/ruff" check .
 "$venv/bin/ruff" format --check .
 "$venv/bin/basedpyright"
-exec "$venv/bin/python" -m pytest "$@"
+exec "$venv/bin/python" -m pytest -m "" "$@"  # the slow ones too

@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from torchtitan_lite.parallel.apply import CXX
+
 ROOT = Path(__file__).parents[1]
 
 # The tests' tensors are small: more threads spend their time waiting for each other.
@@ -17,13 +20,15 @@ torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU where there is none, and say so."""
-    if torch.cuda.is_available():
-        return
-    no_gpu = pytest.mark.skip(reason="no CUDA GPU here (torch.cuda.is_available() is False)")
+    """Skip what needs a GPU or a compiler where there is none, and say so."""
+    absent = {}
+    if not torch.cuda.is_available():
+        absent["gpu"] = "no CUDA GPU here (torch.cuda.is_available() is False)"
+    if not shutil.which(CXX):
+        absent["compiler"] = f"no C++ compiler here ({CXX} is not on PATH; CXX names another)"
     for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(no_gpu)
+        for marker in absent.keys() & item.keywords.keys():
+            item.add_marker(pytest.mark.skip(reason=absent[marker]))
 
 
 @pytest.fixture(scope="session")

@@ -118,7 +118,7 @@ def test_the_tests_have_the_tools_and_lint_types_and_tests_run_in_turn(repositor
         "ruff check .",
         "ruff format --check .",
         "basedpyright ",
-        f"pytest {root} -m pytest -k one or two",
+        f"pytest {root} -m pytest -m  -k one or two",
     ]
 
 

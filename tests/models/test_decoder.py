@@ -313,7 +313,9 @@ def test_the_attention_path_copies_nothing_forward_or_backward(family: str, atte
 
 # torch hides this warning of its own, but not where warnings are errors.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "backend", ["aot_eager", pytest.param("inductor", marks=[pytest.mark.slow, pytest.mark.compiler])]
+)
 @pytest.mark.parametrize("attention", BACKENDS, ids=lambda config: config.kind)
 def test_compiled_blocks_give_the_same_loss_and_gradients(backend: str, attention):
     config = small(attention=attention)

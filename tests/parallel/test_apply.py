@@ -15,6 +15,7 @@ def test_without_compile_the_model_is_left_as_it_is(small_run) -> None:
     assert all(block._compiled_call_impl is None for block in model.blocks)
 
 
+@pytest.mark.compiler
 @pytest.mark.parametrize("attention", ["sdpa", "flex", "varlen"])
 def test_compiled_blocks_train_to_the_losses_of_eager_ones(small_run, attention: str) -> None:
     torch._dynamo.reset()
@@ -43,3 +44,12 @@ def test_an_unknown_backend_is_a_problem_with_the_near_miss() -> None:
         str(problem)
         == 'compile.backend = "inductr" is not a backend of torch.compile: did you mean "inductor"?'
     )
+
+
+def test_compiling_for_a_cpu_without_a_compiler_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda _: None)
+    (problem,) = CompileConfig(enable=True).problems("compile", device="cpu")
+    assert str(problem).startswith("compile.enable = true needs a C++ compiler, and ")
+    assert CompileConfig(enable=True).problems("compile", device="cuda") == []
+    assert CompileConfig(enable=True, backend="aot_eager").problems("compile", device="cpu") == []
+    assert CompileConfig().problems("compile", device="cpu") == []

@@ -119,6 +119,7 @@ class JobConfig:
         """Everything that is wrong although each value has its type; a dry run needs no GPU."""
         arguments: dict[str, Any] = {
             "training": {"data_ranks": world_size},
+            "compile": {"device": None if dry_run else self.device},
             "lr_scheduler": {"training_steps": self.training.steps if self.training.steps > 0 else None},
         }
         found = []
