@@ -57,7 +57,7 @@ class Flex:
             head_dim_max=128,
             packages=("flash_attn.cute",),
             gpu_majors=tuple(FLASH_BLOCKS),
-            install="pip install flash-attn-4",
+            install="pip install --pre flash-attn-4",
             deterministic=False,
         ),
     )

@@ -48,7 +48,7 @@ def _flash(name: str, majors: tuple[int, ...], package: str = "", install: str =
 _FA3 = "FlashAttention-3 from the flash-attention sources"
 KERNELS = {
     "fa4": _flash(
-        "fa4", (9, 10), "flash_attn.cute", "pip install flash-attn-4", also_missing=_fa4_takes_no_window
+        "fa4", (9, 10), "flash_attn.cute", "pip install --pre flash-attn-4", also_missing=_fa4_takes_no_window
     ),
     # torch does not pass its deterministic mode on to FlashAttention-3.
     "fa3": _flash("fa3", (9,), "flash_attn_interface", _FA3, deterministic=False),
