@@ -1,13 +1,14 @@
 """Train a model: torchrun torchtitan_lite/train.py --config configs/debugmodel.toml
 
 Works by path, as `-m torchtitan_lite.train`, and without torchrun. Exit status: 0 done, 2 the input is wrong,
-130 interrupted, 1 any other failure; torchrun makes 1 of them all, so the run's exit.json says it too.
+130 interrupted, 143 terminated, 1 any other failure; torchrun makes 1 of them all, so exit.json says it too.
 """
 
 import contextlib
 import logging
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,7 +54,8 @@ def _main(argv: Sequence[str], prog: str) -> int:
     except ConfigError as error:
         if is_first_rank:
             print(error, file=sys.stderr)
-            _write_refusal(argv, error)
+            if "--dry-run" not in argv:
+                _write_refusal(error.config, error)
         return 2
     except NonFinite as error:
         print(f"error: {error}", file=sys.stderr)
@@ -74,15 +76,22 @@ def _world_size() -> int:
 
 def train(job: "JobConfig") -> None:
     """Train in a folder of the run's own, and leave the outcome there even when it is an exception."""
-    from torchtitan_lite.config.load import ConfigError, to_toml
+    from torchtitan_lite.config.load import ConfigError, Problem, to_toml
     from torchtitan_lite.training.outputs import new_folder, write_exit
     from torchtitan_lite.training.step import NonFinite
     from torchtitan_lite.training.trainer import Trainer
 
     _show_log()
     subfolders = (job.metrics.save_tb_folder, job.profiling.save_traces_folder)
-    folder = new_folder(job.job.dump_folder, job.model.name, job.model.flavor, subfolders)
-    (folder / "config.toml").write_text(to_toml(job), encoding="utf-8")
+    try:
+        folder = new_folder(job.job.dump_folder, job.model.name, job.model.flavor, subfolders)
+        (folder / "config.toml").write_text(to_toml(job), encoding="utf-8")
+    except OSError as error:
+        rule = f"cannot be written ({error.strerror})"
+        remedy = "name a folder that you can write to"
+        raise ConfigError([Problem("job.dump_folder", job.job.dump_folder, rule, remedy)]) from None
+    # As an exception, so that the outcome is written on the way out.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     trainer = None
     try:
         trainer = Trainer(job)
@@ -92,6 +101,8 @@ def train(job: "JobConfig") -> None:
             ConfigError: (2, "refused"),
             NonFinite: (1, "non-finite"),
             KeyboardInterrupt: (130, "interrupted"),
+            SystemExit: (143, "terminated"),
+            BrokenPipeError: (141, "interrupted"),
         }
         status, outcome = ends.get(type(error), (1, "failed"))
         message = str(error) or type(error).__name__
@@ -114,18 +125,14 @@ def _summarize(trainer: "Trainer", folder: Path) -> None:
         print(f"TensorBoard: {shlex.quote(sys.executable)} -m tensorboard.main --logdir {logs}")
 
 
-def _write_refusal(argv: Sequence[str], error: Exception) -> None:
-    """Leave the outcome in the folder that `argv` names: a launcher that named one looks for it there."""
-    from torchtitan_lite.training.outputs import write_exit
+def _write_refusal(job: object, error: Exception) -> None:
+    """Leave the outcome in the folder that the configuration names: a launcher looks for it there."""
+    from torchtitan_lite.config.job import JobConfig
+    from torchtitan_lite.training.outputs import write_refusal
 
-    flag = "--job.dump-folder"
-    words = [word.replace("_", "-", 1) if word.startswith("--job.dump_folder") else word for word in argv]
-    named = [word.removeprefix(f"{flag}=") for word in words if word.startswith(f"{flag}=")]
-    named += [after for word, after in zip(words, argv[1:], strict=False) if word == flag]
-    if not named or "--dry-run" in argv:
-        return
-    with contextlib.suppress(OSError, RuntimeError):  # the folder itself may be what is wrong
-        write_exit(Path(named[-1]).expanduser(), 2, "refused", step=0, message=str(error))
+    if isinstance(job, JobConfig) and job.job.dump_folder:
+        with contextlib.suppress(OSError, RuntimeError):  # the folder itself may be what is wrong
+            write_refusal(Path(job.job.dump_folder).expanduser(), str(error))
 
 
 def _show_log() -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from torchtitan_lite.config.load import ConfigError
+from torchtitan_lite.config.load import ConfigError, Problem
 from torchtitan_lite.data import DataConfig, Samples, Shards, Split, cache, load_tokenizer, prepare, shards
 
 FILES = ["metadata.json", "train.offsets", "train.tokens", "validation.offsets", "validation.tokens"]
@@ -31,6 +31,15 @@ def same(one: Shards, other: Shards) -> bool:
         np.array_equal(a.tokens_T, b.tokens_T) and np.array_equal(a.offsets, b.offsets)
         for a, b in ((one.train, other.train), (one.validation, other.validation))
     )
+
+
+def save_words(folder: Path, vocabulary: dict[str, int], **options: str) -> None:
+    """Puts a tokenizer whose tokens are words into a folder."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    encoder = Tokenizer(models.WordLevel(vocabulary, **options))
+    encoder.pre_tokenizer = pre_tokenizers.Whitespace()
+    encoder.save(str(folder / "tokenizer.json"))
 
 
 def forbid_builds(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,14 +96,37 @@ def test_documents_without_a_token_are_left_out(tokenized, write_jsonl):
 
 
 def test_a_tokenizer_that_makes_nothing_of_a_text_leaves_no_document(tokenized, write_jsonl, tmp_path: Path):
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    encoder = Tokenizer(models.WordLevel({"a": 0, "</s>": 1, "[UNK]": 2}, unk_token="[UNK]"))
-    encoder.pre_tokenizer = pre_tokenizers.Whitespace()
-    encoder.save(str(tmp_path / "tokenizer.json"))
+    save_words(tmp_path, {"a": 0, "</s>": 1, "[UNK]": 2}, unk_token="[UNK]")
     file = write_jsonl(["  ", "a a", "\n", "b"])
     built = tokenized(file, "jsonl", tokenizer=str(tmp_path), validation_fraction=0.0)
     assert documents_of(built.train) == [[0, 0, 1], [2, 1]]
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.05])
+@pytest.mark.parametrize("content", ["\n  \n", '{"text": ""}\n' * 200])
+def test_lines_that_hold_no_text_are_an_error_and_leave_nothing(
+    tokenized, tmp_path: Path, content: str, fraction: float
+):
+    file = tmp_path / "x.jsonl"
+    file.write_text(content)
+    with pytest.raises(ConfigError) as caught:
+        tokenized(file, "jsonl", validation_fraction=fraction)
+    assert str(caught.value).startswith(f'data.path = "{file}" holds no text')
+    assert [name for name in os.listdir(tmp_path / "cache") if not name.endswith(".lock")] == []
+
+
+def test_a_tokenizer_that_makes_nothing_of_all_the_text_is_an_error(tokenized, write_jsonl, tmp_path: Path):
+    save_words(tmp_path, {"</s>": 0, "[UNK]": 1}, unk_token="[UNK]")
+    with pytest.raises(ConfigError, match=r"data\.tokenizer = .* makes no token of the 3 bytes of text"):
+        tokenized(write_jsonl(["  ", "\n"]), "jsonl", tokenizer=str(tmp_path))
+    assert [name for name in os.listdir(tmp_path / "cache") if not name.endswith(".lock")] == []
+
+
+def test_a_text_that_the_tokenizer_cannot_encode_leaves_nothing(tokenized, write_jsonl, tmp_path: Path):
+    save_words(tmp_path, {"a": 1, "</s>": 2})
+    with pytest.raises(ConfigError, match=r"data\.tokenizer = .* cannot encode the text \("):
+        tokenized(write_jsonl(["a", "b"]), "jsonl", tokenizer=str(tmp_path))
+    assert [name for name in os.listdir(tmp_path / "cache") if not name.endswith(".lock")] == []
 
 
 def test_unigram_entropy_is_that_of_the_splits_bytes(tokenized, text_folder: Path):
@@ -231,12 +263,13 @@ def test_a_cache_folder_that_cannot_be_written_to_is_an_error_with_a_remedy(
     for cache_dir, reason in (
         (tmp_path / "file", "File exists"),
         (tmp_path / "file" / "x", "Not a directory"),
+        (tmp_path / ("x" * 5000), "File name too long"),
     ):
         with pytest.raises(ConfigError) as caught:
             tokenized(text_folder, cache_dir=str(cache_dir))
         rule = f"cannot be written to ({reason})"
         remedy = "name a folder that you can write to, on a disk with room"
-        assert str(caught.value) == f'data.cache_dir = "{cache_dir}" {rule}: {remedy}'
+        assert caught.value.problems == (Problem("data.cache_dir", str(cache_dir), rule, remedy),)
 
 
 def test_a_full_disk_is_an_error_and_leaves_nothing(

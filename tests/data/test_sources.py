@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from torchtitan_lite.config.load import ConfigError
-from torchtitan_lite.data import DataConfig, documents
+from torchtitan_lite.data import DataConfig, documents, sources
 from torchtitan_lite.data.sources import Source, open_source
 
 
@@ -160,6 +160,48 @@ def test_a_folder_without_text_is_an_error(tmp_path: Path):
     assert "holds no .jsonl file" in error(source, tmp_path, "jsonl")
 
 
+@pytest.mark.parametrize("dataset", ["text", "jsonl"])
+def test_a_file_with_a_byte_order_mark_alone_is_empty(tmp_path: Path, dataset: str):
+    file = tmp_path / "x.jsonl"
+    file.write_bytes(b"\xef\xbb\xbf")
+    assert f'data.path = "{file}" is empty' in error(source, file, dataset)
+    assert "(1 empty, 0 not UTF-8" in error(source, tmp_path, dataset)
+    (tmp_path / "y.jsonl").write_text('{"text": "a"}')
+    assert [opened.name for opened in source(tmp_path, dataset).files] == ["y.jsonl"]
+
+
+@pytest.mark.parametrize("dataset", ["text", "jsonl"])
+def test_a_file_with_links_to_it_is_taken_once(tmp_path: Path, monkeypatch, dataset: str):
+    folder, outside = tmp_path / "texts", tmp_path / "outside.jsonl"
+    (folder / "sub").mkdir(parents=True)
+    for file in (folder / "sub" / "i.jsonl", outside):
+        file.write_text('{"text": "a"}\n')
+    (folder / "a-link.jsonl").symlink_to("sub/i.jsonl")
+    (folder / "sub" / "z-link.jsonl").symlink_to("../a-link.jsonl")
+    for name in ("out2.jsonl", "out1.jsonl", "sub/out0.jsonl"):
+        (folder / name).symlink_to(outside)
+    (tmp_path / "other").symlink_to(folder)
+    for root in (folder, tmp_path / "other"):
+        assert [file.name for file in source(root, dataset).files] == ["out1.jsonl", "sub/i.jsonl"]
+    assert [file.name for file in source(folder / "a-link.jsonl", dataset).files] == ["a-link.jsonl"]
+    monkeypatch.chdir(folder)
+    assert [file.name for file in source(".", dataset).files] == ["out1.jsonl", "sub/i.jsonl"]
+
+
+def test_a_file_that_opens_but_cannot_be_read_is_named(tmp_path: Path, monkeypatch):
+    def fail(*_: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    file = tmp_path / "a.txt"
+    file.write_text("a")
+    opened = source(file)
+    message = f'data.path = "{file}" cannot be read (Input/output error): change its permissions'
+    monkeypatch.setattr(documents, "_pieces", fail)
+    assert message in error(texts, opened)
+    monkeypatch.setattr(sources, "_decodes", fail)
+    assert message in error(source, file)
+
+
 def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path: Path, write_jsonl):
     file, lines = tmp_path / "a.txt", write_jsonl(["one", "two"])
     file.write_text("before")
@@ -293,6 +335,16 @@ WRITABLE = "name a folder that you can write to"
 def test_a_data_section_that_cannot_work_says_so_in_one_line_each(options: dict, expected: list[str]):
     problems = DataConfig(**options).problems("data")
     assert [str(problem) for problem in problems] == [f"data.{line}" for line in expected]
+
+
+def test_a_cache_folder_with_too_long_a_name_is_found_before_anything_is_read(tmp_path: Path):
+    no_room_below = "x/" * ((4096 - 50 - len(str(tmp_path))) // 2)
+    for name in ("x" * 5000, "x" * 256, "é" * 128, "no/such/" + "x" * 256, "x/" * 2100, no_room_below):
+        config = DataConfig(cache_dir=str(tmp_path / name))
+        (problem,) = config.problems("data")
+        assert (problem.key, problem.value) == ("data.cache_dir", str(config.cache_folder))
+        assert problem.rule.startswith("is too long for a folder: ")
+    assert DataConfig(cache_dir=str(tmp_path / ("x" * 255))).problems("data") == []
 
 
 @pytest.mark.parametrize("dataset", ["text", "jsonl"])

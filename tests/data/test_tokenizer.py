@@ -179,6 +179,20 @@ def test_a_broken_tokenizer_file_is_an_error(tmp_path: Path, content: bytes):
         load_tokenizer(str(tmp_path))
 
 
+def test_a_text_that_cannot_be_encoded_is_an_error(tmp_path: Path):
+    encoder = Encoder(models.WordLevel({"a": 1, "</s>": 2}))
+    encoder.pre_tokenizer = pre_tokenizers.Whitespace()
+    encoder.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert tokenizer.encode("a a").tolist() == [1, 1]
+    for encode in (lambda: tokenizer.encode("a b"), lambda: tokenizer.encode_pieces([b"a", b"a b"])):
+        with pytest.raises(ConfigError) as caught:
+            encode()
+        (problem,) = caught.value.problems
+        assert (problem.key, problem.value) == ("data.tokenizer", str(tmp_path))
+        assert problem.rule.startswith("cannot encode the text (") and problem.remedy
+
+
 def test_a_broken_file_beside_the_tokenizer_is_an_error(tokenizer_folder: Path):
     (tokenizer_folder / "tokenizer_config.json").write_text("{")
     with pytest.raises(ConfigError, match=r"has a tokenizer_config\.json beside it that cannot be read"):

@@ -132,12 +132,33 @@ def test_a_reader_that_has_had_enough_gets_no_traceback(flag: str, tmp_path: Pat
     assert (done.returncode, done.stderr) == (141, b"")
 
 
-@pytest.mark.parametrize("flag", ["--job.dump-folder=there", "--job.dump_folder=there"])
-def test_a_refusal_is_left_in_the_folder_however_its_option_is_written(
-    flag: str, run, tmp_path: Path
-) -> None:
-    assert run(SCRIPT, flag, "--training.steps", 0).returncode == 2
-    assert json.loads((tmp_path / "there" / "exit.json").read_text())["status"] == 2
+def test_a_refusal_is_left_in_the_folder_wherever_it_is_named(run, tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text('[job]\ndump_folder = "c"\n')
+    ways = {"a": ["--job.dump-folder=a"], "b": ["--job.dump_folder", "b"], "c": ["--config", "run.toml"]}
+    for folder, words in ways.items():
+        assert run(SCRIPT, *words, "--training.steps", 0).returncode == 2
+        assert json.loads((tmp_path / folder / "exit.json").read_text())["status"] == 2
+
+
+@pytest.mark.parametrize("words", [[], ["--job.dump-folder="], ["--job.dump-folder"]])
+def test_a_refusal_without_a_folder_is_left_nowhere(words: list[str], run, tmp_path: Path) -> None:
+    assert run(SCRIPT, *words, "--training.stps", 3).returncode == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_refusal_keeps_what_was_said_of_the_run_before(run, small_run, tmp_path: Path) -> None:
+    assert run(SCRIPT, *small_run).returncode == 0
+    assert run(SCRIPT, *small_run, "--training.stps", 3).returncode == 2
+    now, before = (tmp_path / "run" / name for name in ("exit.json", "earlier/exit.json"))
+    assert [json.loads(file.read_text())["outcome"] for file in (now, before)] == ["refused", "done"]
+    assert len(losses(tmp_path / "run")) == 5
+
+
+def test_a_folder_that_cannot_be_made_is_a_line(run, small_run) -> None:
+    done = run(SCRIPT, *small_run, "--job.dump-folder", "/proc/here")
+    assert done.returncode == 2
+    assert done.stderr.startswith('job.dump_folder = "/proc/here" cannot be written (')
+    assert "Traceback" not in done.stderr
 
 
 def test_data_found_wanting_after_the_start_is_refused_the_same_way(run, small_run, tmp_path: Path) -> None:
@@ -187,7 +208,13 @@ def test_a_crash_keeps_its_traceback_and_says_so_in_the_folder(run, small_run, t
     assert (outcome["status"], outcome["outcome"]) == (1, "failed")
 
 
-def test_an_interrupted_run_ends_with_130_and_no_traceback(small_run, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "status", "outcome"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
+)
+def test_a_stopped_run_says_so_without_a_traceback(
+    number: int, status: int, outcome: str, small_run, tmp_path: Path
+) -> None:
     process = subprocess.Popen(
         [sys.executable, SCRIPT, *small_run, "--training.steps", "1000000"],
         cwd=tmp_path,
@@ -198,12 +225,12 @@ def test_an_interrupted_run_ends_with_130_and_no_traceback(small_run, tmp_path: 
     )
     assert process.stdout is not None
     assert any(line.startswith("step") and " 3/" in line for line in process.stdout)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, error = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert error.splitlines()[-1] == "interrupted" and "Traceback" not in error
-    outcome = json.loads((tmp_path / "run" / "exit.json").read_text())
-    assert (outcome["status"], outcome["outcome"]) == (130, "interrupted")
+    assert process.returncode == status
+    assert "Traceback" not in error
+    left = json.loads((tmp_path / "run" / "exit.json").read_text())
+    assert (left["status"], left["outcome"]) == (status, outcome)
     assert len(losses(tmp_path / "run")) >= 3
 
 

@@ -27,11 +27,15 @@ class Problem:
 
 
 class ConfigError(Exception):
-    """Everything that is wrong with the user's input, one line per problem."""
+    """Everything that is wrong with the user's input, one line per problem.
 
-    def __init__(self, problems: Sequence[Problem]) -> None:
-        super().__init__(problems)
+    `config` is what was being read, with defaults in place of what is wrong.
+    """
+
+    def __init__(self, problems: Sequence[Problem], config: object = None) -> None:
+        super().__init__(problems, config)
         self.problems = tuple(problems)
+        self.config = config
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.problems))

@@ -143,10 +143,11 @@ def _reading(file: SourceFile) -> Iterator[BinaryIO]:
                 rule, remedy = "changed while it was read", "start again when nothing writes to it"
                 raise ConfigError([Problem("data.path", str(file.path), rule, remedy)])
     except OSError as error:
-        unreadable(error)
+        unreadable(error, file.path)
 
 
-def unreadable(error: OSError) -> NoReturn:
+def unreadable(error: OSError, path: Path | None = None) -> NoReturn:
     """The ConfigError for a file or folder of the dataset that cannot be read."""
     rule, remedy = f"cannot be read ({error.strerror or error})", "change its permissions, or name another"
-    raise ConfigError([Problem("data.path", str(error.filename), rule, remedy)])
+    # A failure to read, unlike one to open, does not name the file.
+    raise ConfigError([Problem("data.path", str(path or error.filename), rule, remedy)])

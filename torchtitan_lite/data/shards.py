@@ -65,13 +65,13 @@ def prepare(config: DataConfig, tokenizer: Tokenizer) -> Shards:
     source = open_source(config)
     key = _key(config, source, tokenizer)
     folder = config.cache_folder / cache.name(config.dataset, key)
-    cache.sweep(folder.parent)
-    if shards := _load(folder, key):
-        return shards
     try:
+        cache.sweep(folder.parent)
+        if shards := _load(folder, key):
+            return shards
         with cache.exclusive(folder):
             # Another process may have built it while this one waited.
-            return _load(folder, key) or _build(source, config.validation_fraction, tokenizer, folder, key)
+            return _load(folder, key) or _build(source, config, tokenizer, folder, key)
     except OSError as error:
         rule = f"cannot be written to ({error.strerror or error})"
         remedy = "name a folder that you can write to, on a disk with room"
@@ -83,9 +83,9 @@ def _key(config: DataConfig, source: Source, tokenizer: Tokenizer) -> str:
     return hashlib.sha256(json.dumps([*parts, tokenizer.fingerprint]).encode()).hexdigest()
 
 
-def _build(source: Source, fraction: float, tokenizer: Tokenizer, folder: Path, key: str) -> Shards:
+def _build(source: Source, config: DataConfig, tokenizer: Tokenizer, folder: Path, key: str) -> Shards:
     began = time.perf_counter()
-    held_out = heldout.plan(source.documents(), fraction, source.n_bytes)
+    held_out = heldout.plan(source.documents(), config.validation_fraction, source.n_bytes)
     dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
     with cache.scratch(folder) as place:
         with open(place / "train.tokens", "wb") as first, open(place / "validation.tokens", "wb") as second:
@@ -96,6 +96,8 @@ def _build(source: Source, fraction: float, tokenizer: Tokenizer, folder: Path, 
                 train.end_document()
                 validation.end_document()
             splits = {"train": train.finish(), "validation": validation.finish()}
+        if train.n_tokens == validation.n_tokens == 0:
+            raise ConfigError([_no_tokens(config, sum(split["n_bytes"] for split in splits.values()))])
         (place / "train.offsets").write_bytes(train.offsets)
         (place / "validation.offsets").write_bytes(validation.offsets)
         _write_metadata(place, {"key": key, "dtype": dtype, "splits": splits})
@@ -108,6 +110,14 @@ def _build(source: Source, fraction: float, tokenizer: Tokenizer, folder: Path, 
     return shards
 
 
+def _no_tokens(config: DataConfig, n_bytes: int) -> Problem:
+    if n_bytes:
+        rule, remedy = f"makes no token of the {n_bytes} bytes of text", "name another, or more text"
+        return Problem("data.tokenizer", config.tokenizer, rule, remedy)
+    remedy = "name a file or folder that does"
+    return Problem("data.path", config.path, "holds no text, only lines without any", remedy)
+
+
 class _Writer:
     """Appends the documents of one split to its file of tokens, many pieces at a time."""
 
@@ -118,7 +128,7 @@ class _Writer:
         self._n_bytes_waiting = 0
         self._within_document = False
         self._starts = array("q", [0])
-        self._n_tokens = 0
+        self.n_tokens = 0
         self._n_of_byte = np.zeros(256, np.int64)
 
     def add(self, piece: bytes) -> None:
@@ -156,16 +166,16 @@ class _Writer:
         for piece in self._waiting:
             if piece is not None:
                 self._write(next(encoded))
-            elif self._n_tokens > self._starts[-1]:  # a tokenizer may make nothing of some text
+            elif self.n_tokens > self._starts[-1]:  # a tokenizer may make nothing of some text
                 self._write(np.array([self._tokenizer.eos_id]))
-                self._starts.append(self._n_tokens)
+                self._starts.append(self.n_tokens)
         self._waiting, self._n_bytes_waiting = [], 0
 
     def _write(self, ids: np.ndarray) -> None:
         tokens = ids.astype(self._dtype).tobytes()
         self._file.write(tokens)
         self._hash.update(tokens)
-        self._n_tokens += len(ids)
+        self.n_tokens += len(ids)
 
 
 def _load(folder: Path, key: str) -> Shards | None:

@@ -24,6 +24,9 @@ from torchtitan_lite.data.documents import (
 
 _LOG = logging.getLogger(__name__)
 _NOT_LIBRARY = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
+_NOTHING = frozenset(hashlib.sha256(content).digest() for content in (b"", codecs.BOM_UTF8))
+# Enough for the path of a shard's file below the cache folder.
+_CACHE_NAMES_LENGTH = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +89,12 @@ class DataConfig:
     def _cache_problems(self, key: str) -> list[Problem]:
         folder = self.cache_folder
         nearest = next(place for place in (folder, *folder.parents) if os.path.exists(place))
+        # Only the file system knows, and it looks no further than the first folder that does not exist.
+        longest, in_all = (os.pathconf(nearest, f"PC_{what}_MAX") for what in ("NAME", "PATH"))
+        lengths = [len(os.fsencode(part)) for part in folder.parts]
+        if max(lengths) > longest or len(os.fsencode(folder)) + _CACHE_NAMES_LENGTH > in_all:
+            rule = f"is too long for a folder: a name has at most {longest} bytes, a path {in_all}"
+            return [Problem(f"{key}.cache_dir", str(folder), rule, "use a shorter one")]
         # A folder that exists may be complete and read-only; only a build finds out that it cannot write.
         if os.path.isdir(nearest) and (nearest == folder or os.access(nearest, os.W_OK | os.X_OK)):
             return []
@@ -129,12 +138,11 @@ def open_source(config: DataConfig) -> Source:
         raise ConfigError(problems)
     is_jsonl, is_library = config.dataset == "jsonl", config.dataset == "python_stdlib"
     root = Path(sysconfig.get_path("stdlib") if is_library else os.path.expanduser(config.path))
-    base = root if root.is_dir() else root.parent
     kept, n_empty, n_not_text = [], 0, 0
-    names = {path.relative_to(base).as_posix(): path for path in _paths(root, config.dataset)}
+    names = _named(root, config.dataset)
     for name in sorted(names):
         file, is_text = _inspect(names[name], name)
-        if not file.stamp.size:
+        if file.sha256 in _NOTHING:
             n_empty += 1
         elif not is_text and not is_jsonl:
             n_not_text += 1
@@ -153,6 +161,22 @@ def _has_files(path: str, dataset: str) -> bool:
     except ConfigError:
         # Some of it cannot be read, which `open_source` says better.
         return True
+
+
+def _named(root: Path, dataset: str) -> dict[str, Path]:
+    """The files of a dataset by relative path; each once, by its own path, else by the first link to it."""
+    base = root if root.is_dir() else root.parent
+    names = {path.relative_to(base).as_posix(): path for path in _paths(root, dataset)}
+    links = {name for name, path in names.items() if path.is_symlink()}
+    real_base = os.path.realpath(base)
+    # Folders below it are no links.
+    taken = {os.path.join(real_base, name) for name in names.keys() - links}
+    for name in sorted(links):
+        real = os.path.realpath(names[name])
+        if real in taken:
+            del names[name]
+        taken.add(real)
+    return names
 
 
 def _paths(root: Path, dataset: str) -> Iterator[Path]:
@@ -183,7 +207,7 @@ def _inspect(path: Path, name: str) -> tuple[SourceFile, bool]:
                 whole.update(block)
                 is_text = is_text and _decodes(decoder, block)
     except OSError as error:
-        unreadable(error)
+        unreadable(error, path)
     is_text = is_text and _decodes(decoder, b"", final=True)
     return SourceFile(path=path, name=name, stamp=stamp, sha256=whole.digest()), is_text
 

@@ -3,7 +3,8 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -89,20 +90,31 @@ class FileTokenizer:
         # The end must be special, whatever the file says, for the next line to keep it out of the text.
         self._encoder.add_special_tokens([AddedToken(end, special=True, normalized=False)])
         self._encoder.encode_special_tokens = True
+        self._spec = spec
         self.eos_id: int = self._encoder.token_to_id(end)
         self.vocab_size: int = max(self._encoder.get_vocab().values()) + 1
         self.fingerprint = hashlib.sha256(content + f"\0{self.eos_id}".encode()).hexdigest()
 
     def encode(self, text: str) -> np.ndarray:
-        return np.array(self._encoder.encode(text, add_special_tokens=False).ids, np.uint32)
+        with self._encoding():
+            return np.array(self._encoder.encode(text, add_special_tokens=False).ids, np.uint32)
 
     def encode_pieces(self, pieces: Sequence[bytes]) -> list[np.ndarray]:
         texts = [piece.decode() for piece in pieces]
-        encoded = self._encoder.encode_batch_fast(texts, add_special_tokens=False)
+        with self._encoding():
+            encoded = self._encoder.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(one.ids, np.uint32) for one in encoded]
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._encoder.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    @contextmanager
+    def _encoding(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - the library raises Exception itself
+            remedy = 'use "bytes", or a tokenizer that has an unknown token or knows every byte'
+            raise _error(self._spec, f"cannot encode the text ({error})", remedy) from None
 
 
 def _find_end(encoder: Any, file: Path, spec: str) -> str:

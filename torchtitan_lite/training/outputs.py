@@ -45,6 +45,13 @@ def write_exit(
     partial.replace(folder / "exit.json")
 
 
+def write_refusal(folder: Path, message: str) -> None:
+    """Say in `exit.json` that a start was refused; what it said of an earlier run moves to `earlier`."""
+    if (folder / "exit.json").exists():
+        (folder / "exit.json").rename(_free_folder(folder, _EARLIER) / "exit.json")
+    write_exit(folder, 2, "refused", step=0, message=message)
+
+
 def _free_folder(parent: Path, stem: str) -> Path:
     """A new folder in `parent`, with a number added to its name when that is taken."""
     for number in range(1, 10_000):
