@@ -124,7 +124,17 @@ FLAGS = {
     ),
     '--model.overrides {"n_layrs":2}': 'model.overrides.n_layrs = 2 ...: did you mean "n_layers"?',
     '--model.overrides {"n_layers":2.5}': "model.overrides.n_layers = 2.5 ...: ...",
-    '--model.overrides {"n_layers":null}': (
+    "--model.flavor debugmodel_flx --model.attention.block-size 64": (
+        'model.flavor = "debugmodel_flx" is not a flavor of qwen3: did you mean "debugmodel_flex"?'
+    ),
+    "--lr-scheduler.total-steps 5 --training.steps 20": (
+        "lr_scheduler.total_steps = 5 is less than training.steps = 20, ...: use 20 or more, or leave it out"
+    ),
+    "--optimizer.lr inf": 'optimizer.lr = "inf" is not a number: write a number such as 0.1',
+    "--optimizer.lr +1e999": 'optimizer.lr = "+1e999" is not a number: write a number such as 0.1',
+    "--training.steps 5.": "training.steps = 5.0 is not an integer: write 5",
+    '--model.overrides {"n_layers":2.0}': "model.overrides.n_layers = 2.0 is not a whole number: write 2",
+    '--model.overrides {"n_layers":[null]}': (
         "model.overrides.n_layers = null cannot be written in a TOML file: leave the key out"
     ),
     '--model.overrides {"n_kv_heads":3}': (

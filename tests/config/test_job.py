@@ -130,3 +130,43 @@ def test_every_file_in_configs_resolves() -> None:
 def test_checking_leaves_no_trace_on_the_disk(tmp_path: Path) -> None:
     load_job(["--job.dump-folder", "new/run", "--data.cache-dir", "new/cache"])
     assert not list(tmp_path.iterdir())
+
+
+def test_tables_of_a_repeated_flag_merge() -> None:
+    section = model("--model.overrides", '{"n_layers": 1}', "--model.overrides", '{"n_heads": 4}')
+    assert section.overrides == {"n_layers": 1, "n_heads": 4}
+    options = "--model.attention.kernel-options"
+    section = model("--model.attention", "flex", options, '{"num_warps": 4}', options, '{"num_stages": 2}')
+    assert section.attention == Flex(kernel_options={"num_warps": 4, "num_stages": 2})
+
+
+def test_null_and_an_empty_table_take_back_what_a_file_says() -> None:
+    file = "[model]\noverrides = {sliding_window = 16, n_layers = 2, rope_scaling = {factor = 2}}"
+    section = model("--model.overrides", '{"sliding_window": null, "rope_scaling": null}', file=file)
+    assert section.overrides == {"n_layers": 2, "rope_scaling": {"factor": 1.0}}
+    assert model("--model.overrides", "{}", file=file).overrides == {}
+    section = model("--model.overrides", "{}", "--model.overrides", '{"n_heads": 4}', file=file)
+    assert section.overrides == {"n_heads": 4}
+
+
+def test_an_empty_table_clears_the_options_of_the_flavor() -> None:
+    argv = ["--model.flavor", "debugmodel_flex_flash", "--model.attention.kernel-options", "{}"]
+    assert model(*argv) == ModelSection(flavor="debugmodel", attention=Flex())
+    assert model(*argv[2:], file="[model]\nflavor = 'debugmodel_flex_flash'").attention == Flex()
+
+
+def test_checks_between_sections_are_made_beside_wrong_overrides() -> None:
+    overrides = '{"n_layers": 2.5, "n_heads": 3}'
+    with pytest.raises(ConfigError) as caught:
+        model("--model.overrides", overrides, "--training.seq-len", "100000")
+    keys = [problem.key.rpartition(".")[2] for problem in caught.value.problems]
+    assert keys == ["n_layers", "n_kv_heads", "seq_len"]
+    with pytest.raises(ConfigError) as caught:
+        model("--model.overrides", '{"max_seq_len": "x"}', "--training.seq-len", "100000")
+    assert [problem.key for problem in caught.value.problems] == ["model.overrides.max_seq_len"]
+
+
+def test_options_of_a_misspelt_suffix_in_another_layer_are_no_problem() -> None:
+    with pytest.raises(ConfigError) as caught:
+        model("--model.attention.block-size", "64", file="[model]\nflavor = 'debugmodel_flx'")
+    assert [problem.key for problem in caught.value.problems] == ["model.flavor"]

@@ -256,3 +256,18 @@ def test_a_problem_reads_as_key_value_rule_and_remedy() -> None:
     assert str(problem) == "a.b = 4 does not divide c.d = 6: use 1, 2, 3 or 6"
     assert str(ConfigError([problem, problem])) == f"{problem}\n{problem}"
     assert str(Problem("k", {"a": [1, None, "ü"]}, "r", "m")) == 'k = {"a": [1, null, "ü"]} r: m'
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [(".001", 0.001), ("+5", 5), ("1_000", 1000), ("5.", 5), ("1e-3", 1e-3)]
+)
+def test_numbers_may_be_written_as_in_toml_or_python(text: str, value: float) -> None:
+    assert read("--train.lr", text).train.lr == value
+    if isinstance(value, int) and "." not in text:
+        assert read("--train.steps", text).train.steps == value
+
+
+def test_deep_tables_of_a_repeated_flag_are_refused() -> None:
+    deep = '{"a":' * 400 + "1" + "}" * 400
+    with pytest.raises(ConfigError, match="levels deep"):
+        read("--model.overrides", deep, "--model.overrides", deep)

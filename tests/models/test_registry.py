@@ -196,3 +196,27 @@ def test_all_bad_overrides_are_reported_at_once():
     assert len(problems("qwen3", "debugmodel", overrides={"dim": 0, "n_heads": 9, "head_dim": 3})) == 3
     assert len(problems("qwen3", "9B", overrides={"dims": 1, "n_layers": "x"})) == 3
     assert len(problems("qwen", "9B", overrides={"dims": 1, "n_layers": "x"})) == 3
+
+
+def test_sound_overrides_are_checked_beside_wrong_ones():
+    found = problems("qwen3", "debugmodel", overrides={"nlayers": 2, "head_dim": -4, "n_heads": 3})
+    assert [line.split(" ")[0].rpartition(".")[2] for line in found] == ["nlayers", "head_dim", "n_kv_heads"]
+    found = problems(
+        "qwen3", "debugmodel", overrides={"n_layers": 2.0, "rope_scaling": {"x": 1, "factor": 0}}
+    )
+    assert [line.split(" ")[0].rpartition(".")[2] for line in found] == ["n_layers", "x", "factor"]
+    assert found[0].endswith("is not a whole number: write 2")
+
+
+def test_a_value_that_stands_in_for_a_wrong_one_causes_no_problem():
+    assert len(problems("qwen3", "debugmodel", overrides={"n_kv_heads": 3, "n_heads": "x"})) == 1
+    assert len(problems("qwen3", "debugmodel", overrides={"n_kv_heads": "x", "n_heads": 3})) == 1
+    assert len(problems("qwen3", "9B", overrides={"n_heads": 3})) == 1
+    scaling = {"low_freq_factor": "x", "high_freq_factor": 0.5}
+    assert len(problems("qwen3", "debugmodel", overrides={"rope_scaling": scaling})) == 1
+
+
+def test_the_remedy_for_the_high_frequencies_satisfies_the_rule():
+    (problem,) = RopeScaling(low_freq_factor=6.0).problems("scaling")
+    remedied = RopeScaling(low_freq_factor=6.0, high_freq_factor=float(problem.remedy.removeprefix("use ")))
+    assert remedied.problems("scaling") == []

@@ -96,3 +96,11 @@ def test_a_warm_up_longer_than_the_schedule_is_a_problem() -> None:
 def test_a_value_out_of_range_is_a_problem_named_by_its_key(wrong) -> None:
     (problem,) = LRSchedulerConfig(**wrong).problems("lr_scheduler")
     assert problem.key == f"lr_scheduler.{next(iter(wrong))}"
+
+
+def test_a_schedule_shorter_than_the_run_is_a_problem() -> None:
+    config = LRSchedulerConfig(total_steps=50)
+    assert config.problems("lr_scheduler", 50) == config.problems("lr_scheduler", 20) == []
+    (problem,) = config.problems("lr_scheduler", 51)
+    assert str(problem).startswith("lr_scheduler.total_steps = 50 is less than training.steps = 51")
+    assert problem.remedy == "use 51 or more, or leave it out"

@@ -1,17 +1,20 @@
 """The command line, as one more layer of nested tables.
 
 `--training.seq-len 128` sets what `seq_len = 128` below `[training]` would set. Text is taken as it stands
-where the key holds a string; everything else is read as JSON, and what is no JSON is left for the validation.
+where the key holds a string; everything else is read as JSON, or as a number of TOML or Python, and what is
+neither is left for the validation. Of a flag given twice the last wins, but free tables merge.
 """
 
 import json
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin
 
 from torchtitan_lite.config.problem import MISSING, Problem
 from torchtitan_lite.config.schema import alternatives, at, classes, field_types, kinds
-from torchtitan_lite.config.validation import unknown_key
+from torchtitan_lite.config.validation import Afresh, overlay, unknown_key
 
 
 @dataclass
@@ -35,7 +38,7 @@ class Flags:
         table = self.layer
         for part in tables:
             table = table.setdefault(part, {})
-        table[name] = value
+        table[name] = overlay(table.get(name), value)
 
 
 def read_flags(cls: type, argv: Sequence[str]) -> Flags:
@@ -87,6 +90,8 @@ def _read_flag(flags: Flags, name: str, words: list[str]) -> int:
         flags.problems.append(_refusal(flags.cls, path, _json(words[0]) if words else MISSING))
         return len(words[:1])
     value, used = _value(annotation, words)
+    if value == {}:
+        value = Afresh()
     if value is MISSING:
         flags.report(".".join(path), MISSING, "has no value", f"write --{name}=VALUE")
     else:
@@ -137,7 +142,22 @@ def _scalar(annotation: Any, word: str) -> object:
     if bool in options and word.lower() in ("true", "false"):
         return word.lower() == "true"
     is_text = all(tp is str or get_origin(tp) is Literal for tp in options - {type(None)})
-    return word if is_text else _json(word)
+    value = word if is_text else _json(word)
+    return _number(word) if value is word and options & {int, float} else value
+
+
+def _number(word: str) -> object:
+    """A number that JSON has no form for, as TOML or Python write it: +5, 1_000, .5; else the word itself."""
+    if re.fullmatch(r"[+-]?[\d.][\w.+-]*", word, re.ASCII):
+        try:
+            return int(word, 0)
+        except ValueError:
+            pass
+        try:
+            return value if math.isfinite(value := float(word)) else word
+        except ValueError:
+            pass
+    return word
 
 
 def _json(word: str) -> object:

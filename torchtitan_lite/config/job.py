@@ -10,11 +10,11 @@ import torch
 
 from torchtitan_lite.attention import AttentionConfig, Flex, Sdpa, refusals
 from torchtitan_lite.checkpoint import CheckpointConfig
-from torchtitan_lite.config.load import Afresh, ConfigError, Loaded, Problem, load, overlay
+from torchtitan_lite.config.load import Afresh, ConfigError, Loaded, Problem, load, of_sound_values, overlay
 from torchtitan_lite.data.sources import DataConfig
 from torchtitan_lite.data.tokenizer import load_tokenizer
 from torchtitan_lite.models.decoder import DecoderConfig
-from torchtitan_lite.models.registry import resolve, split_flavor
+from torchtitan_lite.models.registry import meant_kind, read, resolve, split_flavor
 from torchtitan_lite.parallel.apply import CompileConfig
 from torchtitan_lite.parallel.mesh import CommConfig, ParallelismConfig
 from torchtitan_lite.parallel.recompute import ActivationCheckpointConfig
@@ -31,6 +31,7 @@ _REFUSED_KEYS = {
     "dtype": "training.mixed_precision_param",
     "head_dim": "model.overrides.head_dim",
     "n_heads": "model.overrides.n_heads",
+    "n_kv_heads": "model.overrides.n_kv_heads",
     "sliding_window": "model.overrides.sliding_window",
     "deterministic": "debug.deterministic",
 }
@@ -139,16 +140,15 @@ class JobConfig:
         return found + self._model_problems()
 
     def _model_problems(self) -> list[Problem]:
-        try:
-            decoder = self.decoder
-        except ConfigError as error:
-            return [*error.problems, *self._attention_problems(None), *self._tokenizer_problems(None)]
-        found = self._attention_problems(decoder) + self._tokenizer_problems(decoder)
-        if self.training.seq_len > decoder.max_seq_len:
+        model = self.model
+        decoder, wrong = read(model.name, model.flavor, model.attention, model.overrides)
+        sound_heads = not {problem.key for problem in wrong} & set(_REFUSED_KEYS.values())
+        found = self._attention_problems(decoder if sound_heads else None) + self._tokenizer_problems(decoder)
+        if decoder is not None and self.training.seq_len > decoder.max_seq_len:
             rule = f"is more than the {decoder.max_seq_len} tokens that the model is meant for"
             remedy = f"use at most {decoder.max_seq_len}, or raise model.overrides.max_seq_len"
             found.append(Problem("training.seq_len", self.training.seq_len, rule, remedy))
-        return found
+        return wrong + of_sound_values(found, wrong)
 
     def _attention_problems(self, decoder: DecoderConfig | None) -> list[Problem]:
         """What keeps the backend from running; without a decoder, for heads that suit every backend."""
@@ -198,8 +198,19 @@ def load_job(
     def check(job: JobConfig, dry_run: bool) -> list[Problem]:
         return job.check(world_size, dry_run=dry_run)
 
-    loaded = load(JobConfig, argv, prog=prog, layer_hook=expand_flavor, check=check)
+    loaded = load(JobConfig, argv, prog=prog, layer_hook=expand, check=check)
     return replace(loaded, config=_with_true_flavor(loaded.config))
+
+
+def expand(layer: dict[str, Any]) -> dict[str, Any]:
+    """A layer with what stands for something longer written out: the flavor's suffix, and a null scaling."""
+    model = layer.get("model")
+    overrides = model.get("overrides") if isinstance(model, dict) else None
+    if isinstance(model, dict) and isinstance(overrides, dict) and overrides.get("rope_scaling", 0) is None:
+        # TOML has no null, and a flavor may have a scaling of its own to undo.
+        overrides = overlay(overrides, {"rope_scaling": Afresh(factor=1.0)})
+        layer = {**layer, "model": {**model, "overrides": overrides}}
+    return expand_flavor(layer)
 
 
 def expand_flavor(layer: dict[str, Any]) -> dict[str, Any]:
@@ -213,6 +224,9 @@ def expand_flavor(layer: dict[str, Any]) -> dict[str, Any]:
         return layer
     _, attention = split_flavor(model["flavor"])
     own = model.get("attention", {})
+    if attention is None and (kind := meant_kind(model["flavor"])):
+        # The flavor is refused later; what is said of the attention meant is not wrong as well.
+        attention = {"kind": kind}
     if attention is None or not isinstance(own, dict):
         return layer
     if own.get("kind", attention["kind"]) != attention["kind"]:

@@ -25,6 +25,7 @@ __all__ = [
     "Problem",
     "load",
     "near",
+    "of_sound_values",
     "overlay",
     "to_toml",
 ]
@@ -70,13 +71,13 @@ def load(
         _print_help(config, prog, problems)
         raise SystemExit(0)
     if not unread:
-        problems += _of_sound_values(check(config, flags.dry_run), problems)
+        problems += of_sound_values(check(config, flags.dry_run), problems)
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError(problems, config)
     return Loaded(config=config, dry_run=flags.dry_run, files=tuple(flags.files))
 
 
-def _of_sound_values(found: list[Problem], earlier: list[Problem]) -> list[Problem]:
+def of_sound_values(found: list[Problem], earlier: list[Problem]) -> list[Problem]:
     """Those of `found` that mention no key of an `earlier` problem, where a default stood in."""
     unsound = [re.compile(rf"(?<![\w.-]){re.escape(problem.key)}(?![\w-])") for problem in earlier]
     return [problem for problem in found if not any(key.search(str(problem)) for key in unsound)]

@@ -26,11 +26,13 @@ class Afresh(dict[str, Any]):
     """A table that replaces what earlier layers say of it, where others are merged."""
 
 
-def overlay(low: Any, high: Any) -> Any:
+def overlay(low: Any, high: Any, depth: int = 0) -> Any:
     """`high` laid over `low`: tables merge key by key at every depth, anything else is replaced."""
-    if not (isinstance(low, dict) and isinstance(high, dict)):
+    # What is nested deeper than a key may be is refused later, and must not exhaust the stack here.
+    if not (isinstance(low, dict) and isinstance(high, dict)) or isinstance(high, Afresh) or depth > _DEEPEST:
         return high
-    return {**low, **{name: overlay(low.get(name), value) for name, value in high.items()}}
+    merged = {**low, **{name: overlay(low.get(name), value, depth + 1) for name, value in high.items()}}
+    return Afresh(merged) if isinstance(low, Afresh) else merged
 
 
 def validate(cls: type[T], layers: list[_Table]) -> tuple[T, list[Problem]]:
@@ -151,10 +153,20 @@ def _runs(tables: list[_Table]) -> list[tuple[Any, list[_Table]]]:
 
 
 def _merged(layers: list[Any]) -> list[Any]:
-    """Free tables laid over each other, key by key, at every depth."""
+    """Free tables laid over each other, key by key, at every depth; a null takes its key back."""
     tables = [layer for layer in layers if isinstance(layer, dict)]
     over = functools.reduce(overlay, tables)
-    return [*(layer for layer in layers if not isinstance(layer, dict)), over]
+    return [*(layer for layer in layers if not isinstance(layer, dict)), _without_nulls(over)]
+
+
+def _without_nulls(table: _Table, depth: int = 0) -> _Table:
+    if depth > _DEEPEST:
+        return table
+    return {
+        name: _without_nulls(value, depth + 1) if isinstance(value, dict) else value
+        for name, value in table.items()
+        if value is not None
+    }
 
 
 def _unfit(value: object, key: str, depth: int = 0) -> Iterator[Problem]:

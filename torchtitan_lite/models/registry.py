@@ -4,10 +4,12 @@ A flavor is a size, alone or with a suffix that names an attention backend: `8B`
 """
 
 import copy
+import difflib
 import json
 import math
+import re
 from collections.abc import Mapping
-from dataclasses import is_dataclass, replace
+from dataclasses import fields, is_dataclass, replace
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from torchtitan_lite.attention import AttentionConfig, Flex, Sdpa, Varlen
@@ -54,6 +56,22 @@ def resolve(
     Raises ConfigError with every problem: an unknown name or flavor, overrides that are unknown, of the wrong
     type or out of range.
     """
+    config, problems = read(name, flavor, attention, overrides)
+    if config is None or problems:
+        raise ConfigError(problems)
+    return config
+
+
+def read(
+    name: str,
+    flavor: str,
+    attention: AttentionConfig | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> tuple[DecoderConfig | None, list[Problem]]:
+    """As `resolve`, with the problems beside the config instead of raised.
+
+    The flavor's value stands in for an override of the wrong type; there is no config without a flavor.
+    """
     size, suffix = split_flavor(flavor)
     problems = []
     if name not in families:
@@ -62,15 +80,33 @@ def resolve(
         rule = f"is not a flavor of {name}"
         problems.append(Problem("model.flavor", flavor, rule, near(flavor, flavors(name))))
     # Overrides of what is not a preset are still read, with any preset under them, to report all at once.
-    preset = qwen3.PRESETS["debugmodel"] if problems else families[name][size]
-    config, wrong = _override(preset, overrides or {}, "model.overrides")
-    problems += wrong
-    if not problems:
-        config = replace(config, attention=attention or _backend(suffix or {"kind": "sdpa"}))
-        problems = config.problems("model.overrides")
-    if problems:
-        raise ConfigError(problems)
-    return config
+    known, overrides = not problems, overrides or {}
+    preset = families[name][size] if known else qwen3.PRESETS["debugmodel"]
+    config, wrong = _override(preset, overrides, "model.overrides")
+    config = replace(config, attention=attention or _backend(suffix or {"kind": "sdpa"}))
+    unsound = [problem.key for problem in wrong]
+    if not known:
+        unsound += [
+            f"model.overrides.{field.name}" for field in fields(preset) if field.name not in overrides
+        ]
+    sound = [found for found in config.problems("model.overrides") if not _rests_on(found, unsound)]
+    return config if known else None, [*problems, *wrong, *sound]
+
+
+def _rests_on(problem: Problem, unsound: list[str]) -> bool:
+    """Whether `problem` is about one of the keys in `unsound`, or compares with one beside its own."""
+    parent = problem.key.rpartition(".")[0]
+    beside = [name for above, _, name in (key.rpartition(".") for key in unsound) if above == parent]
+    compared = any(re.search(rf"\b{re.escape(name)} = ", problem.rule) for name in beside)
+    return problem.key in unsound or compared
+
+
+def meant_kind(flavor: str) -> str | None:
+    """The attention that the suffix of a misspelt flavor was to choose; None for a flavor that exists."""
+    known = [flavor for name in families for flavor in flavors(name)]
+    close = [] if flavor in known else difflib.get_close_matches(flavor, known, n=1)
+    _, attention = split_flavor(close[0]) if close else (flavor, None)
+    return attention["kind"] if attention else None
 
 
 def _backend(table: dict[str, Any]) -> AttentionConfig:
@@ -78,7 +114,7 @@ def _backend(table: dict[str, Any]) -> AttentionConfig:
 
 
 def _override(base: _Config, values: Mapping[str, Any], key: str) -> tuple[_Config, list[Problem]]:
-    """`base` with the fields in `values`, and what is wrong with those: unknown, or of another type."""
+    """`base` with the sound fields in `values`, and what is wrong with others: unknown, or mistyped."""
     hints = get_type_hints(type(base))
     accepted: dict[str, Any] = {}
     problems: list[Problem] = []
@@ -92,9 +128,7 @@ def _override(base: _Config, values: Mapping[str, Any], key: str) -> tuple[_Conf
         else:
             accepted[name], wrong = _typed(hints[name], getattr(base, name), value, field)
             problems += wrong
-    if problems:
-        return base, problems
-    return replace(base, **accepted), []  # pyright: ignore[reportArgumentType]
+    return replace(base, **accepted), problems  # pyright: ignore[reportArgumentType]
 
 
 def _typed(hint: Any, base: object, value: object, key: str) -> tuple[object, list[Problem]]:
@@ -112,4 +146,6 @@ def _typed(hint: Any, base: object, value: object, key: str) -> tuple[object, li
         return value, []
     kind, example = _EXPECTED[wanted]
     remedy = f"use {json.dumps(example if base is None else base)} or the like"
+    if wanted is int and isinstance(value, float) and value.is_integer():
+        remedy = f"write {int(value)}"
     return base, [Problem(key, value, f"is not {kind}", remedy)]

@@ -41,7 +41,8 @@ class RopeScaling:
             found.append(Problem(f"{key}.low_freq_factor", self.low_freq_factor, rule, "use 1.0"))
         if self.high_freq_factor <= self.low_freq_factor:
             rule = f"must exceed low_freq_factor = {self.low_freq_factor}"
-            found.append(Problem(f"{key}.high_freq_factor", self.high_freq_factor, rule, "use 4.0"))
+            remedy = f"use {max(4.0, 2 * self.low_freq_factor)}"
+            found.append(Problem(f"{key}.high_freq_factor", self.high_freq_factor, rule, remedy))
         if self.original_max_seq_len < 1:
             rule = "must be at least 1"
             found.append(Problem(f"{key}.original_max_seq_len", self.original_max_seq_len, rule, "use 8192"))

@@ -37,16 +37,20 @@ class LRSchedulerConfig:
             value = getattr(self, name)
             if value is not None and not least <= value <= most:
                 found.append(Problem(f"{key}.{name}", value, rule, remedy))
-        if found or training_steps is None or self.warmup_steps is None:
+        if found or training_steps is None:
             return found
         total = self.total(training_steps)
-        if self.warmup_steps <= total:
-            return []
+        if total < training_steps:
+            rule = f"is less than training.steps = {training_steps}, and the rest would train at the floor"
+            remedy = f"use {training_steps} or more, or leave it out"
+            found.append(Problem(f"{key}.total_steps", total, rule, remedy))
+        if self.warmup_steps is None or self.warmup_steps <= total:
+            return found
         rule, remedy = (
             f"is longer than the schedule of {total} steps",
             f"use {total} or less, or leave it out",
         )
-        return [Problem(f"{key}.warmup_steps", self.warmup_steps, rule, remedy)]
+        return [*found, Problem(f"{key}.warmup_steps", self.warmup_steps, rule, remedy)]
 
     def total(self, training_steps: int) -> int:
         """Steps that the schedule spans when the run takes `training_steps`."""
