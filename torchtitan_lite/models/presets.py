@@ -1,0 +1,21 @@
+"""Presets as tables: what all sizes of a family share, and a row for each size."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torchtitan_lite.models.decoder import DecoderConfig
+
+_DEBUGMODEL = {"vocab_size": 512, "max_seq_len": 2048}
+"""What makes the debugmodel of a family small besides its row: it reads bytes, and short documents."""
+
+
+def presets(
+    family: Mapping[str, Any], columns: Sequence[str], sizes: Mapping[str, Sequence[Any]]
+) -> dict[str, DecoderConfig]:
+    """The config of every size: the family's fields, and those in `columns` from the size's row."""
+    found = {}
+    for size, row in sizes.items():
+        small = _DEBUGMODEL if size == "debugmodel" else {}
+        fields: dict[str, Any] = {**family, **dict(zip(columns, row, strict=True)), **small}
+        found[size] = DecoderConfig(**fields)
+    return found
