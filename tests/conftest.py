@@ -5,11 +5,12 @@ import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from ranks import Pools
 
 from torchtitan_lite.parallel.apply import CXX
 
@@ -29,6 +30,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         for marker in absent.keys() & item.keywords.keys():
             item.add_marker(pytest.mark.skip(reason=absent[marker]))
+
+
+@pytest.fixture(scope="session")
+def ranks(pytestconfig: pytest.Config) -> Iterator[Pools]:
+    """`ranks(4).run(function, *args)` runs a function on four ranks; a pool is started when first used."""
+    pools = Pools(pytestconfig.getini("filterwarnings"))
+    yield pools
+    pools.stop()
 
 
 @pytest.fixture(scope="session")

@@ -33,6 +33,20 @@ def test_every_run_can_take_every_attention_backend(file: str, kind: str) -> Non
 
 
 @pytest.mark.parametrize("file", [file for file in FILES if "debugmodel" not in file])
+@pytest.mark.parametrize(("replicate", "cp", "tp"), [(1, 1, 1), (2, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)])
+def test_every_large_run_can_be_spread_over_eight_ranks(file: str, replicate: int, cp: int, tp: int) -> None:
+    mesh = {
+        "data-parallel-replicate-degree": replicate,
+        "context-parallel-degree": cp,
+        "tensor-parallel-degree": tp,
+    }
+    argv = [f"--parallelism.{name}={degree}" for name, degree in mesh.items()]
+    loaded = load_job(["--config", str(CONFIGS / file), "--dry-run", "--world-size", "8", *argv])
+    degrees = loaded.config.parallelism.degrees(loaded.world_size)
+    assert degrees.sizes == (replicate, 8 // (replicate * cp * tp), cp, tp)
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if "debugmodel" not in file])
 def test_the_presets_are_what_their_files_are_called(file: str) -> None:
     model = load_job(["--config", str(CONFIGS / file), "--dry-run"]).config.model
     assert f"{model.name}/{model.flavor.partition('_')[0]}.toml" == file

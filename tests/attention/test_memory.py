@@ -49,7 +49,7 @@ def one_document(batch, seq_len):
 
 def record(inner, q, k, v, mask):
     upstream = torch.randn_like(q)
-    with Recorder() as recorder:
+    with Recorder() as recorder, Inner():
         out = inner(q, k, v, mask, scale=0.37)
         torch.autograd.grad(out, (q, k, v), upstream)
     return recorder

@@ -172,16 +172,12 @@ FLAGS = {
         "debug.deterministic = true is not for flex (flash) attention: use sdpa"
     ),
     "--checkpoint.enable": "checkpoint.enable = true is not available yet: use false",
-    "--activation-checkpoint.mode full": (
-        'activation_checkpoint.mode = "full" is not available yet: use "none"'
+    "--activation-checkpoint.mode ful": (
+        'activation_checkpoint.mode = "ful" is not one of "none", "selective", "full": did you mean "full"?'
     ),
-    "--parallelism.tensor-parallel-degree 2": (
-        "parallelism.tensor_parallel_degree = 2 is not available yet: use 1"
+    "--activation-checkpoint.mode selective --activation-checkpoint.selective-ac-option layer": (
+        'activation_checkpoint.selective_ac_option = "layer" is neither "op" nor a number of blocks: ...'
     ),
-    "--parallelism.data-parallel-shard-degree 2": (
-        "parallelism.data_parallel_shard_degree = 2 is not available yet: use -1 or 1"
-    ),
-    "--comm.init-timeout-seconds 5": "comm.init_timeout_seconds = 5 is not available yet: use 300",
     "--debug.seed -1": "debug.seed = -1 ...: ...",
 }
 
@@ -342,16 +338,6 @@ def test_a_refusal_is_one_printable_line_whatever_was_typed(
         for line in refusal(capsys, *argv):
             assert line.isprintable()
             assert len(line) < 25_000
-
-
-def test_more_ranks_than_one_are_refused(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    (line,) = refusal(capsys, "--dry-run")
-    assert (
-        line == "WORLD_SIZE = 2 is more ranks than a run can have yet: start one, as with --nproc_per_node 1"
-    )
 
 
 @pytest.mark.parametrize(

@@ -1,23 +1,27 @@
 """What docs/configuration.md shows is what happens."""
 
+import dataclasses
+import json
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 
-from torchtitan_lite.config.job import load_job
+from torchtitan_lite.config.job import JobConfig, load_job
 from torchtitan_lite.train import main
 
 TEXT = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text(encoding="utf-8")
 FILES = re.findall(r"```toml\n(.*?)```", TEXT, re.DOTALL)
 CONSOLES = re.findall(r"```console\n\$ python -m torchtitan_lite.train (.*?)\n(.*?)```", TEXT, re.DOTALL)
 ROWS = re.findall(r"^\| `\[([\w.]+)\]` `(.*?)`(?:, `.*?`)? \| `(--.*?)`.* \|$", TEXT, re.MULTILINE)
+TABLES = re.findall(r"^\| `\[(\w+)\]` \| default \| \|\n\|.*\n((?:\|.*\n)+)", TEXT, re.MULTILINE)
 FLAVORS = re.findall(r"^\| `(\w+)` \| `(.*?)`, `(.*?)` \|$", TEXT, re.MULTILINE)
 
 
 def test_the_page_has_what_these_tests_look_for() -> None:
-    assert (len(FILES), len(CONSOLES), len(ROWS), len(FLAVORS)) == (1, 2, 6, 3)
+    assert [section for section, _ in TABLES] == ["parallelism", "comm", "activation_checkpoint"]
+    assert (len(FILES), len(CONSOLES), len(ROWS), len(FLAVORS)) == (1, 3, 6, 3)
 
 
 @pytest.mark.parametrize("text", FILES)
@@ -46,6 +50,15 @@ def test_a_flag_on_the_page_means_the_same_as_the_line_beside_it(
     from_flags = load_job([*kind, *shlex.split(flag), *gpu]).config
     assert from_file == from_flags
     assert from_file != load_job(gpu).config
+
+
+@pytest.mark.parametrize(("section", "rows"), TABLES, ids=[section for section, _ in TABLES])
+def test_a_table_of_keys_on_the_page_has_every_key_of_the_section_and_its_default(
+    section: str, rows: str
+) -> None:
+    listed = re.findall(r"^\| `(\w+)` \| `(.*?)` \| .* \|$", rows, re.MULTILINE)
+    keys = dataclasses.asdict(getattr(JobConfig(), section))
+    assert {name: json.loads(default) for name, default in listed} == keys
 
 
 @pytest.mark.parametrize(("flavor", "size", "attention"), FLAVORS)

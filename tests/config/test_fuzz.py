@@ -22,6 +22,7 @@ ODD_KEYS = [
     "training.steps.x",
     "config",
     "dry-run",
+    "world-size",
 ]
 VALUES = [
     "", "0", "1", "-1", "1.5", "1e999", "NaN", "-Infinity", "true", "False", "null", "None", "=", "--", "-",
@@ -60,7 +61,7 @@ def word(rng: random.Random) -> str:
 def outcome(argv: list[str]) -> str:
     """What comes of a command line; a refusal must be of printable lines, one per problem."""
     try:
-        job = load_job(argv).config
+        loaded = load_job(argv)
     except SystemExit as error:
         assert error.code == 0
         assert "--help" in argv or "-h" in argv
@@ -70,8 +71,9 @@ def outcome(argv: list[str]) -> str:
         assert len(lines) == len(error.problems) > 0
         assert all(line.isprintable() and ": " in line for line in lines)
         return "refused"
-    Path("again.toml").write_text(to_toml(job), encoding="utf-8")
-    assert load_job(["--config", "again.toml"]).config == job
+    Path("again.toml").write_text(to_toml(loaded.config), encoding="utf-8")
+    again = load_job(["--config", "again.toml"], world_size=loaded.world_size)
+    assert again.config == loaded.config
     return "read"
 
 

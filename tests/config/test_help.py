@@ -31,6 +31,7 @@ def test_help_says_how_to_give_options_and_explains_each(capsys: pytest.CaptureF
         "--training.steps 20 is steps = 20 in [training]",
         "--config FILE.toml Read this file.",
         "--dry-run Check everything",
+        "--world-size N With --dry-run: check for this many ranks, without torchrun.",
         "--job.device {auto,cpu,cuda} auto: cuda where there is one, else cpu. (default: auto)",
         "--model.attention {sdpa,flex,varlen}",
         "--model.overrides JSON",

@@ -217,16 +217,22 @@ def test_a_field_whose_feature_is_to_come_takes_its_off_value_alone() -> None:
 def test_checks_see_the_values_and_are_reported_with_the_rest() -> None:
     seen = []
 
-    def check(run: Run, dry_run: bool) -> list[Problem]:
-        seen.append((run.train.steps, dry_run))
+    def check(run: Run, world_size: int, dry_run: bool) -> list[Problem]:
+        seen.append((run.train.steps, world_size, dry_run))
         return [
             Problem("model.name", run.model.name, "is wrong", "x"),
             Problem("train.lr", 1, "is wrong", "x"),
         ]
 
     with pytest.raises(ConfigError) as caught:
-        load(Run, ["--train.steps", "7", "--train.lr", "x", "--dry-run"], prog="run", check=check)
-    assert seen == [(7, True)]
+        load(
+            Run,
+            ["--train.steps", "7", "--train.lr", "x", "--dry-run"],
+            prog="run",
+            check=check,
+            world_size=3,
+        )
+    assert seen == [(7, 3, True)]
     assert [problem.key for problem in caught.value.problems] == ["train.lr", "model.name"]
 
 
@@ -235,6 +241,31 @@ def test_what_was_asked_for_is_handed_back() -> None:
     assert (result.dry_run, result.files) == (True, ("one", "two"))
     assert not loaded("--dry_run=false").dry_run
     assert not loaded().dry_run
+
+
+def test_a_dry_run_may_be_for_another_number_of_ranks() -> None:
+    def ranks(*argv: str) -> int:
+        seen = []
+
+        def check(run: Run, world_size: int, dry_run: bool) -> list[Problem]:
+            seen.append(world_size)
+            return []
+
+        assert [load(Run, argv, prog="run", check=check, world_size=2).world_size] == seen
+        return seen[0]
+
+    assert ranks() == ranks("--dry-run") == 2
+    assert ranks("--dry-run", "--world-size", "64") == ranks("--world_size=64", "--dry-run") == 64
+    assert ranks("--dry-run", "--world-size", "64", "--world-size", "1_000") == 1000
+
+
+def test_what_mentions_a_section_rests_on_all_its_keys() -> None:
+    def check(run: Run, world_size: int, dry_run: bool) -> list[Problem]:
+        return [Problem("model.name", run.model.name, rule, "x") for rule in ("is [train]", "is [model]")]
+
+    with pytest.raises(ConfigError) as caught:
+        load(Run, ["--train.steps", "x"], prog="run", check=check)
+    assert [problem.key for problem in caught.value.problems] == ["train.steps", "model.name"]
 
 
 def test_nesting_without_end_is_refused() -> None:

@@ -35,7 +35,7 @@ def test_a_global_batch_that_does_not_divide_names_the_nearest_that_do() -> None
         "training.global_batch_size = 4 is not a multiple of training.local_batch_size = 8: use 8"
     ]
     (line,) = lines(TrainingConfig(local_batch_size=2, global_batch_size=6), data_ranks=2)
-    assert "local_batch_size = 2 times 2 data ranks: use 4 or 8" in line
+    assert "local_batch_size = 2 times 2 data ranks of [parallelism]: use 4 or 8" in line
 
 
 @pytest.mark.parametrize(

@@ -241,7 +241,7 @@ def test_the_validation_loss_is_the_mean_over_the_whole_split(small_run, tmp_pat
 
 
 def test_data_that_cannot_be_used_is_found_before_the_model_is_built(small_run, monkeypatch) -> None:
-    monkeypatch.setattr(trainer_module, "build_model", lambda *_: pytest.fail("the model was built"))
+    monkeypatch.setattr(Trainer, "_build_model", lambda *_: pytest.fail("the model was built"))
     with pytest.raises(ConfigError, match=r"training\.seq_len = 2048"):
         Trainer(
             job(

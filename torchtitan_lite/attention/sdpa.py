@@ -55,8 +55,10 @@ class SdpaAttention(nn.Module):
     def forward(
         self, q_BQHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: Tiles, scale: float | None = None
     ) -> Tensor:
-        """Attend; [B, Q, H, K], contiguous."""
-        if not mask.causal_rows or _only_quadratic(q_BQHK, k_BSGK, v_BSGK):
+        """Attend; [B, Q, H, K]."""
+        # On a CPU the plan's one call is the same kernel, without the random state that torch.compile would
+        # keep for it when it is computed again.
+        if not mask.causal_rows or not q_BQHK.is_cuda or _only_quadratic(q_BQHK, k_BSGK, v_BSGK):
             return attend(q_BQHK, k_BSGK, v_BSGK, mask, scale)
         scale = check_inputs(q_BQHK, k_BSGK, v_BSGK, mask.shape, scale)
         q_BHQK, k_BGSK, v_BGSK = (x.transpose(1, 2) for x in (q_BQHK, k_BSGK, v_BSGK))
@@ -69,11 +71,11 @@ class SdpaAttention(nn.Module):
 def _only_quadratic(q_BQHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor) -> bool:
     """Whether torch would repeat the keys and make the scores of S x S.
 
-    So where the features of a head are no neighbours and, on CUDA, where neither FlashAttention nor the
+    So where the features of a head are no neighbours, and where neither FlashAttention nor the
     memory-efficient kernel can be used: that one takes no grouped heads and no float64.
     """
     if q_BQHK.stride(-1) != 1 or k_BSGK.stride(-1) != 1 or v_BSGK.stride(-1) != 1:
         return True
-    if not q_BQHK.is_cuda or has_cuda_flash(q_BQHK):
+    if has_cuda_flash(q_BQHK):
         return False
     return q_BQHK.shape[2] != k_BSGK.shape[2] or q_BQHK.dtype == torch.float64

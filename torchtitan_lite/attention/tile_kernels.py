@@ -194,12 +194,20 @@ def _calls(table: Tensor, masks: Tensor, dtype: torch.dtype) -> list[_Call]:
 def attend_tiles(
     q_BQHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, table: Tensor, masks: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Attention by a plan: the output [B, Q, H, K] and its log-sum-exp [B, Q, H]; padding rows are zeros."""
+    """Attention by a plan: the output [B, Q, H, K] and its log-sum-exp [B, Q, H]; padding rows are zeros.
+
+    The output has the layout of the queries.
+    """
     kernel = kernel_for(q_BQHK)
     q_BQHK, k_BSGK, v_BSGK = (_unit_stride(x) for x in (q_BQHK, k_BSGK, v_BSGK))
-    out_BQHK = torch.zeros(q_BQHK.shape, dtype=q_BQHK.dtype, device=q_BQHK.device)
+    calls = _calls(table, masks, q_BQHK.dtype)
+    if _one_for_all(calls, q_BQHK, k_BSGK):
+        found = kernel.forward(*(x.transpose(1, 2) for x in (q_BQHK, k_BSGK, v_BSGK)), True, None, scale)
+        out_BQHK, lse_BQH = (x.transpose(1, 2) for x in found)
+        return out_BQHK, lse_BQH.contiguous()
+    out_BQHK = torch.zeros_like(q_BQHK)
     lse_BQH = torch.zeros(q_BQHK.shape[:3], dtype=_wide(q_BQHK.dtype), device=q_BQHK.device)
-    for call in _calls(table, masks, q_BQHK.dtype):
+    for call in calls:
         out, lse = kernel.forward(
             call.q(q_BQHK), call.k(k_BSGK), call.k(v_BSGK), call.causal, call.mask, scale
         )
@@ -215,6 +223,13 @@ def attend_tiles(
     return out_BQHK, lse_BQH.masked_fill_(lse_BQH.isneginf(), 0)
 
 
+def _one_for_all(calls: list[_Call], q_BQHK: Tensor, k_BSGK: Tensor) -> bool:
+    """Whether one causal call computes everything on a CPU, so that nothing is left to be put together."""
+    (batch, n_queries), n_keys = q_BQHK.shape[:2], k_BSGK.shape[1]
+    whole = slice(0, batch), slice(0, n_queries), slice(0, n_keys)
+    return q_BQHK.is_cpu and len(calls) == 1 and calls[0].causal and calls[0][:3] == whole
+
+
 def _merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     """Attention over two sets of keys, from the attention over each."""
     lse = torch.logaddexp(lse_a, lse_b)
@@ -225,7 +240,7 @@ def _merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[
 @attend_tiles.register_fake
 def _(q_BQHK, k_BSGK, v_BSGK, table, masks, scale):
     lse_BQH = torch.empty(q_BQHK.shape[:3], dtype=_wide(q_BQHK.dtype), device=q_BQHK.device)
-    return torch.empty(q_BQHK.shape, dtype=q_BQHK.dtype, device=q_BQHK.device), lse_BQH
+    return torch.empty_like(q_BQHK), lse_BQH
 
 
 @torch.library.custom_op("torchtitan_lite::attend_tiles_backward", mutates_args=())
@@ -233,15 +248,16 @@ def attend_tiles_backward(
     dout_BQHK: Tensor, q_BQHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, out_BQHK: Tensor, lse_BQH: Tensor,
     table: Tensor, masks: Tensor, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients of `attend_tiles`, of the shapes of q, k and v."""
+    """The gradients of `attend_tiles`, of the shapes and layouts of q, k and v."""
     kernel, calls = kernel_for(q_BQHK), _calls(table, masks, q_BQHK.dtype)
     dout_BQHK, q_BQHK, k_BSGK, v_BSGK = (_unit_stride(x) for x in (dout_BQHK, q_BQHK, k_BSGK, v_BSGK))
+    if _one_for_all(calls, q_BQHK, k_BSGK):
+        tensors = (x.transpose(1, 2) for x in (dout_BQHK, q_BQHK, k_BSGK, v_BSGK, out_BQHK, lse_BQH))
+        dq, dk, dv = (x.transpose(1, 2) for x in kernel.backward(*tensors, True, None, scale))
+        return dq, dk, dv
     # Tiles that share keys or queries are summed in full precision.
     once = all(call.fresh_queries and call.fresh_keys for call in calls)
-    grads = [
-        torch.zeros(x.shape, dtype=x.dtype if once else _wide(x.dtype), device=x.device)
-        for x in (q_BQHK, k_BSGK, v_BSGK)
-    ]
+    grads = [torch.zeros_like(x, dtype=x.dtype if once else _wide(x.dtype)) for x in (q_BQHK, k_BSGK, v_BSGK)]
     for call in calls:
         found = kernel.backward(
             call.q(dout_BQHK), call.q(q_BQHK), call.k(k_BSGK), call.k(v_BSGK), call.q(out_BQHK),
@@ -260,7 +276,7 @@ def attend_tiles_backward(
 
 @attend_tiles_backward.register_fake
 def _(dout_BQHK, q_BQHK, k_BSGK, v_BSGK, out_BQHK, lse_BQH, table, masks, scale):
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q_BQHK, k_BSGK, v_BSGK))
+    dq, dk, dv = (torch.empty_like(x) for x in (q_BQHK, k_BSGK, v_BSGK))
     return dq, dk, dv
 
 

@@ -16,6 +16,9 @@ from torchtitan_lite.config.problem import MISSING, Problem
 from torchtitan_lite.config.schema import alternatives, at, classes, field_types, kinds
 from torchtitan_lite.config.validation import Afresh, overlay, unknown_key
 
+_MOST_RANKS = 2**31
+"""What torch counts ranks in is a C int."""
+
 
 @dataclass
 class Flags:
@@ -27,6 +30,8 @@ class Flags:
     files: list[str] = field(default_factory=list)
     """Arguments of --config, in order."""
     dry_run: bool = False
+    world_size: int | None = None
+    """The number of ranks that a dry run is checked for; None: that of the launcher."""
     help: bool = False
     problems: list[Problem] = field(default_factory=list)
 
@@ -57,6 +62,9 @@ def read_flags(cls: type, argv: Sequence[str]) -> Flags:
         else:
             remedy = "write --section.key VALUE, and text with spaces in quotes"
             flags.report("argument", word, "belongs to no flag", remedy)
+    if flags.world_size is not None and not flags.dry_run:
+        remedy = "start that many ranks with torchrun"
+        flags.report("--world-size", flags.world_size, "is for --dry-run", remedy)
     return flags
 
 
@@ -80,6 +88,8 @@ def _read_flag(flags: Flags, name: str, words: list[str]) -> int:
         else:
             flags.report("--dry-run", value, "is not true or false", "write --dry-run alone")
         return used
+    if path == ["world_size"]:
+        return _read_world_size(flags, words)
     annotation = at(flags.cls, path)
     positive = [*path[:-1], path[-1].removeprefix("no_")]
     if annotation is None and positive != path and bool in alternatives(at(flags.cls, positive)):
@@ -96,6 +106,16 @@ def _read_flag(flags: Flags, name: str, words: list[str]) -> int:
         flags.report(".".join(path), MISSING, "has no value", f"write --{name}=VALUE")
     else:
         flags.put(path, value)
+    return used
+
+
+def _read_world_size(flags: Flags, words: list[str]) -> int:
+    value, used = _value(int, words)
+    if type(value) is int and 0 < value < _MOST_RANKS:
+        flags.world_size = value
+    else:
+        rule = "has no value" if value is MISSING else "is not a number of ranks"
+        flags.report("--world-size", value, rule, "write --world-size 8 or the like")
     return used
 
 

@@ -75,7 +75,7 @@ def _choices(cls: type) -> dict[type, list[str]]:
 
 
 def _command() -> tuple[Any, ...]:
-    """The two options that are about the command itself."""
+    """The options that are about the command itself."""
     import tyro
     from tyro.constructors import PrimitiveConstructorSpec, StructFieldSpec
 
@@ -90,10 +90,13 @@ def _command() -> tuple[Any, ...]:
     files: Any = Annotated[list, file, no_default]
     switch: Any = Annotated[bool, tyro.conf.FlagCreatePairsOff, no_default]
     config = "Read this file. Several --config merge from left to right; the options below come last."
+    number: Any = Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="")]
     dry_run = "Check everything, print the resolved configuration as TOML, and exit."
+    world_size = "With --dry-run: check for this many ranks, without torchrun."
     return (
         StructFieldSpec(name="config", type=files, default=[], helptext=config),
         StructFieldSpec(name="dry_run", type=switch, default=False, helptext=dry_run),
+        StructFieldSpec(name="world_size", type=number, default=None, helptext=world_size),
     )
 
 

@@ -10,6 +10,7 @@ import torch
 
 from torchtitan_lite.attention import AttentionConfig, Flex, Sdpa, refusals
 from torchtitan_lite.checkpoint import CheckpointConfig
+from torchtitan_lite.config.division import TENSOR_DIVIDES, Division
 from torchtitan_lite.config.load import Afresh, ConfigError, Loaded, Problem, load, of_sound_values, overlay
 from torchtitan_lite.data.sources import DataConfig
 from torchtitan_lite.data.tokenizer import load_tokenizer
@@ -116,10 +117,15 @@ class JobConfig:
         """The decoder that the model section describes. Raises ConfigError where it describes none."""
         return resolve(self.model.name, self.model.flavor, self.model.attention, self.model.overrides)
 
-    def check(self, world_size: int = 1, *, dry_run: bool = False) -> list[Problem]:
-        """Everything that is wrong although each value has its type; a dry run needs no GPU."""
+    def check(self, world_size: int = 1, dry_run: bool = False) -> list[Problem]:
+        """Everything that is wrong on `world_size` ranks although each value has its type.
+
+        A dry run needs neither the ranks nor a GPU.
+        """
+        mesh = self.parallelism.problems("parallelism", world_size)
         arguments: dict[str, Any] = {
-            "training": {"data_ranks": world_size},
+            "parallelism": {"world_size": world_size},
+            "training": {"data_ranks": 1 if mesh else self.parallelism.degrees(world_size).data},
             "compile": {"device": None if dry_run else self.device},
             "lr_scheduler": {"training_steps": self.training.steps if self.training.steps > 0 else None},
         }
@@ -128,18 +134,20 @@ class JobConfig:
             problems = getattr(getattr(self, section.name), "problems", None)
             if problems is not None:
                 found += problems(section.name, **arguments.get(section.name, {}))
-        if world_size > 1:
-            rule, remedy = "is more ranks than a run can have yet", "start one, as with --nproc_per_node 1"
-            found.append(Problem("WORLD_SIZE", world_size, rule, remedy))
+        if dry_run:
+            found = [
+                replace(problem, key="--world-size") if problem.key == "WORLD_SIZE" else problem
+                for problem in found
+            ]
         if self.device == "cuda" and not dry_run and not torch.cuda.is_available():
             rule, remedy = "is not available, as torch finds no GPU", 'use "cpu" or "auto"'
             found.append(Problem("job.device", "cuda", rule, remedy))
         if self.validation.enable and self.data.validation_fraction == 0:
             rule, remedy = "needs held-out text, and data.validation_fraction is 0", "set that to 0.05"
             found.append(Problem("validation.enable", True, rule, remedy))
-        return found + self._model_problems()
+        return found + self._model_problems(world_size)
 
-    def _model_problems(self) -> list[Problem]:
+    def _model_problems(self, world_size: int) -> list[Problem]:
         model = self.model
         decoder, wrong = read(model.name, model.flavor, model.attention, model.overrides)
         sound_heads = not {problem.key for problem in wrong} & set(_REFUSED_KEYS.values())
@@ -148,7 +156,25 @@ class JobConfig:
             rule = f"is more than the {decoder.max_seq_len} tokens that the model is meant for"
             remedy = f"use at most {decoder.max_seq_len}, or raise model.overrides.max_seq_len"
             found.append(Problem("training.seq_len", self.training.seq_len, rule, remedy))
+        unsound = {problem.key.removeprefix("model.overrides.") for problem in wrong}
+        found += self._division_problems(decoder, unsound, world_size)
         return wrong + of_sound_values(found, wrong)
+
+    def _division_problems(
+        self, decoder: DecoderConfig | None, unsound: set[str], world_size: int
+    ) -> list[Problem]:
+        """What the mesh does not divide; nothing of the decoder's `unsound` fields."""
+        wrong = self.parallelism.problems("parallelism", world_size)
+        if self.training.seq_len < 1 or any(problem.key != "WORLD_SIZE" for problem in wrong):
+            return []
+        sizes = {} if decoder is None else {name: getattr(decoder, name) for name in TENSOR_DIVIDES}
+        return Division(
+            parallelism=self.parallelism,
+            world_size=world_size,
+            seq_len=self.training.seq_len,
+            max_seq_len=None if decoder is None or "max_seq_len" in unsound else decoder.max_seq_len,
+            sizes={name: size for name, size in sizes.items() if name not in unsound},
+        ).problems()
 
     def _attention_problems(self, decoder: DecoderConfig | None) -> list[Problem]:
         """What keeps the backend from running; without a decoder, for heads that suit every backend."""
@@ -194,11 +220,7 @@ def load_job(
     argv: Sequence[str], *, world_size: int = 1, prog: str = "python -m torchtitan_lite.train"
 ) -> Loaded[JobConfig]:
     """The checked configuration of the command line `argv`; raises ConfigError with all that is wrong."""
-
-    def check(job: JobConfig, dry_run: bool) -> list[Problem]:
-        return job.check(world_size, dry_run=dry_run)
-
-    loaded = load(JobConfig, argv, prog=prog, layer_hook=expand, check=check)
+    loaded = load(JobConfig, argv, prog=prog, layer_hook=expand, check=JobConfig.check, world_size=world_size)
     return replace(loaded, config=_with_true_flavor(loaded.config))
 
 

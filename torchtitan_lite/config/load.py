@@ -42,6 +42,8 @@ class Loaded(Generic[T]):
     """Whether the user asked to see the configuration alone."""
     files: tuple[str, ...]
     """The files that were read, in order."""
+    world_size: int
+    """The number of ranks that the configuration was checked for."""
 
 
 def load(
@@ -50,13 +52,15 @@ def load(
     *,
     prog: str,
     layer_hook: Callable[[dict[str, Any]], dict[str, Any]] = lambda layer: layer,
-    check: Callable[[T, bool], list[Problem]] = lambda config, dry_run: [],
+    check: Callable[[T, int, bool], list[Problem]] = lambda config, world_size, dry_run: [],
+    world_size: int = 1,
 ) -> Loaded[T]:
     """Read the command line `argv`, and the files that it names, into a `cls`.
 
-    `layer_hook` may rewrite each layer before it is merged. `check(config, dry_run)` finds what is wrong
-    although each value has its type. Raises ConfigError with everything that is wrong. `--help` prints the
-    options, with the values read so far as their defaults, and raises SystemExit(0).
+    `layer_hook` may rewrite each layer before it is merged. `check(config, world_size, dry_run)` finds what
+    is wrong although each value has its type; a dry run may name another `world_size` than the one given
+    here. Raises ConfigError with everything that is wrong. `--help` prints the options, with the values read
+    so far as their defaults, and raises SystemExit(0).
     """
     flags = read_flags(cls, argv)
     layers, problems = [], []
@@ -70,16 +74,22 @@ def load(
     if flags.help:
         _print_help(config, prog, problems)
         raise SystemExit(0)
+    world_size = flags.world_size or world_size
     if not unread:
-        problems += of_sound_values(check(config, flags.dry_run), problems)
+        problems += of_sound_values(check(config, world_size, flags.dry_run), problems)
     if problems:
         raise ConfigError(problems, config)
-    return Loaded(config=config, dry_run=flags.dry_run, files=tuple(flags.files))
+    return Loaded(config=config, dry_run=flags.dry_run, files=tuple(flags.files), world_size=world_size)
 
 
 def of_sound_values(found: list[Problem], earlier: list[Problem]) -> list[Problem]:
-    """Those of `found` that mention no key of an `earlier` problem, where a default stood in."""
-    unsound = [re.compile(rf"(?<![\w.-]){re.escape(problem.key)}(?![\w-])") for problem in earlier]
+    """Those of `found` that mention no key of an `earlier` problem, where a default stood in.
+
+    What mentions a section as `[section]` rests on all of its keys.
+    """
+    keys = [problem.key for problem in earlier]
+    unsound = [re.compile(rf"(?<![\w.-]){re.escape(key)}(?![\w-])") for key in keys]
+    unsound += [re.compile(re.escape(f"[{key.rpartition('.')[0]}]")) for key in keys if "." in key]
     return [problem for problem in found if not any(key.search(str(problem)) for key in unsound)]
 
 

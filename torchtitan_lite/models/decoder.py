@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torchtitan_lite.attention import AttentionConfig, Sdpa
 from torchtitan_lite.config.load import Problem
 from torchtitan_lite.models.init import init_weights
-from torchtitan_lite.models.loss import linear_cross_entropy
+from torchtitan_lite.models.loss import LinearCrossEntropy
 from torchtitan_lite.models.rope import RopeScaling, Rotation, rotate, rotation
 
 _POSITIVE = (
@@ -111,8 +111,15 @@ class DecoderConfig:
         return self.n_layers * (attention + 3 * self.dim * self.ffn_dim) + self.vocab_size * self.dim
 
 
+def _cast_weight(self: nn.Linear | nn.RMSNorm, x: Tensor) -> Tensor:
+    """The weight for the input `x`; tensor parallel puts its own in the place of this, for a rank's share."""
+    return self.weight.to(x.dtype)
+
+
 class Linear(nn.Linear):
     """A projection without bias, computed in the dtype of its input."""
+
+    weight_for = _cast_weight
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
@@ -121,17 +128,19 @@ class Linear(nn.Linear):
         """Nothing: `init_weights` draws every parameter."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input, self.weight.to(input.dtype))
+        return F.linear(input, self.weight_for(input))
 
 
 class RMSNorm(nn.RMSNorm):
     """Root mean square norm over the last dim, computed in the dtype of its input."""
 
+    weight_for = _cast_weight
+
     def reset_parameters(self) -> None:
         """Nothing: `init_weights` draws every parameter."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        return F.rms_norm(x, self.normalized_shape, self.weight_for(x), self.eps)
 
 
 class Embedding(nn.Embedding):
@@ -212,6 +221,7 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.dim, config.norm_eps)
         # A tied head owns no parameter: `to_empty` would make two of one that is registered twice.
         self.head = None if config.tie_embeddings else Linear(config.dim, config.vocab_size)
+        self.loss = LinearCrossEntropy()
 
     @property
     def head_weight_VD(self) -> Tensor:
@@ -237,7 +247,7 @@ class Decoder(nn.Module):
         for block in self.blocks:
             x_BSD = block(x_BSD, turns, mask)
         if labels_BS is not None:
-            return linear_cross_entropy(self.norm(x_BSD), self.head_weight_VD, labels_BS)
+            return self.loss(self.norm(x_BSD), self.head_weight_VD, labels_BS)
         last_BD = x_BSD[torch.arange(len(x_BSD), device=x_BSD.device), _last_token(positions_BS)]
         return F.linear(self.norm(last_BD), self.head_weight_VD.to(x_BSD.dtype)).float()
 

@@ -1,6 +1,7 @@
 """Initial weights: a function of (seed, parameter name), whatever the device, the order or the mesh."""
 
 import hashlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -10,11 +11,16 @@ _RESIDUAL_OUTPUTS = (".attention.wo.weight", ".ffn.w2.weight")
 
 
 @torch.no_grad()
-def init_weights(model: nn.Module, seed: int) -> None:
-    """Draw every parameter of a decoder in place, whatever its device and dtype."""
+def init_weights(
+    model: nn.Module, seed: int, place: Callable[[Tensor, Tensor], object] = Tensor.copy_
+) -> None:
+    """Draw every parameter of a decoder in place, whatever its device and dtype.
+
+    `place(parameter, whole)` puts a whole weight, or this rank's shard of it, into the parameter.
+    """
     n_layers = len(list(model.get_submodule("blocks").children()))
     for name, parameter in model.named_parameters():
-        parameter.copy_(initial_weight(name, parameter.shape, n_layers, seed))
+        place(parameter, initial_weight(name, parameter.shape, n_layers, seed))
 
 
 def initial_weight(name: str, shape: torch.Size, n_layers: int, seed: int) -> Tensor:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
@@ -26,16 +26,48 @@ IGNORE = -100
 _TILE_COLUMNS = 8192
 
 
-def linear_cross_entropy(x_BSD: Tensor, weight_VD: Tensor, labels_BS: Tensor) -> tuple[Tensor, Tensor]:
+class Vocabulary:
+    """The part of the vocabulary whose rows of the weight are at hand: here all of it.
+
+    One that is only a part asks those who have the others for the maximum and the sum over all.
+    """
+
+    def rows(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The row of each label, any row where it has none here, and whether it has one."""
+        here = labels != IGNORE
+        return torch.where(here, labels, 0), here
+
+    def max(self, x: Tensor) -> Tensor:
+        """The maximum over all parts of what is known of this one; `x` may be overwritten."""
+        return x
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum over all parts of what is known of this one; `x` may be overwritten."""
+        return x
+
+
+class LinearCrossEntropy(nn.Module):
+    """`linear_cross_entropy` as a part of the model, so that tensor parallel can exchange it from outside."""
+
+    def forward(
+        self, x_BSD: Tensor, weight_VD: Tensor, labels_BS: Tensor, vocabulary: Vocabulary | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return linear_cross_entropy(x_BSD, weight_VD, labels_BS, vocabulary)
+
+
+def linear_cross_entropy(
+    x_BSD: Tensor, weight_VD: Tensor, labels_BS: Tensor, vocabulary: Vocabulary | None = None
+) -> tuple[Tensor, Tensor]:
     """Sum of -log softmax(x @ weight^T)[label] over the labels that are not IGNORE, and how many those are.
 
     The products are computed in the dtype of `x_BSD`, all else in float32 (float64 if that is float64).
     The sum is a scalar in nats, the count int64. Memory beyond the two gradients: one chunk of logits.
+    Where `weight_VD` is a part of the `vocabulary`, so is the gradient of `x_BSD`: a term of the whole one.
     """
     x_ND, labels_N = x_BSD.flatten(0, -2), labels_BS.flatten()
     grad = torch.is_grad_enabled()
-    needs_dx, needs_dweight = grad and x_ND.requires_grad, grad and weight_VD.requires_grad
-    loss = _LinearCrossEntropy.apply(x_ND, weight_VD, labels_N, needs_dx, needs_dweight)
+    needs = grad and x_ND.requires_grad, grad and weight_VD.requires_grad
+    loss = _LinearCrossEntropy.apply(x_ND, weight_VD, labels_N, *needs, vocabulary or Vocabulary())
     return loss, (labels_N != IGNORE).sum()
 
 
@@ -61,7 +93,13 @@ def chunk_rows(n_rows: int, x: Tensor) -> int:
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, needs_dx: bool, needs_dweight: bool
+        ctx: Any,
+        x_ND: Tensor,
+        weight_VD: Tensor,
+        labels_N: Tensor,
+        needs_dx: bool,
+        needs_dweight: bool,
+        vocabulary: Vocabulary,
     ) -> Tensor:
         n_rows, sum_dtype = len(x_ND), _sum_dtype(x_ND)
         rows = min(chunk_rows(n_rows, x_ND), n_rows)
@@ -73,7 +111,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             chunk = slice(start, min(start + rows, n_rows))
             logits_CV = buffer_CV[: chunk.stop - start]
             _project(x_ND[chunk], weight_VD, logits_CV)
-            loss += _cross_entropy_(logits_CV, labels_N[chunk], gradient=needs_dx or needs_dweight)
+            loss += _cross_entropy_(logits_CV, labels_N[chunk], needs_dx or needs_dweight, vocabulary)
             if dx_ND is not None:
                 _project_back(logits_CV, weight_VD, dx_ND[chunk])
             if dweight_VD is not None:
@@ -95,18 +133,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for each in (dx_ND, dweight_VD):
                 if each is not None:
                     each *= dloss
-        return dx_ND, None if dweight_VD is None else dweight_VD.to(ctx.weight_dtype), None, None, None
+        return dx_ND, None if dweight_VD is None else dweight_VD.to(ctx.weight_dtype), None, None, None, None
 
 
-def _cross_entropy_(logits_CV: Tensor, labels_C: Tensor, gradient: bool) -> Tensor:
+def _cross_entropy_(logits_CV: Tensor, labels_C: Tensor, gradient: bool, vocabulary: Vocabulary) -> Tensor:
     """Sum of the losses of a chunk; overwrites its logits, with `gradient` by the gradient of the sum."""
     valid_C1 = (labels_C != IGNORE)[:, None]
-    label_C1 = torch.where(valid_C1, labels_C[:, None], 0)
-    logits_CV -= logits_CV.amax(dim=1, keepdim=True)
-    label_logit_C1 = logits_CV.gather(1, label_C1)
-    total_C1 = logits_CV.exp_().sum(dim=1, keepdim=True)
+    label_C1, here_C1 = vocabulary.rows(labels_C[:, None])
+    logits_CV -= vocabulary.max(logits_CV.amax(dim=1, keepdim=True))
+    label_logit_C1 = torch.where(here_C1, logits_CV.gather(1, label_C1), 0)
+    sums_C2 = torch.cat([logits_CV.exp_().sum(dim=1, keepdim=True), label_logit_C1], dim=1)
+    total_C1, label_logit_C1 = vocabulary.sum(sums_C2).chunk(2, dim=1)
     if gradient:
-        logits_CV.scatter_add_(1, label_C1, -total_C1)
+        logits_CV.scatter_add_(1, label_C1, torch.where(here_C1, -total_C1, 0))
         logits_CV *= valid_C1 / total_C1
     return torch.where(valid_C1, total_C1.log() - label_logit_C1, 0).sum()
 

@@ -1,14 +1,22 @@
 """What is applied to the finished single-device model, in the one order that works."""
 
+import math
 import os
 import shutil
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from torchtitan_lite.config.load import Problem, near
+from torchtitan_lite.parallel.context import ContextParallel, Split
+from torchtitan_lite.parallel.fsdp import apply_fsdp
+from torchtitan_lite.parallel.mesh import AXES, Degrees, Mesh, ParallelismConfig
+from torchtitan_lite.parallel.recompute import ActivationCheckpointConfig, apply_recompute
+from torchtitan_lite.parallel.tensor import apply_tensor_parallel, shard_dim
 
 # What torch looks for: torch._inductor.config.cpp.cxx.
 CXX = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
@@ -38,12 +46,126 @@ class CompileConfig:
         return []
 
 
-def apply(model: nn.Module, *, compile: CompileConfig) -> None:
-    """Change `model` in place, block by block.
+_ALONE, _KEEP_ALL, _EAGER = ParallelismConfig(), ActivationCheckpointConfig(), CompileConfig()
 
-    Compiling comes last of what changes the inside of a block, because it freezes what it sees. Per block, so
-    that all blocks share one compiled graph and the head's chunked loss stays eager.
+
+def apply(
+    model: nn.Module,
+    *,
+    mesh: Mesh | None = None,
+    compute_dtype: torch.dtype = torch.float32,
+    parallelism: ParallelismConfig = _ALONE,
+    recompute: ActivationCheckpointConfig = _KEEP_ALL,
+    compile: CompileConfig = _EAGER,
+    offload: bool = False,
+) -> ContextParallel:
+    """Change `model` in place, whatever device it is on, and return what is to be done with its sequences.
+
+    1. Tensor parallel rewrites the projections, which all else finds as they then are.
+    2. Context parallel wraps the inner attention, whose heads are by then this rank's.
+    3. Recompute wraps a block's forward with all its exchanges.
+    4. Compiling freezes what it sees of a block: so after all that changes its inside, and per block, so that
+       all blocks share one graph and the head's chunked loss stays eager.
+    5. FSDP acts around a block's call and shards what tensor parallel has left of each weight.
     """
+    blocks = list(model.get_submodule("blocks").children())
+    context = ContextParallel()
+    if mesh is not None and mesh.tensor.size() > 1:
+        apply_tensor_parallel(model, mesh.tensor, loss_parallel=not parallelism.disable_loss_parallel)
+    if mesh is not None and mesh.context.size() > 1:
+        context = _context(mesh.context, parallelism)
+        for block in blocks:
+            attention = block.get_submodule("attention")
+            attention.inner = context.wrap(attention.get_submodule("inner"))
+    if mesh is not None and mesh.tensor.size() * mesh.context.size() > 1:
+        model.register_forward_pre_hook(_refuse_to_predict, with_kwargs=True)
+    apply_recompute(blocks, recompute)
     if compile.enable:
-        for block in model.get_submodule("blocks").children():
+        for block in blocks:
             block.compile(backend=compile.backend)
+    if mesh is not None and (mesh.weights.size() > 1 or offload):
+        apply_fsdp(
+            model,
+            mesh.weights,
+            compute_dtype=compute_dtype,
+            reshard=parallelism.fsdp_reshard_after_forward != "never",
+            offload=offload,
+        )
+    return context
+
+
+def plan(
+    shapes: Mapping[str, torch.Size],
+    degrees: Degrees,
+    *,
+    attention: str,
+    parallelism: ParallelismConfig = _ALONE,
+    recompute: ActivationCheckpointConfig = _KEEP_ALL,
+    compile: CompileConfig = _EAGER,
+    offload: bool = False,
+) -> list[str]:
+    """What `apply` does to a model with parameters of these `shapes`, in a few lines; needs no ranks."""
+    axes = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, degrees.sizes, strict=True))
+    total = sum(shape.numel() for shape in shapes.values())
+    largest = sum(_largest_shard(name, shape, degrees) for name, shape in shapes.items())
+    tensor, context, fsdp = degrees.tensor, degrees.context, degrees.replicate * degrees.fsdp > 1 or offload
+    inner = f"{attention} attention"
+    if context > 1:
+        method = parallelism.context_parallel_method
+        balance = f" ({parallelism.context_parallel_load_balancer})" * (method == "allgather")
+        inner += f" within {method}{balance} over cp {context}"
+    parts = {
+        "blocks": [
+            f"wq wk wv w1 w3 by columns, wo w2 by rows, norms by tokens over tp {tensor}" * (tensor > 1),
+            inner,
+            f"recompute {recompute.described()}",
+            f"compiled by {compile.backend}" * compile.enable,
+            _fsdp_words(degrees, parallelism, offload) * fsdp,
+        ],
+        "embedding, norm, head": [
+            f"vocabulary over tp {tensor}" * (tensor > 1),
+            "one FSDP group, kept until the backward" * fsdp,
+        ],
+        "loss": [
+            f"each rank {_loss_words(parallelism)} over tp {tensor}" * (tensor > 1),
+            "in chunks, eager",
+        ],
+    }
+    return [
+        f"mesh: {degrees.world} ranks = {axes}",
+        f"parameters: {total:,} in all, {largest:,} per rank ({largest / total:.1%})",
+        *(f"{part}: {', '.join(filter(None, words))}" for part, words in parts.items()),
+    ]
+
+
+def _largest_shard(name: str, shape: torch.Size, degrees: Degrees) -> int:
+    """The parameters of `name` on the rank that has most of them."""
+    sizes = list(shape)
+    dim = shard_dim(name)
+    if dim is not None:
+        sizes[dim] //= degrees.tensor
+    sizes[0] = -(-sizes[0] // degrees.fsdp)
+    return math.prod(sizes)
+
+
+def _fsdp_words(degrees: Degrees, parallelism: ParallelismConfig, offload: bool) -> str:
+    copies = f", {degrees.replicate} copies" * (degrees.replicate > 1)
+    kept = "kept" if parallelism.fsdp_reshard_after_forward == "never" else "dropped"
+    return f"FSDP over {degrees.fsdp}{copies}, weights {kept} after forward" + ", offloaded" * offload
+
+
+def _loss_words(parallelism: ParallelismConfig) -> str:
+    return "its tokens" if parallelism.disable_loss_parallel else "its share of the vocabulary"
+
+
+def _context(mesh: DeviceMesh, parallelism: ParallelismConfig) -> ContextParallel:
+    # Ulysses computes on all tokens, so there is nothing to balance.
+    method, balancer = parallelism.context_parallel_method, parallelism.context_parallel_load_balancer
+    balanced = method == "allgather" and balancer == "headtail"
+    split = Split(mesh.size(), balanced)
+    return ContextParallel(method=method, split=split, rank=mesh.get_local_rank(), group=mesh.get_group())
+
+
+def _refuse_to_predict(model: nn.Module, args: tuple, kwargs: dict) -> None:
+    """A row's last token is on one rank, and so are no more than a share of its logits."""
+    assert len(args) > 3 or "labels_BS" in kwargs, "a model split by tp or cp has a loss, and no logits"

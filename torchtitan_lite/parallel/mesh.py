@@ -1,30 +1,175 @@
-"""How the ranks of a run are arranged, and how long they wait for each other."""
+"""How the ranks of a run are arranged, and how long they wait for each other.
+
+One mesh with four axes. The ranks of an axis further right are closer to each other, since they talk more:
+
+    dp_replicate   each holds the whole model (HSDP's outer axis)
+    dp_shard       share one copy of the weights and see different samples
+    cp             share one copy of the weights and each sequence
+    tp             share each matrix
+"""
 
 from dataclasses import dataclass
-from typing import Annotated
+from math import prod
+from typing import Literal
 
-from torchtitan_lite.config.load import Available
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from torchtitan_lite.config.load import Problem
+
+AXES = ("dp_replicate", "dp_shard", "cp", "tp")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Degrees:
+    """The size of each axis of the mesh."""
+
+    replicate: int = 1
+    shard: int = 1
+    context: int = 1
+    tensor: int = 1
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """In the order of AXES."""
+        return self.replicate, self.shard, self.context, self.tensor
+
+    @property
+    def data(self) -> int:
+        """Groups of ranks that see different samples."""
+        return self.replicate * self.shard
+
+    @property
+    def fsdp(self) -> int:
+        """Ranks that share one copy of the weights, apart from tensor parallel."""
+        return self.shard * self.context
+
+    @property
+    def world(self) -> int:
+        """All ranks."""
+        return prod(self.sizes)
+
+    def data_rank(self, rank: int) -> int:
+        """Which of the `data` groups `rank` belongs to."""
+        return rank // (self.context * self.tensor)
+
+    def context_rank(self, rank: int) -> int:
+        """Which part of each sequence `rank` has."""
+        return rank // self.tensor % self.context
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelismConfig:
-    """How many ranks share the work, and along which axis. So far a run is one rank."""
+    """How many ranks share the work, and along which axis; the degrees multiply to the number of ranks."""
 
-    data_parallel_replicate_degree: Annotated[int, Available(1)] = 1
-    """Groups of ranks that each hold the whole model and see different samples. Only 1 so far."""
-    data_parallel_shard_degree: Annotated[int, Available(-1, 1)] = -1
+    data_parallel_replicate_degree: int = 1
+    """Groups of ranks that each hold the whole model and see different samples."""
+    data_parallel_shard_degree: int = -1
     """Ranks that share one copy of the weights and see different samples. -1: all ranks that are left."""
-    tensor_parallel_degree: Annotated[int, Available(1)] = 1
-    """Ranks that share each matrix. Only 1 so far."""
-    context_parallel_degree: Annotated[int, Available(1)] = 1
-    """Ranks that share each sequence. Only 1 so far."""
+    tensor_parallel_degree: int = 1
+    """Ranks that share each matrix, and the sequence in between."""
+    context_parallel_degree: int = 1
+    """Ranks that share each sequence."""
+    context_parallel_method: Literal["allgather", "ulysses"] = "allgather"
+    """allgather: each rank gathers all keys and values; ulysses: ranks trade sequence shares for heads."""
+    context_parallel_load_balancer: Literal["headtail", "none"] = "headtail"
+    """headtail: each rank has one chunk of the first half and its mirror image; none: one stretch each."""
+    fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
+    """never: keep a block's whole weights from forward to backward, faster and larger. default: always."""
+    disable_loss_parallel: bool = False
+    """Under tensor parallel, project a rank's own tokens onto the whole vocabulary, not all onto a share."""
+
+    def degrees(self, world_size: int) -> Degrees:
+        """The size of each axis among `world_size` ranks, of a config without problems."""
+        replicate, context, tensor = self._fixed()
+        shard = self.data_parallel_shard_degree
+        if shard == -1:
+            shard = max(1, world_size // (replicate * context * tensor))
+        return Degrees(replicate=replicate, shard=shard, context=context, tensor=tensor)
+
+    def problems(self, key: str, world_size: int = 1) -> list[Problem]:
+        """Degrees out of range, and a product of them that is not `world_size`."""
+        names = ("data_parallel_replicate_degree", "tensor_parallel_degree", "context_parallel_degree")
+        found = [
+            Problem(f"{key}.{name}", getattr(self, name), "must be at least 1", "use 1 for none")
+            for name in names
+            if getattr(self, name) < 1
+        ]
+        shard = self.data_parallel_shard_degree
+        if shard < 1 and shard != -1:
+            rule, remedy = "must be -1 or at least 1", "use -1 for all ranks that are left"
+            found.append(Problem(f"{key}.data_parallel_shard_degree", shard, rule, remedy))
+        return found or self._world_problems(key, world_size)
+
+    def _world_problems(self, key: str, world_size: int) -> list[Problem]:
+        fixed, shard = prod(self._fixed()), self.data_parallel_shard_degree
+        words = " x ".join(
+            f"{name} {degree}"
+            for name, degree in zip(("replicate", "context", "tensor"), self._fixed(), strict=True)
+            if degree > 1
+        )
+        if shard == -1 and world_size % fixed:
+            rule = f"is no multiple of {words}"
+            remedy = f"use {fixed} ranks or a multiple, or change the degrees in [{key}]"
+            return [Problem("WORLD_SIZE", world_size, rule, remedy)]
+        if shard != -1 and fixed * shard != world_size:
+            words = f"{words} x shard {shard} = {fixed * shard}" if words else f"shard {shard}"
+            rule = f"is not {words}, the product of the degrees in [{key}]"
+            remedy = f"use {fixed * shard} ranks"
+            if world_size % fixed == 0:
+                remedy += f", or set {key}.data_parallel_shard_degree to -1"
+            return [Problem("WORLD_SIZE", world_size, rule, remedy)]
+        return []
+
+    def _fixed(self) -> tuple[int, int, int]:
+        return self.data_parallel_replicate_degree, self.context_parallel_degree, self.tensor_parallel_degree
 
 
 @dataclass(frozen=True, kw_only=True)
 class CommConfig:
     """How long a rank waits for the others before the run counts as hung."""
 
-    init_timeout_seconds: Annotated[int, Available(300)] = 300
+    init_timeout_seconds: int = 300
     """Seconds until the first step is done."""
-    train_timeout_seconds: Annotated[int, Available(100)] = 100
+    train_timeout_seconds: int = 100
     """Seconds for every later step."""
+
+    def problems(self, key: str) -> list[Problem]:
+        """Values out of range."""
+        return [
+            Problem(f"{key}.{name}", getattr(self, name), "must be at least 1", "use a positive number")
+            for name in ("init_timeout_seconds", "train_timeout_seconds")
+            if getattr(self, name) < 1
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mesh:
+    """The mesh of a run, and the parts of it that weights and sequences are split over."""
+
+    root: DeviceMesh
+    """With the axes AXES."""
+    weights: DeviceMesh
+    """One axis over all ranks that share a copy of the weights, after one over the copies if several."""
+
+    @property
+    def context(self) -> DeviceMesh:
+        """The axis "cp"."""
+        return self.root["cp"]
+
+    @property
+    def tensor(self) -> DeviceMesh:
+        """The axis "tp"."""
+        return self.root["tp"]
+
+
+def build_mesh(degrees: Degrees, device_type: str) -> Mesh:
+    """The mesh over all ranks of the default process group."""
+    root = init_device_mesh(device_type, degrees.sizes, mesh_dim_names=AXES)
+    if degrees.context == 1:
+        weights = root["dp_replicate", "dp_shard"] if degrees.replicate > 1 else root["dp_shard"]
+        return Mesh(root=root, weights=weights)
+    # Gradients are summed over the ranks of a sequence as over those of other sequences: one axis to FSDP.
+    weights = root["dp_shard", "cp"]._flatten("dp_shard_cp")
+    if degrees.replicate > 1:
+        weights = DeviceMesh._concatenate([root["dp_replicate"], weights])
+    return Mesh(root=root, weights=weights)

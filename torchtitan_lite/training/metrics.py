@@ -138,6 +138,25 @@ class Metrics:
                 self._tensorboard.add_scalar(key, record[key], int(record["step"]))
 
 
+class Silence:
+    """The reports of a rank that leaves them to the first one: none."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing."""
+
+    def log(self, stats: StepStats, peak_memory_gib: float) -> None:
+        """Nothing."""
+
+    def log_validation(self, step: int, loss: float) -> None:
+        """Nothing."""
+
+    def say(self, line: str) -> None:
+        """Nothing."""
+
+
 def _tensorboard(folder: Path) -> "SummaryWriter":
     from torch.utils.tensorboard import SummaryWriter  # slow to import, so not for --dry-run
 

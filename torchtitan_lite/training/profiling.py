@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from torchtitan_lite.config.load import Problem
 from torchtitan_lite.training.outputs import is_inside
@@ -44,7 +45,10 @@ class ProfilingConfig:
 
 @contextmanager
 def traced(config: ProfilingConfig, folder: Path, device: torch.device, step: int) -> Iterator[None]:
-    """Around the work of `step`: leaves its trace in `folder`, as `step-N.json`, if one is due."""
+    """Around the work of `step`: leaves its trace in `folder`, if one is due.
+
+    As `step-N.json`, or `step-N-rank-R.json` for each of several ranks.
+    """
     if not config.enable_profiling or step % config.profile_freq:
         yield
         return
@@ -56,4 +60,6 @@ def traced(config: ProfilingConfig, folder: Path, device: torch.device, step: in
         yield
     traces = folder / config.save_traces_folder
     traces.mkdir(parents=True, exist_ok=True)
-    profiler.export_chrome_trace(str(traces / f"step-{step}.json"))
+    several = dist.is_initialized() and dist.get_world_size() > 1
+    name = f"step-{step}-rank-{dist.get_rank()}.json" if several else f"step-{step}.json"
+    profiler.export_chrome_trace(str(traces / name))

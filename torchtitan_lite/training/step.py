@@ -28,6 +28,8 @@ class TrainingConfig:
     """Precision that the model computes in; the weights themselves and their updates stay float32."""
     mixed_precision_reduce: Literal["float32"] = "float32"
     """Precision that gradients are summed over ranks in."""
+    enable_cpu_offload: bool = False
+    """Keep weights, gradients and the optimizer's state in host memory, and update them there."""
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -59,7 +61,7 @@ class TrainingConfig:
         if size < 1:
             rule, remedy = "must be -1 or positive", f"use -1 or a multiple of {unit}"
         else:
-            ranks = f" times {data_ranks} data ranks" if data_ranks > 1 else ""
+            ranks = f" times {data_ranks} data ranks of [parallelism]" if data_ranks > 1 else ""
             rule = f"is not a multiple of {key}.local_batch_size = {self.local_batch_size}{ranks}"
             below = size - size % unit
             remedy = f"use {below} or {below + unit}" if below else f"use {unit}"

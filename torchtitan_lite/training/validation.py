@@ -19,7 +19,7 @@ class ValidationConfig:
     freq: int = 100
     """Steps between two validations."""
     steps: int = 10
-    """Micro-batches per validation. -1: the whole validation split."""
+    """Batches of training.global_batch_size samples per validation. -1: the whole validation split."""
 
     def problems(self, key: str) -> list[Problem]:
         """Values out of range."""
@@ -40,11 +40,13 @@ def mean_loss(
     model: nn.Module,
     loss_of: Callable[[BatchT], tuple[Tensor, Tensor]],
     batches: Iterable[BatchT],
+    over_ranks: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> float:
     """Mean loss over every valid token of `batches`, in nats per token.
 
     `loss_of(batch)` gives the sum of its losses and the count of its valid tokens; `model` is in eval mode
     meanwhile. Every token weighs the same, however the batches are cut. NaN where there is no valid token.
+    `over_ranks` sums [loss, count] over all ranks.
     """
     was_training = model.training
     model.eval()
@@ -53,5 +55,5 @@ def mean_loss(
     finally:
         model.train(was_training)
     both = [torch.stack(values).double().sum() for values in (sums, counts)]
-    total, count = torch.stack(both).tolist()
+    total, count = over_ranks(torch.stack(both)).tolist()
     return total / count if count else float("nan")

@@ -1,0 +1,300 @@
+"""N ranks give the loss, the gradient norm and the weights that one rank gives, for every combination."""
+
+import itertools
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import parallel_cases as cases
+import pytest
+import torch
+
+GLOBAL_BATCH = 8
+SMALL = {"n_layers": 2, "dim": 32, "head_dim": 8, "ffn_dim": 48}
+TINY = {**SMALL, "n_heads": 4, "n_kv_heads": 4, "dim": 16, "ffn_dim": 24}
+TWO_LAYERS = {"n_layers": 2}
+TIED, UNTIED = "qwen3", "llama3"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """A mesh, and what runs on it."""
+
+    replicate: int = 1
+    shard: int = 1
+    context: int = 1
+    tensor: int = 1
+    method: str = "allgather"
+    attention: str = "sdpa"
+    accumulation: int = 1
+    recompute: str = "none"
+    family: str = TIED
+    """qwen3: tied embeddings and QK norm; llama3: neither."""
+    overrides: tuple[tuple[str, object], ...] = tuple(TWO_LAYERS.items())
+    flags: tuple[str, ...] = ()
+
+    @property
+    def size(self) -> int:
+        return self.replicate * self.shard * self.context * self.tensor
+
+    @property
+    def alone(self) -> "Cell":
+        """The same on one rank."""
+        return Cell(attention=self.attention, family=self.family, overrides=self.overrides)
+
+    def words(self) -> list[str]:
+        """The options of its training on all its ranks together."""
+        local = GLOBAL_BATCH // (self.replicate * self.shard * self.accumulation)
+        options = {
+            "model.name": self.family,
+            "model.attention": self.attention,
+            "model.overrides": json.dumps(dict(self.overrides)),
+            "training.local-batch-size": local,
+            "parallelism.data-parallel-replicate-degree": self.replicate,
+            "parallelism.data-parallel-shard-degree": self.shard,
+            "parallelism.context-parallel-degree": self.context,
+            "parallelism.context-parallel-method": self.method,
+            "parallelism.tensor-parallel-degree": self.tensor,
+            "activation-checkpoint.mode": self.recompute,
+        }
+        return [*(word for key, value in options.items() for word in (f"--{key}", str(value))), *self.flags]
+
+
+def over(overrides: Mapping[str, object], **changes: object) -> tuple[tuple[str, object], ...]:
+    return tuple({**overrides, **changes}.items())
+
+
+WHOLE = over({})
+"""The debug model with all its layers."""
+
+MESHES = {
+    "fsdp 2": Cell(shard=2),
+    "hsdp 2x2": Cell(replicate=2, shard=2),
+    "tp 2": Cell(tensor=2),
+    "cp 2 allgather": Cell(context=2),
+    "cp 2 ulysses": Cell(context=2, method="ulysses"),
+    "cp 4": Cell(context=4),
+    "fsdp 2 x tp 2": Cell(shard=2, tensor=2),
+    "cp 2 x tp 2": Cell(context=2, tensor=2),
+    "cp 2 ulysses x tp 2": Cell(context=2, tensor=2, method="ulysses"),
+    "fsdp 2 x cp 2": Cell(shard=2, context=2),
+    "fsdp 2 x tp 2 x cp 2": Cell(shard=2, tensor=2, context=2),
+}
+
+FULL, SELECTIVE = "full", "selective"
+CELLS = {
+    # With the whole debug model.
+    "fsdp 2, whole": Cell(shard=2, overrides=WHOLE, recompute=SELECTIVE),
+    "tp 2, whole": Cell(tensor=2, overrides=WHOLE, family=UNTIED, attention="varlen"),
+    "cp 2 allgather, whole": Cell(context=2, overrides=WHOLE, accumulation=2, recompute=FULL),
+    # Every mesh and every attention, with two of its layers.
+    "fsdp 2": Cell(shard=2, family=UNTIED, accumulation=2, attention="flex"),
+    "replicate 2": Cell(replicate=2, accumulation=2, recompute=FULL, attention="varlen"),
+    "hsdp 2x2": Cell(replicate=2, shard=2, accumulation=2, recompute=SELECTIVE, family=UNTIED),
+    "tp 2": Cell(tensor=2, accumulation=2, recompute=SELECTIVE, attention="flex"),
+    "cp 2 allgather sdpa": Cell(context=2, family=UNTIED),
+    "cp 2 allgather flex": Cell(context=2, attention="flex", recompute=SELECTIVE),
+    "cp 2 allgather varlen": Cell(
+        context=2, attention="varlen", accumulation=2, family=UNTIED, recompute=FULL
+    ),
+    "cp 2 ulysses sdpa": Cell(context=2, method="ulysses", accumulation=2, recompute=SELECTIVE),
+    "cp 2 ulysses flex": Cell(context=2, method="ulysses", attention="flex", family=UNTIED, recompute=FULL),
+    "cp 2 ulysses varlen": Cell(context=2, method="ulysses", attention="varlen"),
+    "cp 4": Cell(context=4, attention="varlen", recompute=SELECTIVE, family=UNTIED),
+    "fsdp 2 x tp 2": Cell(shard=2, tensor=2, accumulation=2, recompute=FULL),
+    "fsdp 2 x tp 2, untied": Cell(shard=2, tensor=2, family=UNTIED, attention="varlen", recompute=SELECTIVE),
+    "cp 2 x tp 2": Cell(context=2, tensor=2, attention="flex", family=UNTIED, recompute=FULL),
+    "cp 2 ulysses x tp 2": Cell(context=2, tensor=2, method="ulysses", attention="varlen", accumulation=2),
+    "fsdp 2 x cp 2": Cell(shard=2, context=2, attention="flex", accumulation=2, recompute=FULL),
+    "replicate 2 x cp 2 ulysses": Cell(replicate=2, context=2, method="ulysses", recompute=FULL),
+    "replicate 2 x tp 2": Cell(replicate=2, tensor=2, attention="flex", family=UNTIED),
+    "fsdp 2 x tp 2 x cp 2": Cell(shard=2, tensor=2, context=2, overrides=over(SMALL), accumulation=2),
+}
+
+WINDOW = over(SMALL, sliding_window=9)
+SPECIAL = {
+    "load balancer none": Cell(
+        context=2, overrides=over(SMALL), flags=("--parallelism.context-parallel-load-balancer", "none")
+    ),
+    "load balancer none, flex": Cell(
+        context=4,
+        attention="flex",
+        overrides=over(SMALL),
+        flags=("--parallelism.context-parallel-load-balancer", "none"),
+    ),
+    "sliding window, sdpa": Cell(context=2, overrides=WINDOW),
+    "sliding window, flex": Cell(context=4, attention="flex", overrides=WINDOW),
+    "sliding window, varlen": Cell(context=2, attention="varlen", overrides=WINDOW),
+    "sliding window, ulysses": Cell(context=2, method="ulysses", attention="varlen", overrides=WINDOW),
+    "no loss parallel, tied": Cell(
+        tensor=2, overrides=over(SMALL), flags=("--parallelism.disable-loss-parallel",)
+    ),
+    "no loss parallel, untied": Cell(
+        tensor=2,
+        shard=2,
+        family=UNTIED,
+        overrides=over(SMALL),
+        flags=("--parallelism.disable-loss-parallel",),
+    ),
+    "weights kept until the backward": Cell(
+        shard=2, overrides=over(SMALL), flags=("--parallelism.fsdp-reshard-after-forward", "never")
+    ),
+    "cpu offload": Cell(
+        shard=2, accumulation=2, overrides=over(SMALL), flags=("--training.enable-cpu-offload",)
+    ),
+    "every second block recomputed": Cell(
+        shard=2,
+        recompute=SELECTIVE,
+        overrides=over(SMALL),
+        flags=("--activation-checkpoint.selective-ac-option", "2"),
+    ),
+    # Not of a small model: a few elements of its few would be a large part.
+    "one key head for all": Cell(context=2, overrides=over(TWO_LAYERS, n_kv_heads=1)),
+    "one key head for all, flex": Cell(context=4, attention="flex", overrides=over(TWO_LAYERS, n_kv_heads=1)),
+    "sizes that shards do not divide": Cell(shard=4, overrides=over(SMALL, dim=30, ffn_dim=50)),
+    "small blocks of flex": Cell(
+        context=2,
+        attention="flex",
+        overrides=over(SMALL),
+        flags=("--model.attention.block-size", "16"),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The options of all trainings: samples of 64 tokens with several documents each."""
+    folder = tmp_path_factory.mktemp("grid")
+    cases.write_documents(folder / "short.jsonl")
+    options = {
+        "job.device": "cpu",
+        "model.flavor": "debugmodel",
+        "data.dataset": "jsonl",
+        "data.path": folder / "short.jsonl",
+        "data.cache-dir": folder / "cache",
+        "data.validation-fraction": 0.2,
+        "training.steps": 10,
+        "training.seq-len": 64,
+        "training.global-batch-size": GLOBAL_BATCH,
+        "training.mixed-precision-param": "float32",
+        "lr-scheduler.warmup-steps": 2,
+        "validation.steps": -1,
+    }
+    return ["--validation.enable", *(w for key, value in options.items() for w in (f"--{key}", str(value)))]
+
+
+Reference = Callable[[Cell, int, bool], Path]
+
+
+@pytest.fixture(scope="module")
+def reference(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    """The file of what a cell's training comes to on one rank, in this process; made once."""
+    folder = tmp_path_factory.mktemp("references")
+    known: dict[tuple[Cell, int, bool], Path] = {}
+
+    def reference(cell: Cell, n_steps: int, double: bool) -> Path:
+        key = cell.alone, n_steps, double
+        if key not in known:
+            known[key] = folder / f"{len(known)}.pt"
+            torch.save(vars(cases.train([*words, *cell.alone.words()], n_steps, double)), known[key])
+        return known[key]
+
+    return reference
+
+
+def check(found: cases.Distance, double: bool) -> None:
+    """That one rank's training is as close to the reference as its precision lets it be."""
+    curve, tensor = (1e-9, 1e-9) if double else (1e-5, 1e-4)
+    distances = {
+        "loss": (found.loss, curve),
+        "gradient norm": (found.norm, curve),
+        "validation loss": (found.validation, curve),
+    }
+    # Not element by element in float32: AdamW turns the rounding of tiny gradients into whole steps.
+    gradient, name = found.gradient if double else found.gradient_norm
+    distances[f"gradient of {name}"] = gradient, tensor
+    parameter, name = found.parameter if double else found.parameter_norm
+    distances[name] = parameter, tensor
+    assert {what: far for what, (far, bound) in distances.items() if not far <= bound} == {}
+    assert found.other_names == [] and not found.other_tokens
+
+
+@pytest.mark.parametrize("name", [*CELLS, *SPECIAL])
+@pytest.mark.parametrize("double", [False, True], ids=["float32", "float64"])
+def test_n_ranks_train_as_one_does(ranks, words, reference: Reference, name: str, double: bool) -> None:
+    cell = {**CELLS, **SPECIAL}[name]
+    runs = [([*words, *cell.words()], reference(cell, 5, double))]
+    for rank in ranks(cell.size).run(cases.distances, runs, 5, double, timeout=200):
+        check(rank[0], double)
+
+
+ATTENTIONS = ("sdpa", "flex", "varlen")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("mesh", MESHES)
+def test_every_combination(ranks, words, reference: Reference, mesh: str, attention: str) -> None:
+    combined = [
+        replace(
+            MESHES[mesh],
+            attention=attention,
+            accumulation=accumulation,
+            recompute=recompute,
+            family=family,
+            overrides=over(TINY),
+        )
+        for accumulation, recompute, family in itertools.product(
+            (1, 2), ("none", SELECTIVE, FULL), (TIED, UNTIED)
+        )
+    ]
+    runs = [([*words, *cell.words()], reference(cell, 2, True)) for cell in combined]
+    for rank in ranks(MESHES[mesh].size).run(cases.distances, runs, 2, True, timeout=280):
+        for found in rank:
+            check(found, double=True)
+
+
+def test_every_pair_of_settings_meets_in_a_cell() -> None:
+    """And each setting meets each axis of the mesh, and each way of context parallel."""
+    settings = {
+        "attention": {*ATTENTIONS},
+        "accumulation": {1, 2},
+        "recompute": {"none", SELECTIVE, FULL},
+        "family": {TIED, UNTIED},
+    }
+    axes = ("replicate", "shard", "context", "tensor")
+    pairs, methods, wanted = set(), set(), set()
+    for cell in CELLS.values():
+        values = asdict(cell)
+        names = [f"{axis} split" for axis in axes if values[axis] > 1]
+        pairs |= {(name, value) for name in names for value in ((s, values[s]) for s in settings)}
+        pairs |= {((a, values[a]), (b, values[b])) for a, b in itertools.combinations(settings, 2)}
+        methods |= {(values["method"], values["attention"])} if cell.context > 1 else set()
+    for a, b in itertools.combinations(settings, 2):
+        wanted |= {((a, x), (b, y)) for x in settings[a] for y in settings[b]}
+    wanted |= {(f"{axis} split", (s, x)) for axis in axes for s in settings for x in settings[s]}
+    assert wanted - pairs == set()
+    assert methods == {*itertools.product(("allgather", "ulysses"), ATTENTIONS)}
+
+
+def test_every_mesh_is_in_a_cell() -> None:
+    def mesh(cell: Cell) -> tuple[object, ...]:
+        method = cell.method if cell.context > 1 else ""
+        return cell.replicate, cell.shard, cell.context, cell.tensor, method
+
+    assert {mesh(cell) for cell in MESHES.values()} <= {mesh(cell) for cell in CELLS.values()}
+
+
+def test_samples_hold_documents_that_span_ranks_and_divide_by_nothing(words) -> None:
+    trainer = cases.new_trainer(words)
+    starts = [
+        {int(start) for start in (row == 0).nonzero().flatten()}
+        for _ in range(5)
+        for row in next(trainer.batches).positions_BS
+    ]
+    assert sum(len(row) >= 3 for row in starts) > len(starts) / 2
+    assert sum(len(row) <= 1 for row in starts) >= 3, "samples of one long document"
+    for n_chunks in (4, 8):  # head and tail of two and of four ranks
+        edges = set(range(64 // n_chunks, 64, 64 // n_chunks))
+        assert sum(len(row) > 1 and not row & edges for row in starts) >= 5

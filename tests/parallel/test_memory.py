@@ -1,0 +1,133 @@
+"""What a rank holds: its share of the state and no more, and the activations that recompute leaves."""
+
+import json
+
+import parallel_cases as cases
+import pytest
+
+SEQ_LEN, BATCH, DIM = 64, 2, 64
+BLOCK_INPUT = SEQ_LEN * BATCH * DIM * 4
+"""Bytes of what goes from one block to the next."""
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("memory")
+    cases.write_documents(folder / "short.jsonl")
+    options = {
+        "job.device": "cpu",
+        "model.flavor": "debugmodel",
+        "data.dataset": "jsonl",
+        "data.path": folder / "short.jsonl",
+        "data.cache-dir": folder / "cache",
+        "training.seq-len": SEQ_LEN,
+        "training.local-batch-size": BATCH,
+        "training.mixed-precision-param": "float32",
+    }
+    return [word for key, value in options.items() for word in (f"--{key}", str(value))]
+
+
+TWO_LAYERS = ("--model.overrides", '{"n_layers": 2}')
+
+
+@pytest.mark.parametrize("mesh", ["fsdp", "cp and fsdp"])
+@pytest.mark.parametrize("reshard", ["default", "never"])
+def test_a_rank_holds_its_share_of_weights_gradients_and_optimizer(ranks, words, mesh: str, reshard) -> None:
+    """Up to a row or two that does not divide, as FSDP fills up shards."""
+    flags = [*TWO_LAYERS, "--parallelism.fsdp-reshard-after-forward", reshard]
+    whole = cases.state_bytes([*words, *flags])
+    n_parameters = sum(p.numel() for p in cases.new_trainer([*words, *flags]).model.parameters())
+    assert whole == {
+        "parameters": 4 * n_parameters,
+        "gradients": 4 * n_parameters,
+        "optimizer": 8 * n_parameters,
+    }
+    for size in (2, 4):
+        context = 2 if mesh == "cp and fsdp" else 1
+        split = ["--parallelism.context-parallel-degree", str(context)]
+        for held in ranks(size).run(cases.state_bytes, [*words, *flags, *split]):
+            assert held == {name: pytest.approx(total / size, rel=1e-3) for name, total in whole.items()}
+
+
+def test_tensor_parallel_splits_all_but_the_norms(ranks, words) -> None:
+    whole = cases.state_bytes([*words, *TWO_LAYERS])
+    flags = [*TWO_LAYERS, "--parallelism.tensor-parallel-degree", "2"]
+    for held in ranks(2).run(cases.state_bytes, [*words, *flags]):
+        assert held == {name: pytest.approx(total / 2, rel=0.01) for name, total in whole.items()}
+
+
+def kept(words: list[str], n_layers: int, *recompute: str) -> int:
+    """Bytes that the forward of a model with so many blocks keeps for its backward."""
+    shape = {"n_layers": n_layers, "dim": DIM, "n_heads": 4, "n_kv_heads": 2, "head_dim": 16, "ffn_dim": 192}
+    return cases.kept_bytes([*words, "--model.overrides", json.dumps(shape), *recompute])
+
+
+def per_block(words: list[str], *recompute: str) -> float:
+    """How many block inputs' worth of bytes each further block keeps."""
+    two, four, eight = (kept(words, n, *recompute) for n in (2, 4, 8))
+    assert eight - four == 2 * (four - two)
+    return (four - two) / 2 / BLOCK_INPUT
+
+
+FULL = ("--activation-checkpoint.mode", "full")
+SELECTIVE = ("--activation-checkpoint.mode", "selective")
+
+
+def test_full_recompute_keeps_one_tensor_per_block(words) -> None:
+    assert per_block(words, *FULL) == 1
+
+
+def test_without_recompute_a_block_keeps_many_tensors(words) -> None:
+    assert per_block(words) > 10
+
+
+def test_selective_recompute_lies_in_between(words) -> None:
+    by_operator = per_block(words, *SELECTIVE)
+    assert 1.5 * per_block(words, *FULL) < by_operator < per_block(words) / 1.5
+
+
+def test_every_second_block_keeps_half_of_the_difference(words) -> None:
+    half = per_block(words, *SELECTIVE, "--activation-checkpoint.selective-ac-option", "2")
+    assert half == (per_block(words, *FULL) + per_block(words)) / 2
+
+
+def n_kept_on_a_rank(ranks, words: list[str], n_layers: int, *flags: str) -> int:
+    shape = {"n_layers": n_layers, "dim": DIM, "n_heads": 4, "n_kv_heads": 2, "head_dim": 16, "ffn_dim": 192}
+    return max(ranks(2).run(cases.kept_bytes, [*words, "--model.overrides", json.dumps(shape), *flags]))
+
+
+@pytest.mark.parametrize(
+    ("axis", "share"), [("data-parallel-shard", 1), ("tensor-parallel", 0.5), ("context-parallel", 0.5)]
+)
+def test_full_recompute_keeps_one_share_of_a_tensor_per_block_on_every_mesh(
+    ranks, words, axis: str, share: float
+) -> None:
+    flags = [f"--parallelism.{axis}-degree", "2", *FULL]
+    two, four = (n_kept_on_a_rank(ranks, words, n, *flags) for n in (2, 4))
+    assert (four - two) / 2 == share * BLOCK_INPUT
+
+
+@pytest.mark.parametrize("mesh", [[], ["--parallelism.data-parallel-replicate-degree", "2"]])
+def test_accumulation_does_not_reduce_gradients_more_often(ranks, words, mesh: list[str]) -> None:
+    size = 4 if mesh else 2
+    sums = []
+    for n in (1, 2, 3):
+        total = ["--training.global-batch-size", str(BATCH * size * n)]
+        (counts, *others) = ranks(size).run(cases.exchanges, [*words, *TWO_LAYERS, *mesh, *total])
+        assert all(other == counts for other in others)
+        sums.append({name: counts[name] for name in counts if "reduce" in name})
+    assert sums[0]["_reduce_scatter_base_"] == 3, "one for each block, and one for the rest"
+    assert sums[1] == sums[2] == sums[0]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--parallelism.data-parallel-shard-degree", "2"],
+        ["--parallelism.context-parallel-degree", "2"],
+    ],
+)
+def test_a_step_sums_its_tokens_and_then_its_loss_and_norm_at_once(ranks, words, flags: list[str]) -> None:
+    """One exchange for the gradient norm, whatever its shards, and the loss comes with it."""
+    for counts in ranks(2).run(cases.exchanges, [*words, *TWO_LAYERS, *flags]):
+        assert sum(counts[name] for name in counts if "all_reduce" in name or "allreduce" in name) == 2

@@ -1,0 +1,121 @@
+"""Ranks that meet, and what they settle between them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import world_cases as cases
+
+from torchtitan_lite.config.load import ConfigError
+from torchtitan_lite.parallel.world import World, join, leave, world_size
+
+TORCHRUN = {
+    "RANK": "0",
+    "WORLD_SIZE": "2",
+    "LOCAL_RANK": "0",
+    "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "1",
+}
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch):
+    """Sets torchrun's variables, or those given in their place; None leaves one out."""
+
+    def set_variables(**changed: str | None) -> None:
+        for name, value in {**TORCHRUN, **changed}.items():
+            if value is None:
+                monkeypatch.delenv(name, raising=False)
+            else:
+                monkeypatch.setenv(name, value)
+
+    set_variables(**dict.fromkeys(TORCHRUN))
+    return set_variables
+
+
+def test_without_a_launcher_a_run_is_one_rank_without_a_process_group(environment) -> None:
+    assert world_size() == 1
+    world = join("cpu")
+    assert world == World()
+    assert world.is_first
+    assert not torch.distributed.is_initialized()
+    x = torch.ones(2)
+    assert world.sum(x) is x
+    assert x.tolist() == [1, 1]
+    assert world.share("folder") == "folder"
+    assert world.in_turn(lambda: 3) == 3
+    world.steady()
+    leave()
+
+
+@pytest.mark.parametrize(
+    ("changed", "line"),
+    [
+        ({"RANK": "two"}, 'RANK = "two" is not the number of a rank: unset it, or start with torchrun'),
+        ({"RANK": "-1"}, 'RANK = "-1" is not the number of a rank: '),
+        ({"RANK": "2"}, "RANK = 2 is not below the 2 ranks there are: "),
+        ({"RANK": None}, "RANK is not set, and other variables of a launcher are: start with torchrun"),
+        ({"WORLD_SIZE": "0"}, 'WORLD_SIZE = "0" is not a number of ranks: '),
+        ({"WORLD_SIZE": "²"}, 'WORLD_SIZE = "²" is not a number of ranks: '),
+        ({"LOCAL_RANK": None}, "LOCAL_RANK is not set, "),
+        ({"LOCAL_RANK": "5"}, "LOCAL_RANK = 5 is not below the 2 ranks there are: "),
+        ({"LOCAL_WORLD_SIZE": ""}, 'LOCAL_WORLD_SIZE = "" is not a number of ranks: '),
+        ({"MASTER_PORT": None}, "MASTER_PORT is not set, "),
+    ],
+)
+def test_variables_that_make_no_sense_are_a_line(changed, line: str, environment) -> None:
+    environment(**changed)
+    with pytest.raises(ConfigError) as raised:
+        join("cpu")
+    assert str(raised.value).startswith(line)
+    assert len(str(raised.value).splitlines()) == 1
+
+
+def test_more_ranks_than_gpus_are_a_line(environment, monkeypatch: pytest.MonkeyPatch) -> None:
+    environment()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(
+        ConfigError, match=r"^LOCAL_WORLD_SIZE = 2 is more ranks than .* GPUs, which is 1: use "
+    ):
+        join("cuda")
+
+
+def test_ranks_that_never_come_are_a_line(environment) -> None:
+    environment(MASTER_PORT="0", TORCHELASTIC_USE_AGENT_STORE=None)
+    with pytest.raises(
+        ConfigError, match=r'^MASTER_ADDR = "127\.0\.0\.1" did not bring the 2 ranks together'
+    ):
+        join("cpu", init_seconds=1)
+    assert not torch.distributed.is_initialized()
+
+
+def test_all_ranks_get_the_sum_and_what_rank_0_has(ranks) -> None:
+    assert ranks(4).run(cases.total) == [[4, 6]] * 4
+    assert ranks(4).run(cases.shared) == [Path("of-0")] * 4
+
+
+@pytest.mark.parametrize("machines", [1, 2])
+def test_one_rank_of_each_machine_builds_before_the_others(machines: int, ranks, tmp_path: Path) -> None:
+    found = ranks(4).run(cases.order_of_turns, tmp_path, machines)
+    local_size = 4 // machines
+    assert found == [[] if rank % local_size == 0 else [f"{rank // local_size}-0"] for rank in range(4)]
+
+
+@pytest.mark.parametrize("raising", [[0], [2], [1], [3], [1, 3], [0, 2], [0, 1, 2, 3]])
+def test_wrong_input_on_any_rank_is_the_same_on_all(raising: list[int], ranks) -> None:
+    first = min((rank for rank in raising if rank in (0, 2)), default=min(raising))
+    assert ranks(4).run(cases.error_in_turn, raising, True) == [f"ConfigError: a.b = {first} r: s"] * 4
+
+
+@pytest.mark.parametrize("raising", [0, 1, 2])
+def test_another_exception_stops_all_ranks_and_stays_as_it_is_on_its_own(raising: int, ranks) -> None:
+    expected = [f"DistError: rank {raising}: KeyError: {raising}"] * 4
+    expected[raising] = f"KeyError: {raising}"
+    assert ranks(4).run(cases.error_in_turn, [raising], False) == expected
+
+
+def test_a_steady_run_waits_for_train_seconds_in_every_group(ranks) -> None:
+    waits, _ = ranks(2).run(cases.seconds_of_a_wait)
+    assert len(waits) == 2
+    assert all(0.9 < seconds < 4 for seconds in waits)

@@ -1,0 +1,301 @@
+"""What the tests of parallelism run inside the ranks of a pool (ranks.py)."""
+
+import gc
+import json
+import math
+import os
+import random
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from torchtitan_lite.config.job import load_job
+from torchtitan_lite.parallel.world import World
+from torchtitan_lite.training.step import TrainingConfig
+from torchtitan_lite.training.trainer import Trainer
+
+
+def sum_over_ranks(value: int) -> tuple[int, int, float]:
+    """This rank, the number of ranks, and the sum of value + rank over them."""
+    total = torch.tensor(float(value + dist.get_rank()))
+    dist.all_reduce(total)
+    return dist.get_rank(), dist.get_world_size(), total.item()
+
+
+def process_id() -> int:
+    return os.getpid()
+
+
+def n_threads() -> int:
+    return torch.get_num_threads()
+
+
+def raise_on(rank: int) -> None:
+    """One rank raises, while the others wait for it."""
+    if dist.get_rank() == rank:
+        raise ValueError(f"no number on rank {rank}")
+    dist.barrier()
+
+
+def raise_in_turn(*order: int) -> None:
+    """All ranks raise, one soon after the other."""
+    time.sleep(0.05 * order.index(dist.get_rank()))
+    raise ValueError(f"rank {dist.get_rank()} raised")
+
+
+def die_on(rank: int) -> None:
+    """One rank's process ends; the others notice, and raise."""
+    if dist.get_rank() == rank:
+        os.write(2, b"the last words\n")
+        os._exit(7)
+    dist.barrier()
+
+
+def hang_on(*hanging: int) -> None:
+    if dist.get_rank() in hanging:
+        time.sleep(600)
+
+
+def warn(category: type[Warning], message: str) -> None:
+    warnings.warn(message, category, stacklevel=1)
+
+
+def unpicklable() -> Any:
+    return lambda: None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """What a few steps come to."""
+
+    losses: list[float]
+    norms: list[float]
+    n_tokens: list[int]
+    validation: float
+    gradients: dict[str, Tensor]
+    """Whole ones, of the last step, clipped."""
+    parameters: dict[str, Tensor]
+    """Whole ones, after the last step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distance:
+    """How far one training is from another, at worst; with the name of the tensor where there is one."""
+
+    loss: float
+    norm: float
+    validation: float
+    gradient: tuple[float, str]
+    """max |a - b| / max |b| of the tensor where that is largest."""
+    parameter: tuple[float, str]
+    gradient_norm: tuple[float, str]
+    """norm(a - b) / norm(b) of the tensor where that is largest."""
+    parameter_norm: tuple[float, str]
+    other_names: list[str]
+    """Of gradients and parameters that only one of the two has."""
+    other_tokens: bool
+    """Whether they count different numbers of tokens."""
+
+
+def write_documents(path: Path) -> None:
+    """Short documents, of which a sample has several, and now and then one that is longer than any sample."""
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefghij", k=rng.randint(1, 6))) for _ in range(40)]
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(250):
+            n_words = rng.randint(30, 45) if number % 20 == 3 else rng.randint(1, 9)
+            file.write(json.dumps({"text": " ".join(rng.choices(words, k=n_words))}) + "\n")
+
+
+@contextmanager
+def precision(double: bool) -> Iterator[None]:
+    """Within it models are built of, and compute in, float64 where `double` says so."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64 if double else torch.float32)
+    dtype = mock.PropertyMock(return_value=torch.float64)
+    try:
+        with mock.patch.object(TrainingConfig, "compute_dtype", dtype) if double else nullcontext():
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def here() -> World:
+    """The place of this process among the ranks of its process group, or alone."""
+    if not dist.is_initialized():
+        return World()
+    rank, size = dist.get_rank(), dist.get_world_size()
+    store = dist.distributed_c10d._get_default_store()
+    return World(rank=rank, local_rank=rank, size=size, local_size=size, store=store)
+
+
+def new_trainer(argv: Sequence[str]) -> Trainer:
+    world = here()
+    return Trainer(load_job(argv, world_size=world.size).config, world)
+
+
+def keep_gradients(trainer: Trainer) -> None:
+    """From now on a step leaves its gradients where they are."""
+    trainer.optimizer.zero_grad = lambda set_to_none=True: None
+
+
+def train(argv: Sequence[str], n_steps: int, double: bool) -> Training:
+    with precision(double):
+        trainer = new_trainer(argv)
+        steps = [trainer.train_step() for _ in range(n_steps - 1)]
+        keep_gradients(trainer)
+        steps.append(trainer.train_step())
+        # Before the validation, which leaves no gradients where weights are kept after a forward.
+        parameters = dict(trainer.model.named_parameters())
+        gradients = {name: whole(p.grad) for name, p in parameters.items() if p.grad is not None}
+        parameters = {name: whole(p) for name, p in parameters.items()}
+        trainer.validate(mock.Mock())
+    return Training(
+        losses=[step.loss for step in steps],
+        norms=[step.grad_norm for step in steps],
+        n_tokens=[step.n_tokens for step in steps],
+        validation=trainer.validations[-1].loss,
+        gradients=gradients,
+        parameters=parameters,
+    )
+
+
+def whole(x: Tensor) -> Tensor:
+    """All of a tensor of which this rank may have a shard."""
+    return (x.full_tensor() if isinstance(x, DTensor) else x).detach().cpu()
+
+
+def distances(runs: Sequence[tuple[Sequence[str], Path]], n_steps: int, double: bool) -> list[Distance]:
+    """How far this rank's trainings are from those that are saved."""
+    return [
+        distance(train(argv, n_steps, double), Training(**torch.load(saved, mmap=True)))
+        for argv, saved in runs
+    ]
+
+
+def distance(found: Training, wanted: Training) -> Distance:
+    def relative(name: str) -> float:
+        pairs = zip(getattr(found, name), getattr(wanted, name), strict=True)
+        return max(abs(a - b) / abs(b) for a, b in pairs)
+
+    def worst(name: str, order: float) -> tuple[float, str]:
+        a, b = getattr(found, name), getattr(wanted, name)
+        size = partial(torch.linalg.vector_norm, ord=order)
+        ratios = {key: float(size(a[key] - b[key]) / size(b[key])) for key in b if key in a}
+        return max((math.inf if math.isnan(far) else far, key) for key, far in (*ratios.items(), ("", 0.0)))
+
+    return Distance(
+        loss=relative("losses"),
+        norm=relative("norms"),
+        validation=abs(found.validation - wanted.validation) / wanted.validation,
+        gradient=worst("gradients", math.inf),
+        parameter=worst("parameters", math.inf),
+        gradient_norm=worst("gradients", 2),
+        parameter_norm=worst("parameters", 2),
+        other_names=sorted(found.gradients.keys() ^ wanted.gradients.keys())
+        + sorted(found.parameters.keys() ^ wanted.parameters.keys()),
+        other_tokens=found.n_tokens != wanted.n_tokens,
+    )
+
+
+def state_bytes(argv: Sequence[str]) -> dict[str, int]:
+    """The bytes that this rank holds between two steps of the weights, their gradients and the optimizer."""
+    trainer = new_trainer(argv)
+    keep_gradients(trainer)
+    trainer.train_step()
+    parameters = list(trainer.model.parameters())
+    states = [x for state in trainer.optimizer.state.values() for x in state.values()]
+    return {
+        "parameters": n_bytes(parameters),
+        "gradients": n_bytes([p.grad for p in parameters if p.grad is not None]),
+        "optimizer": n_bytes([x for x in states if isinstance(x, Tensor) and x.numel() > 1]),
+    }
+
+
+def n_bytes(tensors: Sequence[Tensor]) -> int:
+    """What the memory below this rank's tensors takes; what several share, once."""
+    storages = [(x.to_local() if isinstance(x, DTensor) else x).untyped_storage() for x in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+class Made(TorchDispatchMode):
+    """Notes the memory that operators take for what they return, without keeping it alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: dict[int, StorageWeakRef] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = self._storages((args, kwargs))
+        self.storages |= {key: made for key, made in self._storages(out).items() if key not in given}
+        return out
+
+    def _storages(self, tree: Any) -> dict[int, StorageWeakRef]:
+        tensors = [x for x in tree_leaves(tree) if isinstance(x, Tensor) and not isinstance(x, DTensor)]
+        references = [StorageWeakRef(x.untyped_storage()) for x in tensors]
+        return {reference.cdata: reference for reference in references}
+
+    def alive(self) -> int:
+        """Bytes of what is still there."""
+        storages = [
+            torch.UntypedStorage._new_with_weak_ptr(reference.cdata) for reference in self.storages.values()
+        ]
+        return sum(storage.nbytes() for storage in storages if storage is not None)
+
+
+def kept_bytes(argv: Sequence[str]) -> int:
+    """What the forward of one micro-batch leaves for its backward, besides the weights.
+
+    Measured as what is still there of all that it made: recompute keeps some out of autograd's sight.
+    """
+    trainer = new_trainer(argv)
+    trainer.train_step()  # what is made once, and stays
+    batch = next(trainer.batches)
+    with Made() as made:
+        loss, _ = trainer.loss_of(batch)
+    gc.collect()
+    kept = made.alive()
+    loss.backward()
+    return kept
+
+
+def exchanges(argv: Sequence[str]) -> dict[str, int]:
+    """How often each collective operator ran in a step, the second one."""
+    trainer = new_trainer(argv)
+    trainer.train_step()
+    with Exchanges() as counted:
+        trainer.train_step()
+    return dict(counted.counts)
+
+
+class Exchanges(TorchDispatchMode):
+    """Counts the operators that talk to other ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func.namespace in ("c10d", "_c10d_functional"):
+            self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,256 @@
+"""Pools of processes, one for each number of ranks, on which tests run functions of a process group.
+
+    pool(4).run(function, *args)  ->  [function(*args) on rank 0, ..., on rank 3]
+
+Starting ranks is what costs: a pool is started once and used again, until a rank of it fails.
+"""
+
+import builtins
+import gc
+import itertools
+import multiprocessing
+import multiprocessing.connection
+import os
+import pickle
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import debug
+
+PRELOAD = ["torch.distributed.fsdp", "torch.distributed.tensor.parallel", "parallel_cases"]
+"""What is slow to import: once, in the server that every rank is forked from."""
+
+_GRACE_SECONDS = 0.3
+"""Within which ranks fail for one reason; what fails later fails because of the first."""
+
+
+class RankFailed(AssertionError):
+    """A rank raised, died or did not finish."""
+
+
+class _Rank(NamedTuple):
+    process: BaseProcess
+    connection: Connection
+
+
+class _Outcome(NamedTuple):
+    """How a function ended on a rank, and when, by a clock that all processes share."""
+
+    failed: bool
+    seconds: float
+    value: Any
+    """What it returned, pickled, or the traceback of what it raised."""
+
+
+class Pool:
+    """`size` processes that wait for functions."""
+
+    def __init__(self, size: int, filters: Sequence[str] = ()) -> None:
+        self.size, self.filters = size, filters
+        self._ranks: list[_Rank] = []
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._tasks = itertools.count()
+
+    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 60) -> list[Any]:
+        """What `function(*args)` returns on each rank, in a gloo process group of all of them.
+
+        The function is one that the ranks can import. Raises RankFailed with the traceback of the rank that
+        failed first, or with the ranks that had not finished after `timeout` seconds.
+        """
+        __tracebackhide__ = True
+        if not self._ranks:
+            self._start()
+        assert self._folder is not None
+        try:
+            store = Path(self._folder.name) / f"store-{next(self._tasks)}"
+            task = pickle.dumps((store, timeout, function, args))
+            for rank in self._ranks:
+                rank.connection.send_bytes(task)
+            results = self._results(f"{function.__module__}.{function.__qualname__}", timeout)
+        except BaseException:
+            # The others wait for the rank that failed, and may do so for long.
+            self.stop()
+            raise
+        return results
+
+    def stop(self) -> None:
+        """Kill the processes; the next `run` starts others."""
+        for rank in self._ranks:
+            rank.process.kill()
+        for rank in self._ranks:
+            rank.process.join()
+            rank.connection.close()
+        self._ranks = []
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOAD)
+        self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
+        with _import_path_in_environment():
+            for rank in range(self.size):
+                ours, theirs = context.Pipe()
+                output = Path(self._folder.name) / f"output-{rank}"
+                arguments = (rank, self.size, theirs, self.filters, output)
+                process = context.Process(target=_serve, args=arguments, name=f"rank {rank}", daemon=True)
+                process.start()
+                theirs.close()  # so that the end of the process ends the connection
+                assert isinstance(ours, Connection)
+                self._ranks.append(_Rank(process, ours))
+
+    def _results(self, name: str, timeout: float) -> list[Any]:
+        __tracebackhide__ = True
+        deadline = time.monotonic() + timeout
+        done: dict[int, _Outcome] = {}
+        while len(done) < self.size:
+            done |= self._finished(done, max(0, deadline - time.monotonic()))
+            if any(outcome.failed for outcome in done.values()):
+                time.sleep(_GRACE_SECONDS)
+                done |= self._finished(done, 0)
+                raise RankFailed(self._failure(name, done))
+            if time.monotonic() >= deadline and len(done) < self.size:
+                late = [str(rank) for rank in range(self.size) if rank not in done]
+                which = f"rank{'s' if len(late) > 1 else ''} {', '.join(late)} of {self.size}"
+                raise RankFailed(f"{name}: {which} had not finished after {timeout:g} seconds")
+        return [pickle.loads(done[rank].value) for rank in range(self.size)]
+
+    def _finished(self, done: dict[int, _Outcome], seconds: float) -> dict[int, _Outcome]:
+        """The outcomes that have come, once there is one, of ranks that are not in `done`."""
+        waited = {self._ranks[rank].connection: rank for rank in range(self.size) if rank not in done}
+        ready = multiprocessing.connection.wait(waited, seconds)
+        return {
+            waited[connection]: self._receive(waited[connection])
+            for connection in ready
+            if isinstance(connection, Connection)
+        }
+
+    def _receive(self, rank: int) -> _Outcome:
+        process, connection = self._ranks[rank]
+        try:
+            return _Outcome(*pickle.loads(connection.recv_bytes()))
+        except (EOFError, ConnectionResetError):
+            process.join()
+            # At 0 seconds: whatever the others complain of, this is why.
+            return _Outcome(True, 0.0, f"the process died with exit code {process.exitcode}")
+
+    def _failure(self, name: str, done: dict[int, _Outcome]) -> str:
+        assert self._folder is not None
+        failed = {rank: outcome for rank, outcome in done.items() if outcome.failed}
+        first = min(failed, key=lambda rank: failed[rank].seconds)
+        others = [str(rank) for rank in sorted(failed) if rank != first]
+        also = f"\n(ranks that failed after it: {', '.join(others)})" if others else ""
+        output = (Path(self._folder.name) / f"output-{first}").read_text(errors="replace").strip()
+        said = f"\nIts last output:\n{output[-4000:]}" if output else ""
+        return f"{name}: rank {first} of {self.size} failed:\n{failed[first].value}{said}{also}"
+
+
+class Pools:
+    """A pool for each number of ranks, made when it is first asked for."""
+
+    def __init__(self, filters: Sequence[str] = ()) -> None:
+        """`filters`: what is done about warnings in the ranks, as pytest's filterwarnings has them."""
+        self._filters = list(filters)
+        self._pools: dict[int, Pool] = {}
+
+    def __call__(self, size: int) -> Pool:
+        """The pool of `size` ranks."""
+        if size not in self._pools:
+            self._pools[size] = Pool(size, self._filters)
+        return self._pools[size]
+
+    def stop(self) -> None:
+        """Stop every pool."""
+        for pool in self._pools.values():
+            pool.stop()
+
+
+class _import_path_in_environment:
+    """The server of forks is a new Python that would not find our modules."""
+
+    def __enter__(self) -> None:
+        self.before = os.environ.get("PYTHONPATH")
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(place).absolute()) for place in sys.path])
+
+    def __exit__(self, *_: object) -> None:
+        del os.environ["PYTHONPATH"]
+        if self.before is not None:
+            os.environ["PYTHONPATH"] = self.before
+
+
+def _serve(rank: int, size: int, connection: Connection, filters: Sequence[str], output: Path) -> None:
+    """The life of a rank."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's affair
+    threading.Thread(target=_end_with_parent, args=(output.parent,), daemon=True).start()
+    _write_to(output)
+    torch.set_num_threads(1)
+    for line in filters:
+        action, message, category, *_ = [*line.split(":"), "", ""]
+        kind = getattr(builtins, category.strip() or "Warning")
+        warnings.filterwarnings(action.strip(), message.strip(), kind)  # pyright: ignore[reportArgumentType]
+    gc.freeze()
+    while True:
+        try:
+            task = connection.recv_bytes()
+        except EOFError:
+            return
+        outcome = _outcome(task, rank, size)
+        connection.send_bytes(pickle.dumps(outcome))
+        if outcome.failed:
+            threading.Event().wait()  # for the end: the others may be anywhere in the function
+        _forget_process_group()
+
+
+def _outcome(task: bytes, rank: int, size: int) -> _Outcome:
+    """How a pickled task ends, its value pickled."""
+    try:
+        store, timeout, function, args = pickle.loads(task)
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{store}",
+            rank=rank,
+            world_size=size,
+            timeout=timedelta(seconds=timeout),
+        )
+        return _Outcome(False, time.monotonic(), pickle.dumps(function(*args)))
+    except BaseException:  # noqa: BLE001 (pytest.fail's, too: the caller raises it)
+        return _Outcome(True, time.monotonic(), traceback.format_exc())
+
+
+def _forget_process_group() -> None:
+    """End the process group, and what torch remembers of its meshes: the next one's look the same."""
+    dist.barrier()  # one that leaves early would cut off those who are still meeting
+    gc.collect()
+    debug._clear_sharding_prop_cache()
+    dist.destroy_process_group()
+
+
+def _end_with_parent(folder: Path) -> None:
+    """However the parent ends, no rank outlives it, nor does the pool's folder."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
+    shutil.rmtree(folder, ignore_errors=True)
+    os._exit(1)
+
+
+def _write_to(output: Path) -> None:
+    """Send what this process prints, gloo's own words too, to a file."""
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)

@@ -1,0 +1,206 @@
+"""A rank fails, dies or hangs: the run ends soon, that rank is named first, and nothing is left behind."""
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import pytest
+from launch import Launched, launched, launched_on_two_nodes
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+
+WRONG = """\
+import hashlib, os, signal, sys, time
+from torchtitan_lite import train
+from torchtitan_lite.config.load import ConfigError, Problem
+from torchtitan_lite.training.trainer import Trainer
+
+sound, rank = getattr(Trainer, sys.argv[1]), int(os.environ["RANK"])
+
+def wrong(self, *args):
+    if int(sys.argv[2]) in (rank, -1) and (sys.argv[1] == "__init__" or self.step == 2):
+        {action}
+    return sound(self, *args)
+
+setattr(Trainer, sys.argv[1], wrong)
+sys.exit(train.main(sys.argv[3:]))
+"""
+TIMEOUTS = ("--comm.init-timeout-seconds", 60, "--comm.train-timeout-seconds", 5)
+
+
+def wrong_run(folder: Path, action: str, where: str, rank: int, options: Sequence[str]) -> list[object]:
+    """The words of a run in which `rank` (-1: each) does `action` in place of its third step."""
+    (folder / "wrong.py").write_text(WRONG.format(action=action))
+    return ["wrong.py", where, rank, *options, *TIMEOUTS]
+
+
+@pytest.fixture
+def wrong(tmp_path: Path, small_run):
+    """`wrong(action, rank=1)` starts a run that goes wrong."""
+
+    def start(
+        action: str, *options: object, rank: int = 1, where: str = "train_step", processes: int = 2
+    ) -> AbstractContextManager[Launched]:
+        words = wrong_run(tmp_path, action, where, rank, small_run)
+        return launched(tmp_path, *words, *options, processes=processes)
+
+    return start
+
+
+def outcome(folder: Path) -> dict:
+    return json.loads((folder / "run" / "exit.json").read_text())
+
+
+@pytest.mark.parametrize(("rank", "processes"), [(1, 3), (0, 2)])
+def test_an_exception_is_shown_once_and_first_and_the_others_say_a_line(
+    rank: int, processes: int, wrong, tmp_path: Path
+) -> None:
+    with wrong("1 / 0", rank=rank, processes=processes) as run:
+        assert run.wait() == 1
+        assert run.left() == []
+    said = run.of_ranks().splitlines()
+    assert said[:2] == [f"rank {rank} failed:", "Traceback (most recent call last):"]
+    end = said.index("ZeroDivisionError: division by zero")
+    others = [other for other in range(processes) if other != rank]
+    cause = f"rank {rank} failed: ZeroDivisionError: division by zero"
+    assert sorted(said[end + 1 :]) == [f"rank {other} stopped: {cause}" for other in others]
+    assert run.of_ranks().count("Traceback") == 1
+    assert outcome(tmp_path) == {"status": 1, "outcome": "failed", "step": 2, "message": cause}
+    root = run.err.partition("Root Cause")[2]
+    assert f"rank      : {rank} " in root and cause in root
+
+
+def test_before_the_first_step_it_is_the_same(wrong, tmp_path: Path) -> None:
+    with wrong("raise KeyError('gone')", where="__init__") as run:
+        assert run.wait() == 1
+        assert run.left() == []
+    assert run.of_ranks().splitlines()[0] == "rank 1 failed:"
+    assert run.of_ranks().splitlines()[-1] == "rank 0 stopped: rank 1 failed: KeyError: 'gone'"
+    assert run.of_ranks().count("Traceback") == 1
+    assert outcome(tmp_path)["outcome"] == "failed"
+
+
+def test_wrong_input_found_on_one_rank_is_a_line_once_and_status_2_on_all(wrong, tmp_path: Path) -> None:
+    with wrong(
+        "raise ConfigError([Problem('data.path', 'x', 'is not here', 'mount it')])", where="__init__"
+    ) as run:
+        assert run.wait() == 1  # torchrun's own
+        assert run.left() == []
+    line = 'data.path = "x" is not here: mount it'
+    assert run.of_ranks().splitlines() == [line]
+    assert run.err.count("exitcode  : 2 ") == 2
+    assert outcome(tmp_path) == {"status": 2, "outcome": "refused", "step": 0, "message": line}
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_is_named_in_a_line(rank: int, wrong, tmp_path: Path) -> None:
+    with wrong("os.kill(os.getpid(), signal.SIGKILL)", rank=rank) as run:
+        assert run.wait() == 1
+        assert run.left() == []
+    cause = f"rank {rank} no longer answers"
+    assert run.of_ranks().splitlines() == [f"rank {1 - rank} stopped: {cause}"]
+    assert outcome(tmp_path) == {"status": 1, "outcome": "failed", "step": 2, "message": cause}
+
+
+def test_a_rank_that_hangs_says_so_within_the_timeout_with_its_stack(wrong, tmp_path: Path) -> None:
+    with wrong("print('now', flush=True); time.sleep(1000)") as run:
+        assert run.process.stdout is not None
+        assert any(line == "now\n" for line in run.process.stdout)
+        start = time.monotonic()
+        assert run.wait() == 1
+        assert time.monotonic() - start < 5 + 10
+        assert run.left() == []
+    said = run.of_ranks().splitlines()
+    assert said[0].startswith("rank 1 hangs: no progress for ")
+    assert any("wrong.py" in line and line.endswith("in wrong") for line in said)
+    assert said[-1].startswith("rank 0 stopped: rank 1 hangs: no progress for ")
+    assert len([line for line in said if not line.startswith(" ")]) == 2
+    assert outcome(tmp_path)["message"].startswith("rank 1 hangs: ")
+
+
+@pytest.mark.parametrize(
+    ("action", "cause"),
+    [
+        ("1 / 0", "rank 1 failed: ZeroDivisionError: division by zero"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "rank 1 no longer answers"),
+    ],
+)
+def test_a_rank_deep_in_a_library_ends_too(action: str, cause: str, wrong, tmp_path: Path) -> None:
+    # Like a wait for a GPU: nothing in Python runs meanwhile, no handler of a signal either.
+    forever = "hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)"
+    both = f"{action} if rank == 1 else {forever}"
+    with wrong(both, "--comm.train-timeout-seconds", 60, rank=-1) as run:
+        assert run.wait() == 1
+        assert run.left() == []
+    assert "SIGKILL" not in run.err.partition("Failures:")[0]
+    assert run.of_ranks().splitlines()[-1] == f"rank 0 stopped: {cause}"
+    assert outcome(tmp_path) == {"status": 1, "outcome": "failed", "step": 2, "message": cause}
+
+
+@pytest.mark.parametrize(
+    ("action", "cause"),
+    [
+        ("1 / 0", "rank 1 failed: ZeroDivisionError: division by zero"),
+        (
+            "os.kill(os.getppid(), signal.SIGKILL); os.kill(os.getpid(), signal.SIGKILL)",
+            "rank 1 no longer answers",
+        ),
+    ],
+    ids=["exception", "a machine lost"],
+)
+def test_another_machines_failure_ends_the_ranks_here(
+    action: str, cause: str, small_run, tmp_path: Path
+) -> None:
+    words = wrong_run(tmp_path, action, "train_step", 1, small_run)
+    with launched_on_two_nodes(tmp_path, *words) as (first, second):
+        assert [first.wait() != 0, second.wait() != 0] == [True, True]
+        assert first.left() + second.left() == []
+    assert first.of_ranks().splitlines() == [f"rank 0 stopped: {cause}"]
+    assert outcome(tmp_path)["message"] == cause
+
+
+@pytest.mark.parametrize("by", ["the test", pytest.param("torchrun", marks=pytest.mark.slow)])
+def test_a_stopped_rank_is_named_within_the_timeout(by: str, wrong, tmp_path: Path) -> None:
+    with wrong("print(os.getpid(), flush=True); os.kill(os.getpid(), signal.SIGSTOP)") as run:
+        assert run.process.stdout is not None and run.process.stderr is not None
+        pid = next(int(line) for line in run.process.stdout if line.strip().isdecimal())
+        start, line = time.monotonic(), "rank 0 stopped: rank 1 no longer answers\n"
+        assert line in run.process.stderr
+        assert time.monotonic() - start < 5 + 10
+        if by == "the test":  # torchrun takes half a minute
+            os.kill(pid, signal.SIGKILL)
+        assert run.wait() == 1
+        assert run.left() == []
+    assert run.of_ranks() == ""
+    assert outcome(tmp_path)["message"] == "rank 1 no longer answers"
+
+
+@pytest.mark.parametrize(
+    ("number", "said", "end"),
+    [(signal.SIGTERM, [], (143, "terminated")), (signal.SIGINT, ["interrupted"], (130, "interrupted"))],
+)
+def test_a_stopped_launcher_takes_all_ranks_with_it(number: int, said, end, wrong, tmp_path: Path) -> None:
+    with wrong("print('now', flush=True); time.sleep(2)", rank=0) as run:
+        assert run.process.stdout is not None
+        assert any(line == "now\n" for line in run.process.stdout)
+        run.process.send_signal(number)
+        assert run.wait() != 0
+        assert run.left() == []
+    assert run.of_ranks().splitlines() == said
+    assert (outcome(tmp_path)["status"], outcome(tmp_path)["outcome"]) == end
+
+
+def test_a_killed_launcher_leaves_no_ranks(wrong, tmp_path: Path) -> None:
+    with wrong("os.kill(os.getppid(), signal.SIGKILL); time.sleep(1000)") as run:
+        run.wait()
+        assert run.left(within=20) == []
+    # torch itself may say at length that the store is gone, if it goes in the middle of a look into it.
+    said = {line for line in run.of_ranks().splitlines() if line.startswith("rank ")}
+    assert said <= {f"rank {rank} stopped: the launcher no longer answers" for rank in (0, 1)}
+    assert "Traceback" not in run.of_ranks()
+    assert outcome(tmp_path)["message"] == "the launcher no longer answers"

@@ -1,0 +1,88 @@
+"""Several ranks, as a user starts them: the same numbers as one, and one set of files."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import tomli
+from launch import SCRIPT, launched, launched_on_two_nodes
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+
+# As many samples on one rank as on two.
+SAME = ("--training.global-batch-size", 8, "--validation.enable", "--validation.steps", -1)
+
+
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def numbers(folder: Path) -> list[float]:
+    """What must not depend on the number of ranks, step by step."""
+    names = ("step", "loss", "grad_norm", "lr", "n_tokens_seen", "validation_loss")
+    return [line[name] for line in lines(folder) for name in names if name in line]
+
+
+def check(out: list[str], folder: Path, alone: Path) -> None:
+    assert numbers(folder) == pytest.approx(numbers(alone), rel=1e-5)
+    assert json.loads((folder / "exit.json").read_text())["outcome"] == "done"
+    assert tomli.loads((folder / "config.toml").read_text())["training"]["global_batch_size"] == 8
+    assert [line.split()[1] for line in out if line.startswith("step ") and "gradient" in line] == [
+        f"{step}/5" for step in range(1, 6)
+    ]
+    assert [line for line in out if line.startswith("Files: ")] == [f"Files: {folder}"]
+
+
+@pytest.fixture
+def alone(run, small_run, tmp_path: Path) -> Path:
+    """The folder of the same run on one rank."""
+    folder = tmp_path / "alone"
+    done = run(SCRIPT, *small_run, *SAME, "--job.dump-folder", folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_two_ranks_and_two_nodes_train_like_one_rank(alone: Path, small_run, tmp_path: Path) -> None:
+    words = (SCRIPT, *small_run, *SAME)
+    with launched(tmp_path, *words, "--profiling.enable-profiling", "--profiling.profile-freq", 5) as run:
+        assert run.wait() == 0, run.err
+        assert run.left() == []
+    assert run.of_ranks() == ""
+    folder = tmp_path / "run"
+    check(run.out.splitlines(), folder, alone)
+    assert {path.name for path in folder.iterdir()} == {
+        "config.toml",
+        "exit.json",
+        "metrics.jsonl",
+        "profile_traces",
+    }
+    traces = {path.name for path in (folder / "profile_traces").iterdir()}
+    assert traces == {"step-5-rank-0.json", "step-5-rank-1.json"}
+
+    folder = tmp_path / "nodes"
+    with launched_on_two_nodes(tmp_path, *words, "--job.dump-folder", folder) as (first, second):
+        assert [first.wait(), second.wait()] == [0, 0], first.err + second.err
+        assert first.left() + second.left() == []
+    check(first.out.splitlines(), folder, alone)
+    assert second.out == ""
+    assert {path.name for path in folder.iterdir()} == {"config.toml", "exit.json", "metrics.jsonl"}
+
+
+def test_input_that_is_wrong_on_all_ranks_is_a_line_once(small_run, tmp_path: Path) -> None:
+    words = ("--parallelism.data-parallel-shard-degree", 3)
+    with launched(tmp_path, SCRIPT, *small_run, *words) as run:
+        assert run.wait() == 1
+        assert run.left() == []
+    (line,) = run.of_ranks().splitlines()
+    assert line.startswith("WORLD_SIZE = 2 ")
+    assert json.loads((tmp_path / "run" / "exit.json").read_text())["message"] == line
+
+
+def test_a_folder_that_rank_0_cannot_make_ends_all_ranks(small_run, tmp_path: Path) -> None:
+    with launched(tmp_path, SCRIPT, *small_run, "--job.dump-folder", "/proc/here") as run:
+        assert run.wait() == 1
+        assert run.left() == []
+    (line,) = run.of_ranks().splitlines()
+    assert line.startswith('job.dump_folder = "/proc/here" cannot be written (')
+    assert run.err.count("exitcode  : 2 ") == 2

@@ -1,0 +1,73 @@
+"""What test_world.py runs inside the ranks of a pool (ranks.py)."""
+
+import contextlib
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from torchtitan_lite.config.load import ConfigError, Problem
+from torchtitan_lite.parallel.world import World
+
+
+def world(machines: int = 1) -> World:
+    """This rank, with the ranks dealt out to `machines`."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    local_size = size // machines
+    return World(rank=rank, local_rank=rank % local_size, size=size, local_size=local_size, train_seconds=1)
+
+
+def total() -> list[float]:
+    return world().sum(torch.tensor([1.0, dist.get_rank()])).tolist()
+
+
+def shared() -> Path:
+    return world().share(Path(f"of-{dist.get_rank()}"))
+
+
+def order_of_turns(folder: Path, machines: int) -> list[str]:
+    """What each rank finds of what the others of its machine have left."""
+    here = world(machines)
+    machine = here.rank // here.local_size
+
+    def build() -> list[str]:
+        found = sorted(path.name for path in folder.glob(f"{machine}-*"))
+        time.sleep(0.2 if here.local_rank == 0 else 0)
+        (folder / f"{machine}-{here.local_rank}").touch()
+        return [name for name in found if name.endswith("-0")]
+
+    return here.in_turn(build)
+
+
+def error_in_turn(raising: list[int], is_input: bool) -> str:
+    """What a rank sees when some raise in their turn."""
+    here = world(machines=2)
+
+    def build() -> int:
+        if here.rank in raising:
+            raise ConfigError([Problem("a.b", here.rank, "r", "s")]) if is_input else KeyError(here.rank)
+        return 1
+
+    try:
+        here.in_turn(build)
+    except Exception as error:  # noqa: BLE001 - whichever it is
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def seconds_of_a_wait() -> list[float]:
+    """How long rank 0 of a steady run waits in each of its groups for a rank that does not come."""
+    here = world()
+    groups = [dist.group.WORLD, dist.new_group(timeout=timedelta(seconds=30))]
+    here.steady()
+    waits = []
+    for group in groups if here.is_first else ():
+        start = time.monotonic()
+        with contextlib.suppress(RuntimeError):
+            dist.all_reduce(torch.ones(1), group=group)
+        waits.append(time.monotonic() - start)
+    if not here.is_first:
+        time.sleep(6)  # a rank that is gone would end the wait
+    return waits

@@ -1,0 +1,72 @@
+"""FSDP2: weights, gradients and optimizer state in shards, each block's weights gathered when it runs."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+
+def apply_fsdp(
+    model: nn.Module, mesh: DeviceMesh, *, compute_dtype: torch.dtype, reshard: bool, offload: bool
+) -> None:
+    """Shard `model`, in place, block by block; the rest (embedding, norm, head) is one group of its own.
+
+    Args:
+        mesh: one axis, or two, of which the first holds copies of the shards (HSDP).
+        compute_dtype: the blocks' weights are gathered in it where it is not the weights' own.
+        reshard: drop a block's gathered weights after its forward and gather them again for its backward.
+        offload: keep shards, gradients and optimizer state in the host's memory.
+    """
+    options: dict[str, Any] = {"mesh": mesh}
+    if compute_dtype in (torch.bfloat16, torch.float16):
+        options["mp_policy"] = MixedPrecisionPolicy(
+            param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+    if offload:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
+    for block in model.get_submodule("blocks").children():
+        fully_shard(block, reshard_after_forward=reshard, **options)
+    # The loss reads the head's weight outside of the head's own forward: these are never dropped in between.
+    fully_shard(model, reshard_after_forward=False, **options)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # The loss is divided by the global count of tokens, so the ranks have terms of a sum. The factor
+            # alone would ask for a scaling reduction, which gloo does not have.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def sync_gradients(model: nn.Module, *, last: bool) -> None:
+    """Say whether the coming backward is a step's last: only then are gradients summed over ranks."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+        model.set_is_last_backward(last)
+        model.set_reshard_after_backward(last)
+
+
+def place_shard(parameter: Tensor, whole: Tensor) -> None:
+    """Put this rank's shard of `whole` into `parameter`."""
+    if not isinstance(parameter, DTensor):
+        parameter.copy_(whole)
+        return
+    # Tensor parallel, the last axis of the mesh, was applied first: the other axes split its shares further.
+    mesh = parameter.device_mesh
+    coordinate = mesh.get_coordinate()
+    assert coordinate is not None
+    shard = whole
+    for axis in reversed(range(mesh.ndim)):
+        placement = parameter.placements[axis]
+        if placement.is_replicate():
+            continue
+        # By attribute: the placement of FSDP's shards of a tensor-parallel share is a class of its own.
+        shard = _chunk(shard, mesh.size(axis), getattr(placement, "dim"), coordinate[axis])  # noqa: B009
+    parameter.to_local().copy_(shard)
+
+
+def _chunk(x: Tensor, n: int, dim: int, index: int) -> Tensor:
+    """Chunk `index` of `n` along `dim`; an empty one where there are fewer."""
+    chunks = x.chunk(n, dim)
+    return chunks[index] if index < len(chunks) else x.narrow(dim, 0, 0)

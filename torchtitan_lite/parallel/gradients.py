@@ -1,0 +1,62 @@
+"""The gradients of a step, whatever their shards: their global norm, and scaling them."""
+
+from collections.abc import Iterable, Sequence
+from math import prod
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+
+def sum_partial(parameters: Iterable[nn.Parameter]) -> None:
+    """Sum the gradients of which each rank of an axis has a term, all of them in one exchange.
+
+    Those are the gradients of weights that tensor parallel leaves whole, where FSDP does not see to them.
+    """
+    pairs = [(p, p.grad) for p in parameters if isinstance(p, DTensor) and isinstance(p.grad, DTensor)]
+    pairs = [(p, gradient) for p, gradient in pairs if gradient.placements != p.placements]
+    if not pairs:
+        return
+    mesh = pairs[0][0].device_mesh
+    assert mesh.ndim == 1 and all(p.placements[0].is_replicate() for p, _ in pairs), "norms, without FSDP"
+    terms = [gradient.to_local() for _, gradient in pairs]
+    flat = torch.cat([term.flatten() for term in terms])
+    dist.all_reduce(flat, group=mesh.get_group())
+    for (p, _), total in zip(pairs, flat.split([term.numel() for term in terms]), strict=True):
+        p.grad = DTensor.from_local(total.view(p.shape), mesh, p.placements, run_check=False)
+
+
+def squared_norm(parameters: Iterable[nn.Parameter], world_size: int) -> Tensor:
+    """This rank's term of the square of the global norm: over all `world_size` ranks they add up to it.
+
+    So one sum of one number does, where the norm of a DTensor would take one for each axis of its mesh.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    local = _local(gradients)
+    # On a CPU torch adds up float32 squares one after the other: at 10M elements four digits are left.
+    dtype = torch.float64 if local[0].device.type == "cpu" else None
+    norms = torch._foreach_norm(local, dtype=dtype)  # pyright: ignore[reportPrivateImportUsage]
+    # Each shard is on so many ranks that all the shards together are on all of them.
+    shares = [(_n_shards(gradient) / world_size) ** 0.5 for gradient in gradients]
+    torch._foreach_mul_(norms, shares)  # pyright: ignore[reportPrivateImportUsage]
+    return torch.stack(norms).square().sum()
+
+
+def scale(parameters: Iterable[nn.Parameter], factor: Tensor) -> None:
+    """Multiply every gradient, in place."""
+    gradients = _local([p.grad for p in parameters if p.grad is not None])
+    factor = factor.to(gradients[0].device)
+    torch._foreach_mul_(gradients, factor)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def _local(gradients: Sequence[Tensor]) -> list[Tensor]:
+    return [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
+
+
+def _n_shards(gradient: Tensor) -> int:
+    """How many different shards there are; the ranks of the other axes have copies."""
+    if not isinstance(gradient, DTensor):
+        return 1
+    mesh = gradient.device_mesh
+    return prod(mesh.size(axis) for axis in range(mesh.ndim) if not gradient.placements[axis].is_replicate())

@@ -1,0 +1,172 @@
+"""Tensor parallel with sequence parallel: each rank has a share of every matrix, and of the tokens between.
+
+B batch, S tokens of this rank's context share, s = S / tp, D model dim, V vocab.
+
+The residual stream is split along the sequence; attention and feed-forward gather it before their column-wise
+projections and scatter the sum of their row-wise ones (https://arxiv.org/abs/2205.05198). Every parameter
+becomes a DTensor, the norms too, since one optimizer serves them all; activations are this rank's plain
+tensors, which costs less than DTensors do and leaves torch.compile nothing but tensors to see.
+"""
+
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import _functional_collectives as collectives
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.nn import functional as F
+
+BY_ROWS = ("wo", "w2")
+"""Projections whose input is split: they have a share of each row of the weight."""
+WHOLE = ("norm", "attention_norm", "ffn_norm", "q_norm", "k_norm")
+"""Modules whose weight every rank has, and uses for its own tokens or heads."""
+
+# torch.compile sees these as operators, unlike those of torch.distributed. Renamed after torch 2.11.
+_all_gather = getattr(collectives, "all_gather_single", collectives.all_gather_tensor)
+_reduce_scatter = getattr(collectives, "reduce_scatter_single", collectives.reduce_scatter_tensor)
+
+
+def shard_dim(name: str) -> int | None:
+    """Which dim of the parameter `name` is split; None for one that every rank has whole."""
+    module = name.split(".")[-2]
+    if module in WHOLE:
+        return None
+    return 1 if module in BY_ROWS else 0
+
+
+def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh, *, loss_parallel: bool) -> None:
+    """Split `model`, in place, over the one axis of `mesh`.
+
+    With `loss_parallel` each rank projects all tokens onto its share of the vocabulary, else its own tokens
+    onto all of it.
+    """
+    for name, parameter in list(model.named_parameters()):
+        module, dim = model.get_submodule(name.rpartition(".")[0]), shard_dim(name)
+        placement = Replicate() if dim is None else Shard(dim)
+        module.weight = nn.Parameter(distribute_tensor(parameter, mesh, [placement]))
+        module.weight_for = MethodType(_own_share if dim is not None else _whole, module)
+    embedding = model.get_submodule("embedding")
+    embedding.forward = _by_rows(embedding, mesh)
+    for block in model.get_submodule("blocks").children():
+        for part in (block.get_submodule("attention"), block.get_submodule("ffn")):
+            part.forward = _on_all_tokens(part.forward, mesh)
+    loss = OwnShareOfVocabulary if loss_parallel else OwnShareOfTokens
+    model.loss = loss(model.get_submodule("loss"), mesh)
+
+
+def _own_share(self: Any, x: Tensor) -> Tensor:
+    return self.weight.to_local().to(x.dtype)
+
+
+def _whole(self: Any, x: Tensor) -> Tensor:
+    # The gradient is the term of this rank's tokens or heads.
+    return self.weight.to_local(grad_placements=[Partial()]).to(x.dtype)
+
+
+def _on_all_tokens(forward: Callable[..., Tensor], mesh: DeviceMesh) -> Callable[..., Tensor]:
+    """`forward`, which sums over its rank's share, from this rank's tokens of all ranks' sum to the same."""
+    group = mesh.get_group().group_name
+
+    def gathered_and_scattered(x_BsD: Tensor, *rest: Any) -> Tensor:
+        return _ScatterSum.apply(forward(_Gather.apply(x_BsD, group), *rest), group)
+
+    return gathered_and_scattered
+
+
+def _by_rows(embedding: Any, mesh: DeviceMesh) -> Callable[[Tensor], Tensor]:
+    """The forward of an embedding of which each rank has a share of the rows: its own tokens' vectors."""
+    group = mesh.get_group().group_name
+
+    def look_up(tokens_BS: Tensor) -> Tensor:
+        share_VD = embedding.weight.to_local()
+        row_BS, here_BS = VocabularyShare(mesh, len(share_VD)).rows(tokens_BS)
+        x_BSD = F.embedding(row_BS, share_VD).to(embedding.compute_dtype) * here_BS[..., None]
+        return _ScatterSum.apply(x_BSD, group)
+
+    return look_up
+
+
+class _Gather(torch.autograd.Function):
+    """The tokens of all ranks; backward, each rank gets the sum for its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BsD: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return _all_gather(x_BsD.contiguous(), 1, group)
+
+    @staticmethod
+    def backward(ctx: Any, dx_BSD: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _reduce_scatter(dx_BSD, "sum", 1, ctx.group), None
+
+
+class _ScatterSum(torch.autograd.Function):
+    """The sum over all ranks, of which each gets its own tokens; backward, each gets those of all."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BSD: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return _reduce_scatter(x_BSD, "sum", 1, group)
+
+    @staticmethod
+    def backward(ctx: Any, dx_BsD: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _all_gather(dx_BsD.contiguous(), 1, ctx.group), None
+
+
+class OwnShareOfVocabulary(nn.Module):
+    """The loss of all tokens on a share of the vocabulary: no rank ever has the logits of all of it."""
+
+    def __init__(self, loss: nn.Module, mesh: DeviceMesh) -> None:
+        super().__init__()
+        self.loss, self.mesh = loss, mesh
+
+    def forward(self, x_BsD: Tensor, weight_VD: DTensor, labels_BS: Tensor) -> tuple[Tensor, Tensor]:
+        # Each rank's gradient is the term of its share of the vocabulary, which the gather's backward sums.
+        x_BSD = _Gather.apply(x_BsD, self.mesh.get_group().group_name)
+        share_VD = weight_VD.to_local()
+        return self.loss(x_BSD, share_VD, labels_BS, VocabularyShare(self.mesh, len(share_VD)))
+
+
+class VocabularyShare:
+    """What `models.loss.Vocabulary` is on one rank, for `n_rows` of the rows of the weight."""
+
+    def __init__(self, mesh: DeviceMesh, n_rows: int) -> None:
+        self.group, self.n_rows = mesh.get_group(), n_rows
+        self.start = mesh.get_local_rank() * n_rows
+
+    def rows(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The row of each label, any row where it has none here, and whether it has one."""
+        row = labels - self.start
+        here = (row >= 0) & (row < self.n_rows)
+        return torch.where(here, row, 0), here
+
+    def max(self, x: Tensor) -> Tensor:
+        """The maximum over all ranks, in place."""
+        dist.all_reduce(x, dist.ReduceOp.MAX, self.group)
+        return x
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum over all ranks, in place."""
+        dist.all_reduce(x, dist.ReduceOp.SUM, self.group)
+        return x
+
+
+class OwnShareOfTokens(nn.Module):
+    """The loss of a rank's own tokens on the whole vocabulary, whose weight is gathered."""
+
+    def __init__(self, loss: nn.Module, mesh: DeviceMesh) -> None:
+        super().__init__()
+        self.loss, self.mesh = loss, mesh
+
+    def forward(self, x_BsD: Tensor, weight_VD: DTensor, labels_BS: Tensor) -> tuple[Tensor, Tensor]:
+        whole_VD = weight_VD.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
+        labels_Bs = labels_BS.chunk(self.mesh.size(), dim=1)[self.mesh.get_local_rank()]
+        own, n_valid = self.loss(x_BsD, whole_VD, labels_Bs)
+        total = own.detach().clone()
+        for sum_ in (total, n_valid):
+            dist.all_reduce(sum_, group=self.mesh.get_group())
+        # The value is that of all tokens, the gradient that of this rank's.
+        return own + (total - own.detach()), n_valid

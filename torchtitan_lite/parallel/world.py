@@ -1,0 +1,169 @@
+"""The ranks of a run: who this one is, how they meet, and what they settle between them."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import distributed_c10d
+from torch.distributed.distributed_c10d import Store
+from torch.distributed.rendezvous import rendezvous
+
+from torchtitan_lite.config.load import MISSING, ConfigError, Problem
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """All ranks of a run, as one of them sees them; as it is made without arguments, a run of one process."""
+
+    rank: int = 0
+    local_rank: int = 0
+    """Number of this rank among those of its machine."""
+    size: int = 1
+    local_size: int = 1
+    train_seconds: int = 100
+    """How long a rank waits for the others in a `steady` run."""
+    store: Store | None = None
+    """Where the ranks met; None without a process group."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the rank that speaks and writes for all."""
+        return self.rank == 0
+
+    def sum(self, x: Tensor) -> Tensor:
+        """`x` summed over all ranks, in place."""
+        if dist.is_initialized():
+            dist.all_reduce(x)
+        return x
+
+    def share(self, value: T) -> T:
+        """The `value` of rank 0, on every rank."""
+        if self.size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def in_turn(self, build: Callable[[], T]) -> T:
+        """What `build` gives, first on one rank of each machine, so that the others find what it has cached.
+
+        What it raises on one rank stops all: elsewhere a ConfigError is the same, anything else a DistError.
+        """
+        if self.size == 1:
+            return build()
+        built: list[T] = []
+        for turn in (True, False):
+            error = None
+            if (self.local_rank == 0) == turn:
+                try:
+                    built.append(build())
+                except Exception as raised:  # noqa: BLE001 - raised again once the others know
+                    error = raised
+            self._stop_all_on(error)
+        return built[0]
+
+    def steady(self) -> None:
+        """From now on a rank waits no longer than `train_seconds` for the others: the slow start is over."""
+        set_timeout = getattr(distributed_c10d, "_set_pg_timeout", None)
+        if not dist.is_initialized() or set_timeout is None:
+            return
+        for group in list(distributed_c10d._world.pg_map):
+            set_timeout(timedelta(seconds=self.train_seconds), group)
+
+    def _stop_all_on(self, error: Exception | None) -> None:
+        """Raise on every rank if there is an `error` on any."""
+        words = error
+        if error is not None and not isinstance(error, ConfigError):
+            words = dist.DistError(f"rank {self.rank}: {type(error).__name__}: {error}")
+        found: list[Exception | None] = [None] * self.size
+        dist.all_gather_object(found, words)
+        first = next((other for other in found if other is not None), None)
+        if first is not None:
+            raise first if error is None or isinstance(error, ConfigError) else error
+
+
+def world_size() -> int:
+    """How many ranks the launcher started; one without a launcher."""
+    return _number("WORLD_SIZE", at_least=1) if "WORLD_SIZE" in os.environ else 1
+
+
+def join(
+    device_type: str, *, init_seconds: int = 300, train_seconds: int = 100, offload: bool = False
+) -> World:
+    """Meet the other ranks that the launcher started, and take this rank's GPU.
+
+    `offload` is whether tensors are reduced on the CPU as well as on the GPU. Raises ConfigError where the
+    launcher's variables make no sense, or give this machine more ranks than it has GPUs.
+    """
+    size = world_size()
+    if "RANK" not in os.environ and size == 1:
+        return World()
+    rank = _number("RANK", below=size)
+    local_size = _number("LOCAL_WORLD_SIZE", at_least=1)
+    local_rank = _number("LOCAL_RANK", below=local_size)
+    address, _ = _variable("MASTER_ADDR"), _variable("MASTER_PORT")
+    if device_type == "cuda":
+        _take_gpu(local_rank, local_size)
+    backend = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl" if offload else "nccl"}[device_type]
+    timeout = timedelta(seconds=init_seconds)
+    try:
+        store, _, _ = next(rendezvous("env://", timeout=timeout))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    except dist.DistError as error:
+        rule = f"did not bring the {size} ranks together ({str(error).splitlines()[0]})"
+        remedy = "see what became of the others, or raise comm.init_timeout_seconds"
+        raise ConfigError([Problem("MASTER_ADDR", address, rule, remedy)]) from None
+    return World(
+        rank=rank,
+        local_rank=local_rank,
+        size=size,
+        local_size=local_size,
+        train_seconds=train_seconds,
+        store=store,
+    )
+
+
+def leave() -> None:
+    """Wait until every rank is done, and part."""
+    if dist.is_initialized():
+        nccl = "nccl" in dist.get_backend()
+        dist.barrier(device_ids=[torch.cuda.current_device()] if nccl else None)
+        dist.destroy_process_group()
+
+
+def _take_gpu(local_rank: int, local_size: int) -> None:
+    count = torch.cuda.device_count()
+    if local_size > count:
+        rule = f"is more ranks than this machine has GPUs, which is {count}"
+        remedy = f"use --nproc_per_node {count}, or --job.device cpu"
+        raise ConfigError([Problem("LOCAL_WORLD_SIZE", local_size, rule, remedy)])
+    torch.cuda.set_device(local_rank)
+
+
+def _number(name: str, *, at_least: int = 0, below: int | None = None) -> int:
+    """The launcher's variable `name` as a number in its range."""
+    given = _variable(name)
+    if not (given.isascii() and given.isdecimal()) or int(given) < at_least:
+        rule = "is not the number of a rank" if at_least == 0 else "is not a number of ranks"
+        raise ConfigError([Problem(name, given, rule, "unset it, or start with torchrun, which sets it")])
+    if below is not None and int(given) >= below:
+        rule = f"is not below the {below} ranks there are"
+        raise ConfigError([Problem(name, int(given), rule, "start with torchrun, which sets it")])
+    return int(given)
+
+
+def _variable(name: str) -> str:
+    if name not in os.environ:
+        rule, remedy = (
+            "is not set, and other variables of a launcher are",
+            "start with torchrun, or unset those",
+        )
+        raise ConfigError([Problem(name, MISSING, rule, remedy)])
+    return os.environ[name]
