@@ -6,6 +6,7 @@ Starting ranks is what costs: a pool is started once and used again, until a ran
 """
 
 import builtins
+import contextlib
 import gc
 import itertools
 import multiprocessing
@@ -204,16 +205,14 @@ def _serve(rank: int, size: int, connection: Connection, filters: Sequence[str],
         kind = getattr(builtins, category.strip() or "Warning")
         warnings.filterwarnings(action.strip(), message.strip(), kind)  # pyright: ignore[reportArgumentType]
     gc.freeze()
-    while True:
-        try:
-            task = connection.recv_bytes()
-        except EOFError:
-            return
-        outcome = _outcome(task, rank, size)
-        connection.send_bytes(pickle.dumps(outcome))
-        if outcome.failed:
-            threading.Event().wait()  # for the end: the others may be anywhere in the function
-        _forget_process_group()
+    with contextlib.suppress(EOFError):  # the parent is gone
+        while True:
+            outcome = _outcome(connection.recv_bytes(), rank, size)
+            connection.send_bytes(pickle.dumps(outcome))
+            if outcome.failed:
+                break  # the others may be anywhere in the function
+            _forget_process_group()
+    threading.Event().wait()  # for the end
 
 
 def _outcome(task: bytes, rank: int, size: int) -> _Outcome:

@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m torchtitan_li
 
 def _main(argv: Sequence[str], prog: str) -> int:
     from torchtitan_lite.config.job import load_job
-    from torchtitan_lite.config.load import ConfigError, to_toml
+    from torchtitan_lite.config.load import ConfigError
     from torchtitan_lite.parallel.watch import tell_launcher
     from torchtitan_lite.parallel.world import world_size
     from torchtitan_lite.training.step import NonFinite
@@ -54,7 +54,7 @@ def _main(argv: Sequence[str], prog: str) -> int:
     try:
         loaded = load_job(argv, world_size=world_size(), prog=prog)
         if loaded.dry_run:
-            print(to_toml(loaded.config), end="", flush=True)
+            print(_resolved(loaded.config, loaded.world_size), end="", flush=True)
         else:
             train(loaded.config)
     except ConfigError as error:
@@ -163,7 +163,7 @@ class _Run:
 
 def _make_folder(job: "JobConfig", world: "World") -> Path:
     """The run's folder with its config.toml, which rank 0 makes for all."""
-    from torchtitan_lite.config.load import ConfigError, Problem, to_toml
+    from torchtitan_lite.config.load import ConfigError, Problem
     from torchtitan_lite.training.outputs import new_folder
 
     made: Path | ConfigError | None = None
@@ -171,7 +171,7 @@ def _make_folder(job: "JobConfig", world: "World") -> Path:
         subfolders = (job.metrics.save_tb_folder, job.profiling.save_traces_folder)
         try:
             made = new_folder(job.job.dump_folder, job.model.name, job.model.flavor, subfolders)
-            (made / "config.toml").write_text(to_toml(job), encoding="utf-8")
+            (made / "config.toml").write_text(_resolved(job, world.size), encoding="utf-8")
         except OSError as error:
             rule = f"cannot be written ({error.strerror})"
             remedy = "name a folder that you can write to"
@@ -181,6 +181,13 @@ def _make_folder(job: "JobConfig", world: "World") -> Path:
         raise made
     assert made is not None
     return made
+
+
+def _resolved(job: "JobConfig", world_size: int) -> str:
+    """The whole configuration as TOML, after the plan for `world_size` ranks as comments."""
+    from torchtitan_lite.config.load import to_toml
+
+    return "".join(f"# {line}\n" for line in job.plan(world_size)) + "\n" + to_toml(job)
 
 
 def _end_of(error: BaseException, world: "World") -> "End":

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -170,11 +171,22 @@ def test_data_found_wanting_after_the_start_is_refused_the_same_way(run, small_r
     assert json.loads((tmp_path / "run" / "exit.json").read_text())["outcome"] == "refused"
 
 
-def test_more_than_one_rank_is_refused_and_rank_0_alone_says_so(run, small_run) -> None:
-    first, second = (run(SCRIPT, *small_run, RANK=rank, WORLD_SIZE="2") for rank in "01")
-    assert (first.returncode, second.returncode) == (2, 2)
-    assert first.stderr.startswith("WORLD_SIZE = 2 ")
-    assert second.stderr == ""
+def test_a_dry_run_begins_with_the_plan_and_can_be_read_back(run, small_run, tmp_path: Path) -> None:
+    mesh = ("--parallelism.tensor-parallel-degree", 2, "--activation-checkpoint.mode", "full")
+    done = run(SCRIPT, *small_run, *mesh, "--dry-run", "--world-size", 8)
+    assert done.stdout.startswith("# mesh: 8 ranks = dp_replicate 1 x dp_shard 4 x cp 1 x tp 2\n")
+    (tmp_path / "again.toml").write_text(done.stdout, encoding="utf-8")
+    again = run(SCRIPT, "--config", "again.toml", "--dry-run", "--world-size", 8)
+    assert (again.returncode, again.stdout) == (0, done.stdout)
+
+
+def test_cpu_offload_works_without_a_launcher(run, small_run) -> None:
+    plain = run(SCRIPT, *small_run)
+    offloaded = run(SCRIPT, *small_run, "--training.enable-cpu-offload")
+    assert (plain.returncode, offloaded.returncode) == (0, 0), offloaded.stderr
+    assert "FSDP over 1; gathered weights dropped after forward; shards in host memory" in offloaded.stdout
+    losses = [re.findall(r"loss +([\d.]+)", done.stdout) for done in (plain, offloaded)]
+    assert losses[0] == losses[1] and len(losses[0]) == 5
 
 
 @pytest.mark.parametrize("size", ["", "two", "-1", "0", "1.5"])

@@ -10,7 +10,6 @@ import torch
 from torchtitan_lite.config.job import JobConfig, load_job
 from torchtitan_lite.config.load import ConfigError
 from torchtitan_lite.data import IGNORE, Batch
-from torchtitan_lite.training import trainer as trainer_module
 from torchtitan_lite.training.step import NonFinite
 from torchtitan_lite.training.trainer import Trainer
 

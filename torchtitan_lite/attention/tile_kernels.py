@@ -202,7 +202,8 @@ def attend_tiles(
     q_BQHK, k_BSGK, v_BSGK = (_unit_stride(x) for x in (q_BQHK, k_BSGK, v_BSGK))
     calls = _calls(table, masks, q_BQHK.dtype)
     if _one_for_all(calls, q_BQHK, k_BSGK):
-        found = kernel.forward(*(x.transpose(1, 2) for x in (q_BQHK, k_BSGK, v_BSGK)), True, None, scale)
+        q, k, v = (x.transpose(1, 2) for x in (q_BQHK, k_BSGK, v_BSGK))
+        found = kernel.forward(q, k, v, True, None, scale)
         out_BQHK, lse_BQH = (x.transpose(1, 2) for x in found)
         return out_BQHK, lse_BQH.contiguous()
     out_BQHK = torch.zeros_like(q_BQHK)
@@ -252,8 +253,10 @@ def attend_tiles_backward(
     kernel, calls = kernel_for(q_BQHK), _calls(table, masks, q_BQHK.dtype)
     dout_BQHK, q_BQHK, k_BSGK, v_BSGK = (_unit_stride(x) for x in (dout_BQHK, q_BQHK, k_BSGK, v_BSGK))
     if _one_for_all(calls, q_BQHK, k_BSGK):
-        tensors = (x.transpose(1, 2) for x in (dout_BQHK, q_BQHK, k_BSGK, v_BSGK, out_BQHK, lse_BQH))
-        dq, dk, dv = (x.transpose(1, 2) for x in kernel.backward(*tensors, True, None, scale))
+        everything = dout_BQHK, q_BQHK, k_BSGK, v_BSGK, out_BQHK, lse_BQH
+        dout, q, k, v, out, lse = (x.transpose(1, 2) for x in everything)
+        found = kernel.backward(dout, q, k, v, out, lse, True, None, scale)
+        dq, dk, dv = (x.transpose(1, 2) for x in found)
         return dq, dk, dv
     # Tiles that share keys or queries are summed in full precision.
     once = all(call.fresh_queries and call.fresh_keys for call in calls)

@@ -16,7 +16,7 @@ from torchtitan_lite.data.sources import DataConfig
 from torchtitan_lite.data.tokenizer import load_tokenizer
 from torchtitan_lite.models.decoder import DecoderConfig
 from torchtitan_lite.models.registry import meant_kind, read, resolve, split_flavor
-from torchtitan_lite.parallel.apply import CompileConfig
+from torchtitan_lite.parallel.apply import CompileConfig, plan
 from torchtitan_lite.parallel.mesh import CommConfig, ParallelismConfig
 from torchtitan_lite.parallel.recompute import ActivationCheckpointConfig
 from torchtitan_lite.training.determinism import DebugConfig
@@ -117,6 +117,20 @@ class JobConfig:
         """The decoder that the model section describes. Raises ConfigError where it describes none."""
         return resolve(self.model.name, self.model.flavor, self.model.attention, self.model.overrides)
 
+    def plan(self, world_size: int) -> list[str]:
+        """How the run is spread over `world_size` ranks, in a few lines; needs no ranks."""
+        with torch.device("meta"):
+            parameters = self.decoder.build().named_parameters()
+        return plan(
+            {name: parameter.shape for name, parameter in parameters},
+            self.parallelism.degrees(world_size),
+            attention=self.model.attention.kind,
+            parallelism=self.parallelism,
+            recompute=self.activation_checkpoint,
+            compile=self.compile,
+            offload=self.training.enable_cpu_offload,
+        )
+
     def check(self, world_size: int = 1, dry_run: bool = False) -> list[Problem]:
         """Everything that is wrong on `world_size` ranks although each value has its type.
 
@@ -158,6 +172,8 @@ class JobConfig:
             found.append(Problem("training.seq_len", self.training.seq_len, rule, remedy))
         unsound = {problem.key.removeprefix("model.overrides.") for problem in wrong}
         found += self._division_problems(decoder, unsound, world_size)
+        if decoder is not None:
+            found += self.activation_checkpoint.block_problems("activation_checkpoint", decoder.n_layers)
         return wrong + of_sound_values(found, wrong)
 
     def _division_problems(

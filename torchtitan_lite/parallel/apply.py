@@ -108,34 +108,24 @@ def plan(
     axes = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, degrees.sizes, strict=True))
     total = sum(shape.numel() for shape in shapes.values())
     largest = sum(_largest_shard(name, shape, degrees) for name, shape in shapes.items())
-    tensor, context, fsdp = degrees.tensor, degrees.context, degrees.replicate * degrees.fsdp > 1 or offload
-    inner = f"{attention} attention"
-    if context > 1:
-        method = parallelism.context_parallel_method
-        balance = f" ({parallelism.context_parallel_load_balancer})" * (method == "allgather")
-        inner += f" within {method}{balance} over cp {context}"
-    parts = {
+    tp, is_sharded = degrees.tensor, degrees.replicate * degrees.fsdp > 1 or offload
+    rows = {
+        "mesh": [f"{degrees.world} rank{'s' * (degrees.world > 1)} = {axes}"],
+        "parameters": [f"{total:,} in all, {largest:,} per rank ({largest / total:.1%})"],
+        "projections": [f"wq wk wv w1 w3 by columns, wo w2 by rows, norms by tokens (tp {tp})"] * (tp > 1),
+        "attention": [attention, *_context_words(degrees, parallelism)],
         "blocks": [
-            f"wq wk wv w1 w3 by columns, wo w2 by rows, norms by tokens over tp {tensor}" * (tensor > 1),
-            inner,
             f"recompute {recompute.described()}",
-            f"compiled by {compile.backend}" * compile.enable,
-            _fsdp_words(degrees, parallelism, offload) * fsdp,
+            *[f"compiled by {compile.backend}"] * compile.enable,
+            *_fsdp_words(degrees, parallelism, offload) * is_sharded,
         ],
-        "embedding, norm, head": [
-            f"vocabulary over tp {tensor}" * (tensor > 1),
-            "one FSDP group, kept until the backward" * fsdp,
+        "embedding and head": [
+            *[f"by vocabulary (tp {tp})"] * (tp > 1),
+            *["one FSDP group with the last norm, kept until the backward"] * is_sharded,
         ],
-        "loss": [
-            f"each rank {_loss_words(parallelism)} over tp {tensor}" * (tensor > 1),
-            "in chunks, eager",
-        ],
+        "loss": ["in chunks", *_loss_words(degrees, parallelism)],
     }
-    return [
-        f"mesh: {degrees.world} ranks = {axes}",
-        f"parameters: {total:,} in all, {largest:,} per rank ({largest / total:.1%})",
-        *(f"{part}: {', '.join(filter(None, words))}" for part, words in parts.items()),
-    ]
+    return [f"{part}: {'; '.join(words)}" for part, words in rows.items() if words]
 
 
 def _largest_shard(name: str, shape: torch.Size, degrees: Degrees) -> int:
@@ -148,14 +138,27 @@ def _largest_shard(name: str, shape: torch.Size, degrees: Degrees) -> int:
     return math.prod(sizes)
 
 
-def _fsdp_words(degrees: Degrees, parallelism: ParallelismConfig, offload: bool) -> str:
-    copies = f", {degrees.replicate} copies" * (degrees.replicate > 1)
+def _context_words(degrees: Degrees, parallelism: ParallelismConfig) -> list[str]:
+    if degrees.context == 1:
+        return []
+    if parallelism.context_parallel_method == "ulysses":
+        return [f"heads for tokens by ulysses (cp {degrees.context})"]
+    balancer = parallelism.context_parallel_load_balancer
+    return [f"keys and values gathered, {balancer} balance (cp {degrees.context})"]
+
+
+def _fsdp_words(degrees: Degrees, parallelism: ParallelismConfig, offload: bool) -> list[str]:
     kept = "kept" if parallelism.fsdp_reshard_after_forward == "never" else "dropped"
-    return f"FSDP over {degrees.fsdp}{copies}, weights {kept} after forward" + ", offloaded" * offload
+    return [
+        f"FSDP over {degrees.fsdp}" + f", {degrees.replicate} copies" * (degrees.replicate > 1),
+        f"gathered weights {kept} after forward",
+        *["shards in host memory"] * offload,
+    ]
 
 
-def _loss_words(parallelism: ParallelismConfig) -> str:
-    return "its tokens" if parallelism.disable_loss_parallel else "its share of the vocabulary"
+def _loss_words(degrees: Degrees, parallelism: ParallelismConfig) -> list[str]:
+    share = "its own tokens" if parallelism.disable_loss_parallel else "its share of the vocabulary"
+    return [f"each rank {share} (tp {degrees.tensor})"] * (degrees.tensor > 1)
 
 
 def _context(mesh: DeviceMesh, parallelism: ParallelismConfig) -> ContextParallel:

@@ -29,6 +29,14 @@ class ActivationCheckpointConfig:
         rule = 'is neither "op" nor a number of blocks'
         return [Problem(f"{key}.selective_ac_option", option, rule, 'use "op", or "2" for every 2nd block')]
 
+    def block_problems(self, key: str, n_blocks: int) -> list[Problem]:
+        """A choice of blocks that chooses none out of `n_blocks`."""
+        option = self.selective_ac_option
+        if self.mode != "selective" or option == "op" or self.problems(key) or int(option) <= n_blocks:
+            return []
+        rule = f"is more than the {n_blocks} blocks of the model, so that nothing would be recomputed"
+        return [Problem(f"{key}.selective_ac_option", option, rule, f'use at most "{n_blocks}", or "op"')]
+
     def described(self) -> str:
         """In words, for the plan."""
         if self.mode != "selective":

@@ -48,7 +48,7 @@ def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh, *, loss_parallel: 
         module, dim = model.get_submodule(name.rpartition(".")[0]), shard_dim(name)
         placement = Replicate() if dim is None else Shard(dim)
         module.weight = nn.Parameter(distribute_tensor(parameter, mesh, [placement]))
-        module.weight_for = MethodType(_own_share if dim is not None else _whole, module)
+        setattr(module, "weight_for", MethodType(_own_share if dim is not None else _whole, module))  # noqa: B010
     embedding = model.get_submodule("embedding")
     embedding.forward = _by_rows(embedding, mesh)
     for block in model.get_submodule("blocks").children():

@@ -104,6 +104,9 @@ def join(
     """
     size = world_size()
     if "RANK" not in os.environ and size == 1:
+        if offload:  # FSDP does it, and needs a group of at least this process
+            store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+            dist.init_process_group(_backend(device_type, offload), store=store, rank=0, world_size=1)
         return World()
     rank = _number("RANK", below=size)
     local_size = _number("LOCAL_WORLD_SIZE", at_least=1)
@@ -111,7 +114,7 @@ def join(
     address, _ = _variable("MASTER_ADDR"), _variable("MASTER_PORT")
     if device_type == "cuda":
         _take_gpu(local_rank, local_size)
-    backend = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl" if offload else "nccl"}[device_type]
+    backend = _backend(device_type, offload)
     timeout = timedelta(seconds=init_seconds)
     try:
         store, _, _ = next(rendezvous("env://", timeout=timeout))
@@ -128,6 +131,10 @@ def join(
         train_seconds=train_seconds,
         store=store,
     )
+
+
+def _backend(device_type: str, offload: bool) -> str:
+    return {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl" if offload else "nccl"}[device_type]
 
 
 def leave() -> None:

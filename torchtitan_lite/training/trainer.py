@@ -15,7 +15,7 @@ from torch import Tensor
 from torchtitan_lite.config.job import JobConfig
 from torchtitan_lite.data import IGNORE, Batch, Loader, Samples, in_order, load_tokenizer, prepare
 from torchtitan_lite.models.init import init_weights
-from torchtitan_lite.parallel.apply import apply, plan
+from torchtitan_lite.parallel.apply import apply
 from torchtitan_lite.parallel.fsdp import place_shard, sync_gradients
 from torchtitan_lite.parallel.gradients import scale, squared_norm, sum_partial
 from torchtitan_lite.parallel.mesh import build_mesh
@@ -129,7 +129,7 @@ class Trainer:
             f"{self.job.training.mixed_precision_param} on {self.device}{threads}; "
             f"{self.shards.train.n_tokens:,} tokens to train on"
         )
-        return [line, *plan_of(self.job, self.world.size)]
+        return [line, *self.job.plan(self.world.size)]
 
     def say_work(self, metrics: Metrics | Silence) -> None:
         """Report how evenly attention was shared in the step just done, where ranks share sequences."""
@@ -249,18 +249,3 @@ class Trainer:
     def _sum_over_ranks(self, x: Tensor) -> Tensor:
         """The sum of what every rank found for its tokens, of which a tensor-parallel group has the same."""
         return self.world.sum(x / self.degrees.tensor)
-
-
-def plan_of(job: JobConfig, world_size: int) -> list[str]:
-    """How `job` is spread over `world_size` ranks, in a few lines; needs no ranks."""
-    with torch.device("meta"):
-        model = job.decoder.build()
-    return plan(
-        {name: parameter.shape for name, parameter in model.named_parameters()},
-        job.parallelism.degrees(world_size),
-        attention=job.model.attention.kind,
-        parallelism=job.parallelism,
-        recompute=job.activation_checkpoint,
-        compile=job.compile,
-        offload=job.training.enable_cpu_offload,
-    )

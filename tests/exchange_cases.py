@@ -1,0 +1,340 @@
+"""What the tests of single exchanges run inside the ranks of a pool (ranks.py).
+
+B batch, S tokens, s = S / n of them on each of n ranks; H query heads, G key/value heads, K head dim;
+D model dim, V vocab.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+import torch._dynamo
+import torch.distributed as dist
+from attention_cases import HEAD_DIM, qkv
+from parallel_cases import new_trainer, precision, whole
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from torchtitan_lite.attention import AttentionConfig, Sdpa
+from torchtitan_lite.models.decoder import Decoder
+from torchtitan_lite.models.init import init_weights
+from torchtitan_lite.models.loss import IGNORE, LinearCrossEntropy
+from torchtitan_lite.models.registry import resolve
+from torchtitan_lite.parallel.apply import CompileConfig, apply
+from torchtitan_lite.parallel.context import ContextParallel, Split
+from torchtitan_lite.parallel.fsdp import place_shard
+from torchtitan_lite.parallel.gradients import squared_norm, sum_partial
+from torchtitan_lite.parallel.mesh import Degrees, ParallelismConfig, build_mesh
+from torchtitan_lite.parallel.recompute import ActivationCheckpointConfig
+from torchtitan_lite.parallel.tensor import OwnShareOfTokens, OwnShareOfVocabulary, apply_tensor_parallel
+
+
+class Watch(TorchDispatchMode):
+    """What operators send to other ranks, and the most elements that one of them returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent: list[tuple[str, int]] = []
+        """The name of each exchange, and the bytes that this rank has put into it."""
+        self.largest = 0
+        self.calls: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        name = func.overloadpacket.__name__
+        self.calls.append(name)
+        if func.namespace in ("c10d", "_c10d_functional") and name not in ("wait_tensor", "barrier"):
+            self.sent.append((name, sum(x.nbytes for x in tree_leaves(args[0]) if isinstance(x, Tensor))))
+        out = func(*args, **(kwargs or {}))
+        made = [x.numel() for x in tree_leaves(out) if isinstance(x, Tensor)]
+        self.largest = max(self.largest, *made, 0)
+        return out
+
+    @property
+    def bytes_sent(self) -> int:
+        return sum(n_bytes for _, n_bytes in self.sent)
+
+
+# Attention to a sequence of which each rank has a part.
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attention:
+    """One attention, forward and backward, of the tensors of `attention_cases.qkv`."""
+
+    positions_BS: Tensor
+    method: Any = "allgather"
+    balanced: bool = True
+    config: AttentionConfig = Sdpa()
+    window: int | None = None
+    heads: tuple[int, int] = (4, 2)
+    scale: float | None = None
+    dtype: torch.dtype = torch.float64
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """q, k, v and the output's gradient, of whole sequences."""
+        (batch, seq_len), (n_heads, n_kv_heads) = self.positions_BS.shape, self.heads
+        q, k, v = qkv(batch, seq_len, seq_len, n_heads, n_kv_heads, self.dtype)
+        generator = torch.Generator().manual_seed(1)
+        return q, k, v, torch.randn(q.shape, generator=generator, dtype=self.dtype)
+
+
+class Part(NamedTuple):
+    """A rank's part of what an attention comes to."""
+
+    out: Tensor
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    bytes_sent: tuple[int, int]
+    """Forward and backward."""
+
+
+def attend(cases: Sequence[Attention]) -> list[Part]:
+    return [_attend(case) for case in cases]
+
+
+def _attend(case: Attention) -> Part:
+    split = Split(dist.get_world_size(), case.balanced)
+    context = ContextParallel(
+        method=case.method, split=split, rank=dist.get_rank(), group=dist.distributed_c10d._get_default_group()
+    )
+    mask = case.config.mask(
+        case.positions_BS, queries=context.queries(case.positions_BS.shape[1]), sliding_window=case.window
+    )
+    q, k, v, dout = (context.shard(x.detach()).requires_grad_() for x in case.tensors())
+    inner = context.wrap(case.config.build())
+    with Watch() as forward:
+        out = inner(q, k, v, mask, scale=case.scale)
+    with Watch() as backward:
+        dq, dk, dv = torch.autograd.grad(out, (q, k, v), dout)
+    return Part(out.detach(), dq, dk, dv, (forward.bytes_sent, backward.bytes_sent))
+
+
+def attention_bytes(method: str, n_ranks: int, batch: int, seq_len: int, heads: tuple[int, int]) -> Any:
+    """What a rank puts into exchanges of float64, forward and backward, counted by hand."""
+    n_heads, n_kv_heads = heads
+    token = batch * seq_len // n_ranks * HEAD_DIM * 8
+    if method == "allgather":
+        return token * 2 * n_kv_heads, token * 2 * n_kv_heads * n_ranks
+    return (token * (2 * n_heads + 2 * n_kv_heads),) * 2
+
+
+def block_sizes_of_masks(argv: Sequence[str]) -> set[tuple[int, int]]:
+    """The block sizes of the masks that reach the model in a step."""
+    trainer, found = new_trainer(argv), set()
+    trainer.model.register_forward_pre_hook(lambda _, args: found.add(args[2].block_mask.BLOCK_SIZE))
+    trainer.train_step()
+    return found
+
+
+# The vocabulary in shares.
+
+
+class Loss(NamedTuple):
+    """What a loss comes to, its gradients whole."""
+
+    value: Tensor
+    n_valid: Tensor
+    dx_BSD: Tensor
+    dweight_VD: Tensor
+
+
+SCALE = 0.3
+"""Of the loss, before it is differentiated."""
+
+
+def loss_inputs(batch: int, seq_len: int, dim: int, vocab: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states, weight and labels from all of the vocabulary, its ends included; every fifth ignored."""
+    generator = torch.Generator().manual_seed(0)
+    x_BSD = torch.randn(batch, seq_len, dim, generator=generator, dtype=torch.float64)
+    weight_VD = torch.randn(vocab, dim, generator=generator, dtype=torch.float64)
+    labels_BS = (torch.arange(batch * seq_len) % vocab).view(batch, seq_len)
+    labels_BS[:, ::5] = IGNORE
+    return x_BSD, weight_VD, labels_BS
+
+
+def losses(by_vocabulary: bool, cases: Sequence[tuple[Tensor, Tensor, Tensor]]) -> list[Loss]:
+    mesh = build_mesh(Degrees(tensor=dist.get_world_size()), "cpu").tensor
+    kind = OwnShareOfVocabulary if by_vocabulary else OwnShareOfTokens
+    return [_loss(kind(LinearCrossEntropy(), mesh), *case) for case in cases]
+
+
+def _loss(module: Any, x_BSD: Tensor, weight_VD: Tensor, labels_BS: Tensor) -> Loss:
+    x_BsD, weight = _tokens_and_rows(module.mesh, x_BSD, weight_VD)
+    value, n_valid = module(x_BsD, weight, labels_BS)
+    (SCALE * value).backward()
+    assert x_BsD.grad is not None and isinstance(weight.grad, DTensor)
+    assert weight.grad.placements == weight.placements
+    dx_BSD = DTensor.from_local(x_BsD.grad, module.mesh, [Shard(1)])
+    with torch.no_grad():
+        again, _ = module(x_BsD, weight, labels_BS)
+    assert torch.equal(again, value)
+    return Loss(value.detach(), n_valid, whole(dx_BSD), whole(weight.grad))
+
+
+def _tokens_and_rows(mesh: Any, x_BSD: Tensor, weight_VD: Tensor) -> tuple[Tensor, nn.Parameter]:
+    x_BsD = x_BSD.chunk(mesh.size(), dim=1)[mesh.get_local_rank()].clone().requires_grad_()
+    return x_BsD, nn.Parameter(distribute_tensor(weight_VD, mesh, [Shard(0)]))
+
+
+def watch_loss(x_BSD: Tensor, weight_VD: Tensor, labels_BS: Tensor) -> tuple[list[tuple[str, int]], int]:
+    """What the loss on a share of the vocabulary sends, and the largest tensor that it makes."""
+    mesh = build_mesh(Degrees(tensor=dist.get_world_size()), "cpu").tensor
+    module = OwnShareOfVocabulary(LinearCrossEntropy(), mesh)
+    x_BsD, weight = _tokens_and_rows(mesh, x_BSD, weight_VD)
+    with Watch() as seen:
+        module(x_BsD, weight, labels_BS)[0].backward()
+    return seen.sent, seen.largest
+
+
+def small_model(family: str, **overrides: Any) -> Decoder:
+    """In float64, of random weights."""
+    config = resolve(family, "debugmodel", overrides=SMALL | overrides)
+    return config.build(compute_dtype=torch.float64).double()
+
+
+SMALL = {
+    "n_layers": 2, "dim": 16, "n_heads": 4, "n_kv_heads": 2, "head_dim": 6, "ffn_dim": 20, "vocab_size": 40
+}  # fmt: skip
+TOKENS_BS = torch.tensor([[0, 19, 20, 39, 7, 25, 7, 7], [10, 9, 29, 30, 0, 1, 38, 39]])
+"""Of every share of a vocabulary of 40, the first and the last among them; some twice."""
+
+
+def look_up(upstream_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """This rank's tokens' vectors, its rows of the embedding's gradient, and the whole gradient."""
+    model = small_model("llama3")
+    mesh = build_mesh(Degrees(tensor=dist.get_world_size()), "cpu").tensor
+    apply_tensor_parallel(model, mesh, loss_parallel=True)
+    x_BsD = model.embedding(TOKENS_BS)
+    x_BsD.backward(upstream_BSD.chunk(mesh.size(), dim=1)[mesh.get_local_rank()])
+    gradient = model.embedding.weight.grad
+    assert isinstance(gradient, DTensor)
+    return x_BsD.detach(), gradient.to_local(), whole(gradient)
+
+
+def local_shapes(family: str) -> dict[str, tuple[torch.Size, torch.Size]]:
+    """The whole and the local shape of every parameter under tensor parallel."""
+    model = small_model(family)
+    mesh = build_mesh(Degrees(tensor=dist.get_world_size()), "cpu").tensor
+    apply_tensor_parallel(model, mesh, loss_parallel=True)
+    return {
+        name: (p.shape, p.to_local().shape)
+        for name, p in model.named_parameters()
+        if isinstance(p, DTensor) and p.requires_grad
+    }
+
+
+def initial_weights(family: str, overrides: Mapping[str, Any], degrees: Degrees) -> dict[str, Tensor]:
+    """Whole ones, of a model that was made in shards."""
+    with torch.device("meta"):
+        model = resolve(family, "debugmodel", overrides=overrides).build()
+    apply(model, mesh=build_mesh(degrees, "cpu"))
+    model.to_empty(device="cpu")
+    init_weights(model, 3, place_shard)
+    return {name: whole(parameter) for name, parameter in model.named_parameters()}
+
+
+# Recompute and compile.
+
+
+class Pass(NamedTuple):
+    """A model's loss and gradients, and how they were computed."""
+
+    loss: Tensor
+    gradients: dict[str, Tensor]
+    """Whole ones, where ranks do not have terms of them."""
+    forward_calls: list[str]
+    """The operators, by name."""
+    backward_calls: list[str]
+    n_graphs: int
+    """Compiled by torch.compile."""
+    graph_breaks: list[str]
+
+
+def run_pass(
+    recompute: ActivationCheckpointConfig,
+    compile: CompileConfig,
+    degrees: Degrees = Degrees(),  # noqa: B008
+    method: Any = "allgather",
+    config: AttentionConfig = Sdpa(),  # noqa: B008
+    n_layers: int = 4,
+) -> Pass:
+    """One forward and backward of a small model, of packed documents."""
+    torch._dynamo.reset()
+    counters.clear()
+    model = small_model("qwen3", n_layers=n_layers)
+    model.config = replace(model.config, attention=config)
+    for block in model.blocks:
+        block.attention.inner = config.build()
+    mesh = build_mesh(degrees, "cpu") if dist.is_initialized() else None
+    parallelism = ParallelismConfig(context_parallel_method=method)
+    context = apply(model, mesh=mesh, parallelism=parallelism, recompute=recompute, compile=compile)
+    positions_BS = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5, 0, 1]])
+    mask = config.mask(positions_BS, queries=context.queries(positions_BS.shape[1]))
+    tokens_BS, own_BS, labels_BS = (context.shard(x) for x in (TOKENS_BS, positions_BS, TOKENS_BS.flip(1)))
+    with precision(double=True):
+        with Watch() as forward:
+            loss, _ = model(tokens_BS, own_BS, mask, labels_BS)
+        with Watch() as backward:
+            loss.backward()
+    sum_partial(model.parameters())
+    gradients = {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+    breaks = list(counters["graph_break"])
+    n_graphs = counters["stats"]["unique_graphs"]
+    return Pass(loss.detach(), gradients, forward.calls, backward.calls, n_graphs, breaks)
+
+
+# Gradients in shards.
+
+PLACEMENTS: dict[str, tuple[tuple[str, ...], tuple[Placement, ...]]] = {
+    "whole on every rank": (("outer", "inner"), (Replicate(), Replicate())),
+    "sharded over both": (("outer", "inner"), (Shard(0), Shard(1))),
+    "sharded over both, on one dim": (("outer", "inner"), (Shard(0), Shard(0))),
+    "sharded over the inner": (("outer", "inner"), (Replicate(), Shard(1))),
+    "sharded over the outer": (("outer", "inner"), (Shard(0), Replicate())),
+    "on the inner alone": (("inner",), (Shard(0),)),
+    "whole, on the inner alone": (("inner",), (Replicate(),)),
+}
+"""Axes of a mesh of 2 x 2, and how a tensor lies on them."""
+
+
+def gradient_of(name: str) -> Tensor:
+    """Seven rows: nothing divides them."""
+    generator = torch.Generator().manual_seed(list(PLACEMENTS).index(name))
+    return torch.randn(7, 5, generator=generator, dtype=torch.float64)
+
+
+def squared_norms(names: Sequence[str]) -> float:
+    """The square of the norm of all gradients, summed over ranks; one of no DTensor is among them."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
+    parameters = [nn.Parameter(torch.zeros(3, dtype=torch.float64)), nn.Parameter(torch.zeros(1))]
+    parameters[0].grad = torch.ones(3, dtype=torch.float64)  # the other has none
+    for name in names:
+        axes, placements = PLACEMENTS[name]
+        gradient = distribute_tensor(gradient_of(name), mesh[axes], placements)
+        parameters.append(nn.Parameter(torch.zeros_like(gradient)))
+        parameters[-1].grad = gradient
+    square = squared_norm(parameters, dist.get_world_size())
+    dist.all_reduce(square)
+    return square.item()
+
+
+def summed() -> tuple[list[Tensor], list[tuple[str, int]]]:
+    """The gradients of two whole weights of which ranks have terms, and of a sharded one; what was sent."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
+    parameters = []
+    for size, placement, term in ((3, Replicate(), Partial()), (4, Shard(0), Shard(0)), (5, Replicate(), Partial())):
+        own = torch.full((size,), float(dist.get_rank() + size))
+        weight = distribute_tensor(torch.zeros(own.numel() * (placement == term) * 1 or size), mesh, [placement])
+        parameters.append(nn.Parameter(weight))
+        parameters[-1].grad = DTensor.from_local(own, mesh, [term], run_check=False)
+    with Watch() as seen:
+        sum_partial(parameters)
+    return [p.grad.to_local() for p in parameters if isinstance(p.grad, DTensor)], seen.sent
