@@ -1,4 +1,4 @@
-"""Attention, context parallel, tensor parallel, compile and recompute: every combination, and what it comes to."""
+"""Every combination of attention, context parallel, tensor parallel, compile and recompute."""
 
 import itertools
 import json
@@ -83,7 +83,7 @@ def tiny_run(path: object, cache: object, device: str = "cpu", dtype: str = "flo
         "data.cache-dir": cache,
         "training.steps": 10,
         # A GPU's kernels work on tiles of 128.
-        "training.seq-len": 32 if device == "cpu" else 256,
+        "training.seq-len": 64 if device == "cpu" else 256,
         "training.local-batch-size": GLOBAL_BATCH,
         "training.mixed-precision-param": dtype,
         "lr-scheduler.warmup-steps": 2,

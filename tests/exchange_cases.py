@@ -5,6 +5,7 @@ D model dim, V vocab.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -34,6 +35,10 @@ from torchtitan_lite.parallel.recompute import ActivationCheckpointConfig
 from torchtitan_lite.parallel.tensor import OwnShareOfTokens, OwnShareOfVocabulary, apply_tensor_parallel
 
 
+_WAITING = ("wait_tensor", "_wrap_tensor_autograd")
+"""Operators of torch.distributed that send nothing."""
+
+
 class Watch(TorchDispatchMode):
     """What operators send to other ranks, and the most elements that one of them returns."""
 
@@ -49,7 +54,7 @@ class Watch(TorchDispatchMode):
     ) -> Any:
         name = func.overloadpacket.__name__
         self.calls.append(name)
-        if func.namespace in ("c10d", "_c10d_functional") and name not in ("wait_tensor", "barrier"):
+        if func.namespace in ("c10d", "_c10d_functional") and name not in _WAITING:
             self.sent.append((name, sum(x.nbytes for x in tree_leaves(args[0]) if isinstance(x, Tensor))))
         out = func(*args, **(kwargs or {}))
         made = [x.numel() for x in tree_leaves(out) if isinstance(x, Tensor)]
@@ -114,7 +119,9 @@ def _attend(case: Attention) -> Part:
         out = inner(q, k, v, mask, scale=case.scale)
     with Watch() as backward:
         dq, dk, dv = torch.autograd.grad(out, (q, k, v), dout)
-    return Part(out.detach(), dq, dk, dv, (forward.bytes_sent, backward.bytes_sent))
+    # What an exchange returns may be a tensor that still waits for it, and cannot be pickled.
+    tensors = (x.detach().clone() for x in (out, dq, dk, dv))
+    return Part(*tensors, (forward.bytes_sent, backward.bytes_sent))
 
 
 def attention_bytes(method: str, n_ranks: int, batch: int, seq_len: int, heads: tuple[int, int]) -> Any:
@@ -216,7 +223,7 @@ def look_up(upstream_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     x_BsD.backward(upstream_BSD.chunk(mesh.size(), dim=1)[mesh.get_local_rank()])
     gradient = model.embedding.weight.grad
     assert isinstance(gradient, DTensor)
-    return x_BsD.detach(), gradient.to_local(), whole(gradient)
+    return x_BsD.detach().clone(), gradient.to_local(), whole(gradient)  # a clone: as in _attend
 
 
 def local_shapes(family: str) -> dict[str, tuple[torch.Size, torch.Size]]:
@@ -249,9 +256,9 @@ class Pass(NamedTuple):
 
     loss: Tensor
     gradients: dict[str, Tensor]
-    """Whole ones, where ranks do not have terms of them."""
+    """Whole ones."""
     forward_calls: list[str]
-    """The operators, by name."""
+    """The operators, by name; none of what is compiled."""
     backward_calls: list[str]
     n_graphs: int
     """Compiled by torch.compile."""
@@ -279,10 +286,12 @@ def run_pass(
     positions_BS = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5, 0, 1]])
     mask = config.mask(positions_BS, queries=context.queries(positions_BS.shape[1]))
     tokens_BS, own_BS, labels_BS = (context.shard(x) for x in (TOKENS_BS, positions_BS, TOKENS_BS.flip(1)))
+    forward, backward = Watch(), Watch()
     with precision(double=True):
-        with Watch() as forward:
+        # torch.compile leaves alone what runs under a mode.
+        with nullcontext() if compile.enable else forward:
             loss, _ = model(tokens_BS, own_BS, mask, labels_BS)
-        with Watch() as backward:
+        with nullcontext() if compile.enable else backward:
             loss.backward()
     sum_partial(model.parameters())
     gradients = {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
@@ -330,11 +339,11 @@ def summed() -> tuple[list[Tensor], list[tuple[str, int]]]:
     """The gradients of two whole weights of which ranks have terms, and of a sharded one; what was sent."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
     parameters = []
-    for size, placement, term in ((3, Replicate(), Partial()), (4, Shard(0), Shard(0)), (5, Replicate(), Partial())):
+    for size, placement, term in ((3, Replicate(), Partial()), (4, Shard(0), None), (5, Replicate(), Partial())):
+        parameters.append(nn.Parameter(DTensor.from_local(torch.zeros(size), mesh, [placement])))
         own = torch.full((size,), float(dist.get_rank() + size))
-        weight = distribute_tensor(torch.zeros(own.numel() * (placement == term) * 1 or size), mesh, [placement])
-        parameters.append(nn.Parameter(weight))
-        parameters[-1].grad = DTensor.from_local(own, mesh, [term], run_check=False)
+        parameters[-1].grad = DTensor.from_local(own, mesh, [term or placement], run_check=False)
     with Watch() as seen:
         sum_partial(parameters)
-    return [p.grad.to_local() for p in parameters if isinstance(p.grad, DTensor)], seen.sent
+    assert all(p.grad.placements == p.placements for p in parameters if isinstance(p.grad, DTensor))
+    return [whole(p.grad) for p in parameters if p.grad is not None], seen.sent

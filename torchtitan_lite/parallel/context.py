@@ -139,27 +139,32 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, k_BsGK: Tensor, v_BsGK: Tensor, split: Split, group: Any) -> tuple[Tensor, Tensor]:
         ctx.split, ctx.group = split, group
-        both = _all_gather(torch.stack([k_BsGK, v_BsGK]), 0, group).unflatten(0, (-1, 2))
+        both = _waited(_all_gather(torch.stack([k_BsGK, v_BsGK]), 0, group)).unflatten(0, (-1, 2))
         return split.join(both[:, 0].unbind()), split.join(both[:, 1].unbind())
 
     @staticmethod
     def backward(ctx: Any, dk_BSGK: Tensor, dv_BSGK: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         both_C2BcGK = torch.stack([ctx.split.by_rank(dk_BSGK), ctx.split.by_rank(dv_BSGK)], dim=1)
-        own_C2BcGK = _reduce_scatter(both_C2BcGK, "sum", 0, ctx.group)
+        own_C2BcGK = _waited(_reduce_scatter(both_C2BcGK, "sum", 0, ctx.group))
         dk_BsGK, dv_BsGK = own_C2BcGK.movedim(0, 2).flatten(2, 3).unbind()
         return dk_BsGK, dv_BsGK, None, None
+
+
+def _waited(x: Tensor) -> Tensor:
+    # What still waits is a tensor of a class of its own, which others would have to know.
+    return x.wait() if isinstance(x, collectives.AsyncCollectiveTensor) else x
 
 
 def _to_heads(x_BsHK: Tensor, split: Split, group: Any) -> Tensor:
     """All tokens of a share of the heads, [B, S, H / n, K], from all heads of this rank's tokens."""
     shares = torch.stack(x_BsHK.chunk(split.n_ranks, dim=2))
-    received = _all_to_all(shares, None, None, group)
+    received = _waited(_all_to_all(shares, None, None, group))
     return split.join(received.unbind())
 
 
 def _to_sequence(x_BShK: Tensor, split: Split, group: Any) -> Tensor:
     """All heads of this rank's tokens, [B, s, H, K], from all tokens of a share of the heads."""
-    received = _all_to_all(split.by_rank(x_BShK), None, None, group)
+    received = _waited(_all_to_all(split.by_rank(x_BShK), None, None, group))
     shares_nCBchK = received.unflatten(0, (split.n_ranks, -1))
     return shares_nCBchK.permute(2, 1, 3, 0, 4, 5).flatten(3, 4).flatten(1, 2)
 

@@ -90,17 +90,22 @@ def _by_rows(embedding: Any, mesh: DeviceMesh) -> Callable[[Tensor], Tensor]:
     return look_up
 
 
+def _waited(x: Tensor) -> Tensor:
+    # torch.compile loses the gradient of an input that still waits, as the embedding's output would.
+    return x.wait() if isinstance(x, collectives.AsyncCollectiveTensor) else x
+
+
 class _Gather(torch.autograd.Function):
     """The tokens of all ranks; backward, each rank gets the sum for its own."""
 
     @staticmethod
     def forward(ctx: Any, x_BsD: Tensor, group: Any) -> Tensor:
         ctx.group = group
-        return _all_gather(x_BsD.contiguous(), 1, group)
+        return _waited(_all_gather(x_BsD.contiguous(), 1, group))
 
     @staticmethod
     def backward(ctx: Any, dx_BSD: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _reduce_scatter(dx_BSD, "sum", 1, ctx.group), None
+        return _waited(_reduce_scatter(dx_BSD, "sum", 1, ctx.group)), None
 
 
 class _ScatterSum(torch.autograd.Function):
@@ -109,11 +114,11 @@ class _ScatterSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_BSD: Tensor, group: Any) -> Tensor:
         ctx.group = group
-        return _reduce_scatter(x_BSD, "sum", 1, group)
+        return _waited(_reduce_scatter(x_BSD, "sum", 1, group))
 
     @staticmethod
     def backward(ctx: Any, dx_BsD: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _all_gather(dx_BsD.contiguous(), 1, ctx.group), None
+        return _waited(_all_gather(dx_BsD.contiguous(), 1, ctx.group)), None
 
 
 class OwnShareOfVocabulary(nn.Module):
