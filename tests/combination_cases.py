@@ -11,7 +11,7 @@ import parallel_cases
 import torch
 import torch._dynamo
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 N_STEPS = 2
 GLOBAL_BATCH = 4
@@ -139,11 +139,18 @@ def curve(argv: Sequence[str]) -> Curve:
 
 def curves_on_gpus(runs: Sequence[Sequence[str]]) -> list[Curve]:
     """The same with a GPU for each rank, which talk over NCCL."""
-    store, rank, size = dist.distributed_c10d._get_default_store(), dist.get_rank(), dist.get_world_size()
+    torch.cuda.set_device(dist.get_rank())
+    store = dist.distributed_c10d._get_default_store()
+    _meet_again("nccl", PrefixStore("gpus", store))
+    found = curves(runs)
+    _meet_again("gloo", PrefixStore("afterwards", store))
+    return found
+
+
+def _meet_again(backend: str, store: Store) -> None:
+    rank, size = dist.get_rank(), dist.get_world_size()
     dist.destroy_process_group()
-    torch.cuda.set_device(rank)
-    dist.init_process_group("nccl", store=PrefixStore("gpus", store), rank=rank, world_size=size)
-    return curves(runs)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
 
 
 assert [field.name for field in fields(Combination)] == list(FACTORS)

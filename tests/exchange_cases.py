@@ -34,6 +34,7 @@ from torchtitan_lite.parallel.mesh import Degrees, ParallelismConfig, build_mesh
 from torchtitan_lite.parallel.recompute import ActivationCheckpointConfig
 from torchtitan_lite.parallel.tensor import OwnShareOfTokens, OwnShareOfVocabulary, apply_tensor_parallel
 
+SDPA, ALONE = Sdpa(), Degrees()
 
 _WAITING = ("wait_tensor", "_wrap_tensor_autograd")
 """Operators of torch.distributed that send nothing."""
@@ -76,7 +77,7 @@ class Attention:
     positions_BS: Tensor
     method: Any = "allgather"
     balanced: bool = True
-    config: AttentionConfig = Sdpa()
+    config: AttentionConfig = SDPA
     window: int | None = None
     heads: tuple[int, int] = (4, 2)
     scale: float | None = None
@@ -106,9 +107,12 @@ def attend(cases: Sequence[Attention]) -> list[Part]:
 
 
 def _attend(case: Attention) -> Part:
-    split = Split(dist.get_world_size(), case.balanced)
+    n_ranks, rank = dist.get_world_size(), dist.get_rank()
     context = ContextParallel(
-        method=case.method, split=split, rank=dist.get_rank(), group=dist.distributed_c10d._get_default_group()
+        method=case.method,
+        split=Split(n_ranks, case.balanced),
+        rank=rank,
+        group=dist.distributed_c10d._get_default_group(),
     )
     mask = case.config.mask(
         case.positions_BS, queries=context.queries(case.positions_BS.shape[1]), sliding_window=case.window
@@ -120,17 +124,17 @@ def _attend(case: Attention) -> Part:
     with Watch() as backward:
         dq, dk, dv = torch.autograd.grad(out, (q, k, v), dout)
     # What an exchange returns may be a tensor that still waits for it, and cannot be pickled.
-    tensors = (x.detach().clone() for x in (out, dq, dk, dv))
-    return Part(*tensors, (forward.bytes_sent, backward.bytes_sent))
+    out, dq, dk, dv = (x.detach().clone() for x in (out, dq, dk, dv))
+    return Part(out, dq, dk, dv, (forward.bytes_sent, backward.bytes_sent))
 
 
-def attention_bytes(method: str, n_ranks: int, batch: int, seq_len: int, heads: tuple[int, int]) -> Any:
+def attention_bytes(method: str, n_ranks: int, n_tokens: int, heads: tuple[int, int]) -> tuple[int, int]:
     """What a rank puts into exchanges of float64, forward and backward, counted by hand."""
     n_heads, n_kv_heads = heads
-    token = batch * seq_len // n_ranks * HEAD_DIM * 8
+    head = n_tokens // n_ranks * HEAD_DIM * 8
     if method == "allgather":
-        return token * 2 * n_kv_heads, token * 2 * n_kv_heads * n_ranks
-    return (token * (2 * n_heads + 2 * n_kv_heads),) * 2
+        return head * 2 * n_kv_heads, head * 2 * n_kv_heads * n_ranks
+    return (head * (2 * n_heads + 2 * n_kv_heads),) * 2
 
 
 def block_sizes_of_masks(argv: Sequence[str]) -> set[tuple[int, int]]:
@@ -177,7 +181,7 @@ def _loss(module: Any, x_BSD: Tensor, weight_VD: Tensor, labels_BS: Tensor) -> L
     x_BsD, weight = _tokens_and_rows(module.mesh, x_BSD, weight_VD)
     value, n_valid = module(x_BsD, weight, labels_BS)
     (SCALE * value).backward()
-    assert x_BsD.grad is not None and isinstance(weight.grad, DTensor)
+    assert x_BsD.grad is not None and isinstance(weight, DTensor) and isinstance(weight.grad, DTensor)
     assert weight.grad.placements == weight.placements
     dx_BSD = DTensor.from_local(x_BsD.grad, module.mesh, [Shard(1)])
     with torch.no_grad():
@@ -268,9 +272,9 @@ class Pass(NamedTuple):
 def run_pass(
     recompute: ActivationCheckpointConfig,
     compile: CompileConfig,
-    degrees: Degrees = Degrees(),  # noqa: B008
+    degrees: Degrees = ALONE,
     method: Any = "allgather",
-    config: AttentionConfig = Sdpa(),  # noqa: B008
+    config: AttentionConfig = SDPA,
     n_layers: int = 4,
 ) -> Pass:
     """One forward and backward of a small model, of packed documents."""
@@ -339,10 +343,11 @@ def summed() -> tuple[list[Tensor], list[tuple[str, int]]]:
     """The gradients of two whole weights of which ranks have terms, and of a sharded one; what was sent."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
     parameters = []
-    for size, placement, term in ((3, Replicate(), Partial()), (4, Shard(0), None), (5, Replicate(), Partial())):
+    whole_in_terms, sharded = (Replicate(), Partial()), (Shard(0), Shard(0))
+    for size, (placement, term) in ((3, whole_in_terms), (4, sharded), (5, whole_in_terms)):
         parameters.append(nn.Parameter(DTensor.from_local(torch.zeros(size), mesh, [placement])))
         own = torch.full((size,), float(dist.get_rank() + size))
-        parameters[-1].grad = DTensor.from_local(own, mesh, [term or placement], run_check=False)
+        parameters[-1].grad = DTensor.from_local(own, mesh, [term], run_check=False)
     with Watch() as seen:
         sum_partial(parameters)
     assert all(p.grad.placements == p.placements for p in parameters if isinstance(p.grad, DTensor))

@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 from torchtitan_lite.config.job import load_job
 from torchtitan_lite.parallel.world import World
+from torchtitan_lite.training.metrics import Silence
 from torchtitan_lite.training.step import TrainingConfig
 from torchtitan_lite.training.trainer import Trainer
 
@@ -225,6 +226,25 @@ def state_bytes(argv: Sequence[str]) -> dict[str, int]:
         "gradients": n_bytes([p.grad for p in parameters if p.grad is not None]),
         "optimizer": n_bytes([x for x in states if isinstance(x, Tensor) and x.numel() > 1]),
     }
+
+
+def n_parameters(argv: Sequence[str]) -> int:
+    """How many parameters this rank holds."""
+    parameters = new_trainer(argv).model.parameters()
+    return sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in parameters)
+
+
+def said_of_work(argv: Sequence[str]) -> list[str]:
+    """The lines that this rank's console gets about the work of the first step."""
+    trainer, said = new_trainer(argv), []
+    trainer.train_step()
+
+    class Console(Silence):
+        def say(self, line: str) -> None:
+            said.append(line)
+
+    trainer.say_work(Console() if trainer.world.is_first else Silence())
+    return said
 
 
 def n_bytes(tensors: Sequence[Tensor]) -> int:

@@ -17,6 +17,16 @@ ROOT = Path(__file__).parents[1]
 ATTENTION = "torchtitan_lite/attention/"
 ORACLE = "tests/attention/test_oracle.py"
 MEMORY = "tests/attention/test_memory.py"
+PARALLEL = "torchtitan_lite/parallel/"
+TRAINER = "torchtitan_lite/training/trainer.py"
+CONTEXT, TENSOR, GRADIENTS, RECOMPUTE = (
+    f"tests/parallel/test_{name}.py" for name in ("context", "tensor", "gradients", "recompute")
+)
+GRID = "tests/parallel/test_grid.py::test_n_ranks_train_as_one_does"
+FSDP_2, CP_2, TP_2 = (
+    f"{GRID}[float64-{cell}]"
+    for cell in ("weights kept until the backward", "sliding window, sdpa", "no loss parallel, tied")
+)
 
 
 class Mutant(NamedTuple):
@@ -31,6 +41,9 @@ class Mutant(NamedTuple):
 PORTABLE_VARLEN = "            return attend(q_BQHK, k_BSGK, v_BSGK, mask.tiles, scale)\n"
 HEADS_FIRST = "(x.transpose(1, 2) for x in (q_BQHK, k_BSGK, v_BSGK))"
 REPEATED = HEADS_FIRST.replace(" for", ".repeat_interleave(q_BQHK.shape[2] // x.shape[2], 1) for")
+SUMMED_KEYS = 'own_C2BcGK = _reduce_scatter(both_C2BcGK, "sum", 0, ctx.group)\n'
+FIRST = "batch.{}[:, : tokens_BS.shape[1]]"
+CALL_OF_MODEL = "return self.model(tokens_BS, positions_BS, mask, labels_BS)"
 MUTANTS = {
     "varlen: an extra transpose of the loop's output, hidden by a view": Mutant(
         ATTENTION + "varlen.py",
@@ -147,6 +160,135 @@ MUTANTS = {
         "if layout not in LAYOUTS:",
         'if layout not in "bshd sbhd thd":',
         "tests/attention/test_layout.py",
+    ),
+    "keys and values of the ranks gathered on the dim of heads, hidden by a view": Mutant(
+        PARALLEL + "context.py",
+        "return torch.cat([piece for piece in pieces if piece is not None], dim=SEQ_DIM)",
+        "whole = torch.cat([piece for piece in pieces if piece is not None], dim=min(2, parts[0].ndim - 1)); "
+        "return whole.reshape(len(whole), -1, *parts[0].shape[2:])",
+        CONTEXT,
+    ),
+    "the order of head and tail not undone": Mutant(
+        PARALLEL + "context.py",
+        "return torch.cat([piece for piece in pieces if piece is not None], dim=SEQ_DIM)",
+        "return torch.cat(parts, dim=SEQ_DIM)",
+        CONTEXT,
+    ),
+    "the order of head and tail not undone in the backward pass": Mutant(
+        PARALLEL + "context.py",
+        "return torch.stack([chunks[i] for rank in range(self.n_ranks) for i in self.chunks_of(rank)])",
+        "return torch.stack(chunks)",
+        CONTEXT,
+    ),
+    "the mask of another rank's chunks": Mutant(
+        PARALLEL + "context.py",
+        "        return self.split.ranges(self.rank, seq_len)\n",
+        "        return self.split.ranges(self.split.n_ranks - 1 - self.rank, seq_len)\n",
+        CONTEXT,
+    ),
+    "two heads and no tail: right, but unbalanced": Mutant(
+        PARALLEL + "context.py", "(*ranks, *reversed(ranks))", "(*ranks, *ranks)", CONTEXT
+    ),
+    "keys and values repeated before they are gathered": Mutant(
+        PARALLEL + "context.py",
+        "        k_BSGK, v_BSGK = _Gather.apply(k_BsGK, v_BsGK, self.split, self.group)\n",
+        "        n = q_BsHK.shape[2] // k_BsGK.shape[2]\n"
+        "        repeated = (x.repeat_interleave(n, 2) for x in (k_BsGK, v_BsGK))\n"
+        "        k_BSGK, v_BSGK = _Gather.apply(*repeated, self.split, self.group)\n",
+        CONTEXT,
+    ),
+    "gradients of keys summed over ranks twice": Mutant(
+        PARALLEL + "context.py",
+        SUMMED_KEYS,
+        f'both_C2BcGK = collectives.all_reduce(both_C2BcGK, "sum", ctx.group); {SUMMED_KEYS}',
+        CONTEXT,
+    ),
+    "gradients of keys not summed over ranks": Mutant(
+        PARALLEL + "context.py",
+        SUMMED_KEYS,
+        "own_C2BcGK = both_C2BcGK.chunk(ctx.split.n_ranks)[dist.get_rank(ctx.group)]\n",
+        CONTEXT,
+    ),
+    "gradients of shards not summed": Mutant(
+        PARALLEL + "fsdp.py",
+        "model.set_requires_gradient_sync(last)",
+        "model.set_requires_gradient_sync(False)",
+        FSDP_2,
+    ),
+    "gradients of shards summed twice": Mutant(
+        PARALLEL + "fsdp.py",
+        "module.set_gradient_divide_factor(1.0)",
+        "module.set_gradient_divide_factor(0.5)",
+        FSDP_2,
+    ),
+    "gradients of shards averaged over ranks": Mutant(
+        PARALLEL + "fsdp.py", "            module.set_gradient_divide_factor(1.0)\n", "", FSDP_2
+    ),
+    "gradients of norms not summed over tensor parallel": Mutant(
+        TRAINER, "        sum_partial(parameters)\n", "", TP_2
+    ),
+    "gradients of norms summed twice over tensor parallel": Mutant(
+        PARALLEL + "gradients.py",
+        "    dist.all_reduce(flat, group=mesh.get_group())\n",
+        "    dist.all_reduce(flat, group=mesh.get_group())\n" * 2,
+        GRADIENTS,
+    ),
+    "the gradient norm of a rank's own shard": Mutant(
+        TRAINER,
+        "norm = squares.sqrt()",
+        "norm = squared_norm(parameters, self.world.size).to(loss).sqrt()",
+        FSDP_2,
+    ),
+    "copies of a gradient counted as shards of it": Mutant(
+        PARALLEL + "gradients.py",
+        " if not gradient.placements[axis].is_replicate()",
+        "",
+        GRADIENTS,
+    ),
+    "the count of tokens inflated by context parallel": Mutant(
+        TRAINER, "(self.degrees.context * self.degrees.tensor)", "self.degrees.tensor", CP_2
+    ),
+    "the count of tokens inflated by tensor parallel": Mutant(
+        TRAINER, "(self.degrees.context * self.degrees.tensor)", "self.degrees.context", TP_2
+    ),
+    "positions not sharded with the tokens": Mutant(
+        TRAINER, CALL_OF_MODEL, CALL_OF_MODEL.replace("positions_BS", FIRST.format("positions_BS")), CP_2
+    ),
+    "labels not sharded with the tokens": Mutant(
+        TRAINER, CALL_OF_MODEL, CALL_OF_MODEL.replace("labels_BS", FIRST.format("labels_BS")), CP_2
+    ),
+    "rotation at local positions": Mutant(
+        TRAINER,
+        CALL_OF_MODEL,
+        CALL_OF_MODEL.replace("positions_BS", "torch.arange(tokens_BS.shape[1]).expand_as(tokens_BS)"),
+        CP_2,
+    ),
+    "a share of the vocabulary off by a row": Mutant(
+        PARALLEL + "tensor.py",
+        "self.start = mesh.get_local_rank() * n_rows",
+        "self.start = mesh.get_local_rank() * (n_rows + 1)",
+        TENSOR,
+    ),
+    "the largest logit of a rank's own share": Mutant(
+        PARALLEL + "tensor.py",
+        "        dist.all_reduce(x, dist.ReduceOp.MAX, self.group)\n",
+        "",
+        TENSOR,
+    ),
+    "any row's vector for a token of another rank": Mutant(
+        PARALLEL + "tensor.py", " * here_BS[..., None]", "", TENSOR
+    ),
+    "recompute by a function of torch, which torch.compile passes over": Mutant(
+        PARALLEL + "recompute.py",
+        "    block.forward = recomputed\n",
+        "    import functools\n\n    block.forward = functools.partial(checkpoint, forward, **options)\n",
+        RECOMPUTE,
+    ),
+    "attention computed again although it is kept": Mutant(
+        PARALLEL + "recompute.py",
+        "keep = _qualified(op) in _ATTENTION",
+        "keep = False",
+        RECOMPUTE,
     ),
 }
 

@@ -1,6 +1,7 @@
 """Attention to a sequence of which each rank has a part: exact, balanced, and as cheap as it can be."""
 
 import itertools
+from functools import partial
 from typing import Any
 
 import exchange_cases as cases
@@ -21,13 +22,13 @@ POSITIONS = {
     "padded": rows([-3, 1, 30, 9, -13], [-20, 36]),
     "a row of padding alone": rows([-56], [5, 51]),
 }
-METHODS = {
+METHODS: dict[str, tuple[Any, bool]] = {
     "allgather, headtail": ("allgather", True),
     "allgather, none": ("allgather", False),
     "ulysses": ("ulysses", False),
 }
 CONFIGS = {"sdpa": Sdpa(), "flex": Flex(block_size=16), "varlen": Varlen()}
-EXACT = {"rtol": 1e-12, "atol": 1e-12}
+assert_equal = partial(torch.testing.assert_close, rtol=1e-12, atol=1e-12)
 
 
 def tokens_of(rank: int, n_ranks: int, balanced: bool, seq_len: int = SEQ_LEN) -> list[int]:
@@ -84,13 +85,13 @@ def test_attention_in_parts_equals_the_reference_on_the_whole(
     ]
     for case, tensors in zip(some, found(ranks, n_ranks, some), strict=True):
         for what, ours, theirs in zip(("out", "dq", "dk", "dv"), tensors, wanted(case), strict=True):
-            torch.testing.assert_close(ours, theirs, **EXACT, msg=lambda m, w=what, c=case: f"{w}, {c}: {m}")
+            assert_equal(ours, theirs, msg=lambda m, w=what, c=case: f"{w}, {c}: {m}")
 
 
 @pytest.mark.parametrize("attention", CONFIGS)
 @pytest.mark.parametrize("method", METHODS)
 def test_bfloat16_is_exchanged_and_summed_in_bfloat16(ranks, method: str, attention: str) -> None:
-    """With a rounding, 2**-8, of the scores' softmax, of the result, and of the sum over ranks, and one more."""
+    """Four roundings of 2**-8: the softmax's, the result's, the sum's over ranks, and the reference's own."""
     name, balanced = METHODS[method]
     case = Attention(
         method=name,
@@ -119,7 +120,7 @@ def test_what_is_sent_grows_with_the_heads_that_the_method_sends_and_no_others(
     for parts in ranks(n_ranks).run(cases.attend, some):
         sent = {heads: part.bytes_sent for heads, part in zip(all_heads, parts, strict=True)}
         assert sent == {
-            heads: cases.attention_bytes(method, n_ranks, *positions_BS.shape, heads) for heads in all_heads
+            heads: cases.attention_bytes(method, n_ranks, positions_BS.numel(), heads) for heads in all_heads
         }
         if method == "allgather":
             assert sent[4, 4] == sent[8, 4] == sent[16, 4], "query heads are not sent"

@@ -1,5 +1,7 @@
 """Shares of every matrix and of the vocabulary: the same loss and gradients, and no more than a share."""
 
+from functools import partial
+
 import exchange_cases as cases
 import pytest
 import torch
@@ -13,7 +15,7 @@ from torchtitan_lite.models.registry import resolve
 from torchtitan_lite.parallel.mesh import Degrees
 from torchtitan_lite.parallel.tensor import shard_dim
 
-EXACT = {"rtol": 1e-12, "atol": 1e-12}
+assert_equal = partial(torch.testing.assert_close, rtol=1e-12, atol=1e-12)
 VOCAB, BATCH, SEQ_LEN, DIM = 28, 2, 36, 5
 SHARES = {"of the vocabulary": True, "of the tokens": False}
 LABELS = {
@@ -46,7 +48,7 @@ def test_the_loss_in_shares_equals_the_whole_loss_and_so_do_its_gradients(
         for name, case, found in zip(LABELS, some, of_rank, strict=True):
             for part, ours, theirs in zip(Loss._fields, found, whole_loss(*case), strict=True):
                 message = f"{part}, labels {name}"
-                torch.testing.assert_close(ours, theirs, **EXACT, msg=lambda m, w=message: f"{w}: {m}")
+                assert_equal(ours, theirs, msg=lambda m, w=message: f"{w}: {m}")
 
 
 def test_large_logits_do_not_overflow(ranks) -> None:
@@ -85,8 +87,8 @@ def test_an_embedding_by_rows_equals_the_whole_one(ranks, n_ranks: int) -> None:
     found = ranks(n_ranks).run(cases.look_up, upstream_BSD)
     assert torch.equal(torch.cat([x_BsD for x_BsD, _, _ in found], dim=1), whole_BSD)
     for (_, share, gathered), rows in zip(found, wanted.chunk(n_ranks), strict=True):
-        torch.testing.assert_close(share, rows, **EXACT)
-        torch.testing.assert_close(gathered, wanted, **EXACT)
+        assert_equal(share, rows)
+        assert_equal(gathered, wanted)
 
 
 @pytest.mark.parametrize("family", ["llama3", "qwen3"])

@@ -52,10 +52,6 @@ class Degrees:
         """Which of the `data` groups `rank` belongs to."""
         return rank // (self.context * self.tensor)
 
-    def context_rank(self, rank: int) -> int:
-        """Which part of each sequence `rank` has."""
-        return rank // self.tensor % self.context
-
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelismConfig:

@@ -1,0 +1,86 @@
+"""What rank 0 says of the plan, which nobody would otherwise check against what is done."""
+
+import re
+
+import parallel_cases as cases
+import pytest
+
+from torchtitan_lite.config.job import load_job
+from torchtitan_lite.parallel.mesh import ParallelismConfig
+
+MESHES = {
+    "fsdp": {},
+    "hsdp": {"data-parallel-replicate-degree": 2},
+    "tp and fsdp": {"tensor-parallel-degree": 2},
+    "cp and tp": {"tensor-parallel-degree": 2, "context-parallel-degree": 2},
+}
+
+
+def flags(**degrees: object) -> list[str]:
+    return [word for key, value in degrees.items() for word in (f"--parallelism.{key}", str(value))]
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama3"])
+@pytest.mark.parametrize("mesh", MESHES)
+def test_the_parameters_per_rank_are_those_of_the_rank_that_has_most(ranks, small_run, mesh, family) -> None:
+    argv = [*small_run, "--model.name", family, *flags(**MESHES[mesh])]
+    said = load_job(argv, world_size=4).config.plan(4)
+    found = re.search(r"([\d,]+) in all, ([\d,]+) per rank", "\n".join(said))
+    assert found is not None
+    total, most = (int(number.replace(",", "")) for number in found.groups())
+    held = ranks(4).run(cases.n_parameters, argv)
+    assert most == max(held)
+    assert total == load_job(argv, world_size=4).config.decoder.n_params
+
+
+def test_the_plan_says_what_each_part_gets(small_run) -> None:
+    argv = [
+        *small_run,
+        *flags(**{"data-parallel-replicate-degree": 2, "tensor-parallel-degree": 2}),
+        *flags(**{"context-parallel-degree": 2, "fsdp-reshard-after-forward": "never"}),
+        *("--model.attention", "flex", "--compile.enable", "--compile.backend", "aot_eager"),
+        *("--activation-checkpoint.mode", "selective", "--activation-checkpoint.selective-ac-option", "2"),
+    ]
+    assert load_job(argv, world_size=16).config.plan(16) == [
+        "mesh: 16 ranks = dp_replicate 2 x dp_shard 2 x cp 2 x tp 2",
+        "parameters: 35,008 in all, 4,400 per rank (12.6%)",
+        "projections: wq wk wv w1 w3 by columns, wo w2 by rows, norms by tokens (tp 2)",
+        "attention: flex; keys and values gathered, headtail balance (cp 2)",
+        (
+            "blocks: recompute full in every block out of 2; compiled by aot_eager; FSDP over 4, 2 copies; "
+            "gathered weights kept after forward"
+        ),
+        (
+            "embedding and head: by vocabulary (tp 2); one FSDP group with the last norm, kept until the "
+            "backward"
+        ),
+        "loss: in chunks; each rank its share of the vocabulary (tp 2)",
+    ]
+
+
+def test_one_rank_has_a_short_plan_and_says_it_at_the_start(small_run) -> None:
+    trainer = cases.new_trainer(small_run)
+    assert trainer.describe()[1:] == [
+        "mesh: 1 rank = dp_replicate 1 x dp_shard 1 x cp 1 x tp 1",
+        "parameters: 35,008 in all, 35,008 per rank (100.0%)",
+        "attention: sdpa",
+        "blocks: recompute none",
+        "loss: in chunks",
+    ]
+
+
+@pytest.mark.parametrize(("balancer", "even"), [("headtail", True), ("none", False)])
+def test_the_first_rank_says_how_evenly_attention_was_shared(ranks, small_run, balancer, even) -> None:
+    degrees = {"context-parallel-degree": 2, "context-parallel-load-balancer": balancer}
+    argv = [*small_run, *flags(**degrees)]
+    (first,), others = ranks(2).run(cases.said_of_work, argv)
+    found = re.fullmatch(r"attention work per rank in the first step: max/mean (\d\.\d{3})", first)
+    assert found is not None and others == []
+    assert 1.0 <= float(found[1]) < 1.2 if even else 1.2 < float(found[1]) < 2.0
+
+
+def test_the_axes_of_a_rank_follow_from_its_number() -> None:
+    config = ParallelismConfig(tensor_parallel_degree=2, context_parallel_degree=2)
+    degrees = config.degrees(16)
+    assert degrees.sizes == (1, 4, 2, 2)
+    assert [degrees.data_rank(rank) for rank in range(16)] == [rank // 4 for rank in range(16)]
