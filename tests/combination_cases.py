@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import NamedTuple
@@ -130,10 +129,7 @@ def curves(runs: Sequence[Sequence[str]]) -> list[Curve]:
 def curve(argv: Sequence[str]) -> Curve:
     torch._dynamo.reset()  # what is compiled of one training counts against the limit of the next
     trainer = parallel_cases.new_trainer(argv)
-    with warnings.catch_warnings():
-        # torch.compile makes an object of each autograd function that it meets, and warns of that by itself.
-        warnings.filterwarnings("ignore", ".* should not be instantiated", DeprecationWarning)
-        steps = [trainer.train_step() for _ in range(N_STEPS)]
+    steps = [trainer.train_step() for _ in range(N_STEPS)]
     return Curve([step.loss for step in steps], [step.grad_norm for step in steps])
 
 

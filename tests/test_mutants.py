@@ -41,7 +41,7 @@ class Mutant(NamedTuple):
 PORTABLE_VARLEN = "            return attend(q_BQHK, k_BSGK, v_BSGK, mask.tiles, scale)\n"
 HEADS_FIRST = "(x.transpose(1, 2) for x in (q_BQHK, k_BSGK, v_BSGK))"
 REPEATED = HEADS_FIRST.replace(" for", ".repeat_interleave(q_BQHK.shape[2] // x.shape[2], 1) for")
-SUMMED_KEYS = 'own_C2BcGK = _reduce_scatter(both_C2BcGK, "sum", 0, ctx.group)\n'
+SUMMED_KEYS = '_reduce_scatter(both_C2BcGK, "sum", 0, ctx.group)'
 FIRST = "batch.{}[:, : tokens_BS.shape[1]]"
 CALL_OF_MODEL = "return self.model(tokens_BS, positions_BS, mask, labels_BS)"
 MUTANTS = {
@@ -200,13 +200,13 @@ MUTANTS = {
     "gradients of keys summed over ranks twice": Mutant(
         PARALLEL + "context.py",
         SUMMED_KEYS,
-        f'both_C2BcGK = collectives.all_reduce(both_C2BcGK, "sum", ctx.group); {SUMMED_KEYS}',
+        SUMMED_KEYS.replace("both_C2BcGK", 'collectives.all_reduce(both_C2BcGK, "sum", ctx.group)'),
         CONTEXT,
     ),
     "gradients of keys not summed over ranks": Mutant(
         PARALLEL + "context.py",
         SUMMED_KEYS,
-        "own_C2BcGK = both_C2BcGK.chunk(ctx.split.n_ranks)[dist.get_rank(ctx.group)]\n",
+        "both_C2BcGK.chunk(ctx.split.n_ranks)[dist.get_rank(ctx.group)]",
         CONTEXT,
     ),
     "gradients of shards not summed": Mutant(
