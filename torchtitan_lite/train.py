@@ -86,6 +86,8 @@ def train(job: "JobConfig") -> None:
 
     Where there are other ranks, an exception ends all of their processes, this one included.
     """
+    from torch.cuda import current_device
+
     from torchtitan_lite.parallel.watch import Watch, is_of_communication
     from torchtitan_lite.parallel.world import join, leave
 
@@ -106,10 +108,11 @@ def train(job: "JobConfig") -> None:
             leave()
         except BaseException as error:
             run.write_exit(_end_of(error, world))
+            leave(wait=False)
             raise
     else:
         assert world.store is not None
-        gpu = world.local_rank if job.device == "cuda" else None
+        gpu = current_device() if job.device == "cuda" else None
         watch = Watch(world.store, rank=world.rank, size=world.size, seconds=init_seconds, gpu=gpu)
         watch.on_end = run.write_exit
         watch.start()
@@ -141,8 +144,7 @@ class _Run:
         from torchtitan_lite.training.trainer import Trainer
 
         self.folder = _make_folder(self.job, self.world)
-        self.trainer = Trainer(self.job, self.world)
-        self.trainer.alive = alive
+        self.trainer = Trainer(self.job, self.world, alive)
         self.trainer.run(self.folder)
 
     def write_exit(self, end: "End") -> None:

@@ -17,8 +17,9 @@ from torchtitan_lite.data.tokenizer import load_tokenizer
 from torchtitan_lite.models.decoder import DecoderConfig
 from torchtitan_lite.models.registry import meant_kind, read, resolve, split_flavor
 from torchtitan_lite.parallel.apply import CompileConfig, plan
-from torchtitan_lite.parallel.mesh import CommConfig, ParallelismConfig
+from torchtitan_lite.parallel.mesh import ParallelismConfig
 from torchtitan_lite.parallel.recompute import ActivationCheckpointConfig
+from torchtitan_lite.parallel.world import CommConfig
 from torchtitan_lite.training.determinism import DebugConfig
 from torchtitan_lite.training.metrics import MetricsConfig
 from torchtitan_lite.training.optimizer import OptimizerConfig

@@ -171,4 +171,5 @@ def _context(mesh: DeviceMesh, parallelism: ParallelismConfig) -> ContextParalle
 
 def _refuse_to_predict(model: nn.Module, args: tuple, kwargs: dict) -> None:
     """A row's last token is on one rank, and so are no more than a share of its logits."""
-    assert len(args) > 3 or "labels_BS" in kwargs, "a model split by tp or cp has a loss, and no logits"
+    labels = args[3] if len(args) > 3 else kwargs.get("labels_BS")
+    assert labels is not None, "a model split by tp or cp has a loss, and no logits"

@@ -23,8 +23,8 @@ from torch.distributed import _functional_collectives as collectives
 from torchtitan_lite.attention.mask import SEQ_DIM, Ranges, intervals
 
 # torch.compile sees these as operators, unlike those of torch.distributed. Renamed after torch 2.11.
-_all_gather = getattr(collectives, "all_gather_single", collectives.all_gather_tensor)
-_reduce_scatter = getattr(collectives, "reduce_scatter_single", collectives.reduce_scatter_tensor)
+_all_gather = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor
+_reduce_scatter = getattr(collectives, "reduce_scatter_single", None) or collectives.reduce_scatter_tensor
 _all_to_all = collectives.all_to_all_single
 
 

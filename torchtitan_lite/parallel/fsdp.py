@@ -14,6 +14,9 @@ def apply_fsdp(
 ) -> None:
     """Shard `model`, in place, block by block; the rest (embedding, norm, head) is one group of its own.
 
+    That group is gathered in the weights' own dtype: the gradient of an embedding adds up thousands of rows
+    for a token, in the dtype of the weight that they are read from.
+
     Args:
         mesh: one axis, or two, of which the first holds copies of the shards (HSDP).
         compute_dtype: the blocks' weights are gathered in it where it is not the weights' own.
@@ -21,14 +24,15 @@ def apply_fsdp(
         offload: keep shards, gradients and optimizer state in the host's memory.
     """
     options: dict[str, Any] = {"mesh": mesh}
-    if compute_dtype in (torch.bfloat16, torch.float16):
-        options["mp_policy"] = MixedPrecisionPolicy(
+    precision = MixedPrecisionPolicy()
+    if compute_dtype == torch.bfloat16:
+        precision = MixedPrecisionPolicy(
             param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
     if offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
     for block in model.get_submodule("blocks").children():
-        fully_shard(block, reshard_after_forward=reshard, **options)
+        fully_shard(block, reshard_after_forward=reshard, mp_policy=precision, **options)
     # The loss reads the head's weight outside of the head's own forward: these are never dropped in between.
     fully_shard(model, reshard_after_forward=False, **options)
     for module in model.modules():

@@ -1,4 +1,4 @@
-"""How the ranks of a run are arranged, and how long they wait for each other.
+"""How the ranks of a run are arranged.
 
 One mesh with four axes. The ranks of an axis further right are closer to each other, since they talk more:
 
@@ -118,24 +118,6 @@ class ParallelismConfig:
 
     def _fixed(self) -> tuple[int, int, int]:
         return self.data_parallel_replicate_degree, self.context_parallel_degree, self.tensor_parallel_degree
-
-
-@dataclass(frozen=True, kw_only=True)
-class CommConfig:
-    """How long a rank waits for the others before the run counts as hung."""
-
-    init_timeout_seconds: int = 300
-    """Seconds until the first step is done."""
-    train_timeout_seconds: int = 100
-    """Seconds for every later step."""
-
-    def problems(self, key: str) -> list[Problem]:
-        """Values out of range."""
-        return [
-            Problem(f"{key}.{name}", getattr(self, name), "must be at least 1", "use a positive number")
-            for name in ("init_timeout_seconds", "train_timeout_seconds")
-            if getattr(self, name) < 1
-        ]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -56,7 +56,6 @@ _ATTENTION = (
     "torch_attn::_varlen_attn",
     "flash_attn::_flash_attn_varlen_forward",
     "flex_attention",
-    "inductor_compiled_code",
 )
 _MATMULS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)
 

@@ -26,8 +26,8 @@ WHOLE = ("norm", "attention_norm", "ffn_norm", "q_norm", "k_norm")
 """Modules whose weight every rank has, and uses for its own tokens or heads."""
 
 # torch.compile sees these as operators, unlike those of torch.distributed. Renamed after torch 2.11.
-_all_gather = getattr(collectives, "all_gather_single", collectives.all_gather_tensor)
-_reduce_scatter = getattr(collectives, "reduce_scatter_single", collectives.reduce_scatter_tensor)
+_all_gather = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor
+_reduce_scatter = getattr(collectives, "reduce_scatter_single", None) or collectives.reduce_scatter_tensor
 
 
 def shard_dim(name: str) -> int | None:

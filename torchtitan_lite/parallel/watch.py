@@ -192,7 +192,7 @@ class Watch:
 
     def _waits(self) -> bool:
         """Whether the main thread may be waiting for another rank, or for the work of its GPU."""
-        if self.gpu is not None and not torch.cuda.default_stream(self.gpu).query():
+        if self.gpu is not None and self._gpu_works():
             return True
         frames = [frame.f_code.co_filename for frame, _ in traceback.walk_stack(_main_frame())]
         # Autograd and compiled code wait inside a library, with no frame of torch.distributed.
@@ -201,6 +201,12 @@ class Watch:
             or "torchinductor" in frames[0]
             or any(name.startswith(_COMMUNICATION) for name in frames)
         )
+
+    def _gpu_works(self) -> bool:
+        try:
+            return not torch.cuda.default_stream(self.gpu).query()
+        except RuntimeError:  # what is wrong with the GPU is for the main thread to meet with
+            return True
 
     def _beat(self) -> None:
         self._store.set(f"beat/{self.rank}", str(time.monotonic_ns()))

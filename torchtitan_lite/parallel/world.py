@@ -17,6 +17,27 @@ from torchtitan_lite.config.load import MISSING, ConfigError, Problem
 
 T = TypeVar("T")
 
+_BACKEND = {"cpu": "gloo", "cuda": "nccl"}
+_NCCL_GRACE = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommConfig:
+    """How long a rank waits for the others before the run counts as hung."""
+
+    init_timeout_seconds: int = 300
+    """Seconds until the first step is done."""
+    train_timeout_seconds: int = 100
+    """Seconds for every later step."""
+
+    def problems(self, key: str) -> list[Problem]:
+        """Values out of range."""
+        return [
+            Problem(f"{key}.{name}", getattr(self, name), "must be at least 1", "use a positive number")
+            for name in ("init_timeout_seconds", "train_timeout_seconds")
+            if getattr(self, name) < 1
+        ]
+
 
 @dataclass(frozen=True, kw_only=True)
 class World:
@@ -71,11 +92,10 @@ class World:
 
     def steady(self) -> None:
         """From now on a rank waits no longer than `train_seconds` for the others: the slow start is over."""
-        set_timeout = getattr(distributed_c10d, "_set_pg_timeout", None)
-        if not dist.is_initialized() or set_timeout is None:
-            return
-        for group in list(distributed_c10d._world.pg_map):
-            set_timeout(timedelta(seconds=self.train_seconds), group)
+        if dist.is_initialized():
+            timeout = _timeout(self.train_seconds, dist.get_backend())
+            for group in list(distributed_c10d._world.pg_map):
+                distributed_c10d._set_pg_timeout(timeout, group)
 
     def _stop_all_on(self, error: Exception | None) -> None:
         """Raise on every rank if there is an `error` on any."""
@@ -89,6 +109,12 @@ class World:
             raise first if error is None or isinstance(error, ConfigError) else error
 
 
+def _timeout(seconds: int, backend: str) -> timedelta:
+    """How long an exchange may take where one rank is given `seconds`."""
+    # NCCL ends the process that waits, without a word of Python: by then the rank that hangs has spoken.
+    return timedelta(seconds=seconds + _NCCL_GRACE * (backend == "nccl"))
+
+
 def world_size() -> int:
     """How many ranks the launcher started; one without a launcher."""
     return _number("WORLD_SIZE", at_least=1) if "WORLD_SIZE" in os.environ else 1
@@ -99,14 +125,14 @@ def join(
 ) -> World:
     """Meet the other ranks that the launcher started, and take this rank's GPU.
 
-    `offload` is whether tensors are reduced on the CPU as well as on the GPU. Raises ConfigError where the
-    launcher's variables make no sense, or give this machine more ranks than it has GPUs.
+    `offload` makes a group of this process alone where there is no launcher, as FSDP needs one for it. Raises
+    ConfigError where the launcher's variables make no sense, or give this machine more ranks than GPUs.
     """
     size = world_size()
     if "RANK" not in os.environ and size == 1:
         if offload:  # FSDP does it, and needs a group of at least this process
             store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
-            dist.init_process_group(_backend(device_type, offload), store=store, rank=0, world_size=1)
+            dist.init_process_group(_BACKEND[device_type], store=store, rank=0, world_size=1)
         return World()
     rank = _number("RANK", below=size)
     local_size = _number("LOCAL_WORLD_SIZE", at_least=1)
@@ -114,8 +140,8 @@ def join(
     address, _ = _variable("MASTER_ADDR"), _variable("MASTER_PORT")
     if device_type == "cuda":
         _take_gpu(local_rank, local_size)
-    backend = _backend(device_type, offload)
-    timeout = timedelta(seconds=init_seconds)
+    backend = _BACKEND[device_type]
+    timeout = _timeout(init_seconds, backend)
     try:
         store, _, _ = next(rendezvous("env://", timeout=timeout))
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
@@ -133,20 +159,19 @@ def join(
     )
 
 
-def _backend(device_type: str, offload: bool) -> str:
-    return {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl" if offload else "nccl"}[device_type]
-
-
-def leave() -> None:
-    """Wait until every rank is done, and part."""
+def leave(wait: bool = True) -> None:
+    """Part from the other ranks; with `wait`, when every one of them is done."""
     if dist.is_initialized():
-        nccl = "nccl" in dist.get_backend()
-        dist.barrier(device_ids=[torch.cuda.current_device()] if nccl else None)
+        nccl = dist.get_backend() == "nccl"
+        if wait:
+            dist.barrier(device_ids=[torch.cuda.current_device()] if nccl else None)
         dist.destroy_process_group()
 
 
 def _take_gpu(local_rank: int, local_size: int) -> None:
     count = torch.cuda.device_count()
+    if count == 1 and "CUDA_VISIBLE_DEVICES" in os.environ:  # the launcher has given each rank its own
+        local_rank, local_size = 0, 1
     if local_size > count:
         rule = f"is more ranks than this machine has GPUs, which is {count}"
         remedy = f"use --nproc_per_node {count}, or --job.device cpu"

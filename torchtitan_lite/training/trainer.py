@@ -43,15 +43,16 @@ class Validation:
 class Trainer:
     """A model, its data and its optimizer.
 
-    Raises ConfigError, before the model is built, when the data that the config names cannot be used.
+    Raises ConfigError, before the model is built, when the data that the config names cannot be used. `alive`
+    is called whenever a piece of work is done.
     """
 
-    def __init__(self, job: JobConfig, world: World | None = None) -> None:
-        self.job, self.world = job, world or World()
+    def __init__(
+        self, job: JobConfig, world: World | None = None, alive: Callable[[], None] = lambda: None
+    ) -> None:
+        self.job, self.world, self.alive = job, world or World(), alive
         self.degrees = job.parallelism.degrees(self.world.size)
         self.device = torch.device(job.device)
-        self.alive: Callable[[], None] = lambda: None
-        """Called whenever a piece of work is done."""
         set_determinism(job.debug)
         self.shards = self.world.in_turn(lambda: prepare(job.data, load_tokenizer(job.data.tokenizer)))
         samples = Samples(self.shards.train, job.training.seq_len)
@@ -72,7 +73,7 @@ class Trainer:
         return self.degrees.data_rank(self.world.rank), self.degrees.data
 
     def _build_model(self) -> None:
-        """A decoder with float32 weights, of which no rank ever holds more than its shards."""
+        """A decoder with float32 weights: a rank holds its shards, and one whole while that is drawn."""
         job = self.job
         with torch.device("meta"):
             self.model = job.decoder.build(compute_dtype=job.training.compute_dtype)
@@ -86,14 +87,18 @@ class Trainer:
             offload=job.training.enable_cpu_offload,
         )
         self.model.to_empty(device="cpu" if job.training.enable_cpu_offload else self.device)
-        init_weights(self.model, job.debug.seed, place_shard)
+        init_weights(self.model, job.debug.seed, self._place)
+
+    def _place(self, parameter: Tensor, whole: Tensor) -> None:
+        place_shard(parameter, whole)
+        self.alive()
 
     def run(self, folder: Path) -> None:
         """Train to the last step, with a validation before the first one, every so often and at the end."""
         training = self.job.training
         with self.build_metrics(folder) as metrics:
-            for line in self.describe():
-                metrics.say(line)
+            if self.world.is_first:
+                metrics.say("\n".join(self.describe()))
             self.validate(metrics)
             while self.step < training.steps:
                 with traced(self.job.profiling, folder, self.device, self.step + 1):
@@ -139,7 +144,10 @@ class Trainer:
         work = torch.zeros(self.world.size, dtype=torch.float64)
         work[self.world.rank] = self.first_work
         work = self.world.sum(work.to(self.device))
-        metrics.say(f"attention work per rank in the first step: max/mean {work.max() / work.mean():.3f}")
+        # Only the ranks of one sequence can share its work; of all sequences, the one that is shared worst.
+        shared = work.view(-1, self.degrees.context, self.degrees.tensor)
+        ratio = (shared.amax(1) / shared.mean(1).clamp(min=1)).max()
+        metrics.say(f"attention work per rank in the first step: max/mean {ratio:.3f}")
 
     def train_step(self) -> StepStats:
         """Forward and backward over the micro-batches, clip, update; every valid token weighs the same."""

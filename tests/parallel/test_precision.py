@@ -1,0 +1,52 @@
+"""bfloat16 on many ranks is as near to float32 as it is on one: none adds up more in bfloat16 than that."""
+
+import json
+
+import parallel_cases as cases
+import pytest
+import torch
+
+MESHES = {
+    "fsdp": (2, []),
+    "tp": (2, ["--parallelism.tensor-parallel-degree", "2"]),
+    "cp": (2, ["--parallelism.context-parallel-degree", "2"]),
+    "cp and tp": (
+        4,
+        ["--parallelism.tensor-parallel-degree", "2", "--parallelism.context-parallel-degree", "2"],
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """One step of 16,384 tokens: so many rows that adding them up in bfloat16 shows."""
+    folder = tmp_path_factory.mktemp("precision")
+    cases.write_documents(folder / "short.jsonl")
+    size = {"n_layers": 1, "dim": 64, "n_heads": 4, "n_kv_heads": 2, "head_dim": 16, "ffn_dim": 96}
+    options = {
+        "job.device": "cpu",
+        "model.overrides": json.dumps(size),
+        "validation.enable": "true",
+        "data.validation-fraction": 0.2,
+        "data.dataset": "jsonl",
+        "data.path": folder / "short.jsonl",
+        "data.cache-dir": folder / "cache",
+        "training.seq-len": 256,
+        "training.local-batch-size": 32,
+        "training.global-batch-size": 64,
+        "training.mixed-precision-param": "bfloat16",
+    }
+    return [word for key, value in options.items() for word in (f"--{key}", str(value))]
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_bfloat16_gradients_are_as_good_on_many_ranks_as_on_one(ranks, words, mesh: str) -> None:
+    exact = cases.train([*words, "--training.mixed-precision-param", "float32"], 1, double=False)
+    alone = cases.train(words, 1, double=False)
+    size, flags = MESHES[mesh]
+    spread = ranks(size).run(cases.train, [*words, *flags], 1, False)[0]
+    assert spread.losses[0] == pytest.approx(alone.losses[0], rel=1e-3)
+    assert spread.norms[0] == pytest.approx(alone.norms[0], rel=1e-3)
+    for name, gradient in exact.gradients.items():
+        far, far_alone = (float(torch.dist(run.gradients[name], gradient)) for run in (spread, alone))
+        assert far <= 1.5 * far_alone, f"{name}: {far / float(gradient.norm()):.2e} of its norm"
