@@ -80,7 +80,8 @@ class Pool:
             store = Path(self._folder.name) / f"store-{next(self._tasks)}"
             task = pickle.dumps((store, timeout, function, args))
             for rank in self._ranks:
-                rank.connection.send_bytes(task)
+                with contextlib.suppress(BrokenPipeError):  # its end is found out with the others' results
+                    rank.connection.send_bytes(task)
             results = self._results(f"{function.__module__}.{function.__qualname__}", timeout)
         except BaseException:
             # The others wait for the rank that failed, and may do so for long.
