@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from torchtitan_lite.parallel.world import World
     from torchtitan_lite.training.trainer import Trainer
 
+_LAUNCHER = os.getppid()
+"""The process that has started this one, as long as it lives."""
+
 # Our imports stay inside the functions, so that --dry-run and wrong input are answered without the slow ones.
 
 
@@ -88,16 +91,17 @@ def train(job: "JobConfig") -> None:
     """
     from torch.cuda import current_device
 
-    from torchtitan_lite.parallel.watch import Watch, is_of_communication
+    from torchtitan_lite.parallel.watch import Watch, is_of_communication, while_launched
     from torchtitan_lite.parallel.world import join, leave
 
     init_seconds, train_seconds = job.comm.init_timeout_seconds, job.comm.train_timeout_seconds
-    world = join(
-        job.device,
-        init_seconds=init_seconds,
-        train_seconds=train_seconds,
-        offload=job.training.enable_cpu_offload,
-    )
+    with while_launched(_LAUNCHER) if "RANK" in os.environ else contextlib.nullcontext():
+        world = join(
+            job.device,
+            init_seconds=init_seconds,
+            train_seconds=train_seconds,
+            offload=job.training.enable_cpu_offload,
+        )
     _show_log(world.is_first)
     run = _Run(job, world)
     # As an exception, so that the outcome is written on the way out.
@@ -113,7 +117,8 @@ def train(job: "JobConfig") -> None:
     else:
         assert world.store is not None
         gpu = current_device() if job.device == "cuda" else None
-        watch = Watch(world.store, rank=world.rank, size=world.size, seconds=init_seconds, gpu=gpu)
+        parts = {"rank": world.rank, "size": world.size, "launcher": _LAUNCHER, "gpu": gpu}
+        watch = Watch(world.store, seconds=init_seconds, **parts)
         watch.on_end = run.write_exit
         watch.start()
         try:

@@ -91,11 +91,12 @@ REFUSED = {
         "training.seq_len = 20 is not a multiple of 32, ...: use smaller degrees"
     ),
     (6, f"{TP} 4"): (
-        "--world-size = 6 is no multiple of tensor 4: use 4 ranks or a multiple, or change the degrees ..."
+        "--world-size = 6 is no multiple of tensor 4: use 4 ranks (torchrun ..."
     ),
     (8, f"{TP} 2 {CP} 2 {SHARD} 4"): (
         "--world-size = 8 is not context 2 x tensor 2 x shard 4 = 16, the product of the degrees in "
-        "[parallelism]: use 16 ranks, or set parallelism.data_parallel_shard_degree to -1"
+        "[parallelism]: use 16 ranks (torchrun --nproc_per_node 16), or set "
+        "parallelism.data_parallel_shard_degree to -1"
     ),
     (1, f"{REPLICATE} 2"): "--world-size = 1 is no multiple of replicate 2: ...",
     (4, f"{TP} 0"): "parallelism.tensor_parallel_degree = 0 must be at least 1: use 1 for none",
@@ -154,7 +155,10 @@ def test_a_mesh_that_divides_nothing_evenly_is_refused_in_one_line(
         (f"--dry-run --world-size x {TP} 2", '--world-size = "x" is not a number of ranks: ...'),
         (f"--dry-run --world-size {10**10}", f"--world-size = {10**10} is not a number of ranks: ..."),
         ("--dry-run --worldsize 2", "worldsize = 2 is not a known section: ..."),
-        (f"{TP} 2", "WORLD_SIZE = 1 is no multiple of tensor 2: use 2 ranks or a multiple, or ..."),
+        (
+            f"{TP} 2",
+            "WORLD_SIZE = 1 is no multiple of tensor 2: use 2 ranks (torchrun ...",
+        ),
     ],
 )
 def test_the_number_of_ranks_is_refused_in_one_line(flags: str, line: str) -> None:

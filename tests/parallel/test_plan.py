@@ -47,7 +47,7 @@ def test_the_plan_says_what_each_part_gets(small_run) -> None:
         "projections: wq wk wv w1 w3 by columns, wo w2 by rows, norms by tokens (tp 2)",
         "attention: flex; keys and values gathered, headtail balance (cp 2)",
         (
-            "blocks: recompute full in every block out of 2; compiled by aot_eager; FSDP over 4, 2 copies; "
+            "blocks: recompute full in one block out of 2; compiled by aot_eager; FSDP over 4, 2 copies; "
             "gathered weights kept after forward"
         ),
         (

@@ -105,12 +105,12 @@ class ParallelismConfig:
         )
         if shard == -1 and world_size % fixed:
             rule = f"is no multiple of {words}"
-            remedy = f"use {fixed} ranks or a multiple, or change the degrees in [{key}]"
+            remedy = f"use {_started(fixed)} or a multiple, or change the degrees in [{key}]"
             return [Problem("WORLD_SIZE", world_size, rule, remedy)]
         if shard != -1 and fixed * shard != world_size:
             words = f"{words} x shard {shard} = {fixed * shard}" if words else f"shard {shard}"
             rule = f"is not {words}, the product of the degrees in [{key}]"
-            remedy = f"use {fixed * shard} ranks"
+            remedy = f"use {_started(fixed * shard)}"
             if world_size % fixed == 0:
                 remedy += f", or set {key}.data_parallel_shard_degree to -1"
             return [Problem("WORLD_SIZE", world_size, rule, remedy)]
@@ -118,6 +118,10 @@ class ParallelismConfig:
 
     def _fixed(self) -> tuple[int, int, int]:
         return self.data_parallel_replicate_degree, self.context_parallel_degree, self.tensor_parallel_degree
+
+
+def _started(n_ranks: int) -> str:
+    return f"{n_ranks} ranks (torchrun --nproc_per_node {n_ranks})"
 
 
 @dataclass(frozen=True, kw_only=True)

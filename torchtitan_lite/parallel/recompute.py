@@ -42,7 +42,7 @@ class ActivationCheckpointConfig:
         if self.mode != "selective":
             return self.mode
         option = self.selective_ac_option
-        return "selective (op)" if option == "op" else f"full in every block out of {option}"
+        return "selective (op)" if option == "op" else f"full in one block out of {option}"
 
 
 # By name, since most are registered only where their package is.

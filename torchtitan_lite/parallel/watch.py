@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from types import FrameType
@@ -52,7 +52,9 @@ class End:
 class Watch:
     """One rank's watch over itself and the others, from `start` to `stop`."""
 
-    def __init__(self, store: Store, *, rank: int, size: int, seconds: float, gpu: int | None = None) -> None:
+    def __init__(
+        self, store: Store, *, rank: int, size: int, seconds: float, launcher: int, gpu: int | None = None
+    ) -> None:
         self.rank, self.size, self.gpu = rank, size, gpu
         self.on_end: Callable[[End], None] = lambda end: None
         """What one rank does with the end of the run: rank 0, or the one that tells of rank 0's death."""
@@ -63,7 +65,7 @@ class Watch:
         self._ending, self._stopped = threading.Lock(), threading.Event()
         self._overdue: float | None = None
         """When the main thread should have ended the process."""
-        self._launcher = os.getppid()
+        self._launcher = launcher
         # Tells the thread of signals, even while the main thread is deep in a library.
         self._bell, self._hammer = socket.socketpair()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
@@ -213,6 +215,24 @@ class Watch:
 
     def _beats(self) -> list[bytes]:
         return self._store.multi_get([f"beat/{rank}" for rank in range(self.size)])
+
+
+@contextlib.contextmanager
+def while_launched(launcher: int) -> Iterator[None]:
+    """Within it this process ends when its parent `launcher` does: the other ranks may not be there yet."""
+    done = threading.Event()
+
+    def look() -> None:
+        while not done.wait(_BEAT):
+            if os.getppid() != launcher:
+                _say("stopped: the launcher no longer answers")
+                os._exit(1)
+
+    threading.Thread(target=look, name="launcher", daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
 
 
 def is_of_communication(error: BaseException) -> bool:

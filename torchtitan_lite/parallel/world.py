@@ -145,7 +145,7 @@ def join(
     try:
         store, _, _ = next(rendezvous("env://", timeout=timeout))
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
-    except dist.DistError as error:
+    except (dist.DistError, ValueError) as error:  # ValueError: a port that is no number
         rule = f"did not bring the {size} ranks together ({str(error).splitlines()[0]})"
         remedy = "see what became of the others, or raise comm.init_timeout_seconds"
         raise ConfigError([Problem("MASTER_ADDR", address, rule, remedy)]) from None
