@@ -90,9 +90,7 @@ REFUSED = {
     (16, f'{CP} 16 --training.seq-len 20 --model.overrides {{"max_seq_len":30}}'): (
         "training.seq_len = 20 is not a multiple of 32, ...: use smaller degrees"
     ),
-    (6, f"{TP} 4"): (
-        "--world-size = 6 is no multiple of tensor 4: use 4 ranks (torchrun ..."
-    ),
+    (6, f"{TP} 4"): ("--world-size = 6 is no multiple of tensor 4: use 4 ranks (torchrun ..."),
     (8, f"{TP} 2 {CP} 2 {SHARD} 4"): (
         "--world-size = 8 is not context 2 x tensor 2 x shard 4 = 16, the product of the degrees in "
         "[parallelism]: use 16 ranks (torchrun --nproc_per_node 16), or set "
