@@ -39,8 +39,8 @@ class Mutant(NamedTuple):
 
 
 PORTABLE_VARLEN = "            return attend(q_BQHK, k_BSGK, v_BSGK, mask.tiles, scale)\n"
-HEADS_FIRST = "(x.transpose(1, 2) for x in (q_BQHK, k_BSGK, v_BSGK))"
-REPEATED = HEADS_FIRST.replace(" for", ".repeat_interleave(q_BQHK.shape[2] // x.shape[2], 1) for")
+HEADS_FIRST = "(x.transpose(1, 2) for x in (q_BSHK, k_BSGK, v_BSGK))"
+REPEATED = HEADS_FIRST.replace(" for", ".repeat_interleave(q_BSHK.shape[2] // x.shape[2], 1) for")
 SUMMED_KEYS = '_reduce_scatter(both_C2BcGK, "sum", 0, ctx.group)'
 FIRST = "batch.{}[:, : tokens_BS.shape[1]]"
 CALL_OF_MODEL = "return self.model(tokens_BS, positions_BS, mask, labels_BS)"

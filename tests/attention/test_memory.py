@@ -6,6 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from torchtitan_lite.attention import Flex, Sdpa, Varlen, WithLayout
+from torchtitan_lite.attention.sdpa import attend_whole_rows
 from torchtitan_lite.attention.tiles import FULL, document_tiles
 
 COPIES = {
@@ -55,9 +56,15 @@ def record(inner, q, k, v, mask):
     return recorder
 
 
-def test_the_fused_path_neither_copies_nor_repeats_forward_or_backward():
+def whole_rows(q, k, v, mask, scale):
+    """The call that a GPU gets for rows of one document each."""
+    return attend_whole_rows(q, k, v, scale)
+
+
+@pytest.mark.parametrize("inner", [Sdpa().build(), whole_rows], ids=["cpu", "cuda"])
+def test_the_fused_path_neither_copies_nor_repeats_forward_or_backward(inner):
     q, k, v = tensors(2, 256)
-    recorder = record(Sdpa().build(), q, k, v, Sdpa().mask(one_document(2, 256)))
+    recorder = record(inner, q, k, v, Sdpa().mask(one_document(2, 256)))
     assert not (COPIES | REPEATS) & set(recorder.names), recorder.names
     assert "_scaled_dot_product_flash_attention_for_cpu_backward" in recorder.names
 

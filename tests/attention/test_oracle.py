@@ -6,6 +6,7 @@ from attention_cases import EXACT, KEYS, POSITIONS, QUERIES, compare, qkv, rows
 
 from torchtitan_lite.attention import Flex, Sdpa, Varlen, WithLayout, flex, reference_attention
 from torchtitan_lite.attention.block_mask import build_block_mask
+from torchtitan_lite.attention.sdpa import attend_whole_rows
 from torchtitan_lite.attention.varlen import VarlenAttention, build_runs
 
 BACKENDS = {
@@ -35,6 +36,15 @@ def test_every_ratio_of_heads_equals_the_reference_in_float32(backend, heads, kv
         for window in (None, 7):
             case = POSITIONS[positions], None, window, heads, kv_heads, 0.37, tolerance, torch.float32
             compare(BACKENDS[backend], *case)
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(6, 6), (6, 2), (4, 1)])
+def test_the_one_call_of_rows_of_one_document_equals_the_reference(heads, kv_heads):
+    def inner(q, k, v, mask, scale):
+        return attend_whole_rows(q, k, v, scale)
+
+    case = POSITIONS["one document"], None, None, heads, kv_heads, 0.37, EXACT
+    compare((Sdpa().mask, inner), *case)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

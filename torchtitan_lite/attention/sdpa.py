@@ -60,12 +60,18 @@ class SdpaAttention(nn.Module):
         # keep for it when it is computed again.
         if not mask.causal_rows or not q_BQHK.is_cuda or _only_quadratic(q_BQHK, k_BSGK, v_BSGK):
             return attend(q_BQHK, k_BSGK, v_BSGK, mask, scale)
-        scale = check_inputs(q_BQHK, k_BSGK, v_BSGK, mask.shape, scale)
-        q_BHQK, k_BGSK, v_BGSK = (x.transpose(1, 2) for x in (q_BQHK, k_BSGK, v_BSGK))
-        out_BHQK = F.scaled_dot_product_attention(
-            q_BHQK, k_BGSK, v_BGSK, is_causal=True, scale=scale, enable_gqa=q_BHQK.shape[1] != k_BGSK.shape[1]
+        return attend_whole_rows(
+            q_BQHK, k_BSGK, v_BSGK, check_inputs(q_BQHK, k_BSGK, v_BSGK, mask.shape, scale)
         )
-        return out_BHQK.transpose(1, 2)
+
+
+def attend_whole_rows(q_BSHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, scale: float) -> Tensor:
+    """Attend in one kernel call, where every row is one document; [B, S, H, K]."""
+    q_BHSK, k_BGSK, v_BGSK = (x.transpose(1, 2) for x in (q_BSHK, k_BSGK, v_BSGK))
+    out_BHSK = F.scaled_dot_product_attention(
+        q_BHSK, k_BGSK, v_BGSK, is_causal=True, scale=scale, enable_gqa=q_BHSK.shape[1] != k_BGSK.shape[1]
+    )
+    return out_BHSK.transpose(1, 2)
 
 
 def _only_quadratic(q_BQHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor) -> bool:
