@@ -90,7 +90,10 @@ REFUSED = {
     (16, f'{CP} 16 --training.seq-len 20 --model.overrides {{"max_seq_len":30}}'): (
         "training.seq_len = 20 is not a multiple of 32, ...: use smaller degrees"
     ),
-    (6, f"{TP} 4"): ("--world-size = 6 is no multiple of tensor 4: use 4 ranks (torchrun ..."),
+    (6, f"{TP} 4"): (
+        "--world-size = 6 is no multiple of tensor 4: use 4 ranks (torchrun --nproc_per_node 4) or a "
+        "multiple, or change the degrees in [parallelism]"
+    ),
     (8, f"{TP} 2 {CP} 2 {SHARD} 4"): (
         "--world-size = 8 is not context 2 x tensor 2 x shard 4 = 16, the product of the degrees in "
         "[parallelism]: use 16 ranks (torchrun --nproc_per_node 16), or set "
@@ -155,7 +158,10 @@ def test_a_mesh_that_divides_nothing_evenly_is_refused_in_one_line(
         ("--dry-run --worldsize 2", "worldsize = 2 is not a known section: ..."),
         (
             f"{TP} 2",
-            "WORLD_SIZE = 1 is no multiple of tensor 2: use 2 ranks (torchrun ...",
+            (
+                "WORLD_SIZE = 1 is no multiple of tensor 2: use 2 ranks (torchrun --nproc_per_node 2) or a "
+                "multiple, or change the degrees in [parallelism]"
+            ),
         ),
     ],
 )
