@@ -15,18 +15,25 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "torchtitan_lite" / "train.py"
 
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 _MARK = "TORCHTITAN_LITE_TEST_RUN"
 
 
 class Launched:
     """A torchrun and the processes below it, to be found by a mark in their environment."""
 
-    def __init__(self, words: list[str], folder: Path, mark: str) -> None:
+    def __init__(self, words: list[str], folder: Path, mark: str, program: Sequence[object]) -> None:
         self.mark = mark
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", *words],
+            [*map(str, program), *words],
             cwd=folder,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", _MARK: mark},
+            env={
+                **os.environ,
+                "PYTHON": sys.executable,
+                "PYTHONPATH": str(ROOT),
+                "OMP_NUM_THREADS": "1",
+                _MARK: mark,
+            },
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -64,11 +71,15 @@ class Launched:
 
 @contextmanager
 def launched(
-    folder: Path, *words: object, processes: int = 2, nodes: Sequence[str] = ("--standalone",)
+    folder: Path,
+    *words: object,
+    processes: int = 2,
+    nodes: Sequence[str] = ("--standalone",),
+    program: Sequence[object] = TORCHRUN,
 ) -> Iterator[Launched]:
     """A run of `words` by torchrun on `processes` ranks in `folder`; killed at the end if need be."""
     start = [*nodes, "--nproc_per_node", str(processes)]
-    run = Launched([*start, *map(str, words)], folder, uuid.uuid4().hex)
+    run = Launched([*start, *map(str, words)], folder, uuid.uuid4().hex, program)
     try:
         yield run
     finally:

@@ -22,10 +22,10 @@ from torchtitan_lite.training.trainer import Trainer
 
 sound, rank = getattr(Trainer, sys.argv[1]), int(os.environ["RANK"])
 
-def wrong(self, *args):
+def wrong(self, *args, **words):
     if int(sys.argv[2]) in (rank, -1) and (sys.argv[1] == "__init__" or self.step == 2):
         {action}
-    return sound(self, *args)
+    return sound(self, *args, **words)
 
 setattr(Trainer, sys.argv[1], wrong)
 sys.exit(train.main(sys.argv[3:]))

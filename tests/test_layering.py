@@ -13,6 +13,7 @@ PACKAGE = "torchtitan_lite"
 ORDER = (
     {"entry"},
     {"inference", "training.trainer"},
+    {"training.record"},
     {"config.job"},
     {"training", "checkpoint", "data", "parallel.apply"},
     {"models"},
@@ -20,7 +21,7 @@ ORDER = (
 )
 PLACE = {unit: place for place, units in enumerate(ORDER) for unit in units}
 WITHOUT_MODELS = {"training", "checkpoint", "data"}
-ABOVE_PARALLEL = {"entry", "inference", "training.trainer", "config.job", "parallel.apply"}
+ABOVE_PARALLEL = {"entry", "inference", "training.trainer", "training.record", "config.job", "parallel.apply"}
 ATTENTION_MAY_IMPORT = {"torch", "flash_attn", "flash_attn_3", "flash_attn_interface"}
 
 
@@ -52,6 +53,7 @@ def test_every_module_has_a_place_in_the_order() -> None:
         ("training.step", "from torchtitan_lite.parallel.mesh import Mesh"),
         ("training.trainer", "from torchtitan_lite.inference.generate import generate"),
         ("training.trainer", "from torchtitan_lite.cli import main"),
+        ("training.record", "from torchtitan_lite.training.trainer import Trainer"),
         ("checkpoint.save", "from torchtitan_lite.models.init import init_weights"),
         ("config.load", "from torchtitan_lite.config.job import JobConfig"),
         ("config.load", "from torchtitan_lite.data.sources import DataConfig"),
@@ -148,7 +150,7 @@ def unit(module: str) -> str:
     """What the rule speaks of: a folder, or a file that it names apart."""
     if module in ("train", "cli"):
         return "entry"
-    if module in ("training.trainer", "config.job", "parallel.apply", "parallel.context"):
+    if module in ("training.trainer", "training.record", "config.job", "parallel.apply", "parallel.context"):
         return module
     return module.partition(".")[0]
 

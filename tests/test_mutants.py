@@ -9,9 +9,10 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
+import checkpoint_mutants
 import pytest
+from mutant import Mutant
 
 ROOT = Path(__file__).parents[1]
 ATTENTION = "torchtitan_lite/attention/"
@@ -28,16 +29,6 @@ FSDP_2, CP_2, TP_2 = (
     for cell in ("weights kept until the backward", "sliding window, sdpa", "no loss parallel, tied")
 )
 
-
-class Mutant(NamedTuple):
-    """A bug: in `file`, `old` becomes `new`; one of `tests` must fail."""
-
-    file: str
-    old: str
-    new: str
-    tests: str
-
-
 PORTABLE_VARLEN = "            return attend(q_BQHK, k_BSGK, v_BSGK, mask.tiles, scale)\n"
 HEADS_FIRST = "(x.transpose(1, 2) for x in (q_BSHK, k_BSGK, v_BSGK))"
 REPEATED = HEADS_FIRST.replace(" for", ".repeat_interleave(q_BSHK.shape[2] // x.shape[2], 1) for")
@@ -45,6 +36,7 @@ SUMMED_KEYS = '_reduce_scatter(both_C2BcGK, "sum", 0, ctx.group)'
 FIRST = "batch.{}[:, : tokens_BS.shape[1]]"
 CALL_OF_MODEL = "return self.model(tokens_BS, positions_BS, mask, labels_BS)"
 MUTANTS = {
+    **checkpoint_mutants.MUTANTS,
     "varlen: an extra transpose of the loop's output, hidden by a view": Mutant(
         ATTENTION + "varlen.py",
         PORTABLE_VARLEN,
@@ -295,14 +287,16 @@ MUTANTS = {
 
 def survivors(mutant: Mutant, folder: Path) -> tuple[int, str]:
     """pytest's exit status on a copy of the repository with the bug, and the first test that failed."""
-    for name in ("torchtitan_lite", "tests", "docs", "configs"):
+    for name in ("torchtitan_lite", "tests", "docs", "configs", "scripts"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", folder)
     path = folder / mutant.file
     source = path.read_text()
     assert source.count(mutant.old) == 1, f"{mutant.file} has {source.count(mutant.old)} times: {mutant.old}"
     path.write_text(source.replace(mutant.old, mutant.new))
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", mutant.tests]
+    tests, _, expression = mutant.tests.partition(" -k ")
+    chosen = [tests, "-k", expression] if expression else [tests]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *chosen]
     environment = os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240, check=False

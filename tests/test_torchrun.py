@@ -54,6 +54,7 @@ def test_two_ranks_and_two_nodes_train_like_one_rank(alone: Path, small_run, tmp
     assert {path.name for path in folder.iterdir()} == {
         "config.toml",
         "exit.json",
+        "lock",
         "metrics.jsonl",
         "profile_traces",
     }
@@ -66,7 +67,7 @@ def test_two_ranks_and_two_nodes_train_like_one_rank(alone: Path, small_run, tmp
         assert first.left() + second.left() == []
     check(first.out.splitlines(), folder, alone)
     assert second.out == ""
-    assert {path.name for path in folder.iterdir()} == {"config.toml", "exit.json", "metrics.jsonl"}
+    assert {path.name for path in folder.iterdir()} == {"config.toml", "exit.json", "lock", "metrics.jsonl"}
 
 
 def test_input_that_is_wrong_on_all_ranks_is_a_line_once(small_run, tmp_path: Path) -> None:

@@ -1,15 +1,17 @@
 """What test_world.py runs inside the ranks of a pool (ranks.py)."""
 
 import contextlib
+import os
 import time
 from datetime import timedelta
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 
 from torchtitan_lite.config.load import ConfigError, Problem
-from torchtitan_lite.parallel.world import World
+from torchtitan_lite.parallel.world import World, join
 
 
 def world(machines: int = 1) -> World:
@@ -71,3 +73,34 @@ def seconds_of_a_wait() -> list[float]:
     if not here.is_first:
         time.sleep(6)  # a rank that is gone would end the wait
     return waits
+
+
+def any_flag(flags: list[bool]) -> bool:
+    return world().any(flags[dist.get_rank()])
+
+
+def waits_of_a_joined_run(port: int) -> list[float]:
+    """How long rank 0 of a steady run waits for a rank: that comes late to save, and that never comes."""
+    here = joined(port)
+    here.steady()
+    start, waits = time.monotonic(), []
+    if not here.is_first:
+        time.sleep(3)
+    dist.all_reduce(torch.ones(1), group=here.saving)
+    waits.append(time.monotonic() - start)
+    if here.is_first:
+        with contextlib.suppress(RuntimeError):
+            dist.all_reduce(torch.ones(1))
+    else:
+        time.sleep(5)  # a rank that is gone would end the wait
+    return [*waits, time.monotonic() - start - waits[0]]
+
+
+def joined(port: int) -> World:
+    """This rank of a run that has joined as under a launcher."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    dist.destroy_process_group()
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    variables = {key: str(value) for key, value in {**numbers, "MASTER_PORT": port}.items()}
+    with mock.patch.dict(os.environ, variables, MASTER_ADDR="127.0.0.1"):
+        return join("cpu", init_seconds=30, train_seconds=1)

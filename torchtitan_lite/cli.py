@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterable, Sequence
+from typing import NoReturn
 
 USAGE = """\
 usage: torchtitan-lite COMMAND
@@ -91,5 +92,12 @@ def _refusal(command: str, rest: Sequence[str]) -> str:
     )
 
 
+def program() -> NoReturn:
+    """The process of the command."""
+    from torchtitan_lite.train import end_process
+
+    end_process(main())
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

@@ -166,12 +166,16 @@ FLAGS = {
     "--model.attention flex --model.attention.block-size 64 --compile.enable --job.device cuda --dry-run": (
         "model.attention.block_size = 64 finds no kernel within compiled blocks: use a multiple of 128, ..."
     ),
-    "--checkpoint.interval 100": "checkpoint.interval = 100 is not available yet: use 500",
-    "--checkpoint.load-step 5": "checkpoint.load_step = 5 is not available yet: use -1",
+    "--checkpoint.interval 0": "checkpoint.interval = 0 must be at least 1: use 500 or so",
+    "--checkpoint.load-step 5": (
+        "checkpoint.load_step = 5 needs checkpoints, which are off: set checkpoint.enable"
+    ),
     "--model.flavor debugmodel_flex_flash --job.device cuda --debug.deterministic --dry-run": (
         "debug.deterministic = true is not for flex (flash) attention: use sdpa"
     ),
-    "--checkpoint.enable": "checkpoint.enable = true is not available yet: use false",
+    "--checkpoint.folder tb": (
+        'checkpoint.folder = "tb" is the name of something else in the run\'s folder: use "checkpoint"'
+    ),
     "--activation-checkpoint.mode ful": (
         'activation_checkpoint.mode = "ful" is not one of "none", "selective", "full": did you mean "full"?'
     ),

@@ -1,5 +1,6 @@
 """Ranks that meet, and what they settle between them."""
 
+import socket
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,8 @@ def test_without_a_launcher_a_run_is_one_rank_without_a_process_group(environmen
     assert x.tolist() == [1, 1]
     assert world.share("folder") == "folder"
     assert world.in_turn(lambda: 3) == 3
+    assert [world.any(flag) for flag in (False, True)] == [False, True]
+    assert world.saving is None
     world.steady()
     leave()
 
@@ -96,6 +99,13 @@ def test_all_ranks_get_the_sum_and_what_rank_0_has(ranks) -> None:
     assert ranks(4).run(cases.shared) == [Path("of-0")] * 4
 
 
+@pytest.mark.parametrize(
+    "flags", [[False] * 4, [True] * 4, [False, False, True, False], [True, False, False, False]]
+)
+def test_all_ranks_know_whether_a_flag_is_set_on_any(flags: list[bool], ranks) -> None:
+    assert ranks(4).run(cases.any_flag, flags) == [any(flags)] * 4
+
+
 @pytest.mark.parametrize("machines", [1, 2])
 def test_one_rank_of_each_machine_builds_before_the_others(machines: int, ranks, tmp_path: Path) -> None:
     found = ranks(4).run(cases.order_of_turns, tmp_path, machines)
@@ -124,3 +134,16 @@ def test_a_steady_run_waits_for_train_seconds_in_every_group() -> None:
         pool.stop()
     assert len(waits) == 2
     assert all(0.9 < seconds < 4 for seconds in waits)
+
+
+def test_a_steady_run_waits_longer_while_it_saves() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    pool = Pool(2)
+    try:
+        waits, _ = pool.run(cases.waits_of_a_joined_run, port)
+    finally:
+        pool.stop()
+    assert waits[0] > 2.5
+    assert 0.9 < waits[1] < 4

@@ -16,7 +16,9 @@ def test_a_measurement_counts_two_operations_per_multiply_and_add(monkeypatch: p
 
 def test_a_cpu_is_measured_in_the_precision_of_the_run() -> None:
     for dtype in (torch.float32, torch.bfloat16):
+        before = torch.get_rng_state()
         assert 1e7 < hardware.measured_flops(CPU, dtype, seconds=0.01) < 1e15
+        assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize(

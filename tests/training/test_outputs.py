@@ -1,28 +1,42 @@
 """The run's own folder."""
 
+import errno
+import fcntl
 import json
+import os
+import stat
+import threading
 from pathlib import Path
 
 import pytest
 
 from torchtitan_lite.training.metrics import MetricsConfig
-from torchtitan_lite.training.outputs import new_folder, write_exit
+from torchtitan_lite.training.outputs import (
+    InUse,
+    Lines,
+    keep_lines,
+    lock,
+    make_folder,
+    set_aside,
+    write_exit,
+    write_refusal,
+)
 from torchtitan_lite.training.profiling import ProfilingConfig
 
 
 def test_a_given_folder_is_used_as_given(tmp_path: Path) -> None:
-    assert new_folder(str(tmp_path / "a" / "b"), "qwen3", "debugmodel") == tmp_path / "a" / "b"
+    assert make_folder(str(tmp_path / "a" / "b"), "qwen3", "debugmodel") == tmp_path / "a" / "b"
     assert (tmp_path / "a" / "b").is_dir()
 
 
 def test_the_home_folder_may_be_written_as_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert new_folder("~/run", "qwen3", "debugmodel") == tmp_path / "run"
+    assert make_folder("~/run", "qwen3", "debugmodel") == tmp_path / "run"
 
 
 def test_without_one_every_run_gets_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    first, second = (new_folder("", "qwen3", "debugmodel") for _ in range(2))
+    first, second = (make_folder("", "qwen3", "debugmodel") for _ in range(2))
     assert first != second
     assert first.parent == second.parent == tmp_path / "outputs"
     assert first.name.startswith("qwen3-debugmodel-")
@@ -30,7 +44,8 @@ def test_without_one_every_run_gets_its_own(tmp_path: Path, monkeypatch: pytest.
 
 def test_an_earlier_run_in_the_same_folder_is_moved_aside_whole(tmp_path: Path) -> None:
     for run in ("one", "two", "three"):
-        folder = new_folder(str(tmp_path), "qwen3", "debugmodel", ("logs/tb", "traces"))
+        folder = make_folder(str(tmp_path), "qwen3", "debugmodel")
+        set_aside(folder, ("logs/tb", "traces"))
         assert not (folder / "metrics.jsonl").exists()
         (folder / "metrics.jsonl").write_text(run)
         (folder / "logs" / "tb").mkdir(parents=True)
@@ -44,7 +59,7 @@ def test_an_earlier_run_in_the_same_folder_is_moved_aside_whole(tmp_path: Path) 
 
 def test_what_no_run_has_made_stays_where_it_is(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    new_folder(str(tmp_path), "qwen3", "debugmodel", ("tb",))
+    set_aside(make_folder(str(tmp_path), "qwen3", "debugmodel"), ("tb",))
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
@@ -59,8 +74,112 @@ def test_the_outcome_is_one_json_object(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["exit.json"]
 
 
+def test_lines_that_a_full_disk_does_not_take_are_told_once_and_no_more(caplog) -> None:
+    lines = Lines(Path("/dev/full"))
+    for step in range(1000):
+        lines.write({"step": step})
+    lines.close()
+    (said,) = caplog.messages
+    assert said == "lines of /dev/full are lost: it cannot be written (No space left on device)"
+
+
+def test_a_refusal_after_a_refusal_keeps_nothing(tmp_path: Path) -> None:
+    write_exit(tmp_path, 0, "done")
+    for number in range(3):
+        write_refusal(tmp_path, f"refusal {number}")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["earlier", "exit.json", "lock"]
+    assert json.loads((tmp_path / "earlier" / "exit.json").read_text())["outcome"] == "done"
+    assert json.loads((tmp_path / "exit.json").read_text())["message"] == "refusal 2"
+
+
+def test_a_folder_is_one_runs_until_that_lets_go_of_it(tmp_path: Path) -> None:
+    with lock(tmp_path), pytest.raises(InUse, match=f"^process {os.getpid()} on "):
+        lock(tmp_path)
+    lock(tmp_path).close()
+    assert (tmp_path / "lock").read_text().count("process") == 1
+
+
+def test_a_run_that_is_about_to_end_is_waited_for(tmp_path: Path) -> None:
+    own = lock(tmp_path)
+    threading.Timer(0.3, own.close).start()
+    lock(tmp_path, seconds=20).close()
+
+
+def test_a_refusal_is_not_left_in_the_folder_of_a_run_that_goes_on(tmp_path: Path) -> None:
+    with lock(tmp_path):
+        write_refusal(tmp_path, "no")
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+    write_refusal(tmp_path, "no")
+    assert json.loads((tmp_path / "exit.json").read_text())["outcome"] == "refused"
+
+
+def fail_to_lock(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Let the file system answer with the error `number` when a file is to be locked."""
+
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+
+
+NO_LOCKS = pytest.mark.parametrize(
+    "number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP], ids=errno.errorcode.get
+)
+
+
+@NO_LOCKS
+def test_where_there_are_no_locks_a_run_goes_on_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int
+) -> None:
+    fail_to_lock(monkeypatch, number)
+    with lock(tmp_path, seconds=20) as file:
+        assert not file.closed
+    (message,) = caplog.messages
+    assert message == (
+        f"{tmp_path / 'lock'}: this file system has no locks ({os.strerror(number)}): "
+        "a second run in the folder would not be refused"
+    )
+    assert (tmp_path / "lock").read_text().startswith(f"process {os.getpid()} on ")
+
+
+@NO_LOCKS
+def test_where_there_are_no_locks_a_refusal_is_left_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    fail_to_lock(monkeypatch, number)
+    write_exit(tmp_path, 0, "done")
+    write_refusal(tmp_path, "no")
+    assert json.loads((tmp_path / "exit.json").read_text())["outcome"] == "refused"
+    assert json.loads((tmp_path / "earlier" / "exit.json").read_text())["outcome"] == "done"
+
+
+def test_another_failure_to_lock_is_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fail_to_lock(monkeypatch, errno.EIO)
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        lock(tmp_path)
+    assert caplog.messages == []
+
+
+def test_kept_lines_are_on_the_disk_before_they_replace_the_others_and_their_name_is_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, sync, states = tmp_path / "lines.jsonl", os.fsync, []
+
+    def noted(descriptor: int) -> None:
+        states.append((stat.S_ISDIR(os.fstat(descriptor).st_mode), path.read_text()))
+        sync(descriptor)
+
+    before, after = '{"step": 1}\n{"step": 2}\n', '{"step": 2}\n'
+    path.write_text(before)
+    monkeypatch.setattr(os, "fsync", noted)
+    keep_lines(path, lambda line: line["step"] == 2)
+    assert states == [(False, before), (True, after)]
+
+
 @pytest.mark.parametrize(
-    "folder", ["", ".", "..", "../tb", "tb/../../tb", "/tmp/tb", "metrics.jsonl", "earlier/tb"]
+    "folder", ["", ".", "..", "../tb", "tb/../../tb", "/tmp/tb", "metrics.jsonl", "earlier/tb", "lock"]
 )
 def test_a_subfolder_outside_the_runs_folder_is_a_problem(folder: str) -> None:
     (problem,) = MetricsConfig(save_tb_folder=folder).problems("metrics")

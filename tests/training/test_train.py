@@ -40,7 +40,13 @@ def test_every_way_to_start_trains_and_leaves_the_files(start: str, run, small_r
     )
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "run"
-    assert {path.name for path in folder.iterdir()} == {"config.toml", "exit.json", "metrics.jsonl", "logs"}
+    assert {path.name for path in folder.iterdir()} == {
+        "config.toml",
+        "exit.json",
+        "lock",
+        "metrics.jsonl",
+        "logs",
+    }
     assert [line["step"] for line in lines(folder)] == [1, 2, 3, 4, 5]
     assert json.loads((folder / "exit.json").read_text())["status"] == 0
     assert f"Files: {folder}" in done.stdout

@@ -23,6 +23,7 @@ from torchtitan_lite.parallel.world import CommConfig
 from torchtitan_lite.training.determinism import DebugConfig
 from torchtitan_lite.training.metrics import MetricsConfig
 from torchtitan_lite.training.optimizer import OptimizerConfig
+from torchtitan_lite.training.outputs import is_inside
 from torchtitan_lite.training.profiling import ProfilingConfig
 from torchtitan_lite.training.schedule import LRSchedulerConfig
 from torchtitan_lite.training.step import TrainingConfig
@@ -160,7 +161,18 @@ class JobConfig:
         if self.validation.enable and self.data.validation_fraction == 0:
             rule, remedy = "needs held-out text, and data.validation_fraction is 0", "set that to 0.05"
             found.append(Problem("validation.enable", True, rule, remedy))
-        return found + self._model_problems(world_size)
+        return found + self._folder_problems() + self._model_problems(world_size)
+
+    def _folder_problems(self) -> list[Problem]:
+        """A folder of steps that is something else too, and would be moved aside with it."""
+        folder = self.checkpoint.folder
+        if Path(folder).name != folder or folder in ("", ".."):  # which the section itself refuses
+            return []
+        others = (self.metrics.save_tb_folder, self.profiling.save_traces_folder)
+        if is_inside(folder) and not any(Path(other).parts[:1] == (folder,) for other in others):
+            return []
+        rule = "is the name of something else in the run's folder"
+        return [Problem("checkpoint.folder", folder, rule, 'use "checkpoint"')]
 
     def _model_problems(self, world_size: int) -> list[Problem]:
         model = self.model

@@ -23,7 +23,7 @@ class Problem:
 
     def __str__(self) -> str:
         shown = "" if self.value is MISSING else f" = {literal(self.value)}"
-        return _printable(f"{self.key}{shown} {self.rule}: {self.remedy}")
+        return printable(f"{self.key}{shown} {self.rule}: {self.remedy}")
 
 
 class ConfigError(Exception):
@@ -73,6 +73,6 @@ def _fold(name: object) -> str:
     return str(name).lower().replace("-", "_")
 
 
-def _printable(text: str) -> str:
-    # A line separator or a stray byte in the user's own text must not break the line in two.
+def printable(text: str) -> str:
+    """`text` on one line, which a line separator or a stray byte in it must not break in two."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

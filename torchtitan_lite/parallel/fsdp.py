@@ -53,24 +53,32 @@ def sync_gradients(model: nn.Module, *, last: bool) -> None:
 
 def place_shard(parameter: Tensor, whole: Tensor) -> None:
     """Put this rank's shard of `whole` into `parameter`."""
-    if not isinstance(parameter, DTensor):
-        parameter.copy_(whole)
-        return
+    local_shard(parameter).copy_(whole[tuple(slice(start, start + n) for start, n in shard_box(parameter))])
+
+
+def shard_box(x: Tensor) -> list[tuple[int, int]]:
+    """Where this rank's shard of `x` lies in the whole: its start and length in each dim."""
+    box = [(0, n) for n in x.shape]
+    if not isinstance(x, DTensor):
+        return box
     # Tensor parallel, the last axis of the mesh, was applied first: the other axes split its shares further.
-    mesh = parameter.device_mesh
+    mesh = x.device_mesh
     coordinate = mesh.get_coordinate()
     assert coordinate is not None
-    shard = whole
     for axis in reversed(range(mesh.ndim)):
-        placement = parameter.placements[axis]
+        placement = x.placements[axis]
         if placement.is_replicate():
             continue
         # By attribute: the placement of FSDP's shards of a tensor-parallel share is a class of its own.
-        shard = _chunk(shard, mesh.size(axis), getattr(placement, "dim"), coordinate[axis])  # noqa: B009
-    parameter.to_local().copy_(shard)
+        dim = getattr(placement, "dim")  # noqa: B009
+        start, n = box[dim]
+        # As torch.chunk does it: all of one size, but for the last ones where that does not divide.
+        size = -(-n // mesh.size(axis))
+        first = min(coordinate[axis] * size, n)
+        box[dim] = start + first, min(first + size, n) - first
+    return box
 
 
-def _chunk(x: Tensor, n: int, dim: int, index: int) -> Tensor:
-    """Chunk `index` of `n` along `dim`; an empty one where there are fewer."""
-    chunks = x.chunk(n, dim)
-    return chunks[index] if index < len(chunks) else x.narrow(dim, 0, 0)
+def local_shard(x: Tensor) -> Tensor:
+    """This rank's shard of `x`, in the same memory."""
+    return x.to_local().detach() if isinstance(x, DTensor) else x.detach()

@@ -8,10 +8,9 @@ main thread hangs, or waits for a rank that is gone.
 
 import contextlib
 import json
+import math
 import os
-import select
 import signal
-import socket
 import sys
 import threading
 import time
@@ -49,6 +48,13 @@ class End:
     """Whether the other ranks need not say that they end too."""
 
 
+def signalled(rank: int, number: int) -> End:
+    """The end that signal `number` makes of a run."""
+    status = 128 + number
+    outcome = "interrupted" if number == signal.SIGINT else "terminated"
+    return End(rank=rank, message=str(status), status=status, outcome=outcome, quiet=True)
+
+
 class Watch:
     """One rank's watch over itself and the others, from `start` to `stop`."""
 
@@ -61,19 +67,16 @@ class Watch:
         own_store = store.clone()  # pyright: ignore[reportAttributeAccessIssue]
         own_store.set_timeout(timedelta(seconds=_GRACE))
         self._store = PrefixStore("watch", own_store)
-        self._seconds, self._last = seconds, time.monotonic()
+        self.alive(seconds)
         self._ending, self._stopped = threading.Lock(), threading.Event()
-        self._overdue: float | None = None
-        """When the main thread should have ended the process."""
+        self._overdue = math.inf
+        """When the main thread should have ended the process, once told to."""
+        self._signal = int(signal.SIGTERM)
         self._launcher = launcher
-        # Tells the thread of signals, even while the main thread is deep in a library.
-        self._bell, self._hammer = socket.socketpair()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
     def start(self) -> None:
-        """Start to watch; from the main thread."""
-        self._hammer.setblocking(False)
-        signal.set_wakeup_fd(self._hammer.fileno(), warn_on_full_buffer=False)
+        """Start to watch."""
         self._beat()
         self._thread.start()
 
@@ -81,13 +84,22 @@ class Watch:
         """No more watching: the run is done, and the ranks have parted."""
         self._stopped.set()
         self._thread.join()
-        signal.set_wakeup_fd(-1)
-        self._bell.close()
-        self._hammer.close()
 
     def alive(self, seconds: float) -> None:
         """A piece of work is done; the next one takes at most `seconds`."""
-        self._last, self._seconds = time.monotonic(), seconds
+        self._last = time.monotonic()
+        self._due = self._last + seconds  # the one that decides whether this rank is late
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether the process is about to end, as far as this rank has learnt; a sign of life may save it."""
+        is_late = time.monotonic() > self._due
+        return is_late or self._overdue < math.inf or self._ending.locked()
+
+    def hurry(self, number: int = signal.SIGTERM) -> None:
+        """The main thread is to end the process, on signal `number`; if it does not soon, the watch does."""
+        if self._overdue == math.inf:
+            self._signal, self._overdue = number, time.monotonic() + _GRACE
 
     def end(self, own: End, details: str = "", *, doubtful: bool) -> NoReturn:
         """Agree with the others on how the run ends, say it, and end the process.
@@ -96,7 +108,7 @@ class Watch:
         may be no more than the consequence of another rank's.
         """
         with self._ending:  # never released: who comes second ends with the process
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
                 with contextlib.suppress(ValueError):  # the thread may not, and need not
                     signal.signal(number, signal.SIG_IGN)
             try:
@@ -165,24 +177,20 @@ class Watch:
                 self.end(End(rank=self.rank, message="the launcher no longer answers"), doubtful=False)
             if not self._ending.locked():
                 self._look(is_told)
-            select.select([self._bell], [], [], _BEAT)
+            self._stopped.wait(_BEAT)
 
     def _look(self, is_told: bool) -> None:
         """End the process when it is time to and the main thread does not."""
-        now = time.monotonic()
-        rung = set(self._bell.recv(64)) if select.select([self._bell], [], [], 0)[0] else set()
-        is_late = now > self._last + self._seconds
-        if self._overdue is None and (is_told or is_late or rung & {signal.SIGTERM, signal.SIGINT}):
-            self._overdue = now + _GRACE
-        if is_late and not self._waits():
+        if is_told:
+            self.hurry()
+        now, due = time.monotonic(), self._due
+        is_late, is_over = now > due, now > min(self._overdue, due + _GRACE)
+        if is_late and not self._waits() and self._due == due:  # no sign of life meanwhile
             self.end(self._hang(), self._stack(), doubtful=False)
-        if self._overdue is not None and now > self._overdue:
-            if not is_late:
-                self.end(
-                    End(rank=self.rank, status=143, outcome="terminated", message="143", quiet=True),
-                    doubtful=True,
-                )
+        if is_over and is_late:
             self.end(self._hang(), self._stack(), doubtful=True)
+        if is_over:
+            self.end(signalled(self.rank, self._signal), doubtful=True)
 
     def _hang(self) -> End:
         seconds = time.monotonic() - self._last

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
-from torch.distributed.distributed_c10d import Store
+from torch.distributed.distributed_c10d import ProcessGroup, Store
 from torch.distributed.rendezvous import rendezvous
 
 from torchtitan_lite.config.load import MISSING, ConfigError, Problem
@@ -19,6 +19,8 @@ T = TypeVar("T")
 
 _BACKEND = {"cpu": "gloo", "cuda": "nccl"}
 _NCCL_GRACE = 20
+_SAVING = timedelta(minutes=30)
+"""How long a rank may write while the others wait for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +54,8 @@ class World:
     """How long a rank waits for the others in a `steady` run."""
     store: Store | None = None
     """Where the ranks met; None without a process group."""
+    saving: ProcessGroup | None = None
+    """All ranks once more, on the CPU, for the thread that saves alone; None where there are no others."""
 
     @property
     def is_first(self) -> bool:
@@ -63,6 +67,14 @@ class World:
         if dist.is_initialized():
             dist.all_reduce(x)
         return x
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is set on any rank."""
+        if self.size == 1:
+            return flag
+        found = torch.tensor(int(flag), device="cuda" if dist.get_backend() == "nccl" else "cpu")
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return bool(found)
 
     def share(self, value: T) -> T:
         """The `value` of rank 0, on every rank."""
@@ -91,10 +103,13 @@ class World:
         return built[0]
 
     def steady(self) -> None:
-        """From now on a rank waits no longer than `train_seconds` for the others: the slow start is over."""
+        """From now on a rank waits no longer than `train_seconds` for the others: the slow start is over.
+
+        Only while it saves it may wait for long, as before.
+        """
         if dist.is_initialized():
             timeout = _timeout(self.train_seconds, dist.get_backend())
-            for group in list(distributed_c10d._world.pg_map):
+            for group in set(distributed_c10d._world.pg_map) - {self.saving}:
                 distributed_c10d._set_pg_timeout(timeout, group)
 
     def _stop_all_on(self, error: Exception | None) -> None:
@@ -145,6 +160,7 @@ def join(
     try:
         store, _, _ = next(rendezvous("env://", timeout=timeout))
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+        saving = _build_saving(timeout) if size > 1 else None
     except (dist.DistError, ValueError) as error:  # ValueError: a port that is no number
         rule = f"did not bring the {size} ranks together ({str(error).splitlines()[0]})"
         remedy = "see what became of the others, or raise comm.init_timeout_seconds"
@@ -156,7 +172,16 @@ def join(
         local_size=local_size,
         train_seconds=train_seconds,
         store=store,
+        saving=saving,
     )
+
+
+def _build_saving(timeout: timedelta) -> ProcessGroup:
+    """A gloo group of all ranks, which meet within `timeout` and then have `_SAVING` for each exchange."""
+    group = dist.new_group(backend="gloo", timeout=timeout)
+    assert isinstance(group, ProcessGroup)
+    distributed_c10d._set_pg_timeout(_SAVING, group)
+    return group
 
 
 def leave(wait: bool = True) -> None:

@@ -1,8 +1,10 @@
 """Seeds, and runs that repeat to the bit."""
 
 import os
+import random
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from torchtitan_lite.config.load import Problem
@@ -10,12 +12,14 @@ from torchtitan_lite.config.load import Problem
 
 @dataclass(frozen=True, kw_only=True)
 class DebugConfig:
-    """What makes a run repeatable."""
+    """What makes a run repeatable, and shows that it is."""
 
     seed: int = 0
     """Seed of the initial weights and of the order of the data."""
     deterministic: bool = False
     """Use deterministic kernels alone: slower; two runs on one machine give the same losses to the bit."""
+    log_sample_ids: bool = False
+    """Write the global sample ids of every step and rank to sample_ids/rank-R.jsonl in the run's folder."""
 
     def problems(self, key: str) -> list[Problem]:
         """Values out of range."""
@@ -25,10 +29,12 @@ class DebugConfig:
 
 
 def set_determinism(config: DebugConfig) -> None:
-    """Seed torch and, when asked, refuse every kernel whose result depends on timing.
+    """Seed all generators and, when asked, refuse every kernel whose result depends on timing.
 
     Must run before the first CUDA kernel: cuBLAS reads its workspace setting once.
     """
+    random.seed(config.seed)
+    np.random.seed(config.seed % 2**32)
     torch.manual_seed(config.seed)
     if not config.deterministic:
         return

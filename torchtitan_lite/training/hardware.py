@@ -39,7 +39,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 def measured_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> float:
     """The best of the square matrix products that fit in about `seconds`."""
     size = 8192 if device.type == "cuda" else 1024
-    left = torch.randn(size, size, device=device).to(dtype)
+    # Of a generator of its own: a run that goes on has just put the others where they were.
+    left = torch.randn(size, size, device=device, generator=torch.Generator(device)).to(dtype)
     out = left @ left
     best, deadline = float("inf"), time.perf_counter() + seconds
     while best == float("inf") or time.perf_counter() < deadline:

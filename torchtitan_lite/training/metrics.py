@@ -1,8 +1,8 @@
 """What a run reports: lines on the console, metrics.jsonl and TensorBoard."""
 
-import json
+import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -10,10 +10,14 @@ from typing import TYPE_CHECKING, Self
 from tqdm import tqdm
 
 from torchtitan_lite.config.load import Problem
-from torchtitan_lite.training.outputs import is_inside
+from torchtitan_lite.training.outputs import Lines, is_inside, keep_lines
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
+
+
+_FILE = "metrics.jsonl"
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,29 +71,47 @@ class StepStats:
 
 
 class Metrics:
-    """Reports every `log_freq`-th step. A context manager: leaving it closes the files."""
+    """Reports every `log_freq`-th step. A context manager: leaving it closes the files.
+
+    A run that goes on from `resumed_step` has seen `n_tokens_seen` tokens by then; `cut` drops later reports.
+    That step may be 0; a new run has none.
+    """
 
     def __init__(
-        self, config: MetricsConfig, folder: Path, *, steps: int, flops_per_token: float, peak_flops: float
+        self,
+        config: MetricsConfig,
+        folder: Path,
+        *,
+        steps: int,
+        flops_per_token: float,
+        peak_flops: float,
+        resumed_step: int | None = None,
+        n_tokens_seen: int = 0,
     ) -> None:
         self.config, self.steps = config, steps
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
-        self.n_tokens_seen = 0
+        self.n_tokens_seen = n_tokens_seen
         self._window: list[StepStats] = []
-        self._file = (folder / "metrics.jsonl").open("a", buffering=1, encoding="utf-8")
+        self._lines = Lines(folder / _FILE)
         self._tensorboard = (
-            _tensorboard(folder / config.save_tb_folder) if config.enable_tensorboard else None
+            _tensorboard(folder / config.save_tb_folder, resumed_step) if config.enable_tensorboard else None
         )
-        self._bar = tqdm(total=steps, unit="step", desc="training", disable=None, dynamic_ncols=True)
+        self._bar = tqdm(
+            initial=resumed_step or 0,
+            total=steps,
+            unit="step",
+            desc="training",
+            disable=None,
+            dynamic_ncols=True,
+        )
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._bar.close()
-        self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        self._lines.close()
+        self._to_tensorboard(lambda board: board.close())
 
     def log(self, stats: StepStats, peak_memory_gib: float) -> None:
         """Count a step and report it when it is due, with the speed since the report before."""
@@ -132,10 +154,19 @@ class Metrics:
     def _write(self, record: Mapping[str, float]) -> None:
         # JSON has no NaN or infinity.
         line = {key: value if math.isfinite(value) else None for key, value in record.items()}
-        self._file.write(json.dumps(line) + "\n")
-        if self._tensorboard is not None:
-            for key in record.keys() - {"step"}:
-                self._tensorboard.add_scalar(key, record[key], int(record["step"]))
+        self._lines.write(line)
+        for key in record.keys() - {"step"}:
+            self._to_tensorboard(
+                lambda board, key=key: board.add_scalar(key, record[key], int(record["step"]))
+            )
+
+    def _to_tensorboard(self, act: Callable[["SummaryWriter"], object]) -> None:
+        try:
+            if self._tensorboard is not None:
+                act(self._tensorboard)
+        except OSError as error:  # its own thread has ended with it
+            _LOG.warning("no more is written for TensorBoard (%s)", error.strerror)
+            self._tensorboard = None
 
 
 class Silence:
@@ -157,7 +188,19 @@ class Silence:
         """Nothing."""
 
 
-def _tensorboard(folder: Path) -> "SummaryWriter":
+def cut(folder: Path, step: int, validated: int) -> None:
+    """Drop from metrics.jsonl what was reported after `step`, from which the run in `folder` goes on.
+
+    Of validations, what came after step `validated`, the last one that `step` knows of (-1: none): they are
+    done again.
+    """
+    keep_lines(
+        folder / _FILE, lambda line: line["step"] <= (validated if "validation_loss" in line else step)
+    )
+
+
+def _tensorboard(folder: Path, resumed_step: int | None) -> "SummaryWriter":
     from torch.utils.tensorboard import SummaryWriter  # slow to import, so not for --dry-run
 
-    return SummaryWriter(str(folder))
+    # It appends; whoever reads is told to forget what an earlier start reported from there on.
+    return SummaryWriter(str(folder), purge_step=None if resumed_step is None else resumed_step + 1)

@@ -62,3 +62,20 @@ def build_optimizer(
         fused=config.implementation == "fused",
         foreach=config.implementation == "foreach",
     )
+
+
+@torch.no_grad()
+def fill_state(optimizer: torch.optim.Optimizer) -> None:
+    """Give every weight the state that its first update makes, all zeros; the weights stay as they are."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    for state in optimizer.state.values():
+        for value in state.values():
+            value.zero_()

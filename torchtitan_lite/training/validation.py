@@ -32,6 +32,16 @@ class ValidationConfig:
         return found
 
 
+@dataclass(frozen=True, kw_only=True)
+class Validation:
+    """A validation's outcome."""
+
+    step: int
+    loss: float
+    """Nats per token."""
+    nats_per_byte: float
+
+
 BatchT = TypeVar("BatchT")
 
 

@@ -1,0 +1,131 @@
+"""Saving and loading a step against torch's plain dcp.save and dcp.load of the same tensors.
+
+    [torchrun --nproc_per_node 2] benchmarks/checkpoint.py --mib 512 --tensors 64 --rounds 5 --folder FOLDER
+
+In turns, in an order that changes, each into a new folder. Saving is timed until all is on the disk: ours
+hashes meanwhile, and writes a manifest and publishes. Loading is timed with the files in memory, as they are
+after a save: ours reads every byte twice, once to verify it. Prints a line of JSON.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from time import perf_counter
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+
+from torchtitan_lite.checkpoint.randomness import random_state
+from torchtitan_lite.checkpoint.ranks import Ranks
+from torchtitan_lite.checkpoint.restore import verify
+from torchtitan_lite.checkpoint.save import Snapshot, write_step
+from torchtitan_lite.checkpoint.state import State
+from torchtitan_lite.checkpoint.steps import Steps
+from torchtitan_lite.checkpoint.tensors import Piece, read_tensors
+
+
+def main() -> None:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--mib", type=int, default=512, help="of float32 tensors on each rank")
+    parser.add_argument("--tensors", type=int, default=64, help="on each rank")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--folder", default=None, help="where to write; default: the temporary folder")
+    args = parser.parse_args()
+    # Where there is one process, torch says so at every save.
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+    ranks = join()
+    place = Path(ranks.share(tempfile.mkdtemp(dir=args.folder) if ranks.is_first else ""))
+    n = args.mib * 2**18 // args.tensors
+    own = {f"model.{ranks.rank}.{i}": torch.randn(n) for i in range(args.tensors)}
+    pieces = {name: Piece(local=x, shape=x.shape, offsets=torch.Size([0])) for name, x in own.items()}
+    seconds: dict[str, list[float]] = {"plain save": [], "save": [], "plain load": [], "load": []}
+    for number in range(args.rounds):
+        turns = list(one_round(place / str(number), number, own, pieces, ranks))
+        for name, act in turns if number % 2 else [turns[1], turns[0], turns[3], turns[2]]:
+            ranks.gather(None)
+            began = perf_counter()
+            act()
+            ranks.gather(None)
+            seconds[name].append(perf_counter() - began)
+        if ranks.is_first:
+            shutil.rmtree(place / str(number))
+    if ranks.is_first:
+        place.rmdir()
+        print(json.dumps(report(args.mib * ranks.size, ranks.size, seconds), indent=1))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def join() -> Ranks:
+    """The ranks that torchrun has started; one without it."""
+    if "RANK" not in os.environ:
+        return Ranks()
+    dist.init_process_group("gloo")
+    return Ranks(rank=dist.get_rank(), size=dist.get_world_size())
+
+
+def one_round(
+    place: Path, number: int, own: dict[str, torch.Tensor], pieces: dict[str, Piece], ranks: Ranks
+) -> Iterator[tuple[str, Callable[[], None]]]:
+    """What is timed, in two pairs."""
+    state = State(
+        step=number,
+        n_tokens_seen=0,
+        consumed_samples=0,
+        validated=-1,
+        model_only=False,
+        identity={},
+        schedule={},
+        config={},
+    )
+    snapshot = Snapshot(step=number, pieces=pieces, state=state, random=random_state(), made={})
+    steps = Steps(place / "ours")
+    loaded = {name: torch.empty_like(x) for name, x in own.items()}
+
+    def save() -> None:
+        write_step(steps, snapshot, ranks)
+
+    def load() -> None:
+        found = verify(steps.path(number), ranks)
+        targets = {name: Piece(local=x, shape=x.shape, offsets=torch.Size([0])) for name, x in loaded.items()}
+        read_tensors(found.folder, targets, found.index)
+        assert all(torch.equal(x, own[name]) for name, x in loaded.items())
+
+    def plain_load() -> None:
+        dcp.load(loaded, checkpoint_id=place / "plain")  # pyright: ignore[reportPrivateImportUsage]
+        assert all(torch.equal(x, own[name]) for name, x in loaded.items())
+
+    def plain_save() -> None:
+        dcp.save(own, checkpoint_id=place / "plain")  # pyright: ignore[reportPrivateImportUsage]
+
+    yield "plain save", plain_save
+    yield "save", save
+    yield "plain load", plain_load
+    yield "load", load
+
+
+def report(mib: int, n_ranks: int, seconds: dict[str, list[float]]) -> dict[str, object]:
+    """Medians, and the medians of the ratios within a round."""
+    ratios = {
+        name: statistics.median(a / b for a, b in zip(seconds[name], seconds[f"plain {name}"], strict=True))
+        for name in ("save", "load")
+    }
+    speeds = {name: round(mib / statistics.median(found)) for name, found in seconds.items()}
+    return {
+        "mib": mib,
+        "ranks": n_ranks,
+        "mib_per_second": speeds,
+        "times_plain": {name: round(ratio, 3) for name, ratio in ratios.items()},
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""torchrun, except that SIGTERM and SIGUSR1 only go to the ranks, and that it ends with their exit status.
+
+By itself torchrun kills the ranks 30 seconds after a SIGTERM, dies of a SIGUSR1 without them, and makes 1 of
+every exit status. For Linux, where the ranks are found in /proc.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing import PContext
+
+SAVED = 75
+"""Exit status of a rank that has been asked to stop, and has saved."""
+
+
+class PassOn:
+    """Passes a signal on to the ranks; ends this process where there are none yet."""
+
+    def __init__(self) -> None:
+        self.has_passed_on = False
+
+    def __call__(self, number: int, _: object) -> None:
+        found = children()
+        if not found and not self.has_passed_on:
+            sys.exit(128 + number)
+        self.has_passed_on = True
+        for pid in found:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+
+def children() -> list[int]:
+    """The processes that this one has started, which are the ranks."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            after_name = path.read_text(errors="replace").rpartition(")")[2].split()
+            if int(after_name[1]) == os.getpid():
+                found.append(int(path.parent.name))
+    return found
+
+
+def refusal(words: list[str]) -> str:
+    """Why torchrun is not to be given `words`, if it is not."""
+    from torch.distributed.run import parse_args
+
+    own = "none of the user's"
+    if parse_args(["--signals-to-handle", own, *words]).signals_to_handle != own:
+        return "--signals-to-handle is for this launcher to say: leave it out"
+    restarts = parse_args(words).max_restarts
+    if restarts <= 0:
+        return ""
+    name = "PET_MAX_RESTARTS" if os.environ.get("PET_MAX_RESTARTS") == str(restarts) else "--max-restarts"
+    return (
+        f"{name} = {restarts} would start again what was asked to stop: "
+        "leave it out, and let the scheduler start the command again"
+    )
+
+
+def remember_starts() -> "list[PContext]":
+    """The ranks of this node, one for each time that torchrun starts them from now on, as it does."""
+    from torch.distributed.elastic.agent.server import local_elastic_agent as agent
+    from torch.distributed.elastic.multiprocessing import start_processes
+
+    starts = []
+
+    def start(*args, **kwargs):
+        starts.append(start_processes(*args, **kwargs))
+        return starts[-1]
+
+    agent.start_processes = start  # pyright: ignore[reportPrivateImportUsage]
+    return starts
+
+
+def have_saved(ranks: "PContext") -> bool:
+    """Whether each of `ranks` has ended because it has saved."""
+    ended = ranks.wait(0)
+    failures = ended.failures.values() if ended else []
+    return [failure.exitcode for failure in failures] == [SAVED] * ranks.nprocs
+
+
+def launch(words: list[str]) -> int:
+    """The exit status of a torchrun of `words`."""
+    # Late, so that signals are taken before this slow import.
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
+    from torch.distributed.run import main
+
+    if why := refusal(words):
+        print(why, file=sys.stderr)
+        return 2
+    starts = remember_starts()
+    try:
+        main(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *words])
+    except ChildFailedError as error:
+        statuses = [failure.exitcode for failure in error.failures.values()]
+        if SAVED in statuses:
+            return SAVED
+        print(error, file=sys.stderr)
+        first = error.get_first_failure()[1].exitcode
+        return first if first > 0 else 128 - first
+    except SignalException as error:
+        return 128 + error.sigval
+    except RendezvousError:
+        # The first node, with the store in it, may go while ranks of this one still end.
+        if not starts or not have_saved(starts[-1]):
+            raise
+        return SAVED
+    return 0
+
+
+if __name__ == "__main__":
+    pass_on = PassOn()
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, pass_on)
+    sys.exit(launch(sys.argv[1:]))

@@ -1,0 +1,322 @@
+"""Whatever happens to a published step's files is found, named, and never taken for the step."""
+
+import errno
+import os
+import random
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from checkpoint_cases import Start, Starts, forged_manifest, publish, tree, whole
+
+from torchtitan_lite.checkpoint import tensors
+from torchtitan_lite.checkpoint.manifest import FORMAT_VERSION, MANIFEST, Damaged, Unreadable, read_manifest
+from torchtitan_lite.checkpoint.ranks import Ranks
+from torchtitan_lite.checkpoint.restore import find, load, verify
+from torchtitan_lite.checkpoint.steps import Steps
+from torchtitan_lite.checkpoint.tensors import read_index
+from torchtitan_lite.config.load import ConfigError
+
+FILES = (".metadata", "__0_0.distcp", "manifest.json", "random-0.json", "state.json")
+N_FLIPS = 200
+
+Options = Callable[..., list[str]]
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A step that is what was written; a test leaves it so."""
+    x = torch.linspace(0, 1, 4000)
+    return publish(tmp_path_factory.mktemp("good"), 5, pieces=whole({"model.x": x, "optimizer.x.a": x + 1}))
+
+
+@pytest.fixture
+def step(good: Path, tmp_path: Path) -> Path:
+    """A copy of it, to damage."""
+    shutil.copy(good.parent / "latest", tmp_path)
+    return Path(shutil.copytree(good, tmp_path / good.name))
+
+
+def damage_of(folder: Path) -> str:
+    with pytest.raises(Damaged) as caught:
+        verify(folder, Ranks())
+    return str(caught.value)
+
+
+def test_a_step_that_nothing_happened_to_is_good(good: Path) -> None:
+    assert verify(good, Ranks()).state.step == 5
+    assert sorted(path.name for path in good.iterdir()) == sorted(FILES)
+    assert Steps(good.parent).latest_problem() == ""
+
+
+def test_every_flipped_byte_is_found_and_the_file_named(step: Path) -> None:
+    rng = random.Random(0)
+    for number in range(N_FLIPS):
+        file = step / FILES[number % len(FILES)]
+        content = file.read_bytes()
+        flipped = bytearray(content)
+        # Ends and beginnings are where formats keep what they do not check.
+        place = rng.choice((rng.randrange(len(content)), rng.randrange(100), -rng.randrange(1, 100)))
+        flipped[place] ^= rng.randrange(1, 256)
+        file.write_bytes(flipped)
+        assert damage_of(step).startswith(f"{file.name} "), place
+        file.write_bytes(content)
+    verify(step, Ranks())
+
+
+def test_every_flipped_bit_of_latest_is_found(step: Path) -> None:
+    latest = step.parent / "latest"
+    content = latest.read_bytes()
+    for place in range(8 * len(content)):
+        flipped = bytearray(content)
+        flipped[place // 8] ^= 1 << place % 8
+        latest.write_bytes(flipped)
+        assert Steps(step.parent).latest_problem().startswith("latest "), place
+
+
+@pytest.mark.parametrize("content", [b"", b"step-5\n", b"step-4 ", b"\xff" * 1000])
+def test_another_latest_is_found(step: Path, content: bytes) -> None:
+    (step.parent / "latest").write_bytes(content)
+    assert Steps(step.parent).latest_problem().startswith("latest ")
+
+
+def test_a_latest_of_another_manifest_is_found(step: Path) -> None:
+    (step / "manifest.json").write_bytes((step / "manifest.json").read_bytes() + b" ")
+    assert Steps(step.parent).latest_problem().startswith("latest ")
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("what", ["a byte less", "half", "empty", "a byte more", "missing", "a folder"])
+def test_a_file_of_another_length_is_found(step: Path, name: str, what: str) -> None:
+    content = (step / name).read_bytes()
+    (step / name).unlink()
+    if what == "a folder":
+        (step / name).mkdir()
+    elif what != "missing":
+        new = {
+            "a byte less": content[:-1],
+            "half": content[: len(content) // 2],
+            "empty": b"",
+            "a byte more": content + b"\0",
+        }
+        (step / name).write_bytes(new[what])
+    assert damage_of(step).startswith(f"{name} ")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_that_is_a_link_is_found_even_to_what_was_written(step: Path, name: str) -> None:
+    (step / name).rename(step.parent / "elsewhere")
+    (step / name).symlink_to(step.parent / "elsewhere")
+    assert damage_of(step) == f"{name} is not a file"
+
+
+def test_a_manifest_that_is_a_pipe_is_found_and_not_waited_for(step: Path) -> None:
+    (step / "manifest.json").unlink()
+    os.mkfifo(step / "manifest.json")
+    assert damage_of(step) == "manifest.json is not a file"
+
+
+def test_two_files_that_changed_places_are_found(step: Path) -> None:
+    content = (step / "state.json").read_bytes()
+    (step / "random-0.json").rename(step / "state.json")
+    (step / "random-0.json").write_bytes(content)
+    assert damage_of(step).startswith(("state.json ", "random-0.json "))
+
+
+@pytest.mark.parametrize(
+    "name", ["__1_0.distcp", "notes.txt", ".hidden", "manifest.json.partial", "\udcff\n"]
+)
+@pytest.mark.parametrize("kind", ["file", "folder", "link", "pipe"])
+def test_what_does_not_belong_there_is_found(step: Path, name: str, kind: str) -> None:
+    path = step / name
+    make = {
+        "file": path.touch,
+        "folder": path.mkdir,
+        "link": lambda: path.symlink_to(step / "state.json"),
+        "pipe": lambda: os.mkfifo(path),
+    }
+    make[kind]()
+    assert damage_of(step) == f"{name} does not belong there"
+
+
+@pytest.mark.parametrize("load_step", [-1, 5])
+@pytest.mark.parametrize("name", [MANIFEST, "state.json", "__0_0.distcp", ".metadata", "random-0.json"])
+def test_a_file_that_cannot_be_read_refuses_the_start_and_nothing_else_is_taken(
+    step: Path, name: str, load_step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = Path.open
+
+    def fails(path: Path, *words: Any, **named: Any) -> Any:
+        if path.name == name:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return opened(path, *words, **named)
+
+    monkeypatch.setattr(Path, "open", fails)
+    shutil.copytree(step, step.parent / "step-4", dirs_exist_ok=True)
+    with pytest.raises(ConfigError, match=rf"{name} cannot be read \(Input/output error\)") as refused:
+        find(Steps(step.parent), load_step, Ranks())
+    assert "holds step 5, which cannot be told to be good or not" in str(refused.value)
+
+
+def test_an_index_that_only_this_rank_cannot_read_is_not_called_damaged(step: Path, monkeypatch) -> None:
+    read = Path.read_bytes
+
+    def fails(path: Path) -> bytes:  # another rank has hashed it
+        if path.name == ".metadata":
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", fails)
+    with pytest.raises(Unreadable, match=r"^\.metadata cannot be read \(Stale file handle\)$"):
+        read_index(step, read_manifest(step))
+    monkeypatch.setattr(tensors._Unpickler, "load", mock.Mock(side_effect=MemoryError))
+    monkeypatch.setattr(Path, "read_bytes", read)
+    with pytest.raises(Unreadable, match="no memory"):
+        read_index(step, read_manifest(step))
+
+
+def test_a_step_that_cannot_be_read_any_more_after_it_was_verified_is_a_line(step: Path, monkeypatch) -> None:
+    found = verify(step, Ranks())
+    pieces = whole({name: torch.zeros(x.shape, dtype=x.dtype) for name, x in found.index.items()})
+    (step / "__0_0.distcp").unlink()
+    with pytest.raises(ConfigError, match=r"is refused: __0_0\.distcp is missing: use another step"):
+        load(found, pieces, Ranks())
+    monkeypatch.setattr(Path, "open", mock.Mock(side_effect=OSError(errno.EIO, os.strerror(errno.EIO))))
+    with pytest.raises(ConfigError, match=r"__0_0\.distcp cannot be read \(Input/output error\)"):
+        load(found, pieces, Ranks())
+
+
+def test_a_folder_of_steps_that_cannot_be_read_is_not_taken_for_empty(step: Path, monkeypatch) -> None:
+    monkeypatch.setattr(os, "scandir", mock.Mock(side_effect=PermissionError(13, "Permission denied")))
+    with pytest.raises(ConfigError, match=r"cannot be read \(Permission denied\): see to that"):
+        find(Steps(step.parent), -1, Ranks())
+
+
+def test_a_step_of_a_later_version_is_not_passed_over(step: Path) -> None:
+    forged_manifest(step, format_version=FORMAT_VERSION + 1)
+    with pytest.raises(ConfigError, match=f"{MANIFEST} has format {FORMAT_VERSION + 1}"):
+        find(Steps(step.parent), -1, Ranks())
+
+
+def test_a_step_under_the_name_of_another_is_found(step: Path) -> None:
+    step.rename(step.parent / "step-6")
+    with pytest.raises(ConfigError, match="it is step 5 under another name"):
+        find(Steps(step.parent), 6, Ranks())
+    with pytest.raises(ConfigError, match="it is step 5 under another name"):
+        find(Steps(step.parent), -1, Ranks())
+
+
+# --- the same through a real start ---
+
+
+def flip(step: Path) -> None:
+    shard = step / "__0_0.distcp"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+
+
+def truncate(step: Path) -> None:
+    with (step / "manifest.json").open("r+b") as stream:
+        stream.truncate(10)
+
+
+def link(step: Path) -> None:
+    (step / "state.json").rename(step.parents[1] / "state.json")
+    (step / "state.json").symlink_to("../../state.json")
+
+
+# By what is done to the newest step, the words that say it.
+DAMAGES = {
+    "a flipped bit": (flip, "__0_0.distcp is not what was written (its SHA-256 differs)"),
+    "a short manifest": (truncate, "manifest.json is not what was written"),
+    "a missing shard": (lambda step: (step / "__0_0.distcp").unlink(), "__0_0.distcp is missing"),
+    "a foreign file": (lambda step: (step / "x").touch(), "x does not belong there"),
+    "a folder inside": (lambda step: (step / "x").mkdir(), "x does not belong there"),
+    "a link": (link, "state.json is not a file"),
+    "no manifest": (lambda step: (step / "manifest.json").unlink(), "manifest.json is missing"),
+}
+
+
+def said(start: Start) -> str:
+    assert "Traceback" not in start.err, start.err
+    return start.err
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_the_newest_good_step_is_taken_loudly_and_the_damaged_one_is_kept_aside(
+    starts: Starts, options: Options, run_folder: Path, name: str
+) -> None:
+    damage, words = DAMAGES[name]
+    damage(run_folder / "checkpoint" / "step-3")
+    before = tree(run_folder / "checkpoint" / "step-3")
+    start = starts(options(run_folder, 4))
+    folder = run_folder / "checkpoint"
+    assert f"step 3 in {folder} is DAMAGED and is passed over: {words}" in said(start)
+    assert f"goes on from step 2 in {folder / 'step-2'}\n" in start.out
+    assert f"moved {folder / 'step-3'} to {run_folder / 'earlier' / 'checkpoint'}" in start.err
+    assert start.status == 0
+    assert tree(run_folder / "earlier" / "checkpoint" / "step-3") == before
+    assert Steps(folder).published() == [3, 4]
+    assert [verify(Steps(folder).path(step), Ranks()).state.step for step in (3, 4)] == [3, 4]
+
+
+def test_an_empty_folder_with_a_step_s_name_is_passed_over(
+    starts: Starts, options: Options, run_folder: Path
+) -> None:
+    (run_folder / "checkpoint" / "step-70").mkdir()
+    start = starts(options(run_folder, 4))
+    assert "step 70 in" in said(start) and "manifest.json is missing" in start.err
+    assert (start.status, "goes on from step 3 " in start.out) == (0, True)
+    assert (run_folder / "earlier" / "checkpoint" / "step-70").is_dir()
+
+
+def test_a_damaged_latest_is_reported_and_written_again(
+    starts: Starts, options: Options, run_folder: Path
+) -> None:
+    (run_folder / "checkpoint" / "latest").write_text("step-1")
+    start = starts(options(run_folder, 4))
+    assert f"latest in {run_folder / 'checkpoint'} is DAMAGED and is written again" in said(start)
+    assert (start.status, "goes on from step 3 " in start.out) == (0, True)
+    assert Steps(run_folder / "checkpoint").latest_problem() == ""
+
+
+@pytest.mark.parametrize("name", ["a flipped bit", "a short manifest", "a missing shard"])
+def test_a_damaged_step_that_is_asked_for_is_refused(
+    starts: Starts, options: Options, run_folder: Path, name: str
+) -> None:
+    damage, words = DAMAGES[name]
+    damage(run_folder / "checkpoint" / "step-2")
+    before = tree(run_folder / "checkpoint")
+    metrics = (run_folder / "metrics.jsonl").read_bytes()
+    start = starts(options(run_folder, 4, checkpoint__load_step=2))
+    assert start.status == 2
+    line = f"checkpoint.load_step = 2 is damaged: {words}"
+    assert said(start).startswith(line) and len(start.err.splitlines()) == 1
+    assert tree(run_folder / "checkpoint") == before
+    assert (run_folder / "metrics.jsonl").read_bytes() == metrics
+
+
+def test_a_run_whose_steps_are_all_damaged_is_refused_and_nothing_is_touched(
+    starts: Starts, options: Options, run_folder: Path
+) -> None:
+    flip(run_folder / "checkpoint" / "step-2")
+    truncate(run_folder / "checkpoint" / "step-3")
+    (run_folder / "checkpoint" / "step-1").mkdir()
+    before = tree(run_folder)
+    start = starts(options(run_folder, 4))
+    assert start.status == 2
+    last = said(start).splitlines()[-1]
+    problems = "step 3: manifest.json is not what was written; step 2: __0_0.distcp is not what was written"
+    assert re.match(rf"checkpoint\.folder = .* holds no step that is what was written \({problems}", last)
+    after = tree(run_folder)
+    assert after["earlier/exit.json"] == before["exit.json"]
+    outcome = {"exit.json", "lock", "earlier", "earlier/exit.json"}
+    assert {name: before[name] for name in before.keys() - outcome} == {
+        name: after[name] for name in after.keys() - outcome
+    }

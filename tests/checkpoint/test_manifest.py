@@ -1,0 +1,139 @@
+"""The manifest: one text for one content, every byte of it checked, and it speaks for every file."""
+
+import errno
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+from checkpoint_cases import digest, forged_manifest
+
+from torchtitan_lite.checkpoint.manifest import (
+    FORMAT_VERSION,
+    MANIFEST,
+    Damaged,
+    Digest,
+    Manifest,
+    Unreadable,
+    check_file,
+    check_names,
+    read_manifest,
+)
+
+CONTENTS = {"a.bin": b"abc", "b.bin": b""}
+WRITTEN = Manifest(
+    step=7,
+    files={name: digest(content) for name, content in CONTENTS.items()},
+    made={"torch": "2.13.0", "mesh": {"ranks": 2}, "odd": 'é\n"'},
+)
+
+
+@pytest.fixture
+def step(tmp_path: Path) -> Path:
+    """The folder of `WRITTEN`, with its files."""
+    for name, content in CONTENTS.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / MANIFEST).write_text(WRITTEN.text())
+    return tmp_path
+
+
+def test_what_is_read_is_what_was_written(step: Path) -> None:
+    assert read_manifest(step) == WRITTEN
+    check_names(step, WRITTEN)
+    for name, known in WRITTEN.files.items():
+        check_file(step, name, known)
+
+
+def test_the_text_says_its_format_and_ends_with_its_own_hash() -> None:
+    lines = WRITTEN.text().splitlines()
+    assert lines[1] == f'  "format_version": {FORMAT_VERSION},'
+    assert lines[-2].startswith('  "sha256": "') and lines[-1] == "}"
+    content = json.loads(WRITTEN.text())
+    own = content.pop("sha256")
+    assert own == hashlib.sha256((json.dumps(content, indent=2) + "\n").encode()).hexdigest()
+    assert content["files"]["a.bin"] == {"size": 3, "sha256": hashlib.sha256(b"abc").hexdigest()}
+
+
+def test_every_other_byte_is_found(step: Path) -> None:
+    text = (step / MANIFEST).read_bytes()
+    for place in range(len(text)):
+        for bit in (1, 32):
+            (step / MANIFEST).write_bytes(text[:place] + bytes([text[place] ^ bit]) + text[place + 1 :])
+            with pytest.raises(Damaged, match=r"^manifest\.json is not what was written$"):
+                read_manifest(step)
+
+
+@pytest.mark.parametrize("end", [" ", "\n", "{}", "\0"])
+def test_a_longer_or_shorter_text_is_found(step: Path, end: str) -> None:
+    (step / MANIFEST).write_text(WRITTEN.text() + end)
+    with pytest.raises(Damaged):
+        read_manifest(step)
+    for n in (0, 1, 100, len(WRITTEN.text()) - 1):
+        (step / MANIFEST).write_text(WRITTEN.text()[:n])
+        with pytest.raises(Damaged):
+            read_manifest(step)
+
+
+def test_the_same_content_in_another_text_is_found(step: Path) -> None:
+    (step / MANIFEST).write_text(json.dumps(json.loads(WRITTEN.text())))
+    with pytest.raises(Damaged):
+        read_manifest(step)
+
+
+def test_a_key_given_twice_is_found(step: Path) -> None:
+    (step / MANIFEST).write_text(WRITTEN.text().replace('"step": 7', '"step": 6,\n  "step": 7'))
+    with pytest.raises(Damaged):
+        read_manifest(step)
+
+
+def test_a_later_format_is_named(step: Path) -> None:
+    forged_manifest(step, format_version=FORMAT_VERSION + 1)
+    words = f"has format {FORMAT_VERSION + 1}, and this version reads up to {FORMAT_VERSION}"
+    with pytest.raises(Unreadable, match=words):
+        read_manifest(step)
+
+
+def test_no_manifest_is_told(tmp_path: Path) -> None:
+    with pytest.raises(Damaged, match=r"^manifest\.json is missing$"):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES, errno.EMFILE])
+def test_a_file_that_cannot_be_read_is_not_called_damaged(step: Path, number: int, monkeypatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    words = rf" cannot be read \({os.strerror(number)}\)$"
+    monkeypatch.setattr(Path, "open", fail)
+    with pytest.raises(Unreadable, match=rf"^a\.bin{words}"):
+        check_file(step, "a.bin", WRITTEN.files["a.bin"])
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    with pytest.raises(Unreadable, match=rf"^manifest\.json{words}"):
+        read_manifest(step)
+    monkeypatch.setattr(os, "scandir", fail)
+    with pytest.raises(Unreadable, match=rf"^the folder{words}"):
+        check_names(step, WRITTEN)
+
+
+def test_names_too_many_or_too_few_are_told(step: Path) -> None:
+    (step / "c.bin").touch()
+    with pytest.raises(Damaged, match=r"^c\.bin does not belong there$"):
+        check_names(step, WRITTEN)
+    (step / "c.bin").rename(step / "b.bin")
+    check_names(step, WRITTEN)
+    (step / "b.bin").unlink()
+    with pytest.raises(Damaged, match=r"^b\.bin is missing$"):
+        check_names(step, WRITTEN)
+
+
+def test_a_file_of_another_size_or_content_is_told(step: Path) -> None:
+    known = WRITTEN.files["a.bin"]
+    with pytest.raises(Damaged, match=r"^a\.bin has 3 bytes, and 4 were written$"):
+        check_file(step, "a.bin", Digest(4, known.sha256))
+    (step / "a.bin").write_bytes(b"abd")
+    with pytest.raises(Damaged, match=r"^a\.bin is not what was written \(its SHA-256 differs\)$"):
+        check_file(step, "a.bin", known)
+    (step / "a.bin").unlink()
+    with pytest.raises(Damaged, match=r"^a\.bin is missing$"):
+        check_file(step, "a.bin", known)

@@ -1,0 +1,296 @@
+"""SIGTERM and SIGUSR1 in real processes, at any moment: one agreed step, saved, status 75, nobody left."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from launch import ROOT, Launched, launched
+from resume_cases import lines, main, outcome, steps_in
+
+from torchtitan_lite.checkpoint.ranks import Ranks
+from torchtitan_lite.checkpoint.restore import verify
+from torchtitan_lite.checkpoint.steps import Steps
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+
+# Acts on some ranks in one phase of a run, once, before what the run does there itself.
+DRIVER = """\
+import os, signal, sys, time
+from torchtitan_lite import train
+from torchtitan_lite.checkpoint import save
+from torchtitan_lite.training import trainer
+from torchtitan_lite.training.trainer import Trainer
+
+rank = int(os.environ.get("RANK", "0"))
+place, at = {{
+    "data": ((trainer, "prepare"), 0),
+    "model": ((Trainer, "_build_model"), 0),
+    "first step": ((Trainer, "count_valid"), 0),
+    "step": ((Trainer, "count_valid"), 2),
+    "validation": ((Trainer, "_validation_loss_of"), 3),
+    "save": ((save, "write_tensors"), 2),
+}}["{phase}"]
+sound, done, trainers = getattr(*place), [], []
+
+def send(*numbers):
+    for number in numbers:
+        os.kill(os.getpid(), number)
+        time.sleep(0.3)
+
+def act(*args, **words):
+    step = args[0].step if hasattr(args[0], "step") else trainers[0].step if trainers else 0
+    if not done and step == at and rank in {ranks}:
+        done.append(step)
+        {action}
+    return sound(*args, **words)
+
+def build(self, *args, **words):
+    trainers.append(self)
+    self.step = 0
+    built(self, *args, **words)
+
+built, Trainer.__init__ = Trainer.__init__, build
+if __name__ == "__main__":
+    setattr(*place, act)
+    status = train.main(sys.argv[1:])
+    open(f"status-{{rank}}", "w").write(str(status))
+    sys.exit(status)
+"""
+TERM, USR1 = int(signal.SIGTERM), int(signal.SIGUSR1)
+PHASES = {"data": 0, "model": 0, "first step": 1, "step": 3, "validation": 3, "save": 2}
+"""Where a request comes in, and the step that is saved."""
+SAVES = (
+    *("--checkpoint.enable", "--checkpoint.interval", "2"),
+    *("--training.global-batch-size", "8", "--lr-scheduler.total-steps", "5"),
+    *("--validation.enable", "--validation.freq", "3", "--data.validation-fraction", "0.2"),
+)
+
+
+def drive(
+    folder: Path, phase: str, action: str, small_run: list[str], ranks: tuple[int, ...]
+) -> list[object]:
+    """The words of a run that does `action` in a phase, on some `ranks`."""
+    (folder / "driver.py").write_text(DRIVER.format(phase=phase, action=action, ranks=ranks))
+    return ["driver.py", *small_run, *SAVES]
+
+
+def statuses(folder: Path) -> dict[str, str]:
+    """What the trainer came to on each rank, by itself."""
+    return {path.name: path.read_text() for path in folder.glob("status-*")}
+
+
+def check_stopped(folder: Path, number: int, step: int, n_ranks: int) -> None:
+    """That all ranks have stopped after the same step, which is saved and good."""
+    assert statuses(folder) == {f"status-{rank}": "75" for rank in range(n_ranks)}
+    left = outcome(folder / "run")
+    assert (left["status"], left["outcome"], left["step"]) == (75, "stopped", step)
+    message = left["message"]
+    assert message in (
+        f"asked to stop by {signal.Signals(number).name}",
+        "asked to stop by a signal to another rank",
+    )
+    steps = Steps(folder / "run" / "checkpoint")
+    assert steps.published()[-1] == step
+    found = verify(steps.path(step), Ranks())
+    assert (found.state.step, found.state.consumed_samples) == (step, 8 * step)
+    assert found.manifest.made["mesh"]["ranks"] == n_ranks
+
+
+def check_goes_on(folder: Path, small_run: list[str]) -> None:
+    """That the next start, here on one rank, does the rest and no more."""
+    assert main(*small_run, *SAVES, "--training.local-batch-size", 8) == 0
+    found = [("loss" in line, line["step"]) for line in lines(folder / "run")]
+    assert sorted(step for is_trained, step in found if is_trained) == [1, 2, 3, 4, 5]
+    assert sorted(step for is_trained, step in found if not is_trained) == [0, 3, 5]
+    assert [step for _, step in found] == sorted(step for _, step in found)
+    assert outcome(folder / "run") == {"status": 0, "outcome": "done", "step": 5, "message": ""}
+    assert all(
+        name == "latest" or (name.startswith("step-") and ".tmp" not in name)
+        for name in steps_in(folder / "run")
+    )
+
+
+FAST = [
+    ("data", USR1, (0, 1)),
+    ("first step", TERM, (0,)),
+    ("validation", TERM, (1,)),
+    ("save", USR1, (0, 1)),
+]
+SLOW = [("step", USR1, (1,)), *((phase, number, (0, 1)) for phase in PHASES for number in (TERM, USR1))]
+
+
+@pytest.mark.parametrize(
+    ("phase", "number", "signalled"),
+    [*FAST, *(pytest.param(*words, marks=pytest.mark.slow) for words in SLOW if words not in FAST)],
+)
+def test_two_ranks_stop_at_one_step_whoever_is_signalled(
+    phase: str, number: int, signalled: tuple[int, ...], small_run, tmp_path: Path
+) -> None:
+    with launched(tmp_path, *drive(tmp_path, phase, f"send({number})", small_run, signalled)) as run:
+        assert run.wait() == 1  # torchrun's own
+        assert run.left() == []
+    assert run.err.count("exitcode  : 75 ") == 2
+    assert "Traceback" not in run.of_ranks()
+    check_stopped(tmp_path, number, PHASES[phase], 2)
+    assert (0 in signalled) == (outcome(tmp_path / "run")["message"] == f"asked to stop by {name(number)}")
+    check_goes_on(tmp_path, small_run)
+
+
+def name(number: int) -> str:
+    return signal.Signals(number).name
+
+
+@contextmanager
+def script(folder: Path, *words: object) -> Iterator[Launched]:
+    """A run of `words` by scripts/launch.sh on two ranks."""
+    program = ("bash", ROOT / "scripts" / "launch.sh")
+    with launched(folder, *words, program=program) as run:
+        yield run
+
+
+@pytest.mark.parametrize("number", [USR1, pytest.param(TERM, marks=pytest.mark.slow)])
+def test_a_signal_to_the_launch_script_stops_both_with_its_status(
+    number: int, small_run, tmp_path: Path
+) -> None:
+    # Rank 0 is at its third step, and the signal comes to it through the launcher.
+    words = drive(tmp_path, "step", f"os.kill(os.getppid(), {number}); time.sleep(1)", small_run, (0,))
+    with script(tmp_path, *words) as run:
+        assert run.wait() == 75, run.err
+        assert run.left() == []
+    check_stopped(tmp_path, number, 3, 2)
+    assert outcome(tmp_path / "run")["message"] == f"asked to stop by {name(number)}"
+
+
+class Alone:
+    """A run of one process, in a process group of its own."""
+
+    def __init__(self, folder: Path, words: list[object]) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, *map(str, words)],
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def end(self) -> tuple[int, str, str]:
+        out, err = self.process.communicate(timeout=60)
+        return self.process.returncode, out, err
+
+
+Start = Callable[..., Alone]
+
+
+@pytest.fixture
+def start(tmp_path: Path, small_run) -> Iterator[Start]:
+    """`start("step", action, ...)` starts a run that does not outlive the test."""
+    started: list[Alone] = []
+
+    def start(phase: str, action: str, *more: object) -> Alone:
+        words = [*drive(tmp_path, phase, action, small_run, (0,)), "--training.local-batch-size", 8, *more]
+        started.append(Alone(tmp_path, words))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.process.kill()
+        one.process.communicate()
+
+
+@pytest.mark.parametrize(
+    ("phase", "number"),
+    [
+        ("step", TERM),
+        *(
+            pytest.param(phase, number, marks=pytest.mark.slow)
+            for phase in PHASES
+            for number in (TERM, USR1)
+            if (phase, number) != ("step", TERM)
+        ),
+    ],
+)
+def test_a_run_of_one_process_does_the_same(
+    phase: str, number: int, start: Start, small_run, tmp_path: Path
+) -> None:
+    status, out, err = start(phase, f"send({number})").end()
+    assert status == 75, err
+    check_stopped(tmp_path, number, PHASES[phase], 1)
+    said = f"asked to stop by {name(number)}"
+    assert f"{said}: saves and stops as soon as it can" in err
+    assert f"{said}: saved step {PHASES[phase]}; the same command goes on from there" in out
+    check_goes_on(tmp_path, small_run)
+
+
+@pytest.mark.parametrize(
+    ("phase", "more"),
+    [
+        ("step", ("--data.num-workers", 1)),
+        pytest.param(
+            "first step", ("--compile.enable",), marks=(pytest.mark.slow, pytest.mark.compiler), id="compiler"
+        ),
+    ],
+)
+def test_what_the_run_has_started_goes_on_when_all_are_signalled(
+    phase: str, more: tuple[object, ...], start: Start, tmp_path: Path
+) -> None:
+    # As Kubernetes and some terminals do: the whole process group gets the signal.
+    status, _, err = start(phase, "os.killpg(0, signal.SIGTERM)", *more).end()
+    assert status == 75, err
+    assert "Traceback" not in err and "worker" not in err
+    check_stopped(tmp_path, TERM, PHASES[phase], 1)
+
+
+@pytest.mark.parametrize(("second", "status"), [(TERM, 143), (USR1, 138)])
+def test_a_second_signal_ends_at_once_and_keeps_the_steps_before(
+    second: int, status: int, start: Start, small_run, tmp_path: Path
+) -> None:
+    # While the fourth step is written: the second is there.
+    hold = f"send({TERM}, {second}); time.sleep(1000)"
+    run = start("save", f"None\n    if step == 4:\n        {hold}")
+    began = time.monotonic()
+    found, _, err = run.end()
+    assert (found, time.monotonic() - began < 60) == (status, True), err
+    assert err.endswith("asked again: ending at once\n")
+    left = outcome(tmp_path / "run")
+    assert (left["status"], left["outcome"], left["step"]) == (status, "terminated", 4)
+    steps = Steps(tmp_path / "run" / "checkpoint")
+    assert steps.published() == [2]
+    assert verify(steps.path(2), Ranks()).state.step == 2
+    assert any(".tmp-" in name for name in steps_in(tmp_path / "run"))
+    check_goes_on(tmp_path, small_run)
+
+
+def test_a_rank_that_is_killed_in_a_save_keeps_the_steps_before(small_run, tmp_path: Path) -> None:
+    kill = "None\n    if step == 4 and rank == 1:\n        os.kill(os.getpid(), signal.SIGKILL)"
+    with launched(tmp_path, *drive(tmp_path, "save", kill, small_run, (0, 1))) as run:
+        assert run.wait() == 1
+        assert run.left() == []
+    assert outcome(tmp_path / "run")["message"] == "rank 1 no longer answers"
+    steps = Steps(tmp_path / "run" / "checkpoint")
+    assert steps.published() == [2] and verify(steps.path(2), Ranks()).state.step == 2
+    check_goes_on(tmp_path, small_run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["disabled", "async"])
+def test_a_rank_that_is_killed_in_a_step_loses_the_steps_since_the_save(
+    mode: str, small_run, tmp_path: Path
+) -> None:
+    kill = (
+        "None\n    if step == 3 and rank == 1:\n        time.sleep(1); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    words = drive(tmp_path, "step", kill, small_run, (0, 1))
+    with launched(tmp_path, *words, "--checkpoint.async-mode", mode) as run:
+        assert run.wait() == 1
+        assert run.left() == []
+    assert (outcome(tmp_path / "run")["outcome"], outcome(tmp_path / "run")["step"]) == ("failed", 3)
+    assert Steps(tmp_path / "run" / "checkpoint").published() == [2]
+    check_goes_on(tmp_path, small_run)

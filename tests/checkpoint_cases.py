@@ -1,0 +1,453 @@
+"""Steps to damage, and starts of a run that die on purpose: what the tests of checkpoints share.
+
+As a program it is the server of `Starts`: torch is imported once, and each start is a fork of it.
+"""
+
+import contextlib
+import hashlib
+import importlib
+import json
+import os
+import pickle
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from torchtitan_lite.checkpoint import CheckpointConfig, SaveFailed
+from torchtitan_lite.checkpoint.files import HashedFiles
+from torchtitan_lite.checkpoint.manifest import MANIFEST, Digest, read_manifest
+from torchtitan_lite.checkpoint.randomness import random_state
+from torchtitan_lite.checkpoint.ranks import OnAnotherRank, Ranks
+from torchtitan_lite.checkpoint.save import Saver, Snapshot, probe, write_step
+from torchtitan_lite.checkpoint.state import State
+from torchtitan_lite.checkpoint.steps import Steps
+from torchtitan_lite.checkpoint.tensors import Piece, differences, read_index, read_tensors, write_tensors
+from torchtitan_lite.config.load import ConfigError
+
+ROOT = Path(__file__).parents[1]
+SMALL = {
+    "model.w": torch.arange(12.0).view(4, 3),
+    "model.norm": torch.arange(5.0).bfloat16(),
+    "optimizer.w.step": torch.tensor(7.0),
+}
+
+
+# --- a step without a run -----------------------------------------------------------------------------
+
+
+def whole(tensors: Mapping[str, Tensor]) -> dict[str, Piece]:
+    """Tensors as the pieces of a single rank."""
+    return {
+        name: Piece(local=x, shape=x.shape, offsets=torch.Size([0] * x.dim())) for name, x in tensors.items()
+    }
+
+
+def snapshot(step: int, pieces: Mapping[str, Piece] | None = None) -> Snapshot:
+    """Something to save as `step`."""
+    state = State(
+        step=step,
+        n_tokens_seen=100 * step,
+        consumed_samples=4 * step,
+        validated=-1,
+        model_only=False,
+        identity={"model.dim": 3},
+        schedule={},
+        config={},
+    )
+    pieces = whole(SMALL) if pieces is None else pieces
+    made = {"mesh": {"ranks": 1}}
+    return Snapshot(step=step, pieces=pieces, state=state, random=random_state(), made=made)
+
+
+def publish(folder: Path, *numbers: int, pieces: Mapping[str, Piece] | None = None) -> Path:
+    """Steps in `folder`; the path of the last one."""
+    for step in numbers:
+        write_step(Steps(folder), snapshot(step, pieces), Ranks())
+    return Steps(folder).path(numbers[-1])
+
+
+def digest(content: bytes) -> Digest:
+    return Digest(len(content), hashlib.sha256(content).hexdigest())
+
+
+def forge(folder: Path, **contents: bytes | None) -> None:
+    """Put other bytes into a step's files, and a manifest that says they are what was written.
+
+    The names have `_` for `-` and `.`; None removes the file.
+    """
+    names = {name.replace("-", "_").replace(".", "_"): name for name in (*os.listdir(folder), ".metadata")}
+    manifest = read_manifest(folder)
+    files = dict(manifest.files)
+    for alias, content in contents.items():
+        name = names[alias]
+        if content is None:
+            (folder / name).unlink()
+            del files[name]
+        else:
+            (folder / name).write_bytes(content)
+            files[name] = digest(content)
+    (folder / MANIFEST).write_text(replace(manifest, files=files).text())
+
+
+def forged_manifest(folder: Path, **changes: Any) -> None:
+    """Change entries of a step's manifest, whatever their types, and let it end with the hash that fits."""
+    content = json.loads((folder / MANIFEST).read_bytes())
+    del content["sha256"]
+    content |= changes
+    text = json.dumps(content, indent=2) + "\n"
+    content["sha256"] = hashlib.sha256(text.encode()).hexdigest()
+    (folder / MANIFEST).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file below `folder` with its bytes; folders and links with what they are."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.is_symlink():
+            found[name] = f"-> {os.readlink(path)}".encode()
+        else:
+            found[name] = b"folder" if path.is_dir() else path.read_bytes()
+    return found
+
+
+# --- on the ranks of a pool ---------------------------------------------------------------------------
+
+
+def here() -> Ranks:
+    """This rank of a pool."""
+    return Ranks(rank=dist.get_rank(), size=dist.get_world_size(), group=dist.group.WORLD)
+
+
+TENSORS = {
+    "model.rows": torch.arange(35, dtype=torch.float64).view(7, 5),
+    "model.few": torch.arange(6.0).view(2, 3),
+    "model.vector": torch.arange(9, dtype=torch.int64),
+    "model.half": torch.linspace(-3, 3, 24).bfloat16().view(4, 3, 2),
+    "model.scalar": torch.tensor(0.1),
+    "model.flag": torch.tensor([True, False, True]),
+}
+
+
+def box(tensor: Tensor, rank: int, size: int, layout: str) -> Piece:
+    """Part `rank` of `size` of a tensor by rows, columns or both, as FSDP and tensor parallel cut it."""
+    n_columns = {"rows": 1, "columns": size, "grid": max(1, size // 2)}[layout] if tensor.dim() > 1 else 1
+    n_rows = size // n_columns
+    places = [slice(None)] * tensor.dim()
+    for dim, part, n in ((0, rank // n_columns, n_rows), (1, rank % n_columns, n_columns))[: tensor.dim()]:
+        length = -(-tensor.shape[dim] // n)
+        places[dim] = slice(min(part * length, tensor.shape[dim]), (part + 1) * length)
+    local = tensor[tuple(places)].clone()
+    return Piece(local=local, shape=tensor.shape, offsets=torch.Size(place.start or 0 for place in places))
+
+
+def boxes(layout: str, ranks: Ranks) -> dict[str, Piece]:
+    return {name: box(x, ranks.rank, ranks.size, layout) for name, x in TENSORS.items()}
+
+
+def write_layouts(folder: Path, layouts: list[str]) -> None:
+    """Publish a step for each layout, numbered in order."""
+    for step, layout in enumerate(layouts):
+        write_step(Steps(folder), snapshot(step, boxes(layout, here())), here())
+
+
+def digests_of_a_write(folder: Path) -> dict[str, Digest]:
+    files = HashedFiles()
+    write_tensors(folder, boxes("grid", here()), files, here())
+    return files.digests
+
+
+def differing_reads(folder: Path, step: int, layout: str) -> list[str]:
+    """Which of this rank's pieces are not, bit by bit, what was written, when read in another layout."""
+    place = Steps(folder).path(step)
+    expected = boxes(layout, here())
+    pieces = {
+        name: replace(piece, local=torch.full_like(piece.local, 77)) for name, piece in expected.items()
+    }
+    index = read_index(place, read_manifest(place))
+    assert differences(pieces, index) == []
+    read_tensors(place, pieces, index)
+    same = {name: _bits(pieces[name].local) == _bits(expected[name].local) for name in pieces}
+    return [name for name, is_same in same.items() if not is_same]
+
+
+def _bits(x: Tensor) -> tuple[Any, ...]:
+    return x.dtype, x.shape, x.contiguous().view(-1).view(torch.uint8).tolist()
+
+
+def save_without_space(folder: Path, full: list[int], async_mode: Any, on_failure: Any) -> list[str]:
+    """What each of three saves says where the ranks `full` cannot write 2,000 bytes in the second one."""
+    config = CheckpointConfig(enable=True, async_mode=async_mode, on_failure=on_failure)
+    ranks = here() if dist.is_initialized() else Ranks()
+    saver = Saver(config, Steps(folder), ranks, say=lambda _: None, alive=lambda: None)
+    said = []
+    for step in (1, 2, 3):
+        with _no_space() if step == 2 and ranks.rank in full else contextlib.nullcontext():
+            try:
+                saver.save(step, partial(snapshot, step))
+                saver.report()
+                said.append(f"saved {saver.saved}")
+            except SaveFailed as error:
+                said.append(str(error))
+    return said
+
+
+def left_after_a_failure(folder: Path) -> list[str]:
+    """What this rank finds of a step that could not be written, which takes the first rank long to remove."""
+    remove = shutil.rmtree
+
+    def slowly(path: Path) -> None:
+        time.sleep(1)
+        remove(path)
+
+    with (
+        mock.patch.object(shutil, "rmtree", slowly),
+        _no_space() if dist.get_rank() == 1 else contextlib.nullcontext(),
+        contextlib.suppress(OSError, OnAnotherRank),
+    ):
+        write_step(Steps(folder), snapshot(1, boxes("rows", here())), here())
+    return [path.name for path in folder.iterdir()]
+
+
+def probe_folders(folders: list[Path]) -> str:
+    """What each rank says of its own run's folder: as on machines that have folders of one name."""
+    ranks = here()
+    own = Steps(folders[ranks.rank] / "checkpoint")
+    with mock.patch.object(Ranks, "share", _share_in(folders)):
+        try:
+            probe(own, ranks)
+        except ConfigError as error:
+            return str(error)
+    return ""
+
+
+def _share_in(folders: list[Path]) -> Callable[[Ranks, Any], Any]:
+    share = Ranks.share
+
+    def shared(ranks: Ranks, path: Path) -> Path:
+        """The same name, in the rank's own file system."""
+        return folders[ranks.rank] / share(ranks, path).relative_to(folders[0])
+
+    return shared
+
+
+@contextlib.contextmanager
+def _no_space() -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def die_in_save(folder: Path, rank: int, fault: dict[str, Any]) -> None:
+    """Save step 2 of two ranks, of which `rank` dies by `fault`, when the other has written its shard."""
+    if dist.get_rank() == rank:
+        apply_fault(fault)
+    write_step(Steps(folder), snapshot(2, boxes("rows", here())), here())
+
+
+# --- starts of a real run -----------------------------------------------------------------------------
+
+
+class Start(NamedTuple):
+    """How a start of a run ended."""
+
+    status: int
+    """Negative: the signal that killed it."""
+    out: str
+    err: str
+
+
+class Starts:
+    """Real starts of training, in forks of one process; `fault` is for `apply_fault`: where one dies."""
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="starts-")
+        self._server = subprocess.Popen(
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))},
+            text=True,
+        )
+
+    def __call__(self, words: list[str], fault: dict[str, Any] | None = None) -> Start:
+        """Start a run with the options `words`."""
+        output = Path(self._folder.name)
+        request = {"words": words, "fault": fault, "out": str(output / "out"), "err": str(output / "err")}
+        assert self._server.stdin and self._server.stdout
+        self._server.stdin.write(json.dumps(request) + "\n")
+        self._server.stdin.flush()
+        status = int(self._server.stdout.readline())
+        out, err = ((output / name).read_text(errors="replace") for name in ("out", "err"))
+        return Start(status, out, err)
+
+    def stop(self) -> None:
+        """End the server."""
+        self._server.kill()
+        self._server.communicate()
+        self._folder.cleanup()
+
+
+def apply_fault(fault: dict[str, Any]) -> None:
+    """Let this process die by SIGKILL `when` ("before", "after") the `n`-th call of `at`, a dotted name.
+
+    Calls count from the first one of `armed_by` on, where that is given. With `halve`, a function that gives
+    a text gives half of it. With `fsize`, nothing dies, but no file can grow beyond so many bytes.
+    """
+    counts = {"armed": "armed_by" not in fault, "calls": 0}
+
+    def arming(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            if not counts["armed"]:
+                counts["armed"] = True
+                if "fsize" in fault:
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (fault["fsize"], resource.RLIM_INFINITY))
+                if "pipe" in fault:
+                    os.write(fault["pipe"], b"!")
+            return real(*args, **options)
+
+        return call
+
+    def mortal(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            counts["calls"] += counts["armed"]
+            is_the_one = counts["armed"] and counts["calls"] == fault["n"]
+            if is_the_one and fault["when"] == "before":
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = real(*args, **options)
+            if is_the_one:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        return call
+
+    def halving(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            result = real(*args, **options)
+            return result[: len(result) // 2] if counts["armed"] else result
+
+        return call
+
+    def waiting(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            while not list(Path(fault["folder"]).glob(fault["until"])):
+                time.sleep(0.01)
+            return real(*args, **options)
+
+        return call
+
+    changes = {"at": mortal, "armed_by": arming, "halve": halving, "waits": waiting}
+    for key, change in changes.items():
+        if key in fault:
+            owner, name = _owner(fault[key])
+            setattr(owner, name, change(getattr(owner, name)))
+
+
+def _owner(dotted: str) -> tuple[Any, str]:
+    """The module or class that holds what a dotted name means."""
+    *parents, name = dotted.split(".")
+    for n in range(len(parents), 0, -1):
+        with contextlib.suppress(ModuleNotFoundError):
+            owner: Any = importlib.import_module(".".join(parents[:n]))
+            for parent in parents[n:]:
+                owner = getattr(owner, parent)
+            return owner, name
+    raise ModuleNotFoundError(dotted)
+
+
+def _serve() -> None:
+    """Fork for each line of standard input, and answer with the status."""
+    import torch._dynamo  # slow, and what building an optimizer imports
+
+    from torchtitan_lite.train import main
+    from torchtitan_lite.training import record, trainer
+
+    assert record and trainer and torch._dynamo
+    torch.set_num_threads(1)
+    with contextlib.redirect_stdout(None), contextlib.redirect_stderr(None):
+        main(["--dry-run"])
+    for line in sys.stdin:
+        request = json.loads(line)
+        reading, writing = os.pipe()
+        if (pid := os.fork()) == 0:
+            _start(request, writing)
+        os.close(writing)
+        fault = request["fault"] or {}
+        if "delay" in fault and os.read(reading, 1):
+            time.sleep(fault["delay"])
+            os.kill(pid, signal.SIGKILL)
+        _, status = os.waitpid(pid, 0)
+        os.close(reading)
+        print(os.waitstatus_to_exitcode(status), flush=True)
+
+
+def _start(request: dict[str, Any], writing: int) -> None:
+    """The life of a forked process: a training run."""
+    from torchtitan_lite.train import main
+
+    status = 70
+    try:
+        for number, name in ((0, os.devnull), (1, request["out"]), (2, request["err"])):
+            flags = os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+            os.dup2(os.open(name, flags), number)
+        if request["fault"]:
+            apply_fault({**request["fault"], "pipe": writing})
+        status = main(request["words"])
+    except BaseException:  # noqa: BLE001 - as Python ends a program
+        traceback.print_exc()
+        status = 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+# --- hostile content ----------------------------------------------------------------------------------
+
+
+class Touch:
+    """Pickled, a call that creates a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+class Shell:
+    """Pickled, a command for the shell."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.path}",)
+
+
+def changed_index(folder: Path, change: Callable[[Any], Any]) -> bytes:
+    """The index of a step, after `change` of what it holds."""
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    return pickle.dumps(change(metadata) or metadata)
+
+
+if __name__ == "__main__":
+    _serve()

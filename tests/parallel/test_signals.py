@@ -1,0 +1,215 @@
+"""A request to stop, in real processes with real signals."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+PROGRAM = """\
+import hashlib, os, signal, subprocess, sys, threading, time
+from torchtitan_lite.parallel.signals import StopRequest
+
+request = StopRequest(is_first={is_first}, launched={launched})
+request.on_second = lambda number: print("second", number)
+request.on_ending = lambda number: os.write(1, b"ending %d\\n" % number)
+{before}
+request.install(saves={saves})
+print("ready", flush=True)
+{after}
+"""
+WAIT = "while not request.asked: time.sleep(0.01)\n"
+FOREVER = "while True: time.sleep(0.1)"
+IN_TIME = "try: print('in', flush=True); time.sleep(9)\n"
+DEEP = "hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)"
+ASKED = "asked to stop by {}: saves and stops as soon as it can\n"
+AGAIN = "asked again: ending at once\n"
+
+
+class Process:
+    """A process that has installed a request, and then does `after`."""
+
+    def __init__(
+        self,
+        after: str,
+        *,
+        before: str = "",
+        is_first: bool = True,
+        launched: bool = False,
+        saves: bool = True,
+    ) -> None:
+        settings = {"is_first": is_first, "launched": launched, "saves": saves}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", PROGRAM.format(before=before, after=after, **settings)],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        self.read("ready")
+
+    def read(self, line: str) -> None:
+        """Wait until the process has printed `line`."""
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline() == f"{line}\n"
+
+    def send(self, *numbers: int, pause: float = 0.0) -> None:
+        """Send signals, with some seconds between."""
+        for number in numbers:
+            self.process.send_signal(number)
+            time.sleep(pause)
+
+    def end(self, within: float = 10) -> tuple[int, str, str]:
+        """The exit status, which is negative for a signal, and what was printed since."""
+        out, err = self.process.communicate(timeout=within)
+        return self.process.returncode, out, err
+
+
+@pytest.fixture
+def start() -> Iterator[type[Process]]:
+    """`start(after)` starts a process that does not outlive the test."""
+    started = []
+
+    class Started(Process):
+        def __init__(self, *words, **settings) -> None:
+            started.append(self)
+            super().__init__(*words, **settings)
+
+    yield Started
+    for one in started:
+        one.process.kill()
+        one.process.communicate()
+
+
+STOPS = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=["SIGTERM", "SIGUSR1"])
+
+
+@STOPS
+@pytest.mark.parametrize("launched", [False, True])
+def test_the_first_signal_only_asks_and_is_told_once(number: int, launched: bool, start) -> None:
+    process = start(WAIT + "print(request.signal_name); request.done()", launched=launched)
+    process.send(number)
+    name = signal.Signals(number).name
+    assert process.end() == (0, f"{name}\n", ASKED.format(name))
+
+
+def test_a_rank_that_does_not_speak_says_nothing(start) -> None:
+    process = start(FOREVER, is_first=False)
+    process.send(signal.SIGTERM, signal.SIGTERM, pause=0.1)
+    assert process.end() == (143, "second 15\n", "")
+
+
+@STOPS
+@pytest.mark.parametrize("what", [FOREVER, DEEP], ids=["in Python", "in C"])
+def test_the_second_ends_the_process_at_once_wherever_it_is(number: int, what: str, start) -> None:
+    process = start(what)
+    process.send(number, pause=0.2)
+    started = time.monotonic()
+    process.send(number)
+    status, out, err = process.end()
+    assert time.monotonic() - started < 3
+    assert (status, out) == (128 + number, f"second {int(number)}\n")
+    assert err == ASKED.format(signal.Signals(number).name) + AGAIN
+
+
+@pytest.mark.parametrize(
+    "on_second",
+    ["1 / 0", "sys.exit(3)", "threading.Event().wait()"],
+    ids=["raises", "exits", "hangs"],
+)
+def test_nothing_done_about_the_second_keeps_the_process(on_second: str, start) -> None:
+    process = start(FOREVER, before=f"request.on_second = lambda number: {on_second}")
+    process.send(signal.SIGTERM, signal.SIGTERM, pause=0.1)
+    assert process.end() == (143, "", ASKED.format("SIGTERM") + AGAIN)
+
+
+def test_output_that_nobody_reads_keeps_the_process_neither(start) -> None:
+    process = start("sys.stderr.write('x' * 2**20)")
+    process.send(signal.SIGTERM, signal.SIGTERM, pause=0.2)
+    assert process.process.wait(timeout=10) == 143
+
+
+def test_what_a_launcher_passes_on_within_a_second_is_the_same_request(start) -> None:
+    process = start(WAIT + "time.sleep(2); request.done()", launched=True)
+    process.send(*[signal.SIGUSR1] * 3, pause=0.2)
+    assert process.end() == (0, "", ASKED.format("SIGUSR1"))
+
+
+def test_after_that_second_it_is_another(start) -> None:
+    process = start(FOREVER, launched=True)
+    process.send(signal.SIGTERM, pause=1.2)
+    process.send(signal.SIGTERM)
+    assert process.end()[0] == 143
+
+
+def test_a_different_signal_is_another_at_once(start) -> None:
+    process = start(FOREVER, launched=True)
+    process.send(signal.SIGUSR1, pause=0.1)
+    process.send(signal.SIGTERM)
+    assert process.end() == (143, "second 15\n", AGAIN)
+
+
+def test_once_the_run_is_done_no_further_signal_counts(start) -> None:
+    process = start(WAIT + "request.done(); print('done', flush=True); time.sleep(0.5); sys.exit(75)")
+    process.send(signal.SIGTERM)
+    process.read("done")
+    process.send(signal.SIGTERM, signal.SIGUSR1, pause=0.05)
+    assert process.end() == (75, "", ASKED.format("SIGTERM"))
+
+
+def test_a_rank_that_learns_of_anothers_failure_does_not_speak_of_saving(start) -> None:
+    # As when a launcher sends SIGTERM because that rank has failed.
+    process = start(
+        WAIT + "time.sleep(0.3); request.is_ending = lambda: True; time.sleep(1.5)", launched=True
+    )
+    process.send(signal.SIGTERM)
+    assert process.end() == (0, "", "")
+
+
+def test_a_signal_to_a_process_and_all_it_has_started_leaves_those_alone(start) -> None:
+    # A compiler, or a data worker.
+    child = "import time; time.sleep(1); print('compiled')"
+    forked = (
+        "pid = os.fork()\n"
+        "if not pid:\n    time.sleep(1)\n    os.write(1, b'read\\n')\n    os._exit(request.asked)\n"
+    )
+    run = (
+        f"{forked}print('both', flush=True)\nsubprocess.run([sys.executable, '-c', {child!r}], check=True)\n"
+    )
+    process = start(run + "print(request.asked, os.waitpid(pid, 0)[1]); request.done()", launched=True)
+    process.read("both")
+    time.sleep(0.3)
+    os.killpg(process.process.pid, signal.SIGTERM)
+    status, out, err = process.end()
+    assert (status, sorted(out.splitlines()[:2])) == (0, ["compiled", "read"])
+    assert out.splitlines()[2:] == ["True 0"]
+    assert err == ASKED.format("SIGTERM")
+
+
+def test_an_interrupt_stays_one_and_tells_the_watch(start) -> None:
+    process = start(IN_TIME + "except KeyboardInterrupt: time.sleep(0.3); print('interrupted')")
+    process.read("in")
+    process.send(signal.SIGINT)
+    assert process.end() == (0, "ending 2\ninterrupted\n", "")
+
+
+@STOPS
+def test_a_run_that_never_saves_ends_by_an_exception(number: int, start) -> None:
+    process = start(IN_TIME + "finally: time.sleep(0.3); print('on the way out')", saves=False)
+    process.read("in")
+    process.send(number)
+    assert process.end() == (128 + number, f"ending {int(number)}\non the way out\n", "")
+
+
+def test_the_watch_is_told_of_it_even_when_the_main_thread_is_in_c(start) -> None:
+    process = start(f"while True:\n    try: {DEEP}\n    except SystemExit: pass", saves=False)
+    time.sleep(0.3)
+    process.send(signal.SIGTERM)
+    process.read("ending 15")

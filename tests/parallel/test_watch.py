@@ -1,0 +1,184 @@
+"""Signals and the watch together: which of them end a rank, how soon, and what is told of it."""
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+ROOT = Path(__file__).parents[2]
+
+PROGRAM = """\
+import hashlib, os, signal, sys, time
+import torch.distributed as dist
+from torchtitan_lite.parallel import watch as module
+from torchtitan_lite.parallel.signals import StopRequest
+from torchtitan_lite.parallel.watch import End, Watch, signalled
+
+module._SILENCE, module._GRACE = 1.5, 2.0
+rank, size, port = map(int, sys.argv[1:])
+store = dist.TCPStore("127.0.0.1", port, is_master=False)
+request = StopRequest(is_first=rank == 0, launched=True)
+watch = Watch(store, rank=rank, size=size, seconds=60, launcher=os.getppid())
+watch.on_end = lambda end: os.write(1, f"{{end.status}} {{end.outcome}}\\n".encode())
+request.on_second = lambda number: watch.end(signalled(rank, number), doubtful=True)
+request.on_ending, request.is_ending = watch.hurry, lambda: watch.is_ending
+request.install(saves={saves})
+if {is_deaf}:  # until it is deep in a library, too
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda *_: None)
+watch.start()
+print("ready", flush=True)
+{after}
+"""
+WAIT = "while not request.asked: time.sleep(0.01)\n"
+FOREVER = "while True: time.sleep(0.1)"
+DEEP = "hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)"
+MEET = """\
+from torch.distributed.elastic.utils.store import synchronize
+synchronize(store, b"", rank, size, "both")
+{before}
+synchronize(store, b"", rank, {ranks}, "both again")
+"""
+LEAVE = "request.done(); watch.stop(); sys.exit(75)"
+ASKED = "asked to stop by SIGTERM: saves and stops as soon as it can\n"
+
+
+class Rank(subprocess.Popen):
+    """A process that is watched, and then does `after`."""
+
+    def __init__(self, after: str, rank: int, size: int, port: int, saves: bool) -> None:
+        code = PROGRAM.format(after=after, saves=saves, is_deaf=after == DEEP)
+        words = [sys.executable, "-c", code, *map(str, (rank, size, port))]
+        super().__init__(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def wait_until_ready(self) -> None:
+        assert self.stdout is not None
+        assert self.stdout.readline() == "ready\n"
+
+    def end(self) -> tuple[int, str, str]:
+        """The exit status and what was printed."""
+        out, err = self.communicate(timeout=30)
+        return self.returncode, out, err
+
+
+@pytest.fixture
+def start() -> Iterator:
+    """`start(*afters)` starts a rank for each, none of which outlives the test."""
+    meet = dist.TCPStore  # pyright: ignore[reportPrivateImportUsage]
+    store = meet("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    started: list[Rank] = []
+
+    def start(*afters: str, saves: bool = True) -> list[Rank]:
+        for rank, after in enumerate(afters):
+            started.append(Rank(after, rank, len(afters), store.port, saves))
+        for rank in started:
+            rank.wait_until_ready()
+        return started
+
+    yield start
+    for rank in started:
+        rank.kill()
+        rank.communicate()
+
+
+def test_a_request_to_stop_may_take_its_time(start) -> None:
+    (rank,) = start(WAIT + "time.sleep(4);" + LEAVE)
+    rank.send_signal(signal.SIGTERM)
+    assert rank.end() == (75, "", ASKED)
+
+
+@pytest.mark.parametrize(
+    ("number", "saves", "end"),
+    [
+        (signal.SIGTERM, False, "143 terminated"),
+        (signal.SIGUSR1, False, "138 terminated"),
+        (signal.SIGINT, False, "130 interrupted"),
+        (signal.SIGINT, True, "130 interrupted"),
+    ],
+)
+def test_a_rank_deep_in_a_library_ends_soon_by_a_signal_that_is_no_request(
+    number: int, saves: bool, end: str, start
+) -> None:
+    (rank,) = start(DEEP, saves=saves)
+    rank.send_signal(number)
+    assert rank.end() == (int(end.split()[0]), f"{end}\n", "")
+
+
+@pytest.mark.parametrize("what", [FOREVER, DEEP], ids=["in Python", "in C"])
+def test_a_second_request_on_all_ranks_ends_them_at_once_and_is_told_once(what: str, start) -> None:
+    ranks = start(what, what)
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        for rank in ranks:
+            rank.send_signal(number)
+        time.sleep(0.1)
+    started = time.monotonic()
+    assert ranks[0].end() == (143, "143 terminated\n", "asked again: ending at once\n")
+    assert ranks[1].end() == (143, "", "")
+    assert time.monotonic() - started < 3
+
+
+def test_a_second_request_on_one_rank_ends_the_other_too(start) -> None:
+    ranks = start(FOREVER, FOREVER)
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        ranks[1].send_signal(number)
+        time.sleep(0.1)
+    assert ranks[1].end() == (143, "", "")
+    assert ranks[0].end() == (143, "143 terminated\n", "")
+
+
+def test_ranks_that_have_saved_may_go_at_different_times(start) -> None:
+    ranks = start(WAIT + "request.done(); time.sleep(5);" + LEAVE, WAIT + LEAVE)
+    for rank in ranks:
+        rank.send_signal(signal.SIGTERM)
+    assert ranks[1].end() == (75, "", "")
+    ranks[0].send_signal(signal.SIGTERM)  # the launcher's, which finds a rank ended
+    assert ranks[0].end() == (75, "", ASKED)
+
+
+@pytest.mark.parametrize("asked_before", [False, True])
+def test_another_ranks_failure_is_what_is_told_whatever_the_launcher_sends_then(
+    asked_before: bool, start
+) -> None:
+    fail = "time.sleep(2); watch.end(End(rank=1, message='disk full'), 'disk full', doubtful=False)"
+    ranks = start(FOREVER, fail)
+    if asked_before:
+        ranks[0].send_signal(signal.SIGTERM)
+    assert ranks[1].end() == (1, "", "disk full\n")
+    ranks[0].send_signal(signal.SIGTERM)
+    status, out, err = ranks[0].end()
+    assert (status, out) == (1, "1 failed\n")
+    assert err.splitlines()[-1] == "rank 0 stopped: disk full"
+    assert asked_before or ASKED not in err
+
+
+def test_a_sign_of_life_within_the_grace_saves_a_rank_that_is_late(start) -> None:
+    look = "print(watch.is_ending); watch.alive(60); print(watch.is_ending)\n"
+    ranks = start(
+        MEET.format(ranks=2, before="watch.alive(0.5)") + look + "time.sleep(3.5);" + LEAVE,
+        MEET.format(ranks=2, before="time.sleep(1.5)") + LEAVE,
+    )
+    assert ranks[0].end() == (75, "True\nFalse\n", "")
+    assert ranks[1].end() == (75, "", "")
+
+
+def test_a_late_rank_without_one_ends_after_the_grace(start) -> None:
+    (rank,) = start(MEET.format(ranks=2, before="watch.alive(0.5)"))
+    started = time.monotonic()
+    status, out, err = rank.end()
+    assert (status, out) == (1, "1 failed\n")
+    assert err.startswith("rank 0 hangs: no progress for")
+    assert time.monotonic() - started > 2
+
+
+def test_a_late_rank_that_waits_for_nobody_ends_at_once(start) -> None:
+    (rank,) = start("watch.alive(0.5)\n" + FOREVER)
+    started = time.monotonic()
+    status, _, err = rank.end()
+    assert status == 1
+    assert err.startswith("rank 0 hangs: no progress for")
+    assert time.monotonic() - started < 2

@@ -1,0 +1,274 @@
+"""What the tests of resuming run: starts of a run inside this process, or inside the ranks of a pool."""
+
+import hashlib
+import json
+import multiprocessing
+import random
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from parallel_cases import here, precision, whole
+from torch import Tensor
+
+from torchtitan_lite import train
+from torchtitan_lite.checkpoint import SaveFailed, save
+from torchtitan_lite.config.job import load_job
+from torchtitan_lite.parallel.signals import StopRequest
+from torchtitan_lite.training import outputs
+from torchtitan_lite.training.trainer import Trainer
+
+MODEL = {"n_layers": 2, "dim": 32, "head_dim": 8, "ffn_dim": 48}
+
+
+def options(**values: object) -> list[str]:
+    """Words of a command line: `data__path="x"` is --data.path x."""
+    pairs = ((key.replace("__", ".").replace("_", "-"), value) for key, value in values.items())
+    return [
+        word
+        for key, value in pairs
+        for word in (f"--{key}", json.dumps(value) if isinstance(value, dict) else str(value))
+    ]
+
+
+def run_of(texts: Path, cache: Path, **changes: object) -> list[str]:
+    """The options of a run of 12 steps of 8 samples that saves, measures often and logs all that it does."""
+    values: dict[str, object] = {
+        "job__device": "cpu",
+        "model__overrides": MODEL,
+        "data__dataset": "jsonl",
+        "data__path": texts,
+        "data__cache_dir": cache,
+        "data__validation_fraction": 0.2,
+        "training__steps": 12,
+        "training__seq_len": 64,
+        "training__global_batch_size": 8,
+        "training__mixed_precision_param": "float32",
+        "lr_scheduler__warmup_steps": 2,
+        "validation__enable": "true",
+        "validation__freq": 3,
+        "validation__steps": 1,
+        "metrics__log_freq": 1,
+        "metrics__peak_flops": 1e11,
+        "metrics__enable_tensorboard": "false",
+        "checkpoint__enable": "true",
+        "checkpoint__interval": 9,
+        "debug__log_sample_ids": "true",
+    }
+    return options(**{**values, **changes})
+
+
+class Crash(Exception):
+    """The end of a run in the middle of a step, about which it can do nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """What one start of a run did, as one rank has it."""
+
+    began: int
+    ended: int
+    status: int | None
+    """None: it crashed."""
+    at_start: dict[str, str]
+    """Hashes of the weights and of the optimizer's state before the first step, whole tensors."""
+    at_end: dict[str, str]
+    lr: float
+    """In the optimizer, at the end."""
+    batches: list[tuple[str, int, tuple[int, ...], str]]
+    """What for, of which step, the global sample ids, and a hash of tokens, positions and labels."""
+    draws: dict[int, tuple[float, ...]]
+    """What the generators gave in each step: Python's, numpy's, torch's."""
+    failure: str = ""
+
+
+class _Seen:
+    """Looks on as a run goes, and ends it where it is told to."""
+
+    def __init__(self, stop_at: int, crash_at: int) -> None:
+        self.stop_at, self.crash_at = stop_at, crash_at
+        self.stop = StopRequest(is_first=False, launched=False)
+        if stop_at == 0:
+            self._ask()
+        self.batches: list[tuple[str, int, tuple[int, ...], str]] = []
+        self.draws: dict[int, tuple[float, ...]] = {}
+        self.at_start: dict[str, str] = {}
+        self._trains = False
+
+    @contextmanager
+    def looking(self) -> Iterator[None]:
+        """Within it all trainers are seen."""
+        seen, run, step, loss_of = self, Trainer.run, Trainer.train_step, Trainer.loss_of
+
+        def seen_run(trainer: Trainer, *words: Any) -> None:
+            seen.at_start = hashes(trainer)
+            run(trainer, *words)
+
+        def seen_step(trainer: Trainer, *words: Any) -> Any:
+            seen._begin(trainer)
+            stats = step(trainer, *words)
+            seen._trains = False
+            return stats
+
+        def seen_loss(trainer: Trainer, batch: Any) -> Any:
+            parts = (batch.tokens_BS, batch.positions_BS, batch.labels_BS)
+            what, number = ("training", trainer.step + 1) if seen._trains else ("validation", trainer.step)
+            seen.batches.append((what, number, tuple(batch.sample_ids), hash_of(*parts)))
+            return loss_of(trainer, batch)
+
+        with (
+            mock.patch.object(Trainer, "run", seen_run),
+            mock.patch.object(Trainer, "train_step", seen_step),
+            mock.patch.object(Trainer, "loss_of", seen_loss),
+            mock.patch.object(self.stop, "done"),
+        ):
+            yield
+
+    def _begin(self, trainer: Trainer) -> None:
+        number = trainer.step + 1
+        if number == self.crash_at:
+            raise Crash
+        self.draws[number] = random.random(), float(np.random.rand()), float(torch.rand(()))
+        if number == self.stop_at:
+            self._ask()
+        self._trains = True
+
+    def _ask(self) -> None:
+        # On one rank alone: the others are to hear of it.
+        world = here()
+        self.stop.asked = world.rank == world.size - 1
+
+
+def hash_of(*tensors: Tensor) -> str:
+    return hashlib.sha256(b"".join(x.numpy().tobytes() for x in tensors)).hexdigest()
+
+
+def hashes(trainer: Trainer) -> dict[str, str]:
+    """A hash of each weight and of each of the optimizer's tensors, whole."""
+    found = {name: hash_of(whole(weight)) for name, weight in trainer.parameters.items()}
+    for name, weight in trainer.parameters.items():
+        state = trainer.optimizer.state.get(weight, {})
+        found |= {f"{name}.{key}": hash_of(whole(value)) for key, value in state.items()}
+    return found
+
+
+def start(argv: Sequence[str], stop_at: int = -1, crash_at: int = -1, double: bool = False) -> Start:
+    """One start of a run on all ranks, to its end, or until asked to stop in a step (0: before the first)."""
+    # So that a rank of a pool may have data workers: no rank outlives the tests, and no worker its rank.
+    multiprocessing.process.current_process()._config["daemon"] = False  # pyright: ignore[reportAttributeAccessIssue]
+    world = here()
+    if world.size > 1:
+        world = replace(world, saving=dist.new_group(backend="gloo"))
+    seen = _Seen(stop_at, crash_at)
+    status, failure = None, ""
+    # The same for each start: one that goes on has to find the states that were saved.
+    random.seed(0)
+    np.random.seed(0)
+    with precision(double), seen.looking():
+        run = train._Run(load_job(argv, world_size=world.size).config, world, seen.stop)
+        try:
+            status = run.work(alive=lambda: None)
+        except Crash:
+            pass
+        except SaveFailed as error:
+            failure = str(error)
+        finally:
+            if run._lock is not None:
+                run._lock.close()
+        trainer = run.trainer
+        assert trainer is not None
+        return Start(
+            began=trainer.began,
+            ended=trainer.step,
+            status=status,
+            at_start=seen.at_start,
+            at_end=hashes(trainer),
+            lr=trainer.optimizer.param_groups[0]["lr"],
+            batches=seen.batches,
+            draws=seen.draws,
+            failure=failure,
+        )
+
+
+def starts(runs: Sequence[tuple[Sequence[str], Mapping[str, int]]], double: bool = False) -> list[Start]:
+    """Several starts, one after the other."""
+    return [start(argv, **ends, double=double) for argv, ends in runs]
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    """What metrics.jsonl says, without what a clock has measured."""
+    names = ("step", "loss", "grad_norm", "lr", "n_tokens_seen", "validation_loss")
+    records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [{name: record[name] for name in names if name in record} for record in records]
+
+
+def sample_ids(folder: Path) -> dict[int, Counter[int]]:
+    """How often each global sample id was logged in each step, over all ranks."""
+    found: dict[int, Counter[int]] = {}
+    for path in sorted((folder / "sample_ids").iterdir()):
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+        assert len({record["step"] for record in records}) == len(records), f"a step is doubled in {path}"
+        for record in records:
+            found.setdefault(record["step"], Counter()).update(record["sample_ids"])
+    return found
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "exit.json").read_text())
+
+
+def steps_in(folder: Path) -> list[str]:
+    """The names in the folder of a run's steps."""
+    return sorted(path.name for path in (folder / "checkpoint").iterdir())
+
+
+def main(*words: object) -> int:
+    """What a command line comes to in this process, which keeps its signals, its log and no lock."""
+    locks, lock = [], outputs.lock
+
+    def kept(*arguments: Any) -> Any:
+        locks.append(lock(*arguments))
+        return locks[-1]
+
+    with ExitStack() as stack:
+        for target, name in ((StopRequest, "install"), (StopRequest, "done"), (train, "_show_log")):
+            stack.enter_context(mock.patch.object(target, name))
+        stack.enter_context(mock.patch.object(outputs, "lock", kept))
+        try:
+            return train.main([str(word) for word in words])
+        finally:
+            for file in locks:
+                file.close()
+
+
+def start_with_a_failing_rank(argv: Sequence[str], rank: int) -> Start:
+    """A start in which `rank` cannot write the first step, of which another one knows only a while later."""
+    write, document, here = save.write_step, save._write_documents, dist.get_rank()
+    n_written = 0
+
+    def write_step(*words: Any) -> int:
+        nonlocal n_written
+        n_written += 1
+        try:
+            return write(*words)
+        finally:
+            time.sleep(0.7 if here != rank and n_written == 1 else 0)
+
+    def write_documents(*words: Any) -> Any:
+        if here == rank and n_written == 1:
+            raise OSError(28, "No space left on device")
+        return document(*words)
+
+    with (
+        mock.patch.object(save, "write_step", write_step),
+        mock.patch.object(save, "_write_documents", write_documents),
+    ):
+        return start(argv)

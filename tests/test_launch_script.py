@@ -1,0 +1,259 @@
+"""The launch script: signals reach the ranks, which end in their own time and with their own exit status."""
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+
+ROOT = Path(__file__).parents[1]
+MARK = "TORCHTITAN_LITE_TEST_RUN"
+STANDALONE = ("--standalone", "--nproc_per_node", 2)
+
+# Does with signals what a run does, without the time that its imports and steps take.
+RANK = """\
+import os, signal, sys, time
+from torchtitan_lite.parallel.signals import StopRequest
+
+rank = int(os.environ["RANK"])
+if len(sys.argv) > 2:
+    exec(sys.argv[2])
+request = StopRequest(is_first=rank == 0, launched=True)
+request.install(saves=True)
+sys.stdout.write("ready\\n")  # at once, as the other rank writes too
+while not request.asked:
+    time.sleep(0.01)
+time.sleep(float(sys.argv[1]))
+sys.stdout.write("saved\\n")
+request.done()
+time.sleep(0.3 * rank)  # the launcher finds that the other one has ended
+sys.exit(75)
+"""
+
+
+class Launch:
+    """A launch script that runs, and all processes below it, to be found by a mark in their environment."""
+
+    def __init__(self, folder: Path, *words: object, python: str = sys.executable, **more: str) -> None:
+        self.mark = f"{MARK}={uuid.uuid4().hex}"
+        name, value = self.mark.split("=")
+        inherited = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+        changed = {"PYTHON": python, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", name: value, **more}
+        self.process = subprocess.Popen(
+            ["bash", folder / "scripts" / "launch.sh", *map(str, words)],
+            env={**inherited, **changed},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def wait_until_ready(self, ranks: int = 2) -> None:
+        """Wait for all ranks."""
+        assert self.process.stdout is not None
+        assert [self.process.stdout.readline() for _ in range(ranks)] == ["ready\n"] * ranks
+
+    def end(self, within: float = 60) -> tuple[int, str, list[str]]:
+        """The exit status and what the ranks have printed since, on standard error without torchrun's log."""
+        out, err = self.process.communicate(timeout=within)
+        said = [line for line in err.splitlines() if "torch/distributed" not in line]
+        return self.process.returncode, out, said
+
+    def processes(self) -> list[int]:
+        """All that run now."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            with contextlib.suppress(OSError):
+                if self.mark.encode() in path.read_bytes().split(b"\0"):
+                    found.append(int(path.parent.name))
+        return found
+
+    def signal_all(self, number: int) -> None:
+        """Send a signal to the launcher and to every rank, as some schedulers do."""
+        for pid in self.processes():
+            os.kill(pid, number)
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """The scripts, in a folder with a space, where shell scripts break, and without an environment."""
+    shutil.copytree(ROOT / "scripts", tmp_path / "a repository" / "scripts")
+    return tmp_path / "a repository"
+
+
+@pytest.fixture
+def launch(repository: Path) -> Iterator:
+    """`launch(seconds to save, what they do first)` starts two ranks that do not outlive the test."""
+    (repository / "rank.py").write_text(RANK)
+    started = []
+
+    def start(*words: object, how: tuple = STANDALONE, **more: str) -> Launch:
+        run = Launch(repository, *how, repository / "rank.py", *words, **more)
+        started.append(run)
+        return run
+
+    yield start
+    for run in started:
+        for pid in run.processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        run.process.communicate()
+
+
+def check_saved(run: Launch, number: int) -> None:
+    status, out, said = run.end()
+    assert (status, out) == (75, "saved\n" * 2), said
+    assert said == [f"asked to stop by {signal.Signals(number).name}: saves and stops as soon as it can"]
+    assert run.processes() == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_the_script_makes_every_rank_save_once_and_its_status_is_75(number: int, launch) -> None:
+    run = launch(1.5)
+    run.wait_until_ready()
+    run.process.send_signal(number)
+    check_saved(run, number)
+
+
+@pytest.mark.parametrize(
+    ("number", "seconds"),
+    [
+        (signal.SIGTERM, 1.5),
+        (signal.SIGUSR1, 1.5),
+        pytest.param(signal.SIGTERM, 35, marks=pytest.mark.slow, id="longer than torchrun waits"),
+    ],
+)
+def test_a_signal_to_every_process_at_once_is_one_request(number: int, seconds: float, launch) -> None:
+    run = launch(seconds)
+    run.wait_until_ready()
+    run.signal_all(number)
+    check_saved(run, number)
+
+
+def test_a_second_signal_ends_all_at_once(launch) -> None:
+    run = launch(1000)
+    run.wait_until_ready()
+    run.process.send_signal(signal.SIGUSR1)
+    time.sleep(0.2)
+    run.process.send_signal(signal.SIGTERM)
+    started = time.monotonic()
+    status, out, said = run.end()
+    assert time.monotonic() - started < 10
+    assert (status, out) == (143, "")
+    assert "asked again: ending at once" in said
+    assert run.processes() == []
+
+
+def test_a_signal_before_there_are_ranks_ends_the_launcher(launch) -> None:
+    run = launch(0)
+    while not any(b"launch.py" in Path(f"/proc/{pid}/cmdline").read_bytes() for pid in run.processes()):
+        time.sleep(0.01)
+    time.sleep(0.3)
+    run.process.send_signal(signal.SIGTERM)
+    status, out, _ = run.end()
+    assert (status, out) == (143, "")
+    assert run.processes() == []
+
+
+@pytest.mark.parametrize(
+    ("action", "status"), [("sys.exit(2)", 2), ("os.kill(os.getpid(), signal.SIGKILL)", 137)]
+)
+def test_the_status_is_that_of_the_rank_that_failed_first(action: str, status: int, launch) -> None:
+    run = launch(0, f"{action} if rank == 1 else time.sleep(1000)")
+    found, _, said = run.end()
+    assert found == status
+    assert any("Root Cause" in line for line in said)
+
+
+def on_two_nodes(launch, *before_exit: str) -> list[Launch]:
+    """A launcher for each, as if on a machine of its own, with one rank that does this before it ends.
+
+    The store where all meet is in the first.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    meet = ("--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{port}", "--rdzv_id", "test")
+    runs = []
+    for node, action in enumerate(before_exit):
+        how = ("--nnodes", 2, "--nproc_per_node", 1, *meet, "--rdzv_conf", f"is_host={node == 0}")
+        runs.append(launch(0, f"import atexit; atexit.register(lambda: {action})", how=how))
+    for run in runs:
+        run.wait_until_ready(ranks=1)
+        run.process.send_signal(signal.SIGTERM)
+    return runs
+
+
+@pytest.mark.parametrize("actions", [("time.sleep(1)", "None"), ("None", "time.sleep(1)")])
+def test_launchers_on_two_nodes_end_with_75_whichever_is_the_last(actions: tuple[str, str], launch) -> None:
+    runs = on_two_nodes(launch, *actions)
+    assert [run.end()[:2] for run in runs] == [(75, "saved\n")] * 2
+
+
+def test_a_rank_that_fails_where_torchrun_fails_too_is_not_taken_for_saved(launch) -> None:
+    runs = on_two_nodes(launch, "None", "(time.sleep(1), os._exit(3))")
+    assert [run.end()[:2] for run in runs] == [(75, "saved\n"), (1, "saved\n")]
+
+
+@pytest.mark.parametrize(
+    ("words", "environment", "name"),
+    [
+        (("--max-restarts", 3), {}, "--max-restarts"),
+        (("--max_restarts=3",), {}, "--max-restarts"),
+        ((), {"PET_MAX_RESTARTS": "3"}, "PET_MAX_RESTARTS"),
+    ],
+)
+def test_restarts_by_torchrun_are_refused(
+    words: tuple, environment: dict[str, str], name: str, launch
+) -> None:
+    status, out, said = launch(0, how=(*STANDALONE, *words), **environment).end()
+    remedy = "leave it out, and let the scheduler start the command again"
+    assert (status, out) == (2, "")
+    assert said == [f"{name} = 3 would start again what was asked to stop: {remedy}"]
+
+
+@pytest.mark.parametrize("words", [("--signals-to-handle", "SIGTERM"), ("--signals_to_handle=SIGUSR1",)])
+def test_which_signals_torchrun_handles_is_not_for_the_user_to_say(words: tuple, launch) -> None:
+    status, out, said = launch(0, how=(*STANDALONE, *words)).end()
+    assert (status, out) == (2, "")
+    assert said == ["--signals-to-handle is for this launcher to say: leave it out"]
+
+
+def test_no_restarts_may_be_asked_for_and_a_script_may_have_such_an_option(launch, repository: Path) -> None:
+    (repository / "rank.py").write_text("import sys; sys.stdout.write(f'{sys.argv[1:]}\\n')")
+    run = launch("--max-restarts", 3, how=(*STANDALONE, "--max-restarts", 0), PET_MAX_RESTARTS="3")
+    assert run.end()[:2] == (0, "['--max-restarts', '3']\n" * 2)
+
+
+def test_an_interrupt_is_torchruns_own_affair(launch) -> None:
+    run = launch(0)
+    run.wait_until_ready()
+    os.killpg(run.process.pid, signal.SIGINT)
+    status, out, _ = run.end()
+    assert (status, out) == (130, "")
+    assert run.processes() == []
+
+
+def test_ranks_that_are_done_are_a_success(launch, repository: Path) -> None:
+    (repository / "rank.py").write_text("import sys; sys.stdout.write('done\\n')")
+    assert launch().end()[:2] == (0, "done\n" * 2)
+
+
+def test_the_repositorys_environment_goes_first(repository: Path) -> None:
+    python = repository / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    python.chmod(0o755)
+    status, out, _ = Launch(repository, "--nproc_per_node", "2", "two  words", python="/absent").end()
+    assert (status, out.splitlines()[1:]) == (0, ["--nproc_per_node", "2", "two  words"])
+    assert out.splitlines()[0] == f"{repository}/scripts/launch.py"

@@ -1,0 +1,49 @@
+"""Which samples each step and rank had."""
+
+import json
+from pathlib import Path
+
+from torchtitan_lite.training.sample_log import SampleLog, cut
+
+
+def steps(folder: Path, rank: int) -> list[tuple[int, list[int]]]:
+    lines = (folder / "sample_ids" / f"rank-{rank}.jsonl").read_text().splitlines()
+    return [(record["step"], record["sample_ids"]) for record in map(json.loads, lines)]
+
+
+def write(folder: Path, rank: int, first: int, last: int, ids: list[int]) -> None:
+    with SampleLog(folder, rank, is_on=True) as log:
+        for step in range(first, last + 1):
+            log.log(step, ids)
+
+
+def test_each_step_is_on_disk_as_soon_as_it_is_logged(tmp_path: Path) -> None:
+    log = SampleLog(tmp_path, 3, is_on=True)
+    log.log(1, [4, 5])
+    log.log(2, [9, 8])
+    assert steps(tmp_path, 3) == [(1, [4, 5]), (2, [9, 8])]
+    log.close()
+
+
+def test_a_log_that_is_off_leaves_nothing(tmp_path: Path) -> None:
+    with SampleLog(tmp_path, 0, is_on=False) as log:
+        log.log(1, [4, 5])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_goes_on_on_fewer_ranks_logs_each_step_once(tmp_path: Path) -> None:
+    for rank in range(2):
+        write(tmp_path, rank, 1, 5, [rank])
+    with (tmp_path / "sample_ids" / "rank-1.jsonl").open("a") as file:
+        file.write('{"step": 6, "sample_i')
+    cut(tmp_path, 3)
+    write(tmp_path, 0, 4, 6, [7])
+    assert steps(tmp_path, 0) == [(1, [0]), (2, [0]), (3, [0]), (4, [7]), (5, [7]), (6, [7])]
+    assert steps(tmp_path, 1) == [(1, [1]), (2, [1]), (3, [1])]
+    assert len(list((tmp_path / "sample_ids").iterdir())) == 2
+
+
+def test_nothing_is_cut_where_nothing_was_logged(tmp_path: Path) -> None:
+    cut(tmp_path, 3)
+    cut(tmp_path / "nowhere", 3)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,121 @@
+"""What a published step holds: every file with its size and SHA-256, and what the step was made of and on."""
+
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+
+FORMAT_VERSION = 1
+"""Counts up when a step of the format before cannot be read any more."""
+MANIFEST = "manifest.json"
+
+
+class Damaged(Exception):
+    """A step is not what was written; the message says in what."""
+
+
+class Unreadable(Exception):
+    """A step cannot be read here and now, which says nothing of whether it is good; the message says why."""
+
+
+@dataclass(frozen=True)
+class Digest:
+    """What a file's bytes are known by."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """The manifest of one step."""
+
+    step: int
+    files: dict[str, Digest]
+    """Every other file of the step."""
+    made: dict[str, Any]
+    """Fingerprints of configuration, tokenizer and data, the mesh, and the version of torch."""
+
+    def text(self) -> str:
+        """The only text that this manifest has; it ends with its own hash."""
+        return _signed({"format_version": FORMAT_VERSION, **asdict(self)})
+
+
+def _signed(content: dict[str, Any]) -> str:
+    """The text of `content`, which ends with the hash of what it would be without that."""
+    return _text({**content, "sha256": hashlib.sha256(_text(content).encode()).hexdigest()})
+
+
+def _text(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=2) + "\n"
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest in `folder`; raises Damaged unless every byte of it is as it was written."""
+    path = folder / MANIFEST
+    with reading(MANIFEST):
+        if not stat.S_ISREG(path.lstat().st_mode):
+            raise Damaged(f"{MANIFEST} is not a file")
+        found = path.read_bytes()
+    try:
+        content = json.loads(found)
+        del content["sha256"]
+        # Only of a manifest that is whole: a flipped bit of an earlier one says another format too.
+        if _signed(content).encode() == found and (version := content["format_version"]) > FORMAT_VERSION:
+            raise Unreadable(
+                f"{MANIFEST} has format {version}, and this version reads up to {FORMAT_VERSION}"
+            )
+        manifest = TypeAdapter(Manifest).validate_json(found, strict=True)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):  # pydantic's is a ValueError
+        raise Damaged(f"{MANIFEST} is not what was written") from None
+    if manifest.text().encode() != found:
+        raise Damaged(f"{MANIFEST} is not what was written")
+    return manifest
+
+
+@contextmanager
+def reading(name: str) -> Iterator[None]:
+    """Within it, a file `name` that is not there is a Damaged, and one that cannot be read an Unreadable."""
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        raise Damaged(f"{name} is missing") from None
+    except OSError as error:
+        raise Unreadable(f"{name} cannot be read ({error.strerror})") from None
+
+
+def check_names(folder: Path, manifest: Manifest) -> None:
+    """Raise Damaged unless the files in `folder` are those of the manifest, and nothing else is there."""
+    with reading("the folder"):
+        there = {entry.name: entry.is_file(follow_symlinks=False) for entry in os.scandir(folder)}
+    for name in sorted({*manifest.files, *there} - {MANIFEST}):
+        if name not in there:
+            raise Damaged(f"{name} is missing")
+        if name not in manifest.files:
+            raise Damaged(f"{name} does not belong there")
+        if not there[name]:
+            raise Damaged(f"{name} is not a file")
+
+
+def check_size(folder: Path, name: str, digest: Digest) -> None:
+    """Raise Damaged unless the file has the size that it was written with."""
+    with reading(name):
+        size = (folder / name).stat().st_size
+    if size != digest.size:
+        raise Damaged(f"{name} has {size} bytes, and {digest.size} were written")
+
+
+def check_file(folder: Path, name: str, digest: Digest) -> None:
+    """Raise Damaged unless the file has the size and the hash that it was written with."""
+    check_size(folder, name, digest)
+    with reading(name), (folder / name).open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256")
+    if found.hexdigest() != digest.sha256:
+        raise Damaged(f"{name} is not what was written (its SHA-256 differs)")

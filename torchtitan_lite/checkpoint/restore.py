@@ -1,0 +1,212 @@
+"""Finding the step to go on from, and reading it only when every byte of it is what was written."""
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torchtitan_lite.checkpoint.manifest import (
+    Damaged,
+    Manifest,
+    Unreadable,
+    check_file,
+    check_names,
+    read_manifest,
+    reading,
+)
+from torchtitan_lite.checkpoint.randomness import check_random_state
+from torchtitan_lite.checkpoint.ranks import Ranks
+from torchtitan_lite.checkpoint.state import RANDOM, STATE, State, changes, flat, read_state
+from torchtitan_lite.checkpoint.steps import Steps
+from torchtitan_lite.checkpoint.tensors import Piece, Stored, differences, read_index, read_tensors
+from torchtitan_lite.config.load import ConfigError, Problem
+from torchtitan_lite.config.problem import printable
+
+_LOG = logging.getLogger(__name__)
+_MOST_SHOWN = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """A step that is what was written."""
+
+    folder: Path
+    manifest: Manifest
+    state: State
+    random: dict[str, Any] | None
+    """This rank's generators; None where the step was made on another number of ranks."""
+    index: dict[str, Stored]
+
+
+def verify(folder: Path, ranks: Ranks) -> Found:
+    """The step in `folder`; each rank hashes its share of the files.
+
+    Raises Damaged, or Unreadable, on all ranks alike.
+    """
+    manifest = ranks.together(lambda: _open(folder))
+    by_size = sorted(manifest.files.items(), key=lambda item: -item[1].size)
+    ranks.together(lambda: [check_file(folder, *file) for file in by_size[ranks.rank :: ranks.size]])
+    return ranks.together(lambda: _read(folder, manifest, ranks))
+
+
+def _open(folder: Path) -> Manifest:
+    manifest = read_manifest(folder)
+    check_names(folder, manifest)
+    return manifest
+
+
+def _read(folder: Path, manifest: Manifest, ranks: Ranks) -> Found:
+    with reading(STATE):
+        state = read_state((folder / STATE).read_bytes())
+    if state.step != manifest.step:
+        raise Damaged(f"{STATE} is of step {state.step}, and the manifest of step {manifest.step}")
+    own = RANDOM.format(rank=ranks.rank)
+    is_same_size = own in manifest.files and RANDOM.format(rank=ranks.size) not in manifest.files
+    random = _read_random(folder / own) if is_same_size else None
+    index = read_index(folder, manifest)
+    return Found(folder=folder, manifest=manifest, state=state, random=random, index=index)
+
+
+def _read_random(path: Path) -> dict[str, Any]:
+    try:
+        with reading(path.name):
+            random = json.loads(path.read_bytes())
+        check_random_state(random)
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"{path.name} is no state of generators ({error})") from None
+    return random
+
+
+def find(steps: Steps, load_step: int, ranks: Ranks) -> Found | None:
+    """The step `load_step`, or with -1 the newest good one; None where none was published.
+
+    Raises ConfigError, on all ranks alike, where the step that is asked for is not there or is damaged, where
+    none of those that are there is good, and where one cannot be read: it may be good.
+    """
+    published = ranks.share(ranks.together(lambda: _published(steps) if ranks.is_first else []))
+    if load_step >= 0:
+        return _asked_for(steps, load_step, published, ranks)
+    problems = []
+    for step in reversed(published):
+        try:
+            return _verified(steps, step, ranks)
+        except Damaged as damage:
+            problems.append(f"step {step}: {damage}")
+            if ranks.is_first:
+                words = printable(str(damage))
+                _LOG.error("step %d in %s is DAMAGED and is passed over: %s", step, steps.folder, words)
+    if not problems:
+        return None
+    rule = f"holds no step that is what was written ({'; '.join(problems)})"
+    remedy = "put back a copy of a step, or name another job.dump_folder to start anew"
+    raise ConfigError([Problem("checkpoint.folder", str(steps.folder), rule, remedy)])
+
+
+def _published(steps: Steps) -> list[int]:
+    try:
+        return steps.published()
+    except OSError as error:
+        rule, remedy = f"cannot be read ({error.strerror})", "see to that and start again"
+        raise ConfigError([Problem("checkpoint.folder", str(steps.folder), rule, remedy)]) from None
+
+
+def _verified(steps: Steps, step: int, ranks: Ranks) -> Found:
+    try:
+        found = verify(steps.path(step), ranks)
+    except Unreadable as problem:
+        rule = f"holds step {step}, which cannot be told to be good or not: {problem}"
+        remedy = "see to that and start again; where it stays so, move the step away"
+        raise ConfigError([Problem("checkpoint.folder", str(steps.folder), rule, remedy)]) from None
+    if found.state.step != step:
+        raise Damaged(f"it is step {found.state.step} under another name")
+    return found
+
+
+def _asked_for(steps: Steps, step: int, published: list[int], ranks: Ranks) -> Found:
+    if step not in published:
+        there = ", ".join(map(str, published)) or "none"
+        rule, remedy = f"is not in {steps.folder} (there: {there})", "use -1 for the newest that is there"
+        raise ConfigError([Problem("checkpoint.load_step", step, rule, remedy)])
+    try:
+        return _verified(steps, step, ranks)
+    except Damaged as damage:
+        rule, remedy = f"is damaged: {damage}", "use -1 for the newest step that is not"
+        raise ConfigError([Problem("checkpoint.load_step", step, rule, remedy)]) from None
+
+
+def find_initial(path: str, ranks: Ranks) -> Found:
+    """The step whose model a run starts from: the folder of a step, or of steps, of which the newest.
+
+    Raises ConfigError where there is none, or it is damaged: nothing else is taken in its place.
+    """
+    try:
+        return verify(ranks.share(ranks.together(lambda: _initial(path))), ranks)
+    except (Damaged, Unreadable) as problem:
+        rule, remedy = f"holds no good step: {problem}", "name a step-N folder that a run has published"
+        raise ConfigError([Problem("checkpoint.initial_load_path", path, rule, remedy)]) from None
+
+
+def _initial(path: str) -> Path:
+    try:
+        folder = Path(path).expanduser().absolute()
+        if not folder.is_dir():
+            raise Damaged("no folder is there")
+        published = Steps(folder).published()
+    except (OSError, RuntimeError) as error:  # a name too long; ~ of a user who is not known
+        raise Unreadable(f"it cannot be read ({error})") from None
+    return Steps(folder).path(published[-1]) if published else folder
+
+
+def check_same_run(
+    state: State, identity: Mapping[str, Any], config: Mapping[str, Any], *, allow_changes: bool
+) -> list[Problem]:
+    """What is no longer as when the step was saved; raises ConfigError unless the run may go on with it.
+
+    `config` says which of the user's settings the data are another because of.
+    """
+    saved, now = dict(state.identity), dict(identity)
+    if saved.get("data.fingerprint") != now.get("data.fingerprint"):
+        # A fingerprint alone says nothing of what the user has to set back.
+        saved, now = {**_of_data(state.config), **saved}, {**_of_data(config), **now}
+    return check_same(saved, now, state.step, allow_changes=allow_changes)
+
+
+def check_same(
+    saved: Mapping[str, Any], now: Mapping[str, Any], step: int, *, allow_changes: bool
+) -> list[Problem]:
+    """What differs from when `step` was saved; raises ConfigError unless that is allowed."""
+    found = changes(saved, now, step=step, remedy="set it back, or use --checkpoint.allow-changes")
+    if found and not allow_changes:
+        raise ConfigError(found)
+    return found
+
+
+def _of_data(config: Mapping[str, Any]) -> dict[str, Any]:
+    keys = [f"data.{key}" for key in ("dataset", "path", "field", "tokenizer", "validation_fraction")]
+    return {key: value for key, value in flat({"data": config.get("data")}).items() if key in keys}
+
+
+def load(found: Found, pieces: Mapping[str, Piece], ranks: Ranks, key: str = "checkpoint.folder") -> None:
+    """Read `pieces` from the step, all of its tensors that there are of their kinds.
+
+    Raises ConfigError about `key`, on all ranks alike, where names, shapes or dtypes differ, where a payload
+    is none, and where it cannot be read any more.
+    """
+    kinds = {name.partition(".")[0] for name in pieces}
+    index = {name: stored for name, stored in found.index.items() if name.partition(".")[0] in kinds}
+    lines = differences(pieces, index)
+    if lines:
+        more = f", and {len(lines) - _MOST_SHOWN} more" if len(lines) > _MOST_SHOWN else ""
+        rule = f"does not fit: {', '.join(lines[:_MOST_SHOWN])}{more}"
+        remedy = "use what it was saved from, in float32"
+        raise ConfigError([Problem(key, str(found.folder), rule, remedy)])
+    try:
+        ranks.together(lambda: read_tensors(found.folder, pieces, index))
+    except Damaged as damage:
+        rule, remedy = f"is refused: {damage}", "use another step: what is in this one was not written here"
+        raise ConfigError([Problem(key, str(found.folder), rule, remedy)]) from None
+    except Unreadable as problem:
+        remedy = "see to that and start again"
+        raise ConfigError([Problem(key, str(found.folder), str(problem), remedy)]) from None

@@ -1,0 +1,135 @@
+"""SIGTERM and SIGUSR1, with which schedulers announce that a process is to go: a request to save and stop.
+
+A thread of its own reads the signals, so that they count even while the main thread is deep in a library,
+where no handler in Python runs.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+_STOPS = frozenset({signal.SIGTERM, signal.SIGUSR1})
+_ECHO = 1.0
+"""Seconds within which a launcher may pass on a signal that this process has got already."""
+_PAUSE = 1.0
+"""Seconds in which a rank learns of another's failure, upon which a launcher sends SIGTERM too."""
+_LAST_WORDS = 5.0
+"""Seconds for what is done at the end; more than the other ranks need to agree on it."""
+
+
+class StopRequest:
+    """Whether this process is asked to save and stop.
+
+    The same signal again within a second is no second request where a launcher has started the process: a
+    scheduler may signal both, and the launcher passes it on. Every other further signal ends the process.
+    """
+
+    def __init__(self, *, is_first: bool, launched: bool) -> None:
+        self.asked = False
+        self.signal_name = ""
+        """Of the signal that asked."""
+        self.on_second: Callable[[int], None] = lambda number: None
+        """Is called, from a thread, with the number of a second signal; the process ends whatever it does."""
+        self.on_ending: Callable[[int], None] = lambda number: None
+        """Is called, from a thread, with the number of a signal upon which the main thread is to end."""
+        self.is_ending: Callable[[], bool] = lambda: False
+        """Whether the process is about to end for another reason than a request."""
+        self._is_first, self._launched = is_first, launched
+        self._saves = self._is_done = False
+        self._at = 0.0
+        self._unsaid = threading.Lock()
+
+    def install(self, *, saves: bool) -> None:
+        """Take the signals, from the main thread, in which they raise SystemExit where the run never `saves`.
+
+        With `saves` they stay blocked in every thread and process that is started later: a compiler or a data
+        worker goes on.
+        """
+        self._saves = saves
+        for number in _STOPS:
+            signal.signal(number, _pass if saves else _exit)
+            if saves:
+                signal.siginterrupt(number, False)
+        reading, writing = os.pipe()
+        os.set_blocking(writing, False)
+        signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+        threading.Thread(target=self._listen, args=(reading,), name="signals", daemon=True).start()
+        if saves:
+            signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
+
+    def done(self) -> None:
+        """From now on no signal but SIGINT counts: the run has saved, and its launcher signals all it has."""
+        self._is_done = True
+        for number in _STOPS:
+            signal.signal(number, signal.SIG_IGN)
+        if self.asked:
+            self._tell()
+
+    def _listen(self, reading: int) -> None:
+        if self._saves:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
+        while True:
+            for number in os.read(reading, 64):
+                self._take(number)
+
+    def _take(self, number: int) -> None:
+        if number == signal.SIGINT or (number in _STOPS and not self._saves):
+            self.on_ending(number)
+        elif number in _STOPS and not self._is_done:
+            if not self.asked:
+                self._ask(number)
+            elif not self._is_echo(number):
+                self._end(number)
+
+    def _ask(self, number: int) -> None:
+        self.signal_name, self._at = signal.Signals(number).name, time.monotonic()
+        self.asked = True
+        # In another thread, here and below: nobody may be reading what is printed.
+        threading.Thread(target=self._tell_in_time, daemon=True).start()
+
+    def _is_echo(self, number: int) -> bool:
+        is_same = signal.Signals(number).name == self.signal_name
+        return self._launched and is_same and time.monotonic() < self._at + _ECHO
+
+    def _tell_in_time(self) -> None:
+        if self._launched:
+            time.sleep(_PAUSE)
+        if not self.is_ending():
+            self._tell()
+
+    def _tell(self) -> None:
+        if self._unsaid.acquire(blocking=False):  # never released: said once
+            self._say(f"asked to stop by {self.signal_name}: saves and stops as soon as it can")
+
+    def _end(self, number: int) -> None:
+        try:
+            last_words = threading.Thread(target=self._last_words, args=(number,), daemon=True)
+            last_words.start()
+            last_words.join(_LAST_WORDS)
+        finally:
+            os._exit(128 + number)
+
+    def _last_words(self, number: int) -> None:
+        with contextlib.suppress(Exception):
+            self._say("asked again: ending at once")
+            sys.stdout.flush()
+            self.on_second(number)
+
+    def _say(self, text: str) -> None:
+        if self._is_first:
+            with contextlib.suppress(OSError):
+                sys.stderr.write(f"{text}\n")
+                sys.stderr.flush()
+
+
+def _pass(*_: object) -> None:
+    """What the main thread does about a signal that is read elsewhere."""
+
+
+def _exit(number: int, _: object) -> None:
+    # As an exception, so that the outcome is written on the way out.
+    sys.exit(128 + number)
