@@ -197,7 +197,7 @@ def save_without_space(folder: Path, full: list[int], async_mode: Any, on_failur
     saver = Saver(config, Steps(folder), ranks, say=lambda _: None, alive=lambda: None)
     said = []
     for step in (1, 2, 3):
-        with _no_space() if step == 2 and ranks.rank in full else contextlib.nullcontext():
+        with no_space() if step == 2 and ranks.rank in full else contextlib.nullcontext():
             try:
                 saver.save(step, partial(snapshot, step))
                 saver.report()
@@ -217,7 +217,7 @@ def left_after_a_failure(folder: Path) -> list[str]:
 
     with (
         mock.patch.object(shutil, "rmtree", slowly),
-        _no_space() if dist.get_rank() == 1 else contextlib.nullcontext(),
+        no_space() if dist.get_rank() == 1 else contextlib.nullcontext(),
         contextlib.suppress(OSError, OnAnotherRank),
     ):
         write_step(Steps(folder), snapshot(1, boxes("rows", here())), here())
@@ -247,7 +247,8 @@ def _share_in(folders: list[Path]) -> Callable[[Ranks, Any], Any]:
 
 
 @contextlib.contextmanager
-def _no_space() -> Iterator[None]:
+def no_space() -> Iterator[None]:
+    """Within it no file can grow beyond 2,000 bytes: not what this process prints to, either."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
     try:

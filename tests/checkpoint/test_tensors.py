@@ -2,8 +2,6 @@
 
 import hashlib
 import os
-import resource
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,6 +17,7 @@ from checkpoint_cases import (
     differing_reads,
     digests_of_a_write,
     left_after_a_failure,
+    no_space,
     probe_folders,
     publish,
     save_without_space,
@@ -219,25 +218,16 @@ def test_a_chunk_is_a_place_in_a_file(tmp_path: Path) -> None:
 # --- no space ---
 
 
-@pytest.fixture
-def no_space() -> Iterator[None]:
-    """No file can grow beyond 2,000 bytes."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 @pytest.mark.parametrize("n", [100, 10_000, 5_000_000])
-def test_a_write_that_fails_raises_what_the_system_said(no_space: None, tmp_path: Path, n: int) -> None:
+def test_a_write_that_fails_raises_what_the_system_said(tmp_path: Path, n: int) -> None:
     pieces = whole({"model.x": torch.rand(n), "model.y": torch.rand(n + 400)})
-    with pytest.raises(OSError, match="File too large"):
+    with no_space(), pytest.raises(OSError, match="File too large"):
         write_tensors(tmp_path, pieces, HashedFiles(), Ranks())
 
 
-def test_a_step_without_space_leaves_nothing_and_the_one_before(no_space: None, tmp_path: Path) -> None:
+def test_a_step_without_space_leaves_nothing_and_the_one_before(tmp_path: Path) -> None:
     pieces = whole({"model.x": torch.rand(100)})
-    with pytest.raises(OSError, match="File too large"):
+    with no_space(), pytest.raises(OSError, match="File too large"):
         publish(tmp_path, 1, pieces=pieces)
     assert list(tmp_path.iterdir()) == []
 
