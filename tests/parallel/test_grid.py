@@ -179,6 +179,7 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         "training.global-batch-size": GLOBAL_BATCH,
         "training.mixed-precision-param": "float32",
         "lr-scheduler.warmup-steps": 2,
+        "validation.freq": 1,
         "validation.steps": -1,
     }
     return ["--validation.enable", *(w for key, value in options.items() for w in (f"--{key}", str(value)))]
