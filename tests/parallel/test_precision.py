@@ -27,6 +27,7 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         "job.device": "cpu",
         "model.overrides": json.dumps(size),
         "validation.enable": "true",
+        "validation.freq": 1,
         "data.validation-fraction": 0.2,
         "data.dataset": "jsonl",
         "data.path": folder / "short.jsonl",
