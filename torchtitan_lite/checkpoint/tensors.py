@@ -49,7 +49,7 @@ class Piece:
 def write_tensors(folder: Path, pieces: Mapping[str, Piece], files: HashedFiles, ranks: Ranks) -> None:
     """Write the pieces of all ranks into `folder`, each of them once, on the disk when this returns.
 
-    Raises what a rank met with, as a RuntimeError on the others.
+    Raises what a rank met with, as OnAnotherRank on the others.
     """
     # Nothing is copied ahead on a stream of a GPU's own: a copy in host memory needs no GPU.
     planner, writer = _Planner(), _Writer(folder, per_thread_copy_ahead=0)

@@ -43,7 +43,7 @@ class Trainer:
     """A model, its data and its optimizer.
 
     Raises ConfigError, before the model is built, when the data that the config names cannot be used, and
-    when the step to go on from is another run's. `alive` is called whenever a piece of work is done.
+    when the step to go on from is another run's. `alive` is called often: this rank does not hang.
 
     Args:
         resumed: the step to go on from.
