@@ -172,7 +172,7 @@ class _Run:
         return self.trainer.step if self.trainer else 0
 
     def work(self, alive: Callable[[], None]) -> int:
-        """Train to the end, or until asked to stop: the status. `alive` is called often, as a sign of life."""
+        """Train to the end, or until asked to stop: the status. `alive` is called as a sign of life."""
         from torchtitan_lite.training.record import find_start
         from torchtitan_lite.training.trainer import Trainer
 
