@@ -1,5 +1,6 @@
 """Processes that prepare batches ahead: the same batches, whatever is sent to them, and none left behind."""
 
+import atexit
 import multiprocessing
 import os
 import pickle
@@ -157,6 +158,26 @@ def test_an_exception_in_a_worker_reaches_next(shards: Shards) -> None:
         next(loader)
     loader.close()
     assert pids() == strangers
+
+
+class Leaving(Samples):
+    """Its worker makes the file `at.exit` in its working folder when its interpreter ends."""
+
+    def batch(self, indices, sample_ids) -> Batch:
+        atexit.register(Path("at.exit").touch)
+        return super().batch(indices, sample_ids)
+
+
+def test_a_worker_ends_without_the_interpreters_end(
+    shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    loader = Loader(Leaving(shards.train, SEQ_LEN), 7, LOCAL, n_workers=1)
+    take(loader, 1)
+    (worker,) = multiprocessing.active_children()
+    loader.close()
+    assert worker.exitcode == 0
+    assert not Path("at.exit").exists()
 
 
 # Also a start by path, of which spawned processes import the file again.

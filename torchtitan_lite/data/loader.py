@@ -164,7 +164,15 @@ def _end_with_parent(worker: int) -> None:
 
 
 class _Worker(SpawnProcess):
-    """A process whose `terminate` kills it: it is deaf to SIGTERM."""
+    """A process whose `terminate` kills it: it is deaf to SIGTERM.
+
+    It ends without the interpreter's end, which stops threads wherever they are; one that is inside C++
+    aborts the process then, and torch reports that as an error of the run.
+    """
+
+    def run(self) -> None:
+        super().run()
+        os._exit(0)
 
     @staticmethod
     def _Popen(process_obj):
