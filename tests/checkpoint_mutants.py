@@ -40,7 +40,7 @@ MUTANTS = {
         "tests/checkpoint/test_publish.py -k killed_while_it_saves",
     ),
     "checkpoints: reports of steps that were lost stay": Mutant(
-        "torchtitan_lite/train.py",
+        "torchtitan_lite/run.py",
         "            metrics.cut(self.folder, resumed.step, resumed.validated)\n",
         "",
         "tests/checkpoint/test_publish.py -k killed_while_it_saves",
@@ -70,7 +70,7 @@ MUTANTS = {
         "tests/checkpoint/test_damage.py -k newest",
     ),
     "checkpoints: a damaged step stays in the way": Mutant(
-        "torchtitan_lite/train.py",
+        "torchtitan_lite/run.py",
         "if later := [step for step in steps.named() if step > last]:",
         "if later := []:",
         "tests/checkpoint/test_damage.py -k newest",
@@ -155,8 +155,8 @@ MUTANTS = {
     ),
     "checkpoints: the optimizer begins anew": Mutant(
         "torchtitan_lite/training/trainer.py",
-        "self._load(found, pieces(self.parameters, self.optimizer), ",
-        "self._load(found, pieces(self.parameters), ",
+        "own = pieces(self.parameters, self.optimizer)",
+        "own = pieces(self.parameters)",
         "tests/checkpoint/test_resume.py::test_three_parts_are_the_whole_to_the_bit[one rank, bfloat16]",
     ),
     "checkpoints: a validation is done twice": Mutant(
@@ -208,7 +208,7 @@ MUTANTS = {
         "tests/checkpoint/test_stopping.py -k whoever and save",
     ),
     "checkpoints: a stopped run ends with 0": Mutant(
-        "torchtitan_lite/train.py",
+        "torchtitan_lite/run.py",
         "        return STOPPED if stopped else 0\n",
         "        return 0\n",
         "tests/checkpoint/test_stopping.py -k one_process",

@@ -19,7 +19,8 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -44,6 +45,18 @@ def process_id() -> int:
 
 def n_threads() -> int:
     return torch.get_num_threads()
+
+
+def n_threads_of_groups() -> int:
+    """The threads that look for messages, in this process."""
+    names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+    return sum("gloo_tcp" in name for name in names)
+
+
+def split_a_weight() -> None:
+    """What torch remembers a mesh for."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    distribute_tensor(torch.ones(4, 4), mesh, [Shard(0)]).redistribute(mesh, [Replicate()])
 
 
 def raise_on(rank: int) -> None:

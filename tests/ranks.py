@@ -7,6 +7,7 @@ Starting ranks is what costs: a pool is started once and used again, until a ran
 
 import builtins
 import contextlib
+import functools
 import gc
 import itertools
 import multiprocessing
@@ -30,7 +31,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import debug
+from torch.distributed.tensor import _redistribute, debug
 
 PRELOAD = ["torch.distributed.fsdp", "torch.distributed.tensor.parallel", "parallel_cases"]
 """What is slow to import: once, in the server that every rank is forked from."""
@@ -205,6 +206,7 @@ def _serve(rank: int, size: int, connection: Connection, filters: Sequence[str],
         action, message, category, *_ = [*line.split(":"), "", ""]
         kind = getattr(builtins, category.strip() or "Warning")
         warnings.filterwarnings(action.strip(), message.strip(), kind)  # pyright: ignore[reportArgumentType]
+    caches = _caches()
     gc.freeze()
     with contextlib.suppress(EOFError):  # the parent is gone
         while True:
@@ -212,7 +214,7 @@ def _serve(rank: int, size: int, connection: Connection, filters: Sequence[str],
             connection.send_bytes(pickle.dumps(outcome))
             if outcome.failed:
                 break  # the others may be anywhere in the function
-            _forget_process_group()
+            _forget_process_group(caches)
     threading.Event().wait()  # for the end
 
 
@@ -232,12 +234,25 @@ def _outcome(task: bytes, rank: int, size: int) -> _Outcome:
         return _Outcome(True, time.monotonic(), traceback.format_exc())
 
 
-def _forget_process_group() -> None:
-    """End the process group, and what torch remembers of its meshes: the next one's look the same."""
+def _forget_process_group(caches: Sequence[Any]) -> None:
+    """End the process group, and what torch remembers of its meshes.
+
+    The next one's look the same; and a group that is remembered keeps its threads, hundreds after some tests,
+    which look around ever so often and leave no time for anything else.
+    """
     dist.barrier()  # one that leaves early would cut off those who are still meeting
-    gc.collect()
     debug._clear_sharding_prop_cache()
+    _redistribute.clear_redistribute_planner_cache()
+    for cache in (*caches, *_caches()):
+        cache.cache_clear()
+    gc.collect()
     dist.destroy_process_group()
+
+
+def _caches() -> list[Any]:
+    """Those of torch's DTensors, among what is not frozen yet."""
+    wrappers = [found for found in gc.get_objects() if type(found) is functools._lru_cache_wrapper]
+    return [found for found in wrappers if (found.__module__ or "").startswith("torch.distributed")]
 
 
 def _end_with_parent(folder: Path) -> None:

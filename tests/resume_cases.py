@@ -23,6 +23,7 @@ from torchtitan_lite import train
 from torchtitan_lite.checkpoint import SaveFailed, save
 from torchtitan_lite.config.job import load_job
 from torchtitan_lite.parallel.signals import StopRequest
+from torchtitan_lite.run import Run
 from torchtitan_lite.training import outputs
 from torchtitan_lite.training.trainer import Trainer
 
@@ -173,7 +174,7 @@ def start(argv: Sequence[str], stop_at: int = -1, crash_at: int = -1, double: bo
     random.seed(0)
     np.random.seed(0)
     with precision(double), seen.looking():
-        run = train._Run(load_job(argv, world_size=world.size).config, world, seen.stop)
+        run = Run(load_job(argv, world_size=world.size).config, world, seen.stop)
         try:
             status = run.work(alive=lambda: None)
         except Crash:

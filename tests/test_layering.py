@@ -14,14 +14,22 @@ ORDER = (
     {"entry"},
     {"inference", "training.trainer"},
     {"training.record"},
-    {"config.job"},
+    {"config.job", "training.hub"},
     {"training", "checkpoint", "data", "parallel.apply"},
     {"models"},
     {"attention"},
 )
 PLACE = {unit: place for place, units in enumerate(ORDER) for unit in units}
 WITHOUT_MODELS = {"training", "checkpoint", "data"}
-ABOVE_PARALLEL = {"entry", "inference", "training.trainer", "training.record", "config.job", "parallel.apply"}
+ABOVE_PARALLEL = {
+    "entry",
+    "inference",
+    "training.trainer",
+    "training.record",
+    "training.hub",
+    "config.job",
+    "parallel.apply",
+}
 ATTENTION_MAY_IMPORT = {"torch", "flash_attn", "flash_attn_3", "flash_attn_interface"}
 
 
@@ -148,9 +156,9 @@ def may_import(importer: str, imported: str) -> bool:
 
 def unit(module: str) -> str:
     """What the rule speaks of: a folder, or a file that it names apart."""
-    if module in ("train", "cli"):
+    if module in ("train", "run", "cli"):
         return "entry"
-    if module in ("training.trainer", "training.record", "config.job", "parallel.apply", "parallel.context"):
+    if module in {*PLACE, "parallel.context"}:
         return module
     return module.partition(".")[0]
 

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import checkpoint_mutants
+import hub_mutants
 import pytest
 from mutant import Mutant
 
@@ -37,6 +38,7 @@ FIRST = "batch.{}[:, : tokens_BS.shape[1]]"
 CALL_OF_MODEL = "return self.model(tokens_BS, positions_BS, mask, labels_BS)"
 MUTANTS = {
     **checkpoint_mutants.MUTANTS,
+    **hub_mutants.MUTANTS,
     "varlen: an extra transpose of the loop's output, hidden by a view": Mutant(
         ATTENTION + "varlen.py",
         PORTABLE_VARLEN,

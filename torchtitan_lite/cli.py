@@ -1,4 +1,4 @@
-"""The command `torchtitan-lite`: train a model, or show what there is to train with."""
+"""The command `torchtitan-lite`: train a model, use a trained one, or show what there is to train with."""
 
 import sys
 from collections.abc import Iterable, Sequence
@@ -7,10 +7,16 @@ from typing import NoReturn
 USAGE = """\
 usage: torchtitan-lite COMMAND
 
-  train [options]   train a model; `torchtitan-lite train --help` lists the options
-  models            list the presets of every family with their parameter counts
-  attention         list the attention backends, what each one can do, and what runs on this machine
+  train [options]                   train a model; `torchtitan-lite train --help` lists the options
+  generate RUN_OR_STEP [options]    let a trained model go on from a prompt
+  eval RUN_OR_STEP [options]        measure how well it predicts a text
+  export-hf RUN_OR_STEP --out DIR   write it for transformers, vLLM and others
+  import-hf PATH --out DIR          make a step of a Hugging Face model, to start runs with
+  models                            list the presets of every family with their parameter counts
+  attention                         list the attention backends, what each can do, and what runs here
 """
+TRAINED = ("generate", "eval", "export-hf", "import-hf")
+"""The commands that use a trained model."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,6 +26,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from torchtitan_lite import train
 
         return train.main(rest, prog="torchtitan-lite train")
+    if command in TRAINED:
+        from torchtitan_lite.inference.commands import run
+
+        return run(command, rest)
     if command in ("-h", "--help"):
         print(USAGE, end="")
         return 0
@@ -82,7 +92,7 @@ def _aligned(rows: Iterable[tuple[str, ...]], left: int) -> list[str]:
 def _refusal(command: str, rest: Sequence[str]) -> str:
     from torchtitan_lite.config.load import near
 
-    commands = ("train", "models", "attention")
+    commands = ("train", *TRAINED, "models", "attention")
     if command in commands:
         return f"torchtitan-lite {command} takes no options: leave out {' '.join(rest)}"
     return (

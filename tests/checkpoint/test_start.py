@@ -17,13 +17,14 @@ from resume_cases import lines, main, outcome, steps_in
 from tokenizers import Tokenizer as Encoder
 from tokenizers import models, pre_tokenizers
 
-from torchtitan_lite import train
+from torchtitan_lite import run as run_module
 from torchtitan_lite.checkpoint import CheckpointConfig, patience
 from torchtitan_lite.checkpoint.ranks import Ranks
 from torchtitan_lite.checkpoint.restore import verify
 from torchtitan_lite.config.job import load_job
 from torchtitan_lite.parallel.signals import StopRequest
 from torchtitan_lite.parallel.world import World
+from torchtitan_lite.run import Run
 from torchtitan_lite.training.outputs import InUse, lock
 
 ROOT = Path(__file__).parents[2]
@@ -225,7 +226,7 @@ def test_another_folder_for_the_steps_of_an_earlier_run_is_refused(go: Go, folde
 def test_what_takes_long_on_the_first_rank_is_no_hang(monkeypatch) -> None:
     alive: list[int] = []
     monkeypatch.setattr(patience, "_OFTEN", 0.01)
-    run = train._Run(load_job([]).config, World(), StopRequest(is_first=True, launched=False))
+    run = Run(load_job([]).config, World(), StopRequest(is_first=True, launched=False))
 
     def slow() -> str:
         deadline = time.monotonic() + 30
@@ -373,7 +374,7 @@ def test_initial_weights_are_not_needed_any_more_by_a_run_that_goes_on(go: Go, f
 
 
 def test_a_folder_that_a_run_has_is_refused_to_another(go: Go, folder: Path, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(train, "_SECONDS_TO_DIE", 0.2)
+    monkeypatch.setattr(run_module, "SECONDS_TO_DIE", 0.2)
     (folder / "exit.json").unlink()
     with lock(folder):
         before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}

@@ -43,6 +43,29 @@ def test_the_ids_of_bytes_are_the_text_itself_and_no_copy():
     assert len(ids) == len(text)
 
 
+def test_the_files_of_a_tokenizer_are_saved_with_its_end_and_without_code(tmp_path: Path):
+    folder = tmp_path / "own"
+    folder.mkdir()
+    words(folder, {"[UNK]": 0, "a": 1, "<b>": 2, "<e>": 3, "<|endoftext|>": 4})
+    config = {
+        "bos_token": "<b>",
+        "eos_token": None,
+        "auto_map": {"AutoTokenizer": "x.py"},
+        "model_max_length": 9,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "generation_config.json").write_text('{"eos_token_id": [3]}')
+    (folder / "chat_template.jinja").write_text("{{ x }}")
+    tokenizer = load_tokenizer(str(folder))
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (2, 3)
+    (tmp_path / "saved").mkdir()
+    tokenizer.save(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())
+    assert saved == {"bos_token": "<b>", "eos_token": "<e>", "model_max_length": 9}
+    assert (tmp_path / "saved" / "chat_template.jinja").read_text() == "{{ x }}"
+    assert load_tokenizer(str(tmp_path / "saved")).fingerprint == tokenizer.fingerprint
+
+
 @pytest.mark.parametrize("as_folder", [True, False])
 def test_a_tokenizer_file_is_read_from_its_path_or_its_folder(tokenizer_folder: Path, as_folder: bool):
     path = tokenizer_folder if as_folder else tokenizer_folder / "tokenizer.json"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from torchtitan_lite.attention.mask import check_inputs
-from torchtitan_lite.attention.tiles import CAUSAL, FULL, Tile, Tiles
+from torchtitan_lite.attention.tiles import CAUSAL, FULL, ROWS, Tile, Tiles
 
 aten = torch.ops.aten
 HALF = (torch.bfloat16, torch.float16)
@@ -127,7 +127,7 @@ class PlainKernel:
         if causal:
             seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(rows.start)
             scores = scores.masked_fill(~seen, float("-inf"))
-        return scores if mask is None else scores + mask[rows, : k.shape[2]]
+        return scores if mask is None else scores + mask[..., rows, : k.shape[2]].unsqueeze(-3)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -182,16 +182,19 @@ def _calls(table: Tensor, masks: Tensor, dtype: torch.dtype) -> list[_Call]:
         tile = Tile(*fields)
         mask, n, m = None, tile.q1 - tile.q0, tile.k1 - tile.k0
         if tile.kind not in (FULL, CAUSAL):
-            seen = masks[tile.kind : tile.kind + n * m].view(n, m)
+            seen = (
+                masks.view(-1, 1, n, m)
+                if tile.kind == ROWS
+                else masks[tile.kind : tile.kind + n * m].view(n, m)
+            )
             # In q's dtype: torch's CPU kernel takes a float32 mask beside float64 queries and misreads it.
-            mask = torch.zeros(n, m, dtype=dtype, device=masks.device).masked_fill_(~seen, float("-inf"))
+            mask = torch.where(seen, 0.0, float("-inf")).to(dtype)
         where = slice(tile.row0, tile.row1), slice(tile.q0, tile.q1), slice(tile.k0, tile.k1)
         calls.append(_Call(*where, tile.kind == CAUSAL, mask, bool(fresh_queries), bool(fresh_keys)))
     return calls
 
 
-@torch.library.custom_op("torchtitan_lite::attend_tiles", mutates_args=())
-def attend_tiles(
+def _attend_tiles(
     q_BQHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, table: Tensor, masks: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Attention by a plan: the output [B, Q, H, K] and its log-sum-exp [B, Q, H]; padding rows are zeros.
@@ -203,7 +206,7 @@ def attend_tiles(
     calls = _calls(table, masks, q_BQHK.dtype)
     if _one_for_all(calls, q_BQHK, k_BSGK):
         q, k, v = (x.transpose(1, 2) for x in (q_BQHK, k_BSGK, v_BSGK))
-        found = kernel.forward(q, k, v, True, None, scale)
+        found = kernel.forward(q, k, v, calls[0].causal, calls[0].mask, scale)
         out_BQHK, lse_BQH = (x.transpose(1, 2) for x in found)
         return out_BQHK, lse_BQH.contiguous()
     out_BQHK = torch.zeros_like(q_BQHK)
@@ -225,10 +228,13 @@ def attend_tiles(
 
 
 def _one_for_all(calls: list[_Call], q_BQHK: Tensor, k_BSGK: Tensor) -> bool:
-    """Whether one causal call computes everything on a CPU, so that nothing is left to be put together."""
+    """Whether one call computes everything on a CPU, so that nothing is left to be put together.
+
+    The kernel gives 0 for a query that sees nothing, and 0 for its lse.
+    """
     (batch, n_queries), n_keys = q_BQHK.shape[:2], k_BSGK.shape[1]
     whole = slice(0, batch), slice(0, n_queries), slice(0, n_keys)
-    return q_BQHK.is_cpu and len(calls) == 1 and calls[0].causal and calls[0][:3] == whole
+    return q_BQHK.is_cpu and len(calls) == 1 and calls[0][:3] == whole
 
 
 def _merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -236,6 +242,9 @@ def _merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[
     lse = torch.logaddexp(lse_a, lse_b)
     weight_a, weight_b = ((x - _finite(lse)).exp()[..., None] for x in (lse_a, lse_b))
     return (out_a * weight_a + out_b * weight_b).to(out_a.dtype), lse
+
+
+attend_tiles = torch.library.custom_op("torchtitan_lite::attend_tiles", _attend_tiles, mutates_args=())
 
 
 @attend_tiles.register_fake
@@ -255,7 +264,7 @@ def attend_tiles_backward(
     if _one_for_all(calls, q_BQHK, k_BSGK):
         everything = dout_BQHK, q_BQHK, k_BSGK, v_BSGK, out_BQHK, lse_BQH
         dout, q, k, v, out, lse = (x.transpose(1, 2) for x in everything)
-        found = kernel.backward(dout, q, k, v, out, lse, True, None, scale)
+        found = kernel.backward(dout, q, k, v, out, lse, calls[0].causal, calls[0].mask, scale)
         dq, dk, dv = (x.transpose(1, 2) for x in found)
         return dq, dk, dv
     # Tiles that share keys or queries are summed in full precision.
@@ -300,4 +309,7 @@ attend_tiles.register_autograd(_backward, setup_context=_save)
 def attend(q_BQHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, tiles: Tiles, scale: float | None) -> Tensor:
     """Attention by a plan, [B, Q, H, K]; the scale defaults to 1 / sqrt(K)."""
     scale = check_inputs(q_BQHK, k_BSGK, v_BSGK, tiles.shape, scale)
-    return attend_tiles(q_BQHK, k_BSGK, v_BSGK, tiles.table, tiles.masks, scale)[0]
+    # As an operator it is found by autograd, torch.compile and recompute: time that inference need not spend.
+    is_plain = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+    act = _attend_tiles if is_plain else attend_tiles
+    return act(q_BQHK, k_BSGK, v_BSGK, tiles.table, tiles.masks, scale)[0]

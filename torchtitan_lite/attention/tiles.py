@@ -17,8 +17,9 @@ from torch import Tensor
 
 from torchtitan_lite.attention.mask import Ranges, check_window, query_ranges, segments
 
-FULL, CAUSAL = -1, -2
-"""Values of Tile.kind; a value >= 0 is where the tile's mask starts in Tiles.masks."""
+FULL, CAUSAL, ROWS = -1, -2, -3
+"""Values of Tile.kind; a value >= 0 is where the tile's mask starts in Tiles.masks. ROWS: there is one for
+each row there, from the start on."""
 
 WINDOW_STEP = 128
 """Queries of a tile in a sliding window: fewer means more calls, more means larger masks."""
@@ -83,6 +84,10 @@ def document_tiles(
     for row, q0, q1, k0, k1 in found_N5.tolist():
         by_row[row].append((q0, q1, k0, k1))
 
+    n_queries = sum(stop - start for start, stop in query_ranges(queries, seq_len))
+    # On a CPU: a GPU has a fast kernel for a call without a mask, and none for this one.
+    if n_queries == 1 and device.type == "cpu" and any(pieces != by_row[0] for pieces in by_row.values()):
+        return _one_query_each(by_row, seq_len, sliding_window, device)
     masks = BandMasks(sliding_window)
     tiles = []
     # Rows with the same documents are one batch for the kernel.
@@ -90,8 +95,19 @@ def document_tiles(
         group = list(same)
         rows, pieces = (group[0][0], group[-1][0] + 1), group[0][1]
         tiles += [Tile(*rows, *tile) for piece in pieces for tile in _segment_tiles(*piece, masks)]
-    n_queries = sum(stop - start for start, stop in query_ranges(queries, seq_len))
     return build_tiles(tiles, masks.found, (batch, n_queries, seq_len), device)
+
+
+def _one_query_each(
+    by_row: dict[int, list[tuple[int, int, int, int]]], seq_len: int, window: int | None, device: torch.device
+) -> Tiles:
+    """Plan one call for all rows, under a mask of B x S: with one query each, a call a row costs more."""
+    seen_BS = torch.zeros(len(by_row), seq_len, dtype=torch.bool)
+    for row, pieces in by_row.items():
+        for _, _, k0, k1 in pieces:
+            seen_BS[row, k0 if window is None else max(k0, k1 - window) : k1] = True
+    tile = Tile(0, len(by_row), 0, 1, 0, seq_len, ROWS)
+    return build_tiles([tile], [seen_BS], (len(by_row), 1, seq_len), device)
 
 
 class BandMasks:

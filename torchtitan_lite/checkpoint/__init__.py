@@ -37,14 +37,18 @@ class CheckpointConfig:
     load_step: int = -1
     """Step to go on from; later ones move to the folder "earlier". -1: the newest that is not damaged."""
     initial_load_path: str = ""
-    """Folder of a step, or of steps: a new run starts with its weights, but with nothing else of it."""
+    """Folder of a step, of steps or of a run: a new run starts with its weights, and nothing else of it."""
+    initial_load_in_hf: bool = False
+    """initial_load_path is a folder with config.json and safetensors, as on the Hugging Face Hub."""
     allow_changes: bool = False
     """Go on although the model's settings, tokenizer, dataset, seed or batch are not those of the step; where
     the data's order is another one, it is begun anew."""
     last_save_model_only: bool = False
     """The last step holds the model alone: to load, but not to go on from."""
+    last_save_in_hf: bool = False
+    """After the last step, write the model to the folder hf as well, for transformers and others."""
     export_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Precision of a last step that holds the model alone."""
+    """Precision of a last step that holds the model alone, and of the folder hf."""
 
     def problems(self, key: str) -> list[Problem]:
         """Values out of range, and options of a feature that is off."""
@@ -55,9 +59,15 @@ class CheckpointConfig:
             ("load_step", self.load_step >= -1, "must be at least -1", "use -1 for the newest step"),
             (
                 "export_dtype",
-                self.export_dtype == "float32" or self.last_save_model_only,
-                "is for a last step that holds the model alone, and that is off",
-                f"set {key}.last_save_model_only, or leave it out",
+                self.export_dtype == "float32" or self.last_save_model_only or self.last_save_in_hf,
+                "is for a last step that holds the model alone and for the folder hf, and both are off",
+                f"set {key}.last_save_model_only or {key}.last_save_in_hf, or leave it out",
+            ),
+            (
+                "initial_load_in_hf",
+                not self.initial_load_in_hf or bool(self.initial_load_path),
+                "says what initial_load_path is, and that is empty",
+                f"set {key}.initial_load_path",
             ),
             (
                 "keep_latest_k",
@@ -71,7 +81,7 @@ class CheckpointConfig:
             for name, ok, rule, remedy in rules
             if not ok
         ]
-        for name in ("load_step", "last_save_model_only"):
+        for name in ("load_step", "last_save_model_only", "last_save_in_hf"):
             default = type(self).__dataclass_fields__[name].default
             if not self.enable and getattr(self, name) != default:
                 rule, remedy = "needs checkpoints, which are off", f"set {key}.enable"

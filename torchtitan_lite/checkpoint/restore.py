@@ -136,8 +136,8 @@ def _asked_for(steps: Steps, step: int, published: list[int], ranks: Ranks) -> F
         raise ConfigError([Problem("checkpoint.load_step", step, rule, remedy)]) from None
 
 
-def find_initial(path: str, ranks: Ranks) -> Found:
-    """The step whose model a run starts from: the folder of a step, or of steps, of which the newest.
+def find_initial(path: str, ranks: Ranks, key: str = "checkpoint.initial_load_path") -> Found:
+    """The step at `path`: the folder of a step, or of steps or of a run, of which the newest.
 
     Raises ConfigError where there is none, or it is damaged: nothing else is taken in its place.
     """
@@ -145,7 +145,7 @@ def find_initial(path: str, ranks: Ranks) -> Found:
         return verify(ranks.share(ranks.together(lambda: _initial(path))), ranks)
     except (Damaged, Unreadable) as problem:
         rule, remedy = f"holds no good step: {problem}", "name a step-N folder that a run has published"
-        raise ConfigError([Problem("checkpoint.initial_load_path", path, rule, remedy)]) from None
+        raise ConfigError([Problem(key, path, rule, remedy)]) from None
 
 
 def _initial(path: str) -> Path:
@@ -153,10 +153,17 @@ def _initial(path: str) -> Path:
         folder = Path(path).expanduser().absolute()
         if not folder.is_dir():
             raise Damaged("no folder is there")
-        published = Steps(folder).published()
+        for place in (folder, *sorted(path for path in folder.iterdir() if _may_have_steps(path))):
+            if published := Steps(place).published():
+                return Steps(place).path(published[-1])
     except (OSError, RuntimeError) as error:  # a name too long; ~ of a user who is not known
         raise Unreadable(f"it cannot be read ({error})") from None
-    return Steps(folder).path(published[-1]) if published else folder
+    return folder
+
+
+def _may_have_steps(path: Path) -> bool:
+    """Whether it is the folder of steps in a run's, and not of those that were put aside."""
+    return path.is_dir() and not path.name.startswith("earlier")
 
 
 def check_same_run(

@@ -152,6 +152,8 @@ def _value(annotation: Any, words: list[str]) -> tuple[object, int]:
     if sequences and len(words) > 1:
         element = get_args(sequences[0])[0]
         return [_scalar(element, word) for word in words], len(words)
+    if sequences and get_args(sequences[0])[0] is str:
+        return [words[0]], 1  # whatever it looks like
     return _scalar(annotation, words[0]), 1
 
 

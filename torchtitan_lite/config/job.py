@@ -11,11 +11,21 @@ import torch
 from torchtitan_lite.attention import AttentionConfig, Flex, Sdpa, refusals
 from torchtitan_lite.checkpoint import CheckpointConfig
 from torchtitan_lite.config.division import TENSOR_DIVIDES, Division
-from torchtitan_lite.config.load import Afresh, ConfigError, Loaded, Problem, load, of_sound_values, overlay
+from torchtitan_lite.config.load import (
+    Afresh,
+    ConfigError,
+    Loaded,
+    Problem,
+    load,
+    of_sound_values,
+    overlay,
+    to_toml,
+)
 from torchtitan_lite.data.sources import DataConfig
 from torchtitan_lite.data.tokenizer import load_tokenizer
 from torchtitan_lite.models.decoder import DecoderConfig
-from torchtitan_lite.models.registry import meant_kind, read, resolve, split_flavor
+from torchtitan_lite.models.huggingface import export_problems
+from torchtitan_lite.models.registry import FOLDER, meant_kind, read, resolve, split_flavor
 from torchtitan_lite.parallel.apply import CompileConfig, plan
 from torchtitan_lite.parallel.mesh import ParallelismConfig
 from torchtitan_lite.parallel.recompute import ActivationCheckpointConfig
@@ -74,7 +84,7 @@ class ModelSection:
     """Which decoder is trained."""
 
     name: str = "qwen3"
-    """Family of the model: qwen3 or llama3."""
+    """Family of the model: qwen3 or llama3; or hf, whose flavors are folders with a config.json."""
     flavor: str = "debugmodel"
     """Size of the model, alone or with an attention: 8B, 8B_flex, 8B_flex_flash, 8B_varlen."""
     attention: AttentionConfig = field(default_factory=Sdpa)
@@ -133,6 +143,10 @@ class JobConfig:
             offload=self.training.enable_cpu_offload,
         )
 
+    def to_toml(self, world_size: int) -> str:
+        """The whole configuration as TOML, after the plan for `world_size` ranks as comments."""
+        return "".join(f"# {line}\n" for line in self.plan(world_size)) + "\n" + to_toml(self)
+
     def check(self, world_size: int = 1, dry_run: bool = False) -> list[Problem]:
         """Everything that is wrong on `world_size` ranks although each value has its type.
 
@@ -187,6 +201,8 @@ class JobConfig:
         found += self._division_problems(decoder, unsound, world_size)
         if decoder is not None:
             found += self.activation_checkpoint.block_problems("activation_checkpoint", decoder.n_layers)
+            if self.checkpoint.last_save_in_hf:
+                found += export_problems(decoder, "model.overrides")
         return wrong + of_sound_values(found, wrong)
 
     def _division_problems(
@@ -275,7 +291,8 @@ def expand_flavor(layer: dict[str, Any]) -> dict[str, Any]:
         return layer
     _, attention = split_flavor(model["flavor"])
     own = model.get("attention", {})
-    if attention is None and (kind := meant_kind(model["flavor"])):
+    is_folder = model.get("name") == FOLDER or Path(model["flavor"]).is_dir()
+    if attention is None and not is_folder and (kind := meant_kind(model["flavor"])):
         # The flavor is refused later; what is said of the attention meant is not wrong as well.
         attention = {"kind": kind}
     if attention is None or not isinstance(own, dict):

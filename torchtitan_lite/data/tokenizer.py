@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,9 @@ import numpy as np
 from torchtitan_lite.config.load import ConfigError, Problem
 
 _END_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<|im_end|>", "<eos>", "[EOS]")
-_END_TEXT_FILES = ("tokenizer_config.json", "special_tokens_map.json")
+_FILE, _CONFIG = "tokenizer.json", "tokenizer_config.json"
+_TEMPLATE = "chat_template.jinja"
+_END_TEXT_FILES = (_CONFIG, "special_tokens_map.json")
 _END_ID_FILES = ("generation_config.json", "config.json")
 
 
@@ -24,6 +27,8 @@ class Tokenizer(Protocol):
     """One more than the largest id."""
     eos_id: int
     """The id that ends every document; no text encodes to it."""
+    bos_id: int | None
+    """What others begin a text with; nothing here does."""
     fingerprint: str
     """Changes whenever the ids of some text may change."""
 
@@ -39,13 +44,17 @@ class Tokenizer(Protocol):
         """Text of `ids`, special tokens left out."""
         ...
 
+    def save(self, folder: Path) -> None:
+        """Write the files from which this tokenizer is loaded again, by transformers too."""
+        ...
+
 
 def load_tokenizer(spec: str) -> Tokenizer:
     """The tokenizer that `data.tokenizer` names: "bytes", a tokenizer.json, or a folder that holds one."""
     if spec == "bytes":
         return ByteTokenizer()
     path = os.path.expanduser(spec)
-    file = os.path.join(path, "tokenizer.json") if os.path.isdir(path) else path
+    file = os.path.join(path, _FILE) if os.path.isdir(path) else path
     if not os.path.isfile(file):
         rule = "holds no tokenizer.json" if os.path.isdir(path) else "does not exist"
         raise _error(spec, rule, 'use "bytes", or the path of a tokenizer.json or of a folder that holds one')
@@ -56,6 +65,7 @@ class ByteTokenizer:
     """One id for each byte of the UTF-8 text, and one that ends a document."""
 
     eos_id = 256
+    bos_id: int | None = None
     vocab_size = 257
     fingerprint = "bytes-1"
 
@@ -67,6 +77,38 @@ class ByteTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         return bytes(i for i in map(int, ids) if i < self.eos_id).decode(errors="replace")
+
+    def save(self, folder: Path) -> None:
+        from tokenizers import AddedToken, decoders, models, pre_tokenizers
+        from tokenizers import Tokenizer as Encoder
+
+        # A byte-level BPE without merges: each byte is one of the letters that stand for bytes there.
+        vocabulary = {letter: byte for byte, letter in enumerate(_byte_letters())}
+        encoder: Any = Encoder(models.BPE(vocab=vocabulary, merges=[]))
+        encoder.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        encoder.decoder = decoders.ByteLevel()
+        encoder.add_special_tokens([AddedToken(_END_NAMES[0], special=True, normalized=False)])
+        encoder.save(str(folder / _FILE))
+        _write_config(folder, _END_NAMES[0])
+
+
+def _byte_letters() -> list[str]:
+    """The letter for each byte in byte-level BPE: itself where it is visible, else one from 256 on.
+
+    Source: bytes_to_unicode of https://github.com/openai/gpt-2/blob/master/src/encoder.py.
+    """
+    visible = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = iter(range(256, 512))
+    return [chr(byte if byte in visible else next(others)) for byte in range(256)]
+
+
+def _write_config(folder: Path, end: str) -> None:
+    content = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": end,
+        "clean_up_tokenization_spaces": False,
+    }
+    (folder / _CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 class FileTokenizer:
@@ -86,12 +128,14 @@ class FileTokenizer:
         # A file may ask for both, and documents would be cut short without a word.
         self._encoder.no_truncation()
         self._encoder.no_padding()
-        end = _find_end(self._encoder, file, spec)
+        self._file, self._content = file, content
+        self._end = end = _find_end(self._encoder, file, spec)
         # The end must be special, whatever the file says, for the next line to keep it out of the text.
         self._encoder.add_special_tokens([AddedToken(end, special=True, normalized=False)])
         self._encoder.encode_special_tokens = True
         self._spec = spec
         self.eos_id: int = self._encoder.token_to_id(end)
+        self.bos_id = _find_begin(self._encoder, file, spec)
         self.vocab_size: int = max(self._encoder.get_vocab().values()) + 1
         self.fingerprint = hashlib.sha256(content + f"\0{self.eos_id}".encode()).hexdigest()
 
@@ -107,6 +151,17 @@ class FileTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._encoder.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def save(self, folder: Path) -> None:
+        (folder / _FILE).write_bytes(self._content)
+        _write_config(folder, self._end)
+        for name in _END_TEXT_FILES:
+            if found := _read_json(self._file.parent / name, self._spec):
+                found.pop("auto_map", None)  # the code of somebody else, for a loader that would run it
+                found["eos_token"] = self._end
+                (folder / name).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        if (template := self._file.parent / _TEMPLATE).is_file():
+            shutil.copyfile(template, folder / _TEMPLATE)
 
     @contextmanager
     def _encoding(self) -> Iterator[None]:
@@ -131,6 +186,16 @@ def _find_end(encoder: Any, file: Path, spec: str) -> str:
             return name
     rule = f"does not say which token ends a text, and knows none of {', '.join(_END_NAMES)}"
     raise _error(spec, rule, 'put a tokenizer_config.json with {"eos_token": "..."} beside it')
+
+
+def _find_begin(encoder: Any, file: Path, spec: str) -> int | None:
+    """The token that others begin a text with, as the files beside the tokenizer say; none here does."""
+    for name in _END_TEXT_FILES:
+        begin = _read_json(file.parent / name, spec).get("bos_token")
+        begin = begin.get("content") if isinstance(begin, dict) else begin
+        if isinstance(begin, str) and (found := encoder.token_to_id(begin)) is not None:
+            return found
+    return None
 
 
 def _read_json(file: Path, spec: str) -> dict[str, Any]:

@@ -113,7 +113,8 @@ class DecoderConfig:
 
 def _cast_weight(self: nn.Linear | nn.RMSNorm, x: Tensor) -> Tensor:
     """The weight for the input `x`; tensor parallel puts its own in the place of this, for a rank's share."""
-    return self.weight.to(x.dtype)
+    weight = self.weight
+    return weight if weight.dtype == x.dtype else weight.to(x.dtype)
 
 
 class Linear(nn.Linear):
@@ -210,6 +211,13 @@ class Block(nn.Module):
         return x_BSD + self.ffn(self.ffn_norm(x_BSD))
 
 
+class Logits(nn.Module):
+    """The output projection as a part of the model, so that tensor parallel can exchange it from outside."""
+
+    def forward(self, x_BD: Tensor, weight_VD: Tensor) -> Tensor:
+        return F.linear(x_BD, weight_VD.to(x_BD.dtype)).float()
+
+
 class Decoder(nn.Module):
     """Embedding, blocks, norm and output head."""
 
@@ -221,7 +229,7 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.dim, config.norm_eps)
         # A tied head owns no parameter: `to_empty` would make two of one that is registered twice.
         self.head = None if config.tie_embeddings else Linear(config.dim, config.vocab_size)
-        self.loss = LinearCrossEntropy()
+        self.loss, self.logits = LinearCrossEntropy(), Logits()
 
     @property
     def head_weight_VD(self) -> Tensor:
@@ -249,7 +257,7 @@ class Decoder(nn.Module):
         if labels_BS is not None:
             return self.loss(self.norm(x_BSD), self.head_weight_VD, labels_BS)
         last_BD = x_BSD[torch.arange(len(x_BSD), device=x_BSD.device), _last_token(positions_BS)]
-        return F.linear(self.norm(last_BD), self.head_weight_VD.to(x_BSD.dtype)).float()
+        return self.logits(self.norm(last_BD), self.head_weight_VD)
 
 
 def _last_token(positions_BS: Tensor) -> Tensor:

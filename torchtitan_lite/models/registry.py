@@ -1,24 +1,29 @@
 """From a family's name, a flavor and overrides to a `DecoderConfig`.
 
 A flavor is a size, alone or with a suffix that names an attention backend: `8B`, `8B_flex`, `8B_varlen`.
+Of the name `hf` it is a folder with a config.json of Hugging Face, as it stands or with such a suffix.
 """
 
 import copy
 import difflib
 import json
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from torchtitan_lite.attention import AttentionConfig, Flex, Sdpa, Varlen
 from torchtitan_lite.config.load import ConfigError, Problem, near
-from torchtitan_lite.models import llama3, qwen3
+from torchtitan_lite.models import huggingface, llama3, qwen3
 from torchtitan_lite.models.decoder import DecoderConfig
 
 families: dict[str, dict[str, DecoderConfig]] = {"llama3": llama3.PRESETS, "qwen3": qwen3.PRESETS}
 """Presets by family and size."""
+FOLDER = "hf"
+"""The name of a model whose flavor is a folder with a config.json, which describes it."""
 
 _SUFFIXES: dict[str, dict[str, Any]] = {
     "_flex": {"kind": "flex"},
@@ -73,15 +78,10 @@ def read(
     The flavor's value stands in for an override of the wrong type; there is no config without a flavor.
     """
     size, suffix = split_flavor(flavor)
-    problems = []
-    if name not in families:
-        problems.append(Problem("model.name", name, "is not a model family", near(name, families)))
-    elif size not in families[name]:
-        rule = f"is not a flavor of {name}"
-        problems.append(Problem("model.flavor", flavor, rule, near(flavor, flavors(name))))
+    found, problems = _preset(name, size, flavor)
     # Overrides of what is not a preset are still read, with any preset under them, to report all at once.
-    known, overrides = not problems, overrides or {}
-    preset = families[name][size] if known else qwen3.PRESETS["debugmodel"]
+    known, overrides = found is not None, overrides or {}
+    preset = found or qwen3.PRESETS["debugmodel"]
     config, wrong = _override(preset, overrides, "model.overrides")
     config = replace(config, attention=attention or _backend(suffix or {"kind": "sdpa"}))
     unsound = [problem.key for problem in wrong]
@@ -91,6 +91,18 @@ def read(
         ]
     sound = [found for found in config.problems("model.overrides") if not _rests_on(found, unsound)]
     return config if known else None, [*problems, *wrong, *sound]
+
+
+def _preset(name: str, size: str, flavor: str) -> tuple[DecoderConfig | None, list[Problem]]:
+    if name == FOLDER:
+        return huggingface.read_config(Path(os.path.expanduser(size)))
+    if name not in families:
+        remedy = near(name, [*families, FOLDER])
+        return None, [Problem("model.name", name, "is not a model family", remedy)]
+    if size not in families[name]:
+        rule = f"is not a flavor of {name}"
+        return None, [Problem("model.flavor", flavor, rule, near(flavor, flavors(name)))]
+    return families[name][size], []
 
 
 def _rests_on(problem: Problem, unsound: list[str]) -> bool:

@@ -8,7 +8,7 @@ becomes a DTensor, the norms too, since one optimizer serves them all; activatio
 tensors, which costs less than DTensors do and leaves torch.compile nothing but tensors to see.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import MethodType
 from typing import Any
 
@@ -44,18 +44,37 @@ def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh, *, loss_parallel: 
     With `loss_parallel` each rank projects all tokens onto its share of the vocabulary, else its own tokens
     onto all of it.
     """
+    _split_weights(model, mesh)
+    embedding = model.get_submodule("embedding")
+    embedding.forward = _by_rows(embedding, mesh)
+    for part in _parts(model):
+        part.forward = _on_all_tokens(part.forward, mesh)
+    loss = OwnShareOfVocabulary if loss_parallel else OwnShareOfTokens
+    model.loss = loss(model.get_submodule("loss"), mesh)
+
+
+def apply_tensor_parallel_to_predict(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Split `model`, in place, to give logits: every rank has all tokens, of which there may be one alone."""
+    _split_weights(model, mesh)
+    embedding, group = model.get_submodule("embedding"), mesh.get_group()
+    embedding.forward = _summed(_share_of_rows(embedding, mesh), group)
+    for part in _parts(model):
+        part.forward = _summed(part.forward, group)
+    model.logits = LogitsOfAll(model.get_submodule("logits"), mesh)
+
+
+def _split_weights(model: nn.Module, mesh: DeviceMesh) -> None:
     for name, parameter in list(model.named_parameters()):
         module, dim = model.get_submodule(name.rpartition(".")[0]), shard_dim(name)
         placement = Replicate() if dim is None else Shard(dim)
         module.weight = nn.Parameter(distribute_tensor(parameter, mesh, [placement]))
         setattr(module, "weight_for", MethodType(_own_share if dim is not None else _whole, module))  # noqa: B010
-    embedding = model.get_submodule("embedding")
-    embedding.forward = _by_rows(embedding, mesh)
+
+
+def _parts(model: nn.Module) -> Iterator[nn.Module]:
+    """What sums over its rank's share of heads or features."""
     for block in model.get_submodule("blocks").children():
-        for part in (block.get_submodule("attention"), block.get_submodule("ffn")):
-            part.forward = _on_all_tokens(part.forward, mesh)
-    loss = OwnShareOfVocabulary if loss_parallel else OwnShareOfTokens
-    model.loss = loss(model.get_submodule("loss"), mesh)
+        yield from (block.get_submodule("attention"), block.get_submodule("ffn"))
 
 
 def _own_share(self: Any, x: Tensor) -> Tensor:
@@ -79,15 +98,30 @@ def _on_all_tokens(forward: Callable[..., Tensor], mesh: DeviceMesh) -> Callable
 
 def _by_rows(embedding: Any, mesh: DeviceMesh) -> Callable[[Tensor], Tensor]:
     """The forward of an embedding of which each rank has a share of the rows: its own tokens' vectors."""
-    group = mesh.get_group().group_name
+    group, look_up = mesh.get_group().group_name, _share_of_rows(embedding, mesh)
+    return lambda tokens_BS: _ScatterSum.apply(look_up(tokens_BS), group)
+
+
+def _share_of_rows(embedding: Any, mesh: DeviceMesh) -> Callable[[Tensor], Tensor]:
+    """The vectors of the tokens that this rank has a row for; zeros for the others."""
 
     def look_up(tokens_BS: Tensor) -> Tensor:
         share_VD = embedding.weight.to_local()
         row_BS, here_BS = VocabularyShare(mesh, len(share_VD)).rows(tokens_BS)
-        x_BSD = F.embedding(row_BS, share_VD).to(embedding.compute_dtype) * here_BS[..., None]
-        return _ScatterSum.apply(x_BSD, group)
+        return F.embedding(row_BS, share_VD).to(embedding.compute_dtype) * here_BS[..., None]
 
     return look_up
+
+
+def _summed(forward: Callable[..., Tensor], group: dist.ProcessGroup) -> Callable[..., Tensor]:
+    """`forward`, summed over all ranks; without a gradient."""
+
+    def summed(*words: Any) -> Tensor:
+        x = forward(*words)
+        dist.all_reduce(x, group=group)
+        return x
+
+    return summed
 
 
 def _waited(x: Tensor) -> Tensor:
@@ -133,6 +167,20 @@ class OwnShareOfVocabulary(nn.Module):
         x_BSD = _Gather.apply(x_BsD, self.mesh.get_group().group_name)
         share_VD = weight_VD.to_local()
         return self.loss(x_BSD, share_VD, labels_BS, VocabularyShare(self.mesh, len(share_VD)))
+
+
+class LogitsOfAll(nn.Module):
+    """The logits of the whole vocabulary on every rank, each of which has a share of it."""
+
+    def __init__(self, logits: nn.Module, mesh: DeviceMesh) -> None:
+        super().__init__()
+        self.logits, self.mesh = logits, mesh
+
+    def forward(self, x_BD: Tensor, weight_VD: DTensor) -> Tensor:
+        share_BV = self.logits(x_BD, weight_VD.to_local())
+        shares = [torch.empty_like(share_BV) for _ in range(self.mesh.size())]
+        dist.all_gather(shares, share_BV.contiguous(), group=self.mesh.get_group())
+        return torch.cat(shares, dim=1)
 
 
 class VocabularyShare:

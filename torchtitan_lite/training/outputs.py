@@ -7,13 +7,13 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 _LOG = logging.getLogger(__name__)
 
-_FILES = ("config.toml", "metrics.jsonl", "exit.json", "sample_ids")
+_FILES = ("config.toml", "metrics.jsonl", "exit.json", "sample_ids", "tokenizer", "hf")
 _EARLIER = "earlier"
 _LOCK = "lock"
 # What file systems answer that have no locks, such as Lustre that is mounted without them.
@@ -34,7 +34,8 @@ class InUse(Exception):
 def make_folder(dump_folder: str, name: str, flavor: str) -> Path:
     """Make the run's folder: `dump_folder` as given, `outputs/<name>-<flavor>-<time>` when that is empty."""
     if not dump_folder:
-        return free_folder(Path("outputs").absolute(), f"{name}-{flavor}-{time.strftime('%Y%m%d-%H%M%S')}")
+        size = Path(flavor).name  # a model in a folder has its path for a flavor
+        return free_folder(Path("outputs").absolute(), f"{name}-{size}-{time.strftime('%Y%m%d-%H%M%S')}")
     folder = Path(dump_folder).expanduser().absolute()
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -78,13 +79,14 @@ def _wait_for(file: IO[str], deadline: float) -> None:
         time.sleep(0.1)
 
 
-def set_aside(folder: Path, subfolders: tuple[str, ...] = ()) -> None:
+def set_aside(folder: Path, subfolders: tuple[str, ...] = (), used: Sequence[str] = ()) -> None:
     """Move what an earlier run left, `subfolders` included, to a folder `earlier` inside of `folder`.
 
-    Two runs in one metrics file would read as one.
+    Two runs in one metrics file would read as one. What `used`, absolute paths, is in stays.
     """
     names = (*_FILES, *(Path(subfolder).parts[0] for subfolder in subfolders))
-    left = [folder / name for name in names if (folder / name).exists()]
+    kept = {place for path in used for place in (Path(path), *Path(path).parents)}
+    left = [folder / name for name in names if (folder / name).exists() and folder / name not in kept]
     if left:
         earlier = free_folder(folder, _EARLIER)
         for path in left:

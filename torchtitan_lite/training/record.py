@@ -1,6 +1,7 @@
-"""What a checkpoint says of a run beside its tensors, and whether a run may go on from it."""
+"""What a checkpoint says of a run beside its tensors, and what a run may go on from or start with."""
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor
 from torchtitan_lite.checkpoint.patience import patiently
 from torchtitan_lite.checkpoint.randomness import random_state
 from torchtitan_lite.checkpoint.ranks import Ranks
-from torchtitan_lite.checkpoint.restore import Found, check_same, check_same_run, find, find_initial
+from torchtitan_lite.checkpoint.restore import Found, check_same, check_same_run, find, find_initial, load
 from torchtitan_lite.checkpoint.save import Snapshot, probe
 from torchtitan_lite.checkpoint.state import State, changed, fingerprint, flat
 from torchtitan_lite.checkpoint.steps import Steps
@@ -21,10 +22,13 @@ from torchtitan_lite.config.job import JobConfig
 from torchtitan_lite.config.load import ConfigError, Problem
 from torchtitan_lite.config.problem import printable
 from torchtitan_lite.data import Shards, Tokenizer
+from torchtitan_lite.models.decoder import DecoderConfig
 from torchtitan_lite.parallel.fsdp import local_shard, shard_box
 from torchtitan_lite.parallel.world import World
+from torchtitan_lite.training import hub
 from torchtitan_lite.training.optimizer import fill_state
 
+INITIAL = "checkpoint.initial_load_path"
 _ORDER = ("data.fingerprint", "debug.seed", "training.seq_len")
 """What the order of the samples depends on, among what makes a run what it is."""
 _MEANING = ("model.", "data.tokenizer_fingerprint")
@@ -39,8 +43,10 @@ def ranks_of(world: World) -> Ranks:
 
 def find_start(
     job: JobConfig, folder: Path, world: World, alive: Callable[[], None]
-) -> tuple[Found | None, Found | None]:
+) -> tuple[Found | None, Found | Path | None]:
     """The verified step that the run in `folder` goes on from, or the one whose weights it starts with.
+
+    Instead of the latter, the folder of a Hugging Face model.
 
     Raises ConfigError, on all ranks alike, where there is none that is good, or where none could be saved.
     """
@@ -50,6 +56,10 @@ def find_start(
         patiently(lambda: probe(steps, ranks), alive)
         if found := patiently(lambda: find(steps, checkpoint.load_step, ranks), alive):
             return found, None
+    if checkpoint.initial_load_in_hf:
+        path = Path(os.path.expanduser(checkpoint.initial_load_path)).absolute()
+        patiently(lambda: hub.check(path, job.decoder, ranks, INITIAL), alive)
+        return None, path
     if checkpoint.initial_load_path:
         return None, patiently(lambda: find_initial(checkpoint.initial_load_path, ranks), alive)
     return None, None
@@ -61,12 +71,11 @@ class Record:
     def __init__(self, job: JobConfig, world: World, shards: Shards, tokenizer: Tokenizer) -> None:
         self.job, self.degrees = job, job.parallelism.degrees(world.size)
         self.n_ranks = world.size
-        training, decoder = job.training, asdict(job.decoder)
-        del decoder["attention"]  # all give the same numbers
+        training = job.training
         accumulation = training.accumulation(self.degrees.data)
         self.identity: dict[str, Any] = _as_json(
             {
-                **flat({"model": decoder}),
+                **hub.identity_of(job.decoder),
                 "data.fingerprint": shards.folder.name,
                 "data.tokenizer_fingerprint": tokenizer.fingerprint,
                 "debug.seed": job.debug.seed,
@@ -109,17 +118,31 @@ class Record:
             lines.append(f"step {state.step} was saved in full and stays so: it is not the model alone")
         return [printable(line) for line in lines]
 
-    def check_initial(self, found: Found) -> list[str]:
-        """What there is to say of starting with the weights of a step; raises ConfigError like `check`."""
+    def check_initial(self, found: Found | Path) -> list[str]:
+        """What there is to say of starting with those weights; raises ConfigError like `check`."""
+        if isinstance(found, Path):
+            return [printable(f"starts with the weights of {found}"), *self._check_tokenizer_of(found)]
         keys = [key for key in {**found.state.identity, **self.identity} if key.startswith(_MEANING)]
         saved, own = (
             {key: x[key] for key in keys if key in x} for x in (found.state.identity, self.identity)
         )
+        if "data.tokenizer_fingerprint" not in saved:  # imported without one
+            own.pop("data.tokenizer_fingerprint", None)
         others = check_same(saved, own, found.state.step, allow_changes=self.job.checkpoint.allow_changes)
         return [
             f"starts with the weights of {found.folder}",
             *(f"allowed: {problem}" for problem in others),
         ]
+
+    def _check_tokenizer_of(self, model: Path) -> list[str]:
+        theirs, own = hub.tokenizer_fingerprint(model), self.identity["data.tokenizer_fingerprint"]
+        if theirs is None or theirs == own:
+            return []
+        rule, remedy = f"is not the tokenizer of {model}", f"use {model}, or --checkpoint.allow-changes"
+        problem = Problem("data.tokenizer", self.job.data.tokenizer, rule, remedy)
+        if not self.job.checkpoint.allow_changes:
+            raise ConfigError([problem])
+        return [printable(f"allowed: {problem}")]
 
     def has_order_of(self, state: State) -> bool:
         """Whether the samples come in the order that they came in when `state` was saved."""
@@ -192,7 +215,19 @@ def _resolved(schedule: Mapping[str, Any]) -> dict[str, Any]:
     return {f"schedule.{key}": schedule.get(key) for key in ("total_steps", "warmup_steps")}
 
 
+def load_initial(
+    found: Found | Path, config: DecoderConfig, parameters: Mapping[str, Tensor], ranks: Ranks
+) -> None:
+    """Read the weights that a new run starts with, each rank its own shards; raises ConfigError."""
+    if isinstance(found, Path):
+        own = {name: _piece(weight) for name, weight in parameters.items()}
+        hub.load_weights(found, config, own, ranks, INITIAL)
+    else:
+        load(found, pieces(parameters), ranks, INITIAL)
+
+
 def _piece(x: Tensor) -> Piece:
+    """This rank's shard of a tensor, as a part of the whole one."""
     offsets = torch.Size(start for start, _ in shard_box(x))
     return Piece(local=local_shard(x), shape=x.shape, offsets=offsets)
 

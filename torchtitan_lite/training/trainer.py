@@ -17,7 +17,6 @@ from torchtitan_lite.checkpoint.randomness import set_random_state
 from torchtitan_lite.checkpoint.restore import Found, load
 from torchtitan_lite.checkpoint.save import Saver, Snapshot
 from torchtitan_lite.checkpoint.steps import Steps
-from torchtitan_lite.checkpoint.tensors import Piece
 from torchtitan_lite.config.job import JobConfig
 from torchtitan_lite.data import IGNORE, Batch, Loader, Samples, in_order, load_tokenizer, prepare
 from torchtitan_lite.models.init import init_weights
@@ -32,7 +31,7 @@ from torchtitan_lite.training.hardware import peak_flops, peak_memory_gib
 from torchtitan_lite.training.metrics import Metrics, Silence, StepStats
 from torchtitan_lite.training.optimizer import build_optimizer, fill_state
 from torchtitan_lite.training.profiling import traced
-from torchtitan_lite.training.record import Record, pieces, ranks_of
+from torchtitan_lite.training.record import Record, load_initial, pieces, ranks_of
 from torchtitan_lite.training.sample_log import SampleLog
 from torchtitan_lite.training.schedule import lr_factor
 from torchtitan_lite.training.step import NonFinite, check_finite
@@ -47,7 +46,7 @@ class Trainer:
 
     Args:
         resumed: the step to go on from.
-        initial: the step whose model a new run starts with.
+        initial: the step whose model a new run starts with, or a folder of Hugging Face's.
     """
 
     def __init__(
@@ -57,14 +56,14 @@ class Trainer:
         alive: Callable[[], None] = lambda: None,
         *,
         resumed: Found | None = None,
-        initial: Found | None = None,
+        initial: Found | Path | None = None,
     ) -> None:
         self.job, self.world, self.alive = job, world or World(), alive
         self.ranks = ranks_of(self.world)
         self.degrees = job.parallelism.degrees(self.world.size)
         self.device = torch.device(job.device)
         set_determinism(job.debug)
-        tokenizer = load_tokenizer(job.data.tokenizer)
+        self.tokenizer = tokenizer = load_tokenizer(job.data.tokenizer)
         self.shards = self.world.in_turn(lambda: prepare(job.data, tokenizer))
         samples = Samples(self.shards.train, job.training.seq_len)
         size, share = job.training.local_batch_size, self._data_share()
@@ -99,7 +98,7 @@ class Trainer:
         if resumed is not None:
             self._go_on(resumed)
         elif initial is not None:
-            self._load(initial, pieces(self.parameters), "checkpoint.initial_load_path")
+            patiently(lambda: load_initial(initial, job.decoder, self.parameters, self.ranks), self.alive)
 
     def _data_share(self) -> tuple[int, int]:
         """Which share of every batch is this rank's, and of how many."""
@@ -135,15 +134,13 @@ class Trainer:
         state = found.state
         if not state.model_only:
             fill_state(self.optimizer)
-            self._load(found, pieces(self.parameters, self.optimizer), "checkpoint.folder")
+            own = pieces(self.parameters, self.optimizer)
+            patiently(lambda: load(found, own, self.ranks, "checkpoint.folder"), self.alive)
         self.step, self.n_tokens_seen, self.validated = state.step, state.n_tokens_seen, state.validated
         if self.record.has_order_of(state):
             self.batches.consumed_samples = state.consumed_samples
         if found.random is not None:
             set_random_state(found.random)
-
-    def _load(self, found: Found, into: dict[str, Piece], key: str) -> None:
-        patiently(lambda: load(found, into, self.ranks, key), self.alive)
 
     @property
     def is_done(self) -> bool:

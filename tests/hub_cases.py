@@ -1,0 +1,140 @@
+"""Models of Hugging Face beside ours, with the same random weights: for the tests of both directions."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any
+
+import resume_cases
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn import functional as F
+
+from torchtitan_lite.attention import Sdpa
+from torchtitan_lite.config.load import ConfigError
+from torchtitan_lite.inference.generate import generate
+from torchtitan_lite.models.decoder import Decoder, DecoderConfig
+from torchtitan_lite.models.huggingface import config_json, their_name
+from torchtitan_lite.models.registry import families, resolve
+from torchtitan_lite.parallel.fsdp import place_shard
+from torchtitan_lite.parallel.tensor import apply_tensor_parallel_to_predict
+
+ORIGINAL = 64
+"""Tokens of context before the rotary scaling of the small models."""
+PRESETS = {f"{name} {size}": config for name, sizes in families.items() for size, config in sizes.items()}
+
+
+def small(config: DecoderConfig) -> DecoderConfig:
+    """A model of a preset's ratios: heads to kv heads, head features to width, feed-forward to width."""
+    n_kv_heads, head_dim = 2, 16
+    n_heads = n_kv_heads * config.n_heads // config.n_kv_heads
+    dim = n_heads * head_dim * config.dim // (config.n_heads * config.head_dim)
+    scaling = config.rope_scaling and replace(config.rope_scaling, original_max_seq_len=ORIGINAL)
+    return replace(
+        config,
+        vocab_size=211,
+        dim=dim,
+        n_layers=2,
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        head_dim=head_dim,
+        ffn_dim=dim * config.ffn_dim // config.dim,
+        max_seq_len=4096,
+        rope_scaling=scaling,
+        attention=Sdpa(),
+    )
+
+
+def theirs(config: DecoderConfig, folder: Path) -> Any:
+    """A model of transformers, made from the config.json that we write, with random weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    (folder / "config.json").write_text(json.dumps(config_json(config, dtype="float32", eos_id=0)))
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), attn_implementation="eager")
+    model = model.float().eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            # Norms too, which are ones otherwise; large enough for attention to choose.
+            weight.normal_(1.0 if weight.ndim == 1 else 0.0, 0.1)
+    return model
+
+
+def ours(config: DecoderConfig, model: Any) -> Decoder:
+    """Our model with the weights of theirs."""
+    weights, own = model.state_dict(), config.build()
+    with torch.no_grad():
+        for name, weight in own.named_parameters():
+            weight.copy_(weights[their_name(name)])
+    return own
+
+
+def logits_of(model: Decoder, tokens_BS: Tensor, positions_BS: Tensor) -> Tensor:
+    """The logits after every token, which the model itself never has all at once."""
+    normed: list[Tensor] = []
+    hook = model.norm.register_forward_hook(lambda *words: normed.append(words[-1]))
+    mask = model.config.attention.mask(positions_BS, sliding_window=model.config.sliding_window)
+    with torch.no_grad():
+        model(tokens_BS, positions_BS, mask, tokens_BS)
+    hook.remove()
+    return F.linear(normed[0], model.head_weight_VD)
+
+
+def tokens_of_ranks(attention: str, tied: bool, prompts: list[list[int]]) -> list[list[int]]:
+    """What a model that all ranks share goes on with."""
+    sizes = {"n_layers": 2, "dim": 64, "n_heads": 4, "n_kv_heads": 2, "head_dim": 16, "ffn_dim": 96}
+    config = resolve(
+        "qwen3", f"debugmodel_{attention}".removesuffix("_sdpa"), None, {**sizes, "tie_embeddings": tied}
+    )
+    model = config.build()
+    weights = {name: weight.detach() for name, weight in model.named_parameters()}
+    if dist.get_world_size() > 1:
+        with torch.device("meta"):
+            model = config.build()
+        apply_tensor_parallel_to_predict(model, init_device_mesh("cpu", (dist.get_world_size(),)))
+        model.to_empty(device="cpu")
+        for name, weight in model.named_parameters():
+            place_shard(weight, weights[name])
+    return generate(model, prompts, max_new_tokens=20, eos_id=None)
+
+
+def refusal_of(argv: list[str]) -> str:
+    """What one rank says of a start that is refused."""
+    try:
+        resume_cases.start(argv)
+    except ConfigError as refused:
+        return str(refused)
+    return ""
+
+
+def held() -> int:
+    """How many bytes this process has of its own, which are no pages of files."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("RssAnon:")[2].split()[0]) << 10
+
+
+def held_during(act: Callable[[], object]) -> int:
+    """How many bytes more than before this process held at the most while it did `act`."""
+    found, over = [before := held()], Event()
+
+    def look() -> None:
+        while not over.wait(0.0005):
+            found.append(held())
+
+    watcher = Thread(target=look)
+    watcher.start()
+    try:
+        act()
+    finally:
+        over.set()
+        watcher.join()
+    return max(found) - before
+
+
+def positions_of(*lengths: int) -> Tensor:
+    """Of documents one after the other in a row."""
+    return torch.cat([torch.arange(length) for length in lengths])[None]

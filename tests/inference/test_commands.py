@@ -1,0 +1,290 @@
+"""The commands that use a trained model, as a user gives them."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import hub_cases as cases
+import parallel_cases
+import pytest
+import resume_cases
+import torch
+from resume_cases import main as train
+
+from torchtitan_lite.cli import main
+from torchtitan_lite.data import DataConfig, Samples, prepare
+from torchtitan_lite.data.tokenizer import ByteTokenizer
+from torchtitan_lite.inference.commands import _Stream
+from torchtitan_lite.inference.evaluate import _last, evaluate
+from torchtitan_lite.models.registry import families, resolve
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("texts")
+    parallel_cases.write_documents(place / "short.jsonl")
+    return place
+
+
+@pytest.fixture(scope="module")
+def run(texts: Path) -> Path:
+    """A run of three steps."""
+    values = {"training__steps": 3, "training__local_batch_size": 8, "lr_scheduler__total_steps": 3}
+    values |= {"job__dump_folder": texts / "run", "validation__steps": -1, "checkpoint__interval": 2}
+    assert train(*resume_cases.run_of(texts / "short.jsonl", texts / "cache", **values)) == 0
+    return texts / "run"
+
+
+@pytest.fixture
+def say(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """`say("eval", folder, "--data", file)`: the status, and what was printed on both streams."""
+
+    def say(*words: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        status = main([str(word) for word in words])
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return say
+
+
+def test_a_prompt_is_gone_on_with(run: Path, say) -> None:
+    status, out, err = say("generate", run, "--prompt", "ab c", "--max-new-tokens", 30)
+    assert (status, err) == (0, "") and out.startswith("ab c") and len(out) > 10
+    assert (
+        say("generate", run / "checkpoint" / "step-3", "--prompt", "ab c", "--max-new-tokens", 30)[1] == out
+    )
+    assert say("generate", run / "checkpoint", "--prompt", "ab c", "--max-new-tokens", 30)[1] == out
+    other = say("generate", run / "checkpoint" / "step-2", "--prompt", "ab c", "--max-new-tokens", 30)
+    assert other[0] == 0 and other[1].startswith("ab c")
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "flex", "varlen"])
+def test_several_prompts_stand_one_after_the_other(attention: str, run: Path, say) -> None:
+    more = ("--max-new-tokens", 12, "--temperature", 1, "--top-k", 40, "--seed", 3, "--attention", attention)
+    status, out, _ = say("generate", run, "--prompt", "ab c", "x", *more)
+    first, second, rest = out.split("\n" + "-" * 20 + "\n")
+    assert status == 0 and first.startswith("ab c") and second.startswith("x") and rest == ""
+
+
+def test_a_prompt_is_text_whatever_it_looks_like(run: Path, say) -> None:
+    for prompt in ("5", "-5", "null", "true", '["a"]', "{}"):
+        status, out, err = say("generate", run, "--prompt", prompt, "--max-new-tokens", 2)
+        assert (status, err) == (0, "") and out.startswith(prompt)
+
+
+def test_texts_are_shown_as_they_come_and_in_their_order(capsys: pytest.CaptureFixture[str]) -> None:
+    show = _Stream(ByteTokenizer(), [list(b"ab"), list(b"x")])
+    said = []
+    for tokens in ([ord("c"), ord("y")], [0xE2, None], [0x82, None], [0xAC, None], [None, None]):
+        show(tokens)
+        said.append(capsys.readouterr().out)
+    rule = "\n" + "-" * 20 + "\n"
+    assert said == ["abc", "", "", "\N{EURO SIGN}", f"{rule}xy{rule}"]
+
+
+def test_an_empty_prompt_begins_a_text(run: Path, say) -> None:
+    status, out, err = say("generate", run, "--max-new-tokens", 5)
+    assert (status, err) == (0, "") and out.endswith("\n")
+
+
+def test_the_loss_of_the_held_out_text_is_what_the_log_shows(run: Path, say) -> None:
+    status, out, _ = say("eval", run)
+    logged = [line["validation_loss"] for line in resume_cases.lines(run) if "validation_loss" in line][-1]
+    assert status == 0 and out.startswith(f"loss {logged:.4f} nats per token, perplexity ")
+
+
+def test_any_text_may_be_evaluated(run: Path, texts: Path, say, tmp_path: Path) -> None:
+    text = "".join(json.loads(line)["text"] for line in (texts / "short.jsonl").read_text().splitlines()[:20])
+    (tmp_path / "text.txt").write_text(text)
+    cache = ("--batch-size", 2)
+    status, out, _ = say("eval", run, "--data", tmp_path / "text.txt", *cache)
+    assert status == 0 and f"{len(text.encode()):,} bytes" in out and "bits per byte" in out
+    assert say("eval", run, "--data", texts / "short.jsonl")[0] == 0
+    assert say("eval", run, "--data", tmp_path / "none")[::2] == (
+        2,
+        f'data = "{tmp_path / "none"}" does not exist: name a text file or a folder of them\n',
+    )
+
+
+def test_every_token_of_a_text_counts_in_its_evaluation(run: Path, say, tmp_path: Path) -> None:
+    def loss(text: str, *more: object) -> str:
+        (tmp_path / "text.txt").write_text(text)
+        status, out, err = say("eval", run, "--data", tmp_path / "text.txt", *more)
+        assert (status, err) == (0, "")
+        return out.partition(" nats")[0]
+
+    text = "ab cd " * 30  # two samples and a rest
+    assert loss(text) != loss(text[:-3] + "ZZZ")
+    assert loss(text, "--seq-len", 60) != loss(text)
+    assert loss(text[:10], "--cache-dir", tmp_path / "cache").startswith("loss ")  # less than a sample
+    assert (tmp_path / "cache").is_dir()
+
+
+def test_the_rest_of_a_text_is_a_sample_like_others(texts: Path) -> None:
+    model = resolve("qwen3", "debugmodel", None, resume_cases.MODEL).build()
+    data = DataConfig(dataset="jsonl", path=str(texts / "short.jsonl"), cache_dir=str(texts / "cache"))
+    split = prepare(data, ByteTokenizer()).train
+    whole = evaluate(model, split, seq_len=split.n_tokens, batch_size=1)
+    cut = evaluate(model, split, seq_len=split.n_tokens - 1, batch_size=1)
+    assert whole.n_tokens == split.n_tokens and cut.loss == pytest.approx(whole.loss, rel=1e-5)
+    start = split.n_tokens - 700
+    loss = evaluate(model, _last(split, 700), seq_len=700, batch_size=1, rest=False).loss
+    batch = Samples(split, split.n_tokens).batch([0], [0])
+    first = start - int(batch.positions_BS[0, start])  # where its first document begins
+    tokens, labels, positions = (x[:, start:] for x in (batch.tokens_BS, batch.labels_BS, batch.positions_BS))
+    positions = positions - torch.where(torch.arange(700) < 700, positions[0, 0], 0) * (
+        (torch.arange(700) - positions[0]) < 0
+    )
+    mask = model.config.attention.mask(positions, sliding_window=None)
+    with torch.no_grad():
+        total, count = model(tokens, positions, mask, labels)
+    assert first <= start and loss == pytest.approx((total / count).item(), rel=1e-6)
+
+
+def test_a_last_step_of_the_model_alone_is_used_in_its_precision(texts: Path, say, tmp_path: Path) -> None:
+    values = {"training__steps": 1, "training__local_batch_size": 8, "job__dump_folder": tmp_path / "run"}
+    values |= {"lr_scheduler__total_steps": 1, "lr_scheduler__warmup_steps": 0}
+    values |= {"checkpoint__last_save_model_only": "true", "checkpoint__export_dtype": "bfloat16"}
+    assert train(*resume_cases.run_of(texts / "short.jsonl", texts / "cache", **values)) == 0
+    status, out, err = say("generate", tmp_path / "run", "--prompt", "ab c", "--max-new-tokens", 5)
+    assert (status, err) == (0, "") and out.startswith("ab c")
+    status, out, err = say("eval", tmp_path / "run", "--dtype", "bfloat16")
+    assert (status, err) == (0, "") and out.startswith("loss ")
+
+
+def test_a_model_without_a_row_for_each_token_is_refused(say, tmp_path: Path) -> None:
+    cases.theirs(cases.small(families["llama3"]["1B"]), tmp_path).save_pretrained(tmp_path / "hf")
+    assert say("import-hf", tmp_path / "hf", "--out", tmp_path / "steps")[0] == 0
+    status, _, err = say("generate", tmp_path / "steps", "--tokenizer", "bytes")
+    assert status == 2 and err.startswith(
+        'tokenizer = "bytes" has 257 tokens, and the model\'s vocab_size is 211: use the tokenizer'
+    )
+
+
+def test_what_was_imported_without_a_tokenizer_starts_a_run(say, texts: Path, tmp_path: Path) -> None:
+    config = cases.replace(cases.small(families["qwen3"]["0.6B"]), vocab_size=264)
+    cases.theirs(config, tmp_path).save_pretrained(tmp_path / "hf")
+    assert say("import-hf", tmp_path / "hf", "--out", tmp_path / "steps")[0] == 0
+    values = {"training__steps": 1, "training__local_batch_size": 8, "job__dump_folder": tmp_path / "run"}
+    values |= {"lr_scheduler__total_steps": 1, "lr_scheduler__warmup_steps": 0, "model__name": "hf"}
+    values |= {"model__flavor": tmp_path / "hf", "checkpoint__initial_load_path": tmp_path / "steps"}
+    words = resume_cases.run_of(texts / "short.jsonl", texts / "cache", **values)
+    at = words.index("--model.overrides")
+    assert train(*words[:at], *words[at + 2 :]) == 0
+
+
+def test_a_full_disk_is_a_line_and_leaves_nothing(run: Path, tmp_path: Path) -> None:
+    command = (
+        f"ulimit -f 10; exec {sys.executable} -m torchtitan_lite.cli export-hf {run} --out {tmp_path}/hf"
+    )
+    end = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, timeout=120, cwd=ROOT, check=False
+    )
+    assert end.returncode == 2 and len(end.stderr.splitlines()) == 1, end.stderr
+    assert end.stderr.startswith(f'out = "{tmp_path}/hf" cannot be written (')
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_exported_can_be_imported_and_speaks_alike(run: Path, say, tmp_path: Path) -> None:
+    assert say("export-hf", run, "--out", tmp_path / "hf", "--dtype", "float32")[0] == 0
+    status, out, _ = say("import-hf", tmp_path / "hf", "--out", tmp_path / "steps")
+    assert status == 0 and f"--checkpoint.initial-load-path {tmp_path / 'steps'}" in out
+    more = ("--prompt", "ab c", "--max-new-tokens", 30)
+    assert say("generate", tmp_path / "steps", *more)[1] == say("generate", run, *more)[1]
+
+
+REFUSALS = {
+    "generate": "RUN_OR_STEP is not named: write torchtitan-lite generate FOLDER",
+    "eval --batch-size 0": "batch_size = 0 must be at least 1: use 8 or so",
+    "generate RUN --top-p 0": "top_p = 0.0 is not in (0, 1]: use 1 for all tokens",
+    "generate RUN --temperature -1": "temperature = -1.0 must be at least 0: use 0 for the likeliest token",
+    "generate RUN --max-new-tokens x": 'max_new_tokens = "x" is not an integer: write a whole number',
+    "generate RUN --promt x": 'promt = "x" is not a known section: did you mean "prompt"?',
+    "generate NOWHERE --prompt x": 'RUN_OR_STEP = "NOWHERE" holds no good step: no folder is there: ',
+    "export-hf RUN": "out has no value: write --out FOLDER",
+    "export-hf RUN --out RUN": 'out = "RUN" is there already: name another folder',
+    "export-hf RUN --out X --dtype float8": 'dtype = "float8" is not one of "float32", "bfloat16", "float16"',
+    "generate RUN --dry-run": "--dry-run is for training: leave it out",
+    "import-hf ~nobody-of-this-name/x --out X": "~nobody-of-this-name/x/config.json is not there",
+    "eval RUN --data text.txt --cache-dir /proc/x": "data = ",
+    "generate RUN --prompt": "prompt has no value",
+    "import-hf NOWHERE --out X": "NOWHERE/config.json is not there: name a folder with a model in it",
+    "import-hf RUN --out X": "RUN/config.json is not there: name a folder with a model in it",
+}
+
+
+@pytest.mark.parametrize("command", REFUSALS)
+def test_a_wrong_command_is_refused_in_a_line_and_nothing_is_written(
+    command: str, run: Path, say, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = [str(run) if word == "RUN" else word for word in command.split()]
+    status, out, err = say(*words)
+    found = err.replace(str(run), "RUN").replace(f"{tmp_path}/", "")
+    assert (status, out) == (2, "") and len(found.splitlines()) == 1
+    assert found.startswith(REFUSALS[command]), found
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["eval", "export-hf", "import-hf"])
+def test_what_one_process_does_is_refused_to_several(
+    command: str, run: Path, say, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    status, out, err = say(command, run)
+    assert (status, out) == (2, "") and err.startswith(
+        f'WORLD_SIZE = "2" is more than {command} needs: start it'
+    )
+
+
+def test_a_damaged_step_does_not_speak(run: Path, say, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(run / "checkpoint" / "step-3", tmp_path / "step-3")
+    with (tmp_path / "step-3" / "__0_0.distcp").open("r+b") as shard:
+        shard.seek(5000)
+        shard.write(b"?")
+    for command in ("generate", "eval"):
+        status, _, err = say(command, tmp_path / "step-3")
+        assert status == 2 and "__0_0.distcp is not what was written" in err
+
+
+def test_two_ranks_say_what_one_says(run: Path, say) -> None:
+    words = ["generate", str(run), "--prompt", "ab c", "--max-new-tokens", "20"]
+    wanted = say(*words)[1]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    argv = [*launch, "-m", "torchtitan_lite.cli", *words]
+    end = subprocess.run(argv, capture_output=True, text=True, timeout=120, cwd=ROOT, check=False)
+    assert (end.returncode, end.stdout) == (0, wanted), end.stderr
+
+
+def test_the_tokenizer_goes_with_the_run(texts: Path, say, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    ByteTokenizer().save(tmp_path / "mine")
+    values = {"training__steps": 1, "training__local_batch_size": 8, "job__dump_folder": tmp_path / "run"}
+    values |= {"data__tokenizer": tmp_path / "mine", "lr_scheduler__total_steps": 1}
+    values |= {"lr_scheduler__warmup_steps": 0}
+    assert train(*resume_cases.run_of(texts / "short.jsonl", texts / "cache", **values)) == 0
+    (tmp_path / "mine").rename(tmp_path / "elsewhere")
+    more = ("--prompt", "ab c", "--max-new-tokens", 3)
+    status, out, err = say("generate", tmp_path / "run", *more)
+    assert (status, err) == (0, "") and out.startswith("ab c")
+    (tmp_path / "run" / "tokenizer").rename(tmp_path / "gone")
+    status, _, err = say("generate", tmp_path / "run", *more)
+    assert status == 2 and "name its file or folder with --tokenizer" in err
+    assert say("generate", tmp_path / "run", *more, "--tokenizer", tmp_path / "elsewhere")[:2] == (0, out)
+    status, _, err = say("generate", tmp_path / "run", *more, "--tokenizer", "bytes")
+    assert status == 2 and "is not the one that" in err
+
+
+def test_a_model_of_another_size_needs_no_preset(say, tmp_path: Path) -> None:
+    config = cases.replace(cases.small(families["llama3"]["1B"]), vocab_size=257)
+    cases.theirs(config, tmp_path).save_pretrained(tmp_path / "hf")
+    assert say("import-hf", tmp_path / "hf", "--out", tmp_path / "steps")[0] == 0
+    status, out, err = say("generate", tmp_path / "steps", "--prompt", "ab c", "--tokenizer", "bytes")
+    assert (status, err) == (0, "") and out.startswith("ab c")

@@ -1,0 +1,174 @@
+"""Text out of a model: what the cache holds gives what the whole forward gives, on every backend."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import hub_cases as cases
+import pytest
+import torch
+from ranks import Pools
+
+from torchtitan_lite.attention import AttentionConfig, Flex, Sdpa, Varlen
+from torchtitan_lite.inference.generate import Cached, Sampling, Session, draw, generate
+from torchtitan_lite.models.decoder import Decoder
+from torchtitan_lite.models.registry import resolve
+
+PROMPTS = [[5, 9, 3], [7] * 17, list(range(1, 65)), [100, 200] * 16]
+BACKENDS = pytest.mark.parametrize("attention", [Sdpa(), Flex(), Varlen()], ids=["sdpa", "flex", "varlen"])
+
+
+def model_of(attention: AttentionConfig, **overrides: Any) -> Decoder:
+    """A small model whose weights are large enough for the tokens to differ."""
+    sizes = {"n_layers": 2, "dim": 64, "n_heads": 6, "n_kv_heads": 2, "head_dim": 16, "ffn_dim": 96}
+    model = resolve("qwen3", "debugmodel", attention, {**sizes, **overrides}).build()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.normal_(1.0 if weight.ndim == 1 else 0.0, 0.2)
+    return model
+
+
+@pytest.mark.parametrize("name", ["llama3 1B", "llama3 8B", "qwen3 0.6B", "qwen3 8B"])
+def test_greedy_tokens_are_those_of_transformers(name: str, tmp_path: Path) -> None:
+    config = cases.small(cases.PRESETS[name])
+    their = cases.theirs(config, tmp_path)
+    prompts = [[token % config.vocab_size for token in prompt] for prompt in PROMPTS]
+    found = generate(cases.ours(config, their), prompts, max_new_tokens=64, eos_id=None)
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
+    real = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    options = {"do_sample": False, "max_new_tokens": 64, "min_new_tokens": 64, "pad_token_id": 0}
+    wanted = their.generate(input_ids=ids, attention_mask=real, eos_token_id=None, **options)
+    assert found == wanted[:, longest:].tolist()
+
+
+@BACKENDS
+@pytest.mark.parametrize("window", [None, 7])
+def test_logits_from_the_cache_are_those_of_the_whole_forward(
+    attention: AttentionConfig, window: int | None
+) -> None:
+    model = model_of(attention, **({} if window is None else {"sliding_window": window}))
+    n_rows, longest, n_new = len(PROMPTS), max(map(len, PROMPTS)), 12
+    new_BS = torch.randint(1, 500, (n_rows, n_new))
+    tokens_BS = torch.zeros(n_rows, longest, dtype=torch.int64)
+    for row, prompt in enumerate(PROMPTS):
+        tokens_BS[row, longest - len(prompt) :] = torch.tensor(prompt)
+    is_token_BS = torch.tensor(
+        [[False] * (longest - len(prompt)) + [True] * len(prompt) for prompt in PROMPTS]
+    )
+    with Session(model, n_rows, longest + n_new) as session:
+        found = [session.step(tokens_BS, is_token_BS)]
+        # Token by token, and two at a time.
+        for part in (*new_BS[:, :6].split(1, dim=1), *new_BS[:, 6:].split(2, dim=1)):
+            found.append(session.step(part, torch.ones_like(part, dtype=torch.bool)))
+    for row, prompt in enumerate(PROMPTS):
+        whole = torch.tensor([*prompt, *new_BS[row].tolist()])[None]
+        wanted = cases.logits_of(model, whole, torch.arange(whole.shape[1])[None])[0]
+        ends = [len(prompt) - 1 + n for n in (0, 1, 2, 3, 4, 5, 6, 8, 10, 12)]
+        for logits_BV, end in zip(found, ends, strict=True):
+            assert (logits_BV[row] - wanted[end]).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+@BACKENDS
+def test_a_row_has_the_tokens_that_it_has_alone(attention: AttentionConfig) -> None:
+    model = model_of(attention)
+    together = generate(model, PROMPTS, max_new_tokens=20, eos_id=None)
+    alone = [generate(model, [prompt], max_new_tokens=20, eos_id=None)[0] for prompt in PROMPTS]
+    assert together == alone
+    assert len({tuple(tokens) for tokens in alone}) == len(PROMPTS)
+
+
+def test_a_row_that_has_ended_stays_ended_and_changes_no_other() -> None:
+    model = model_of(Sdpa())
+    free = generate(model, PROMPTS, max_new_tokens=20, eos_id=None)
+    end = free[1][4]
+    told: list[list[int | None]] = []
+    found = generate(model, PROMPTS, max_new_tokens=20, eos_id=end, on_tokens=told.append)
+    cut = [tokens[: tokens.index(end)] if end in tokens else tokens for tokens in free]
+    assert found == cut and len(found[1]) <= 4
+    assert [[token for token in column if token is not None] for column in zip(*told, strict=True)] == found
+
+
+def test_the_model_is_as_it_was_afterwards() -> None:
+    model = model_of(Sdpa())
+    inner = [block.get_submodule("attention.inner") for block in model.blocks]
+    with pytest.raises(KeyError), Session(model, 1, 4):
+        raise KeyError
+    assert [block.get_submodule("attention.inner") for block in model.blocks] == inner
+
+
+def test_the_process_holds_the_cache_and_no_second_one() -> None:
+    """Measured: what the process holds more after a prompt, and at the most while a token is added."""
+    model = model_of(Sdpa(), n_layers=4, n_heads=2, n_kv_heads=2, head_dim=64, dim=16, ffn_dim=16)
+    config, n_rows, n_tokens = model.config, 8, 2048
+    size = 2 * config.n_layers * n_rows * n_tokens * config.n_kv_heads * config.head_dim * 4
+    part = torch.ones(n_rows, 64, dtype=torch.int64)  # few at a time, for little else to be held
+    with Session(model, n_rows, n_tokens) as session:
+        session.step(part, part > 0)
+        before = cases.held()
+        for _ in range(n_tokens // 64 - 2):
+            session.step(part, part > 0)
+        after = cases.held()
+        most = cases.held_during(lambda: session.step(part[:, :1], part[:, :1] > 0))
+    grown = size * (n_tokens - 128) / n_tokens
+    assert grown * 0.95 < after - before < grown * 1.15
+    assert most < size * 0.1
+
+
+def test_the_cache_takes_as_many_bytes_as_it_must() -> None:
+    model = model_of(Sdpa())
+    config, n_tokens, kept = model.config, 64 + 20, []
+    with Session(model, len(PROMPTS), n_tokens) as session:
+        for n in (64, 1, 1):
+            tokens = torch.ones(len(PROMPTS), n, dtype=torch.int64)
+            session.step(tokens, tokens > 0)
+        for module in model.modules():
+            if isinstance(module, Cached):
+                kept += [module.keys, module.values]
+    n_bytes = sum(x.untyped_storage().nbytes() for x in kept)
+    n_positions = len(PROMPTS) * n_tokens
+    assert n_bytes == 2 * config.n_layers * n_positions * config.n_kv_heads * config.head_dim * 4
+
+
+def counts(sampling: Sampling, logits: list[float], n: int = 20_000) -> list[float]:
+    drawn = draw(torch.tensor(logits).expand(n, -1), sampling, torch.Generator().manual_seed(0))
+    return [(drawn == token).float().mean().item() for token in range(len(logits))]
+
+
+def test_tokens_are_drawn_as_often_as_the_logits_say() -> None:
+    logits = [math.log(p) for p in (0.5, 0.3, 0.15, 0.05)]
+    assert counts(Sampling(temperature=1.0), logits) == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.015)
+    squared = [p**2 / 0.365 for p in (0.5, 0.3, 0.15, 0.05)]
+    assert counts(Sampling(temperature=0.5), logits) == pytest.approx(squared, abs=0.015)
+    assert counts(Sampling(temperature=1.0, top_k=2), logits) == pytest.approx(
+        [0.625, 0.375, 0, 0], abs=0.015
+    )
+    assert counts(Sampling(temperature=1.0, top_p=0.7), logits) == pytest.approx(
+        [0.625, 0.375, 0, 0], abs=0.015
+    )
+    assert counts(Sampling(temperature=1.0, top_p=0.4), logits) == [1, 0, 0, 0]
+    assert counts(Sampling(), logits) == [1, 0, 0, 0]
+
+
+@pytest.mark.parametrize("temperature", [1e-40, 1e-3, 1e30])
+def test_any_temperature_draws_a_token(temperature: float) -> None:
+    assert sum(counts(Sampling(temperature=temperature), [5.0, 4.0, -30.0], n=1000)) == pytest.approx(1)
+
+
+def test_a_seed_gives_the_same_text_again() -> None:
+    model = model_of(Sdpa())
+    options: dict[str, Any] = {"max_new_tokens": 30, "eos_id": None}
+    first, again, other = (
+        generate(model, PROMPTS, sampling=Sampling(temperature=1.0, seed=seed), **options)
+        for seed in (1, 1, 2)
+    )
+    assert first == again != other
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "varlen", "flex"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_ranks_that_share_a_model_give_the_tokens_of_one(ranks: Pools, attention: str, tied: bool) -> None:
+    (alone,) = ranks(1).run(cases.tokens_of_ranks, attention, tied, PROMPTS)
+    for tokens in ranks(2).run(cases.tokens_of_ranks, attention, tied, PROMPTS):
+        assert tokens == alone

@@ -1,0 +1,229 @@
+"""Weights in safetensors files, laid out as on the Hugging Face Hub: one file, or several with an index.
+
+Only safetensors: a header of names, dtypes, shapes and places, and bytes, of which nothing is run. A tensor
+is read box by box, straight into where it is needed.
+"""
+
+import errno
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from torchtitan_lite.checkpoint.manifest import Damaged
+from torchtitan_lite.checkpoint.tensors import Piece
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""What a float32 weight can be read from without losing a bit."""
+_ROWS = 1024
+"""Of a tensor that are compared at a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a tensor is, and what it is."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class Weights:
+    """The tensors in the safetensors files of a folder; raises Damaged for anything else there.
+
+    A context manager: the files are open, and mapped, within it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.places: dict[str, Place] = {}
+        """By name."""
+        self._files: dict[str, Any] = {}
+        self._open = ExitStack()
+
+    def __enter__(self) -> Self:
+        try:
+            listed = _listed(self.folder)
+            for file in sorted(set(listed.values())) or [SINGLE]:
+                self._read_header(file)
+            if listed and listed != (found := {name: place.file for name, place in self.places.items()}):
+                name = min(name for name in {*listed, *found} if listed.get(name) != found.get(name))
+                raise Damaged(f"{INDEX} is not true of {name}: {_whereabouts(name, listed, found)}")
+        except BaseException:
+            self._open.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    def _read_header(self, file: str) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        path = self.folder / file
+        try:
+            if not path.is_file():
+                raise Damaged(f"{file} is missing")
+            opened = self._open.enter_context(safe_open(path, framework="pt"))
+            for name in opened.keys():  # noqa: SIM118 - no mapping, though it has keys
+                if name in self.places:
+                    raise Damaged(f"{name} is in {self.places[name].file} and in {file}")
+                part = opened.get_slice(name)
+                self.places[name] = Place(file=file, dtype=part.get_dtype(), shape=tuple(part.get_shape()))
+        except (SafetensorError, OSError) as error:
+            raise Damaged(f"{file} is no whole safetensors file ({error})") from None
+        self._files[file] = opened
+
+    def box(self, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
+        """A box of a tensor, in its own dtype."""
+        part = self._files[self.places[name].file].get_slice(name)
+        return part[tuple(slice(start, start + n) for start, n in zip(offsets, sizes, strict=True))]
+
+    def differences(self, wanted: Mapping[str, Sequence[int]], ignored: Sequence[str] = ()) -> list[str]:
+        """Why tensors of these shapes cannot be read as float32, a line each; `ignored` may be there too."""
+        lines = [f"{name} is missing" for name in wanted if name not in self.places]
+        lines += [
+            f"{name} belongs to no weight of the model"
+            for name in self.places
+            if name not in wanted and name not in ignored
+        ]
+        for name in wanted.keys() & self.places.keys():
+            place = self.places[name]
+            if place.shape != tuple(wanted[name]):
+                lines.append(f"{name} is {list(place.shape)}, and the model's is {list(wanted[name])}")
+            elif place.dtype not in _DTYPES:
+                lines.append(f"{name} is {place.dtype}, and can be read from {', '.join(_DTYPES)}")
+        return sorted(lines)
+
+    @torch.no_grad()
+    def read(self, pieces: Mapping[str, Piece]) -> None:
+        """Read every piece, file by file; `differences` has found none."""
+        for name in sorted(pieces, key=lambda name: (self.places[name].file, name)):
+            piece = pieces[name]
+            if piece.local.numel():
+                piece.local.copy_(self.box(name, piece.offsets, piece.local.shape))
+
+    def are_equal(self, one: str, other: str) -> bool:
+        """Whether two tensors are the same, bit by bit."""
+        a, b = self.places[one], self.places[other]
+        if (a.shape, a.dtype) != (b.shape, b.dtype):
+            return False
+        rest = a.shape[1:]
+        for start in range(0, a.shape[0], _ROWS):
+            box = (start, *[0] * len(rest)), (min(_ROWS, a.shape[0] - start), *rest)
+            if not torch.equal(
+                self.box(one, *box).view(torch.uint8), self.box(other, *box).view(torch.uint8)
+            ):
+                return False
+        return True
+
+
+def _listed(folder: Path) -> dict[str, str]:
+    """The file of each tensor, as the index says; empty where there is one file without an index."""
+    index = folder / INDEX
+    if not index.exists():
+        if not (folder / SINGLE).exists():
+            other = next((path.name for path in sorted(folder.glob("*.bin"))), None)
+            raise Damaged(
+                f"{other} is a pickle, which can run anything: only safetensors are read"
+                if other
+                else f"neither {SINGLE} nor {INDEX} is there"
+            )
+        return {}
+    try:
+        listed = json.loads(index.read_bytes())["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise Damaged(f"{INDEX} is no index of tensors") from None
+    if not isinstance(listed, dict) or not listed:
+        raise Damaged(f"{INDEX} is no index of tensors")
+    for file in listed.values():
+        if not isinstance(file, str) or os.path.basename(file) != file or not file.endswith(".safetensors"):
+            raise Damaged(f"{INDEX} names {file!r}, which is no safetensors file in the folder")
+    return listed
+
+
+def _whereabouts(name: str, listed: Mapping[str, str], found: Mapping[str, str]) -> str:
+    if name not in listed:
+        return f"{found[name]} has it, and the index does not"
+    return f"it names {listed[name]}, and the tensor is {'in ' + found[name] if name in found else 'nowhere'}"
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder beside `folder`, which gets its name when all that was written into it is on the disk.
+
+    It is gone if that fails. Raises OSError where `folder` is there already and is not empty.
+    """
+    import secrets
+    import shutil
+
+    from torchtitan_lite.checkpoint.steps import sync
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = folder.with_name(f"{folder.name}.tmp-{secrets.token_hex(4)}")
+    scratch.mkdir()
+    try:
+        yield scratch
+        for path in (*scratch.rglob("*"), scratch):
+            sync(path)
+        scratch.rename(folder)  # onto an empty folder, or none
+        sync(folder.parent)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+
+
+def write_weights(
+    folder: Path,
+    shapes: Mapping[str, Sequence[int]],
+    dtype: torch.dtype,
+    read: Callable[[Sequence[str]], Mapping[str, Tensor]],
+    most_bytes: int = 5 << 30,
+) -> None:
+    """Write tensors of these names and shapes in `dtype`, in files of at most `most_bytes` and an index.
+
+    `read(names)` gives some of them whole; no more than a file's are in memory at a time. Raises OSError.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    groups = _groups(
+        {name: torch.Size(shape).numel() * dtype.itemsize for name, shape in shapes.items()}, most_bytes
+    )
+    files = (
+        [SINGLE]
+        if len(groups) == 1
+        else [f"model-{number:05}-of-{len(groups):05}.safetensors" for number in range(1, len(groups) + 1)]
+    )
+    for file, names in zip(files, groups, strict=True):
+        tensors = {name: x.to(dtype).contiguous() for name, x in read(names).items()}
+        try:
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+        except SafetensorError as error:  # which it raises for a full disk, too
+            raise OSError(errno.EIO, str(error), str(folder / file)) from None
+    total = sum(torch.Size(shape).numel() * dtype.itemsize for shape in shapes.values())
+    index = {
+        "metadata": {"total_size": total},
+        "weight_map": {name: file for file, names in zip(files, groups, strict=True) for name in names},
+    }
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _groups(sizes: Mapping[str, int], most: int) -> list[list[str]]:
+    """The names in order, in groups that are not larger than `most`, but for a single one that is."""
+    groups: list[list[str]] = [[]]
+    total = 0
+    for name, size in sizes.items():
+        if groups[-1] and total + size > most:
+            groups.append([])
+            total = 0
+        groups[-1].append(name)
+        total += size
+    return groups

@@ -1,0 +1,1 @@
+"""A trained model at work: text out of it, and how well it predicts text."""

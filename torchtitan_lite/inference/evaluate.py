@@ -1,0 +1,65 @@
+"""How well a trained model predicts text."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from torchtitan_lite.data import Batch, Samples, Split, in_order
+from torchtitan_lite.models.decoder import Decoder
+from torchtitan_lite.training.validation import mean_loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """The loss on a text, in its usual forms."""
+
+    loss: float
+    """Nats per token, the tokens that end documents included."""
+    n_tokens: int
+    n_bytes: int
+
+    @property
+    def perplexity(self) -> float:
+        """Per token."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Of the UTF-8 text, whatever the tokenizer; what nothing precedes counts as the mean."""
+        return self.loss * self.n_tokens / self.n_bytes / math.log(2)
+
+
+@torch.inference_mode()
+def evaluate(model: Decoder, split: Split, *, seq_len: int, batch_size: int, rest: bool = True) -> Evaluation:
+    """The loss of `model` on `split`, every token of it weighing the same.
+
+    Text is cut into samples of `seq_len` tokens, of which the first see nothing of the sample before. The
+    `rest`, too short for another, is one too; without it, the loss is what validation in training measures.
+    """
+    config, device = model.config, model.embedding.weight.device
+
+    def loss_of(batch: Batch) -> tuple[Tensor, Tensor]:
+        mask = config.attention.mask(batch.positions_BS, sliding_window=config.sliding_window, device=device)
+        tensors = (x.to(device) for x in (batch.tokens_BS, batch.positions_BS))
+        return model(*tensors, mask, batch.labels_BS.to(device))
+
+    def batches() -> Iterator[Batch]:
+        n_rest = split.n_tokens % seq_len if rest else 0
+        if split.n_tokens >= seq_len or not rest:
+            yield from in_order(Samples(split, seq_len), batch_size)
+        if n_rest:
+            yield Samples(_last(split, n_rest), n_rest).batch([0], [0])
+
+    loss = mean_loss(model, loss_of, batches())
+    return Evaluation(loss=loss, n_tokens=split.n_tokens, n_bytes=split.n_bytes)
+
+
+def _last(split: Split, n_tokens: int) -> Split:
+    """The last tokens of a split."""
+    start = split.n_tokens - n_tokens
+    offsets = np.concatenate(([0], split.offsets[split.offsets > start] - start))
+    return replace(split, n_tokens=n_tokens, tokens_T=split.tokens_T[start:], offsets=offsets)

@@ -1,0 +1,147 @@
+"""Text out of a model: a prompt in one forward, then token by token, with keys and values kept.
+
+B batch, S tokens given in a forward, T tokens so far (with padding), G key/value heads, K head dim, V vocab.
+
+Prompts of different lengths are padded at their left, so that all rows end together; padding has position
+-1 and is attended to by nobody. The mask of a forward has S queries for T keys, aligned at their ends.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from torchtitan_lite.models.decoder import Decoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How a token is drawn from the logits."""
+
+    temperature: float = 0.0
+    """Logits are divided by it; 0: the likeliest token."""
+    top_k: int = 0
+    """Only so many of the likeliest tokens may be drawn; 0: all."""
+    top_p: float = 1.0
+    """Only the likeliest tokens that have this much of the probability between them may be drawn."""
+    seed: int = 0
+
+
+class Cached(nn.Module):
+    """An inner attention whose keys and values stay for the forwards to come."""
+
+    def __init__(self, inner: nn.Module, n_tokens: int) -> None:
+        super().__init__()
+        self.inner, self.n_tokens, self.n_kept = inner, n_tokens, 0
+        self.keys = self.values = torch.empty(0)
+
+    def forward(
+        self, q_BSHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: object, scale: float | None = None
+    ) -> Tensor:
+        if self.n_kept == 0:
+            B, _, G, K = k_BSGK.shape
+            self.keys, self.values = (k_BSGK.new_empty(B, self.n_tokens, G, K) for _ in range(2))
+        end = self.n_kept + k_BSGK.shape[1]
+        self.keys[:, self.n_kept : end] = k_BSGK
+        self.values[:, self.n_kept : end] = v_BSGK
+        self.n_kept = end
+        return self.inner(q_BSHK, self.keys[:, :end], self.values[:, :end], mask, scale)
+
+
+class Session:
+    """A batch of sequences that grow together. A context manager: the model is as it was when it ends."""
+
+    def __init__(self, model: Decoder, n_rows: int, n_tokens: int) -> None:
+        self.model, self.n_tokens, self.n_so_far = model, n_tokens, 0
+        self.device = model.embedding.weight.device
+        self.positions_BT = torch.full((n_rows, n_tokens), -1)
+        self.next_B = torch.zeros(n_rows, dtype=torch.int64)
+        self._attentions = [block.get_submodule("attention") for block in model.blocks]
+
+    def __enter__(self) -> Self:
+        for attention in self._attentions:
+            attention.inner = Cached(attention.get_submodule("inner"), self.n_tokens)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for attention in self._attentions:
+            attention.inner = attention.get_submodule("inner.inner")
+
+    @torch.inference_mode()
+    def step(self, tokens_BS: Tensor, is_token_BS: Tensor) -> Tensor:
+        """The logits [B, V] after more tokens of every row; where `is_token_BS` is not, there is padding."""
+        start, end = self.n_so_far, self.n_so_far + tokens_BS.shape[1]
+        counted = is_token_BS.long()
+        positions_BS = torch.where(is_token_BS, self.next_B[:, None] + counted.cumsum(1) - 1, -1)
+        self.next_B += counted.sum(1)
+        self.positions_BT[:, start:end] = positions_BS
+        self.n_so_far = end
+        config = self.model.config
+        mask = config.attention.mask(
+            self.positions_BT[:, :end],
+            queries=((start, end),),
+            sliding_window=config.sliding_window,
+            device=self.device,
+        )
+        return self.model(tokens_BS.to(self.device), positions_BS.to(self.device), mask)
+
+
+def generate(
+    model: Decoder,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    eos_id: int | None,
+    sampling: Sampling = Sampling(),
+    on_tokens: Callable[[list[int | None]], Any] = lambda tokens: None,
+) -> list[list[int]]:
+    """The tokens that follow each prompt, up to `max_new_tokens` or to the token that ends a text.
+
+    `on_tokens` is given the next token of every row as soon as there is one; None where the text has ended.
+    """
+    longest = max(map(len, prompts))
+    tokens_BS = torch.zeros(len(prompts), longest, dtype=torch.int64)
+    is_token_BS = torch.zeros(len(prompts), longest, dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        tokens_BS[row, longest - len(prompt) :] = torch.tensor(prompt)
+        is_token_BS[row, longest - len(prompt) :] = True
+    generator = torch.Generator().manual_seed(sampling.seed)
+    found: list[list[int]] = [[] for _ in prompts]
+    goes_on_B = torch.ones(len(prompts), dtype=torch.bool)
+    with Session(model, len(prompts), longest + max_new_tokens) as session:
+        for _ in range(max_new_tokens):
+            next_B = draw(session.step(tokens_BS, is_token_BS), sampling, generator)
+            if eos_id is not None:
+                goes_on_B = goes_on_B & (next_B != eos_id)
+            if not goes_on_B.any():
+                break
+            tokens = [
+                int(token) if goes_on else None for token, goes_on in zip(next_B, goes_on_B, strict=True)
+            ]
+            for row, token in enumerate(tokens):
+                found[row] += [] if token is None else [token]
+            on_tokens(tokens)
+            tokens_BS, is_token_BS = next_B[:, None], goes_on_B[:, None]
+    return found
+
+
+def draw(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
+    """A token for each row, on the CPU."""
+    logits_BV = logits_BV.cpu()
+    if sampling.temperature == 0:
+        return logits_BV.argmax(dim=1)
+    # Less the largest: what is divided by next to nothing stays a number, or becomes impossible.
+    logits_BV = (logits_BV - logits_BV.amax(dim=1, keepdim=True)) / sampling.temperature
+    if sampling.top_k:
+        least_B1 = logits_BV.topk(min(sampling.top_k, logits_BV.shape[1]), dim=1).values[:, -1:]
+        logits_BV = logits_BV.masked_fill(logits_BV < least_B1, -torch.inf)
+    if sampling.top_p < 1:
+        sorted_BV, order_BV = logits_BV.sort(dim=1, descending=True)
+        before_BV = sorted_BV.softmax(dim=1).cumsum(dim=1) - sorted_BV.softmax(dim=1)
+        drop_BV = torch.zeros_like(before_BV, dtype=torch.bool).scatter(
+            1, order_BV, before_BV >= sampling.top_p
+        )
+        logits_BV = logits_BV.masked_fill(drop_BV, -torch.inf)
+    return torch.multinomial(logits_BV.softmax(dim=1), 1, generator=generator)[:, 0]

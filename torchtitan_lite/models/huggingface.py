@@ -1,0 +1,259 @@
+"""A decoder in the terms of Hugging Face: its config.json, and the names of its weights.
+
+Llama and Qwen3, dense, as transformers has them
+(https://github.com/huggingface/transformers/tree/main/src/transformers/models/llama, .../qwen3).
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from torchtitan_lite.config.load import MISSING, Problem
+from torchtitan_lite.models.decoder import DecoderConfig
+from torchtitan_lite.models.rope import RopeScaling
+
+CONFIG = "config.json"
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+_FIELDS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "dim",
+    "num_hidden_layers": "n_layers",
+    "num_attention_heads": "n_heads",
+    "num_key_value_heads": "n_kv_heads",
+    "head_dim": "head_dim",
+    "intermediate_size": "ffn_dim",
+    "max_position_embeddings": "max_seq_len",
+    "rms_norm_eps": "norm_eps",
+    "tie_word_embeddings": "tie_embeddings",
+}
+"""Our fields by theirs."""
+_TYPES: dict[str, type] = {"norm_eps": float, "tie_embeddings": bool}
+_DEFAULTS = {
+    "llama": {"tie_word_embeddings": False},
+    "qwen3": {"tie_word_embeddings": False, "head_dim": 128},
+}
+"""What a key means that is not there: transformers leaves out what is its default."""
+_SCALING = {
+    "factor": "factor",
+    "low_freq_factor": "low_freq_factor",
+    "high_freq_factor": "high_freq_factor",
+    "original_max_position_embeddings": "original_max_seq_len",
+}
+_ROPE = {"rope_type", "type", "rope_theta", *_SCALING}
+_MUST_BE: dict[str, tuple[object, ...]] = {
+    "hidden_act": ("silu", None),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "attention_dropout": (0, None),
+    "partial_rotary_factor": (1, None),
+    "is_causal": (True, None),
+    "quantization_config": (None,),
+}
+"""What this decoder computes, for keys that may say otherwise; None: the key is not there."""
+
+_MODULES = {
+    "embedding": "model.embed_tokens",
+    "norm": "model.norm",
+    "head": "lm_head",
+}
+_PARTS = {
+    "attention_norm": "input_layernorm",
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
+    "attention.q_norm": "self_attn.q_norm",
+    "attention.k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn.w1": "mlp.gate_proj",
+    "ffn.w2": "mlp.down_proj",
+    "ffn.w3": "mlp.up_proj",
+}
+
+
+def their_name(name: str) -> str:
+    """What the weight that we call `name` is called there: blocks.3.ffn.w1.weight is a gate_proj."""
+    module, _, kind = name.rpartition(".")
+    if module in _MODULES:
+        return f"{_MODULES[module]}.{kind}"
+    _, number, part = module.split(".", 2)
+    return f"model.layers.{number}.{_PARTS[part]}.{kind}"
+
+
+def read_config(folder: Path) -> tuple[DecoderConfig | None, list[Problem]]:
+    """The decoder that `folder`/config.json describes, and all that this one does not compute the same way.
+
+    No decoder where a field is missing or mistyped. Nothing but numbers is taken from the file.
+    """
+    path = folder / CONFIG
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None, [Problem(str(path), MISSING, "is not there", "name a folder with a model in it")]
+    except (OSError, ValueError, RecursionError) as error:
+        return None, [Problem(str(path), MISSING, f"cannot be read ({error})", "copy the model again")]
+    kind = content.get("model_type") if isinstance(content, dict) else None
+    if not isinstance(kind, str) or kind not in _DEFAULTS:
+        rule = "is not a model that this decoder can be"
+        return None, [Problem(f"{path}: model_type", kind, rule, "use one of llama, qwen3")]
+    return _Reading(str(path), {**_DEFAULTS[kind], **content}, kind).decoder()
+
+
+class _Reading:
+    """Reads a config.json and notes what is wrong with it."""
+
+    def __init__(self, path: str, content: Mapping[str, Any], kind: str) -> None:
+        self.path, self.content, self.kind = path, content, kind
+        self.problems: list[Problem] = []
+
+    def decoder(self) -> tuple[DecoderConfig | None, list[Problem]]:
+        """The decoder, and everything that is wrong."""
+        content = dict(self.content)
+        if content.get("num_key_value_heads") is None and "num_attention_heads" in content:
+            content["num_key_value_heads"] = content["num_attention_heads"]
+        width, n_heads = content.get("hidden_size"), content.get("num_attention_heads")
+        if content.get("head_dim") is None and isinstance(width, int) and isinstance(n_heads, int):
+            content["head_dim"] = width // max(1, n_heads)
+        values = {
+            ours: self.value(theirs, content.get(theirs, MISSING), _TYPES.get(ours, int))
+            for theirs, ours in _FIELDS.items()
+        }
+        for key, allowed in _MUST_BE.items():
+            if content.get(key) not in allowed:
+                rule = "is not what this decoder computes"
+                self.problem(key, content[key], rule, f"only {json.dumps(allowed[0])} is")
+        theta, scaling = self.rope(content)
+        window = self.window(content) if self.kind == "qwen3" else None  # transformers' Llama has none
+        if self.problems:
+            return None, self.problems
+        config = DecoderConfig(
+            **values,
+            rope_theta=theta,
+            rope_scaling=scaling,
+            qk_norm=self.kind == "qwen3",
+            sliding_window=window,
+        )
+        return config, config.problems(self.path)
+
+    def problem(self, key: str, value: object, rule: str, remedy: str) -> None:
+        """Note what is wrong with a key."""
+        self.problems.append(Problem(f"{self.path}: {key}", value, rule, remedy))
+
+    def value(self, key: str, value: object, wanted: type) -> Any:
+        """`value` as a number of the type that is wanted."""
+        if wanted is float and type(value) is int:
+            value = float(value)
+        if type(value) is not wanted or (isinstance(value, float) and not math.isfinite(value)):
+            rule = "is not there" if value is MISSING else f"is not of type {wanted.__name__}"
+            self.problem(key, value, rule, "use the file that belongs to the weights")
+            return wanted()
+        return value
+
+    def rope(self, content: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
+        """The rotary base and scaling: in a table `rope_parameters`, before transformers 5 in two keys."""
+        # Where both are there, transformers 5 takes the older one.
+        key = "rope_scaling" if content.get("rope_scaling") else "rope_parameters"
+        table = content.get(key)
+        if table is not None and not isinstance(table, dict):
+            self.problem(key, table, "is not a table", "use the file that belongs to the weights")
+            table = None
+        table = table or {}
+        for name in table.keys() - _ROPE:
+            if table[name] is not None and (name, table[name]) != ("partial_rotary_factor", 1):
+                rule = "is nothing that this decoder computes"
+                self.problem(f"{key}.{name}", table[name], rule, "use a model without it")
+        theta = self.value("rope_theta", table.get("rope_theta", content.get("rope_theta", MISSING)), float)
+        kind = table.get("rope_type", table.get("type", "default"))
+        if kind == "default":
+            return theta, None
+        if kind != "llama3":
+            rule = "is not a scaling that this decoder computes"
+            self.problem(f"{key}.rope_type", kind, rule, 'only "default" and "llama3" are')
+            return theta, None
+        values = {
+            ours: self.value(f"{key}.{theirs}", table.get(theirs, MISSING), int if "max" in ours else float)
+            for theirs, ours in _SCALING.items()
+        }
+        return theta, RopeScaling(**values)
+
+    def window(self, content: Mapping[str, Any]) -> int | None:
+        """The window of all layers; one of some layers alone is none of ours."""
+        if not content.get("use_sliding_window") or content.get("sliding_window") is None:
+            return None
+        n_layers, kinds = content.get("num_hidden_layers"), content.get("layer_types")
+        first = content.get("max_window_layers", 28)
+        n_layers = n_layers if isinstance(n_layers, int) else 0
+        # As transformers fills it in: all layers from max_window_layers on.
+        n_sliding = max(0, n_layers - first) if isinstance(first, int) else -1
+        if isinstance(kinds, list):
+            n_sliding = kinds.count("sliding_attention")
+        if n_sliding == 0:
+            return None
+        if n_sliding == n_layers:
+            return self.value("sliding_window", content["sliding_window"], int)
+        rule = "is for some of the layers, and this decoder has one window for all"
+        self.problem("sliding_window", content["sliding_window"], rule, "use a model without one")
+        return None
+
+
+def differences(found: DecoderConfig, config: DecoderConfig, path: str) -> list[Problem]:
+    """A problem for each field in which `found`, read from `path`, is not `config`; not for the backend."""
+    remedy = "choose the model that the weights are of, or --model.name hf --model.flavor with their folder"
+    return [
+        Problem(f"model.overrides.{field.name}", ours, f"is {_said(theirs)} in {path}", remedy)
+        for field in fields(config)
+        if field.name != "attention"
+        and (theirs := getattr(found, field.name)) != (ours := getattr(config, field.name))
+    ]
+
+
+def _said(value: object) -> str:
+    return str(value) if is_dataclass(value) else json.dumps(value)
+
+
+def export_problems(config: DecoderConfig, key: str) -> list[Problem]:
+    """What transformers has no model with."""
+    if config.sliding_window is None or config.qk_norm:
+        return []
+    rule = "has no model in transformers: Llama, without qk_norm, has no window there"
+    return [
+        Problem(f"{key}.sliding_window", config.sliding_window, rule, "leave out the window or the export")
+    ]
+
+
+def config_json(
+    config: DecoderConfig, *, dtype: str, eos_id: int, bos_id: int | None = None
+) -> dict[str, Any]:
+    """What config.json says of a decoder; Llama where queries and keys have no norm, else Qwen3."""
+    assert not export_problems(config, "")
+    is_qwen = config.qk_norm
+    ours = {theirs: getattr(config, name) for theirs, name in _FIELDS.items()}
+    scaling = None
+    if config.rope_scaling is not None:
+        values = {theirs: getattr(config.rope_scaling, name) for theirs, name in _SCALING.items()}
+        scaling = {**values, "rope_type": "llama3"}
+    family: dict[str, Any] = {"mlp_bias": False, "pretraining_tp": 1}
+    if is_qwen:
+        window = config.sliding_window
+        family = {"sliding_window": window, "use_sliding_window": window is not None}
+        family["max_window_layers"] = config.n_layers if window is None else 0
+    return {
+        "architectures": ["Qwen3ForCausalLM" if is_qwen else "LlamaForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": bos_id,
+        "eos_token_id": eos_id,
+        "hidden_act": "silu",
+        "initializer_range": 0.02,
+        "model_type": "qwen3" if is_qwen else "llama",
+        "rope_scaling": scaling,
+        "rope_theta": config.rope_theta,
+        "torch_dtype": dtype,
+        "use_cache": True,
+        **ours,
+        **family,
+    }

@@ -1,0 +1,260 @@
+"""The weights of a run in the format of the Hugging Face Hub: in at its start, out of a saved step."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from shutil import rmtree
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
+
+from torchtitan_lite.checkpoint import CheckpointConfig
+from torchtitan_lite.checkpoint.manifest import Damaged
+from torchtitan_lite.checkpoint.randomness import random_state
+from torchtitan_lite.checkpoint.ranks import Ranks
+from torchtitan_lite.checkpoint.restore import Found, verify
+from torchtitan_lite.checkpoint.save import Snapshot, write_step
+from torchtitan_lite.checkpoint.state import State, fingerprint, flat
+from torchtitan_lite.checkpoint.steps import Steps
+from torchtitan_lite.checkpoint.tensors import Piece, read_tensors
+from torchtitan_lite.checkpoint.weights import Weights, new_folder, write_weights
+from torchtitan_lite.config.load import ConfigError, Problem
+from torchtitan_lite.data import Tokenizer, load_tokenizer
+from torchtitan_lite.models.decoder import DecoderConfig
+from torchtitan_lite.models.huggingface import (
+    CONFIG,
+    EMBEDDING,
+    HEAD,
+    config_json,
+    differences,
+    export_problems,
+    read_config,
+    their_name,
+)
+from torchtitan_lite.training.outputs import free_folder
+
+_MODEL = "model."
+HUB = "hf"
+"""The folder of a run that holds its last model for Hugging Face."""
+TOKENIZER = "tokenizer"
+"""The folder of a run, or of imported steps, that holds the tokenizer's files."""
+_SOURCE = "exported_from.json"
+"""What a run's own export is of: file in its folder."""
+_MOST_LINES = 5
+"""That are said of tensors."""
+
+
+def check(folder: Path, config: DecoderConfig, ranks: Ranks, key: str) -> None:
+    """Raise ConfigError, on all ranks alike, where `folder` holds no whole model of `config`.
+
+    About `key` where tensors are missing, too many or of other shapes, and where a file is not whole.
+    """
+
+    def act() -> None:
+        found, problems = read_config(folder)
+        if found is not None:
+            problems += differences(found, config, str(folder / CONFIG))
+        if problems:
+            raise ConfigError(problems)
+        with _opened(folder, config):
+            pass
+
+    ranks.together(lambda: _told_of(key, folder, act))
+
+
+def load_weights(
+    folder: Path, config: DecoderConfig, pieces: Mapping[str, Piece], ranks: Ranks, key: str
+) -> None:
+    """Read the pieces of a model, by our names, from the safetensors in `folder`, box by box.
+
+    Raises ConfigError as `check` does.
+    """
+
+    def act() -> None:
+        with _opened(folder, config) as weights:
+            weights.read({their_name(name): piece for name, piece in pieces.items()})
+
+    ranks.together(lambda: _told_of(key, folder, act))
+
+
+def _told_of(key: str, folder: Path, act: Callable[[], None]) -> None:
+    try:
+        act()
+    except Damaged as damage:
+        rule, remedy = f"cannot be loaded: {damage}", "copy the model again, or choose the one that it is"
+        raise ConfigError([Problem(key, str(folder), rule, remedy)]) from None
+
+
+@contextmanager
+def _opened(folder: Path, config: DecoderConfig) -> Iterator[Weights]:
+    """The weights in `folder`, which are those of a model of `config`; else raises Damaged."""
+    tied = config.tie_embeddings
+    with Weights(folder) as weights:
+        # Some files hold a tied head a second time.
+        ignored = [HEAD] if tied else []
+        if lines := weights.differences(
+            {their_name(name): shape for name, shape in _shapes(config).items()}, ignored
+        ):
+            more = [f"and {len(lines) - _MOST_LINES} more"] if len(lines) > _MOST_LINES else []
+            raise Damaged("; ".join([*lines[:_MOST_LINES], *more]))
+        if tied and HEAD in weights.places and not weights.are_equal(HEAD, EMBEDDING):
+            raise Damaged(f"{HEAD} is not {EMBEDDING}, and config.json says that they are one")
+        yield weights
+
+
+def _shapes(config: DecoderConfig) -> dict[str, torch.Size]:
+    """The shape of each weight, by our names."""
+    with torch.device("meta"):
+        return {name: weight.shape for name, weight in config.build().named_parameters()}
+
+
+def tokenizer_fingerprint(folder: Path) -> str | None:
+    """Of the tokenizer beside a model; None where there is none that can be used."""
+    if not (folder / "tokenizer.json").is_file():
+        return None
+    with suppress(ConfigError):
+        return load_tokenizer(str(folder)).fingerprint
+    return None
+
+
+def decoder_of(identity: Mapping[str, Any]) -> DecoderConfig:
+    """The decoder that a step was saved of, on the default backend; raises Damaged where it says of none."""
+    own = {key.removeprefix(_MODEL): value for key, value in identity.items() if key.startswith(_MODEL)}
+    scaling = {key.partition(".")[2]: value for key, value in own.items() if key.startswith("rope_scaling.")}
+    values = {key: value for key, value in own.items() if "." not in key}
+    try:
+        table = {"rope_scaling": scaling} if scaling else {}
+        config = TypeAdapter(DecoderConfig).validate_json(json.dumps({**values, **table}), strict=True)
+    except ValidationError as error:
+        what = error.errors()[0]
+        raise Damaged(f"it says of no model ({'.'.join(map(str, what['loc']))}: {what['msg']})") from None
+    if unknown := {key.removeprefix(_MODEL) for key in identity_of(config)} ^ own.keys():
+        raise Damaged(f"it says of no model that is known here ({min(unknown)})")
+    if problems := config.problems("model"):
+        raise Damaged(f"it says of no model ({problems[0]})")
+    return config
+
+
+def identity_of(config: DecoderConfig) -> dict[str, Any]:
+    """What a step says of its decoder, which is all but the backend: that gives the same numbers."""
+    fields = asdict(config)
+    del fields["attention"]
+    return flat({"model": json.loads(json.dumps(fields))})
+
+
+def check_vocabulary(tokenizer: Tokenizer, config: DecoderConfig, key: str, value: str) -> None:
+    """Raise ConfigError about `key` where the model has no row for some token."""
+    if tokenizer.vocab_size > config.vocab_size:
+        rule = f"has {tokenizer.vocab_size} tokens, and the model's vocab_size is {config.vocab_size}"
+        raise ConfigError([Problem(key, value, rule, "use the tokenizer that the model was trained with")])
+
+
+def export(
+    found: Found,
+    tokenizer: Tokenizer,
+    out: Path,
+    dtype: torch.dtype,
+    key: str = "dtype",
+    source: Mapping[str, Any] | None = None,
+) -> None:
+    """Write the model of a verified step as a folder that transformers, vLLM and the like load.
+
+    safetensors with their index, config.json, generation_config.json and the tokenizer; in `out`, which is
+    there only when all of it is; and what is said of its `source`. Raises OSError where that cannot be
+    written, or is there already, and ConfigError where transformers has no such model, and about `key` where
+    `dtype` cannot hold a weight.
+    """
+    config = decoder_of(found.state.identity)
+    ours = {
+        name.removeprefix(_MODEL): stored for name, stored in found.index.items() if name.startswith(_MODEL)
+    }
+    names = {their_name(name): name for name in ours}
+
+    def read(some: Sequence[str]) -> dict[str, Tensor]:
+        pieces = {}
+        for name in some:
+            stored = ours[names[name]]
+            whole = torch.empty(stored.shape, dtype=stored.dtype)
+            offsets = torch.Size([0] * len(stored.shape))
+            pieces[_MODEL + names[name]] = Piece(local=whole, shape=stored.shape, offsets=offsets)
+        read_tensors(found.folder, pieces, found.index)
+        whole = {name: pieces[_MODEL + names[name]].local for name in some}
+        for name, x in whole.items():
+            if x.abs().max() > torch.finfo(dtype).max:
+                rule = f"cannot hold {name}, which reaches {x.abs().max():.3g}"
+                raise ConfigError([Problem(key, str(dtype).removeprefix("torch."), rule, "use bfloat16")])
+        return whole
+
+    if problems := export_problems(config, "model"):
+        raise ConfigError(problems)
+    ends = {"eos_id": tokenizer.eos_id, "bos_id": tokenizer.bos_id}
+    described = config_json(config, dtype=str(dtype).removeprefix("torch."), **ends)
+    generation = {name: described[name] for name in ("bos_token_id", "eos_token_id")}
+    with new_folder(out) as folder:
+        write_weights(folder, {name: ours[names[name]].shape for name in sorted(names)}, dtype, read)
+        contents = {CONFIG: described, "generation_config.json": generation, _SOURCE: source}
+        for file, content in contents.items():
+            if content is not None:
+                (folder / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        tokenizer.save(folder)
+
+
+def export_last(folder: Path, checkpoint: CheckpointConfig, step: int, tokenizer: Tokenizer) -> None:
+    """Write the model of the last step of the run in `folder` to hf in it, unless it is that already."""
+    out, dtype = folder / HUB, checkpoint.export_dtype
+    found = verify(Steps(folder / checkpoint.folder).path(step), Ranks())
+    source = {"step": step, "manifest": fingerprint(asdict(found.manifest)), "dtype": dtype}
+    for left in folder.glob(f"{HUB}.tmp-*"):  # by a run that was killed
+        rmtree(left)
+    if out.exists():
+        with suppress(OSError, ValueError):
+            if json.loads((out / _SOURCE).read_bytes()) == source:
+                return
+        out.rename(free_folder(folder, "earlier") / HUB)
+    export(found, tokenizer, out, getattr(torch, dtype), "checkpoint.export_dtype", source)
+
+
+def import_(folder: Path, out: Path, tokenizer: Tokenizer | None) -> None:
+    """Write the model in `folder` as step 0 in `out`, to start runs with: verified, and cut for any mesh.
+
+    Raises ConfigError where it is no model that this decoder can be, or not whole.
+    """
+    config, problems = read_config(folder)
+    if config is None or problems:
+        raise ConfigError(problems)
+    pieces = {
+        name: Piece(local=torch.empty(shape), shape=shape, offsets=torch.Size([0] * len(shape)))
+        for name, shape in _shapes(config).items()
+    }
+    if tokenizer is not None:
+        check_vocabulary(tokenizer, config, "PATH", str(folder))
+    load_weights(folder, config, pieces, Ranks(), "PATH")
+    identity = identity_of(config)
+    if tokenizer is not None:
+        identity["data.tokenizer_fingerprint"] = tokenizer.fingerprint
+    state = State(
+        step=0,
+        n_tokens_seen=0,
+        consumed_samples=0,
+        validated=-1,
+        model_only=True,
+        identity=identity,
+        schedule={},
+        config={},
+    )
+    snapshot = Snapshot(
+        step=0,
+        pieces={_MODEL + name: piece for name, piece in pieces.items()},
+        state=state,
+        random=random_state(),
+        made={"imported_from": str(folder)},
+    )
+    with new_folder(out) as place:
+        write_step(Steps(place), snapshot, Ranks())
+        if tokenizer is not None:
+            (place / TOKENIZER).mkdir()
+            tokenizer.save(place / TOKENIZER)
