@@ -1,6 +1,7 @@
 """Text out of a model: what the cache holds gives what the whole forward gives, on every backend."""
 
 import math
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def test_logits_from_the_cache_are_those_of_the_whole_forward(
         wanted = cases.logits_of(model, whole, torch.arange(whole.shape[1])[None])[0]
         ends = [len(prompt) - 1 + n for n in (0, 1, 2, 3, 4, 5, 6, 8, 10, 12)]
         for logits_BV, end in zip(found, ends, strict=True):
-            assert (logits_BV[row] - wanted[end]).abs().max() <= 1e-5 * wanted.abs().max()
+            assert (logits_BV[row] - wanted[end]).abs().max() <= 1e-5
 
 
 @BACKENDS
@@ -77,6 +78,14 @@ def test_a_row_has_the_tokens_that_it_has_alone(attention: AttentionConfig) -> N
     alone = [generate(model, [prompt], max_new_tokens=20, eos_id=None)[0] for prompt in PROMPTS]
     assert together == alone
     assert len({tuple(tokens) for tokens in alone}) == len(PROMPTS)
+
+
+@pytest.mark.gpu
+@BACKENDS
+def test_a_gpu_gives_the_tokens_of_a_cpu(attention: AttentionConfig) -> None:
+    model = model_of(attention)
+    wanted = generate(model, PROMPTS, max_new_tokens=20, eos_id=None)
+    assert generate(model.cuda(), PROMPTS, max_new_tokens=20, eos_id=None) == wanted
 
 
 def test_a_row_that_has_ended_stays_ended_and_changes_no_other() -> None:
@@ -98,21 +107,11 @@ def test_the_model_is_as_it_was_afterwards() -> None:
     assert [block.get_submodule("attention.inner") for block in model.blocks] == inner
 
 
-def test_the_process_holds_the_cache_and_no_second_one() -> None:
-    """Measured: what the process holds more after a prompt, and at the most while a token is added."""
-    model = model_of(Sdpa(), n_layers=4, n_heads=2, n_kv_heads=2, head_dim=64, dim=16, ffn_dim=16)
-    config, n_rows, n_tokens = model.config, 8, 2048
-    size = 2 * config.n_layers * n_rows * n_tokens * config.n_kv_heads * config.head_dim * 4
-    part = torch.ones(n_rows, 64, dtype=torch.int64)  # few at a time, for little else to be held
-    with Session(model, n_rows, n_tokens) as session:
-        session.step(part, part > 0)
-        before = cases.held()
-        for _ in range(n_tokens // 64 - 2):
-            session.step(part, part > 0)
-        after = cases.held()
-        most = cases.held_during(lambda: session.step(part[:, :1], part[:, :1] > 0))
-    grown = size * (n_tokens - 128) / n_tokens
-    assert grown * 0.95 < after - before < grown * 1.15
+def test_a_process_holds_the_cache_and_no_second_one() -> None:
+    # In a process of its own: what an earlier test gave back would be used again, and not count.
+    with get_context("spawn").Pool(1) as pool:
+        size, held, most = pool.apply(cases.bytes_of_a_cache)
+    assert size * 0.95 < held < size * 1.15
     assert most < size * 0.1
 
 

@@ -140,7 +140,7 @@ class _Stream:
         self._row = self._n_shown = 0
         self._show()
 
-    def __call__(self, tokens: list[int | None]) -> None:
+    def __call__(self, tokens: Sequence[int | None]) -> None:
         for row, token in enumerate(tokens):
             if token is None:
                 self._ended[row] = True
