@@ -93,8 +93,8 @@ MUTANTS = {
     ),
     "generate: a row that has ended goes on": Mutant(
         GENERATE,
-        "goes_on_B = goes_on_B & (next_B != eos_id)",
-        "goes_on_B = next_B != eos_id",
+        "goes_on_B = goes_on_B & ~torch.isin(next_B, ends)",
+        "goes_on_B = ~torch.isin(next_B, ends)",
         f"{TEXT} -k ended",
     ),
     "generate: the likeliest tokens one too few": Mutant(

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import shlex
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -140,8 +139,6 @@ class Run:
         own = self.trainer.tokenizer
         if self.job.data.tokenizer == "bytes" or hub.tokenizer_fingerprint(place) == own.fingerprint:
             return
-        for left in place.parent.glob(f"{place.name}.tmp-*"):  # by a run that was killed
-            shutil.rmtree(left)
         if place.exists():
             place.rename(outputs.free_folder(place.parent, "earlier") / place.name)
         with new_folder(place) as made:

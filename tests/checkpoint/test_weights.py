@@ -97,6 +97,10 @@ HARMS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda folder: (folder / "two.safetensors").write_bytes(b"\xff" * 8 + b"{}"),
         "two.safetensors is no whole safetensors file (",
     ),
+    "two models": (
+        lambda folder: save_file(TENSORS, folder / SINGLE),
+        f"{SINGLE} is there, and an {INDEX} of other files",
+    ),
     "a name too long": (
         lambda folder: lists(folder, a=f"{'x' * 300}.safetensors"),
         f"{'x' * 300}.safetensors is no whole safetensors file (",

@@ -58,12 +58,20 @@ def test_the_files_of_a_tokenizer_are_saved_with_its_end_and_without_code(tmp_pa
     (folder / "chat_template.jinja").write_text("{{ x }}")
     tokenizer = load_tokenizer(str(folder))
     assert (tokenizer.bos_id, tokenizer.eos_id) == (2, 3)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 1, 2**70, -1, "x", 99]}))
+    tokenizer = load_tokenizer(str(folder))
+    assert tokenizer.stop_ids == [3, 1]
     (tmp_path / "saved").mkdir()
     tokenizer.save(tmp_path / "saved")
     saved = json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())
     assert saved == {"bos_token": "<b>", "eos_token": "<e>", "model_max_length": 9}
     assert (tmp_path / "saved" / "chat_template.jinja").read_text() == "{{ x }}"
-    assert load_tokenizer(str(tmp_path / "saved")).fingerprint == tokenizer.fingerprint
+    again = load_tokenizer(str(tmp_path / "saved"))
+    assert (again.fingerprint, again.stop_ids) == (tokenizer.fingerprint, [3, 1])
+    (folder / "config.json").write_text('{"a":' * 100_000)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 2**70}))
+    with pytest.raises(ConfigError, match=r"has a config\.json beside it that cannot be read"):
+        load_tokenizer(str(folder))
 
 
 @pytest.mark.parametrize("as_folder", [True, False])

@@ -72,7 +72,7 @@ def test_several_prompts_stand_one_after_the_other(attention: str, run: Path, sa
 
 
 def test_a_prompt_is_text_whatever_it_looks_like(run: Path, say) -> None:
-    for prompt in ("5", "-5", "null", "true", '["a"]', "{}"):
+    for prompt in ("5", "-5", "null", "true", "[a]", "{}"):
         status, out, err = say("generate", run, "--prompt", prompt, "--max-new-tokens", 2)
         assert (status, err) == (0, "") and out.startswith(prompt)
 
@@ -211,6 +211,7 @@ REFUSALS = {
     "export-hf RUN --out X --dtype float8": 'dtype = "float8" is not one of "float32", "bfloat16", "float16"',
     "generate RUN --dry-run": "--dry-run is for training: leave it out",
     "import-hf ~nobody-of-this-name/x --out X": "~nobody-of-this-name/x/config.json is not there",
+    "eval RUN --seq-len 1000000": "seq_len = 1000000 is more than the",
     "eval RUN --data text.txt --cache-dir /proc/x": "data = ",
     "generate RUN --prompt": "prompt has no value",
     "import-hf NOWHERE --out X": "NOWHERE/config.json is not there: name a folder with a model in it",

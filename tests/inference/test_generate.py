@@ -93,6 +93,10 @@ def test_a_row_that_has_ended_stays_ended_and_changes_no_other() -> None:
     free = generate(model, PROMPTS, max_new_tokens=20, eos_id=None)
     end = free[1][4]
     told: list[list[int | None]] = []
+    several = generate(model, PROMPTS, max_new_tokens=20, eos_id=[end, free[0][2]])
+    assert (
+        several[0] == free[0][: min(free[0].index(token) for token in (end, free[0][2]) if token in free[0])]
+    )
     found = generate(model, PROMPTS, max_new_tokens=20, eos_id=end, on_tokens=told.append)
     cut = [tokens[: tokens.index(end)] if end in tokens else tokens for tokens in free]
     assert found == cut and len(found[1]) <= 4
@@ -150,7 +154,11 @@ def test_tokens_are_drawn_as_often_as_the_logits_say() -> None:
     assert counts(Sampling(), logits) == [1, 0, 0, 0]
 
 
-@pytest.mark.parametrize("temperature", [1e-40, 1e-3, 1e30])
+def test_next_to_nothing_of_the_probability_is_the_likeliest_token() -> None:
+    assert counts(Sampling(temperature=1.0, top_p=1e-300), [1.0, 2.0, 0.0], n=100) == [0, 1, 0]
+
+
+@pytest.mark.parametrize("temperature", [1e-320, 1e-40, 1e-3, 1e30])
 def test_any_temperature_draws_a_token(temperature: float) -> None:
     assert sum(counts(Sampling(temperature=temperature), [5.0, 4.0, -30.0], n=1000)) == pytest.approx(1)
 

@@ -169,6 +169,10 @@ def broken(tmp_path: Path, **changes: object) -> list[str]:
         ({"hidden_size": "wide", "head_dim": None}, 'config.json: hidden_size = "wide" is not of type int'),
         ({"rms_norm_eps": float("nan")}, "config.json: rms_norm_eps = "),
         ({"rope_theta": float("inf")}, "config.json: rope_theta = "),
+        ({"rms_norm_eps": 10**400}, "config.json: rms_norm_eps = "),
+        ({"vocab_size": 2**62}, "config.json: vocab_size = 4611686018427387904 is more than 16777216"),
+        ({"num_hidden_layers": 10**9}, "config.json: num_hidden_layers = 1000000000 is more than 16384"),
+        ({"max_position_embeddings": 10**400}, "config.json: max_position_embeddings = "),
         ({"is_causal": False}, "config.json: is_causal = false is not what this decoder computes"),
         (
             {"rope_scaling": None, "rope_parameters": {"full_attention": {"rope_theta": 1.0}}},
@@ -208,6 +212,12 @@ SCALED = {
         ("llama3, plain", {"rope_scaling": SCALED, "rope_parameters": {"rope_type": "default"}}),
         ("llama3, plain", {"rope_scaling": None, "rope_parameters": {**SCALED, "rope_theta": 7e4}}),
         ("llama3, plain", {"rope_scaling": SCALED, "rope_parameters": {}}),
+        (
+            "llama3, plain",
+            {"rope_scaling": SCALED, "rope_parameters": {"rope_theta": 7e4}, "rope_theta": "gone"},
+        ),
+        ("llama3, plain", dict.fromkeys(("rope_theta", "rms_norm_eps", "max_position_embeddings"), "gone")),
+        ("qwen3, tied", {"use_sliding_window": True, "sliding_window": "gone", "max_window_layers": 0}),
         ("llama3, plain", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 0}),
         ("llama3, plain", {"num_key_value_heads": None, "head_dim": None}),
         ("qwen3, tied", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2}),
@@ -223,7 +233,8 @@ def test_what_is_read_is_what_transformers_computes(kind: str, changes: dict, tm
     from transformers import AutoConfig, AutoModelForCausalLM
 
     content = config_json(cases.small(KINDS[kind]), dtype="float32", eos_id=0)
-    (tmp_path / "config.json").write_text(json.dumps({**content, **changes}))
+    content = {key: value for key, value in {**content, **changes}.items() if value != "gone"}
+    (tmp_path / "config.json").write_text(json.dumps(content))
     config, problems = read_config(tmp_path)
     assert config is not None and problems == []
     theirs = AutoModelForCausalLM.from_config(

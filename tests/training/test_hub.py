@@ -239,6 +239,7 @@ HARMS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda folder: weights_say(folder, **{NORM: torch.ones(32, dtype=torch.float64)}),
         f"{NORM} is F64, and can be read from",
     ),
+    "NaN": (lambda folder: weights_say(folder, **{NORM: torch.full((32,), torch.nan)}), "are not finite"),
     "no folder": (shutil.rmtree, "config.json is not there"),
     "another model": (
         lambda folder: config_says(folder, rms_norm_eps=1.0),
@@ -313,9 +314,9 @@ def test_the_export_is_of_the_last_step_whenever_a_run_goes_on(
     aside = folder / "earlier" / "hf" / "model.safetensors"
     assert aside.read_bytes() == first["model.safetensors"]
     # Killed while it was exported: what is left of that goes, and the same command does it again.
-    (folder / "hf").rename(folder / "hf.tmp-1")
+    (folder / "hf").rename(folder / "hf.tmp-00000001")
     assert go(5) == second
-    assert not (folder / "hf.tmp-1").exists()
+    assert not (folder / "hf.tmp-00000001").exists()
     # Of the step and the precision that the run ends with, now.
     again = go(3, checkpoint__load_step=3)
     assert again == first

@@ -109,6 +109,8 @@ class Weights:
             piece = pieces[name]
             if piece.local.numel():
                 piece.local.copy_(self.box(name, piece.offsets, piece.local.shape))
+                if not piece.local.isfinite().all():
+                    raise Damaged(f"{name} has numbers that are not finite")
 
     def are_equal(self, one: str, other: str) -> bool:
         """Whether two tensors are the same, bit by bit."""
@@ -128,9 +130,10 @@ class Weights:
 def _listed(folder: Path) -> dict[str, str]:
     """The file of each tensor, as the index says; empty where there is one file without an index."""
     index = folder / INDEX
-    if not index.exists():
+    if not index.is_file():
         if not (folder / SINGLE).exists():
-            other = next((path.name for path in sorted(folder.glob("*.bin"))), None)
+            pickles = sorted(path for path in folder.glob("*") if path.suffix in (".bin", ".pt", ".pth"))
+            other = next((path.name for path in pickles), None)
             raise Damaged(
                 f"{other} is a pickle, which can run anything: only safetensors are read"
                 if other
@@ -146,6 +149,8 @@ def _listed(folder: Path) -> dict[str, str]:
     for file in listed.values():
         if not isinstance(file, str) or os.path.basename(file) != file or not file.endswith(".safetensors"):
             raise Damaged(f"{INDEX} names {file!r}, which is no safetensors file in the folder")
+    if (folder / SINGLE).exists() and SINGLE not in listed.values():
+        raise Damaged(f"{SINGLE} is there, and an {INDEX} of other files")  # others read the one or the other
     return listed
 
 
@@ -159,14 +164,18 @@ def _whereabouts(name: str, listed: Mapping[str, str], found: Mapping[str, str])
 def new_folder(folder: Path) -> Iterator[Path]:
     """A folder beside `folder`, which gets its name when all that was written into it is on the disk.
 
-    It is gone if that fails. Raises OSError where `folder` is there already and is not empty.
+    It is gone if that fails, or the next time if the process was killed. Raises OSError where `folder` is
+    there already and is not empty.
     """
+    import glob
     import secrets
     import shutil
 
     from torchtitan_lite.checkpoint.steps import sync
 
     folder.parent.mkdir(parents=True, exist_ok=True)
+    for left in folder.parent.glob(f"{glob.escape(folder.name)}.tmp-????????"):
+        shutil.rmtree(left)
     scratch = folder.with_name(f"{folder.name}.tmp-{secrets.token_hex(4)}")
     scratch.mkdir()
     try:

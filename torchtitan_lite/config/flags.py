@@ -153,7 +153,8 @@ def _value(annotation: Any, words: list[str]) -> tuple[object, int]:
         element = get_args(sequences[0])[0]
         return [_scalar(element, word) for word in words], len(words)
     if sequences and get_args(sequences[0])[0] is str:
-        return [words[0]], 1  # whatever it looks like
+        texts = _json(words[0])
+        return (texts if isinstance(texts, list) else [words[0]]), 1
     return _scalar(annotation, words[0]), 1
 
 

@@ -291,7 +291,7 @@ def expand_flavor(layer: dict[str, Any]) -> dict[str, Any]:
         return layer
     _, attention = split_flavor(model["flavor"])
     own = model.get("attention", {})
-    is_folder = model.get("name") == FOLDER or Path(model["flavor"]).is_dir()
+    is_folder = model.get("name") == FOLDER or os.path.isdir(model["flavor"])
     if attention is None and not is_folder and (kind := meant_kind(model["flavor"])):
         # The flavor is refused later; what is said of the attention meant is not wrong as well.
         attention = {"kind": kind}

@@ -27,6 +27,8 @@ class Tokenizer(Protocol):
     """One more than the largest id."""
     eos_id: int
     """The id that ends every document; no text encodes to it."""
+    stop_ids: Sequence[int]
+    """The ids after which generated text ends: eos_id, and what else the model's files name."""
     bos_id: int | None
     """What others begin a text with; nothing here does."""
     fingerprint: str
@@ -66,6 +68,7 @@ class ByteTokenizer:
 
     eos_id = 256
     bos_id: int | None = None
+    stop_ids: Sequence[int] = (256,)
     vocab_size = 257
     fingerprint = "bytes-1"
 
@@ -136,6 +139,9 @@ class FileTokenizer:
         self._spec = spec
         self.eos_id: int = self._encoder.token_to_id(end)
         self.bos_id = _find_begin(self._encoder, file, spec)
+        self.stop_ids: Sequence[int] = list(
+            dict.fromkeys([self.eos_id, *_find_stops(self._encoder, file, spec)])
+        )
         self.vocab_size: int = max(self._encoder.get_vocab().values()) + 1
         self.fingerprint = hashlib.sha256(content + f"\0{self.eos_id}".encode()).hexdigest()
 
@@ -160,6 +166,9 @@ class FileTokenizer:
                 found.pop("auto_map", None)  # the code of somebody else, for a loader that would run it
                 found["eos_token"] = self._end
                 (folder / name).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        if len(self.stop_ids) > 1:
+            stops = json.dumps({"eos_token_id": list(self.stop_ids)}, indent=2)
+            (folder / _END_ID_FILES[0]).write_text(stops + "\n", encoding="utf-8")
         if (template := self._file.parent / _TEMPLATE).is_file():
             shutil.copyfile(template, folder / _TEMPLATE)
 
@@ -179,13 +188,26 @@ def _find_end(encoder: Any, file: Path, spec: str) -> str:
     for file_name in _END_ID_FILES:
         ids = _read_json(file.parent / file_name, spec).get("eos_token_id")
         first = ids[0] if isinstance(ids, list) and ids else ids
-        if isinstance(first, int) and first >= 0:
+        if _is_id(first):
             names.append(encoder.id_to_token(first))
     for name in (*names, *_END_NAMES):
         if isinstance(name, str) and encoder.token_to_id(name) is not None:
             return name
     rule = f"does not say which token ends a text, and knows none of {', '.join(_END_NAMES)}"
     raise _error(spec, rule, 'put a tokenizer_config.json with {"eos_token": "..."} beside it')
+
+
+def _is_id(number: object) -> bool:
+    return isinstance(number, int) and 0 <= number < 2**32
+
+
+def _find_stops(encoder: Any, file: Path, spec: str) -> list[int]:
+    """The ids after which a text goes no further, where a list of them is beside the tokenizer."""
+    for name in _END_ID_FILES:
+        ids = _read_json(file.parent / name, spec).get("eos_token_id")
+        if isinstance(ids, list):
+            return [number for number in ids if _is_id(number) and encoder.id_to_token(number) is not None]
+    return []
 
 
 def _find_begin(encoder: Any, file: Path, spec: str) -> int | None:
@@ -203,7 +225,7 @@ def _read_json(file: Path, spec: str) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         rule = f"has a {file.name} beside it that cannot be read ({error})"
         raise _error(spec, rule, "correct that file, or remove it") from None
     return content if isinstance(content, dict) else {}

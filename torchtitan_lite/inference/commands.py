@@ -5,7 +5,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -26,13 +25,27 @@ from torchtitan_lite.inference.options import (
     GenerateConfig,
     ImportConfig,
 )
-from torchtitan_lite.inference.trained import KEY, Trained, build, find, lay_out_for_text, told_of_step
+from torchtitan_lite.inference.trained import (
+    KEY,
+    Trained,
+    build,
+    find,
+    lay_out_for_text,
+    told_as,
+    told_of_step,
+)
 from torchtitan_lite.models.decoder import DecoderConfig
 from torchtitan_lite.parallel.world import join, leave
 from torchtitan_lite.training import hub
 from torchtitan_lite.training.record import ranks_of
 
 T = TypeVar("T")
+_KEYS = {
+    "data.path": "data",
+    "data.field": "field",
+    "data.cache_dir": "cache_dir",
+    "training.seq_len": "seq_len",
+}
 _SEQ_LEN = 2048
 """Tokens of a sample of an evaluation, at the most, of a model that was not trained here."""
 
@@ -112,7 +125,7 @@ def _generate(place: str, argv: Sequence[str]) -> None:
             model,
             prompts,
             max_new_tokens=config.max_new_tokens,
-            eos_id=tokenizer.eos_id,
+            eos_id=tokenizer.stop_ids,
             sampling=Sampling(
                 temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, seed=config.seed
             ),
@@ -178,7 +191,8 @@ def _eval(place: str, argv: Sequence[str]) -> None:
     seq_len = config.seq_len or trained.found.state.identity.get("training.seq_len", longest)
     model = build(trained, attention=config.attention, device=device, dtype=dtype, ranks=Ranks())
     parts = {"seq_len": seq_len, "batch_size": config.batch_size, "rest": bool(config.data)}
-    found = evaluate(model, split, **parts)
+    with told_as(_KEYS):
+        found = evaluate(model, split, **parts)
     print(
         f"loss {found.loss:.4f} nats per token, perplexity {found.perplexity:.2f}, "
         f"{found.bits_per_byte:.4f} bits per byte; {found.n_tokens:,} tokens, {found.n_bytes:,} bytes"
@@ -188,11 +202,8 @@ def _eval(place: str, argv: Sequence[str]) -> None:
 def _text(config: EvalConfig, trained: Trained) -> Split:
     """The text to evaluate on: all of what is named, or what the run held out."""
     if config.data:
-        try:
+        with told_as(_KEYS):
             return prepare(_named_data(config), trained.tokenizer).train
-        except ConfigError as error:
-            keys = {"data.path": "data", "data.field": "field", "data.cache_dir": "cache_dir"}
-            raise ConfigError([replace(x, key=keys.get(x.key, x.key)) for x in error.problems]) from None
     saved, where = trained.found.state.config.get("data"), str(trained.found.folder)
     try:
         data = DataConfig(**{**saved, "cache_dir": config.cache_dir or saved["cache_dir"]}) if saved else None
@@ -231,7 +242,8 @@ def _export(place: str, argv: Sequence[str]) -> None:
 def _import(place: str, argv: Sequence[str]) -> None:
     config = _read(ImportConfig, "import-hf", place, argv, "PATH")
     folder, out = (Path(os.path.expanduser(path)).absolute() for path in (place, config.out))
-    tokenizer = load_tokenizer(str(folder)) if (folder / "tokenizer.json").is_file() else None
+    with told_as({"data.tokenizer": "PATH"}):
+        tokenizer = load_tokenizer(str(folder)) if (folder / "tokenizer.json").is_file() else None
     with _writing(config.out):
         hub.import_(folder, out, tokenizer)
     print(f"Step: {out / 'step-0'}; start a run with it: --checkpoint.initial-load-path {out}")

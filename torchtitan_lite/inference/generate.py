@@ -93,11 +93,11 @@ def generate(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    eos_id: int | None,
+    eos_id: int | Sequence[int] | None,
     sampling: Sampling = Sampling(),
     on_tokens: Callable[[list[int | None]], Any] = lambda tokens: None,
 ) -> list[list[int]]:
-    """The tokens that follow each prompt, up to `max_new_tokens` or to the token that ends a text.
+    """The tokens that follow each prompt, up to `max_new_tokens` or to a token that ends a text.
 
     `on_tokens` is given the next token of every row as soon as there is one; None where the text has ended.
     """
@@ -110,11 +110,11 @@ def generate(
     generator = torch.Generator().manual_seed(sampling.seed)
     found: list[list[int]] = [[] for _ in prompts]
     goes_on_B = torch.ones(len(prompts), dtype=torch.bool)
+    ends = torch.tensor([] if eos_id is None else eos_id, dtype=torch.int64)
     with Session(model, len(prompts), longest + max_new_tokens) as session:
         for _ in range(max_new_tokens):
             next_B = draw(session.step(tokens_BS, is_token_BS), sampling, generator)
-            if eos_id is not None:
-                goes_on_B = goes_on_B & (next_B != eos_id)
+            goes_on_B = goes_on_B & ~torch.isin(next_B, ends)
             if not goes_on_B.any():
                 break
             tokens = [
@@ -132,16 +132,16 @@ def draw(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) -> T
     logits_BV = logits_BV.cpu()
     if sampling.temperature == 0:
         return logits_BV.argmax(dim=1)
-    # Less the largest: what is divided by next to nothing stays a number, or becomes impossible.
-    logits_BV = (logits_BV - logits_BV.amax(dim=1, keepdim=True)) / sampling.temperature
+    # Less the largest: what is divided by next to nothing, which float32 has, becomes 0 or impossible.
+    logits_BV = (logits_BV - logits_BV.amax(dim=1, keepdim=True)) / max(sampling.temperature, 1e-30)
     if sampling.top_k:
         least_B1 = logits_BV.topk(min(sampling.top_k, logits_BV.shape[1]), dim=1).values[:, -1:]
         logits_BV = logits_BV.masked_fill(logits_BV < least_B1, -torch.inf)
     if sampling.top_p < 1:
         sorted_BV, order_BV = logits_BV.sort(dim=1, descending=True)
         before_BV = sorted_BV.softmax(dim=1).cumsum(dim=1) - sorted_BV.softmax(dim=1)
-        drop_BV = torch.zeros_like(before_BV, dtype=torch.bool).scatter(
-            1, order_BV, before_BV >= sampling.top_p
-        )
+        drop_BV = before_BV >= sampling.top_p
+        drop_BV[:, 0] = False  # the likeliest, however little is asked for
+        drop_BV = torch.zeros_like(drop_BV).scatter(1, order_BV, drop_BV)
         logits_BV = logits_BV.masked_fill(drop_BV, -torch.inf)
     return torch.multinomial(logits_BV.softmax(dim=1), 1, generator=generator)[:, 0]

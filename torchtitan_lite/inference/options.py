@@ -18,7 +18,7 @@ class GenerateConfig:
     """Let a trained model go on from prompts: torchtitan-lite generate RUN_OR_STEP --prompt "Once upon" """
 
     prompt: tuple[str, ...] = ("",)
-    """Texts to go on from, all at once; several stand one after the other."""
+    """Texts to go on from, all at once; several stand one after the other, or in a JSON list."""
     max_new_tokens: int = 128
     temperature: float = 0.0
     """Logits are divided by it before a token is drawn; 0: always the likeliest token."""

@@ -1,6 +1,6 @@
 """A trained model, from the folder of a run or of a step, verified, on one device or split over ranks."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 
@@ -46,6 +46,15 @@ def find(path: str, ranks: Ranks, tokenizer: str = "") -> Trained:
 
 
 @contextmanager
+def told_as(keys: Mapping[str, str]) -> Iterator[None]:
+    """Within it, what is wrong with `keys` of a run is told by the names that they have here."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError([replace(x, key=keys.get(x.key, x.key)) for x in error.problems]) from None
+
+
+@contextmanager
 def told_of_step(path: str) -> Iterator[None]:
     """Within it, what is wrong with the step at `path` is a ConfigError."""
     try:
@@ -59,7 +68,8 @@ def _tokenizer(found: Found, given: str) -> Tokenizer:
     """The one whose fingerprint the step has: as given, beside the step, or where the run found it."""
     wanted = found.state.identity.get("data.tokenizer_fingerprint")
     if given:
-        own = load_tokenizer(given)
+        with told_as({"data.tokenizer": "tokenizer"}):
+            own = load_tokenizer(given)
         if wanted in (None, own.fingerprint):
             return own
         rule, remedy = f"is not the one that {found.folder} was trained with", "name that one"

@@ -31,10 +31,24 @@ _FIELDS = {
     "tie_word_embeddings": "tie_embeddings",
 }
 """Our fields by theirs."""
+_LARGEST = {
+    "num_hidden_layers": 2**14,
+    "max_position_embeddings": 2**31,
+    "original_max_position_embeddings": 2**31,
+}
+_LARGEST_SIZE = 2**24
+"""Beyond these no model is, and torch may fail before anything can be said."""
 _TYPES: dict[str, type] = {"norm_eps": float, "tie_embeddings": bool}
+_COMMON = {"tie_word_embeddings": False, "rms_norm_eps": 1e-6, "rope_theta": 10000.0}
 _DEFAULTS = {
-    "llama": {"tie_word_embeddings": False},
-    "qwen3": {"tie_word_embeddings": False, "head_dim": 128},
+    "llama": {**_COMMON, "max_position_embeddings": 2048},
+    "qwen3": {
+        **_COMMON,
+        "max_position_embeddings": 32768,
+        "head_dim": 128,
+        "num_key_value_heads": 32,
+        "sliding_window": 4096,
+    },
 }
 """What a key means that is not there: transformers leaves out what is its default."""
 _SCALING = {
@@ -91,9 +105,9 @@ def read_config(folder: Path) -> tuple[DecoderConfig | None, list[Problem]]:
     """
     path = folder / CONFIG
     try:
+        if not path.is_file():
+            return None, [Problem(str(path), MISSING, "is not there", "name a folder with a model in it")]
         content = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return None, [Problem(str(path), MISSING, "is not there", "name a folder with a model in it")]
     except (OSError, ValueError, RecursionError) as error:
         return None, [Problem(str(path), MISSING, f"cannot be read ({error})", "copy the model again")]
     kind = content.get("model_type") if isinstance(content, dict) else None
@@ -145,11 +159,14 @@ class _Reading:
 
     def value(self, key: str, value: object, wanted: type) -> Any:
         """`value` as a number of the type that is wanted."""
-        if wanted is float and type(value) is int:
+        if wanted is float and type(value) is int and abs(value) < 2**63:
             value = float(value)
         if type(value) is not wanted or (isinstance(value, float) and not math.isfinite(value)):
             rule = "is not there" if value is MISSING else f"is not of type {wanted.__name__}"
             self.problem(key, value, rule, "use the file that belongs to the weights")
+            return wanted()
+        if isinstance(value, int) and value > (most := _LARGEST.get(key.rpartition(".")[2], _LARGEST_SIZE)):
+            self.problem(key, value, f"is more than {most}", "use the file that belongs to the weights")
             return wanted()
         return value
 
@@ -166,7 +183,7 @@ class _Reading:
             if table[name] is not None and (name, table[name]) != ("partial_rotary_factor", 1):
                 rule = "is nothing that this decoder computes"
                 self.problem(f"{key}.{name}", table[name], rule, "use a model without it")
-        theta = self.value("rope_theta", table.get("rope_theta", content.get("rope_theta", MISSING)), float)
+        theta = self.value("rope_theta", table.get("rope_theta", content.get("rope_theta")), float)
         kind = table.get("rope_type", table.get("type", "default"))
         if kind == "default":
             return theta, None

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from shutil import rmtree
 from typing import Any
 
 import torch
@@ -42,8 +41,8 @@ HUB = "hf"
 """The folder of a run that holds its last model for Hugging Face."""
 TOKENIZER = "tokenizer"
 """The folder of a run, or of imported steps, that holds the tokenizer's files."""
-_SOURCE = "exported_from.json"
-"""What a run's own export is of: file in its folder."""
+SOURCE = "hf_source.json"
+"""File in a run's folder: what its own export is of."""
 _MOST_LINES = 5
 """That are said of tensors."""
 
@@ -159,14 +158,12 @@ def export(
     out: Path,
     dtype: torch.dtype,
     key: str = "dtype",
-    source: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the model of a verified step as a folder that transformers, vLLM and the like load.
 
     safetensors with their index, config.json, generation_config.json and the tokenizer; in `out`, which is
-    there only when all of it is; and what is said of its `source`. Raises OSError where that cannot be
-    written, or is there already, and ConfigError where transformers has no such model, and about `key` where
-    `dtype` cannot hold a weight.
+    there only when all of it is. Raises OSError where that cannot be written, or is there already, and
+    ConfigError where transformers has no such model, and about `key` where `dtype` cannot hold a weight.
     """
     config = decoder_of(found.state.identity)
     ours = {
@@ -184,7 +181,7 @@ def export(
         read_tensors(found.folder, pieces, found.index)
         whole = {name: pieces[_MODEL + names[name]].local for name in some}
         for name, x in whole.items():
-            if x.abs().max() > torch.finfo(dtype).max:
+            if not x.abs().max() <= torch.finfo(dtype).max:  # nor NaN
                 rule = f"cannot hold {name}, which reaches {x.abs().max():.3g}"
                 raise ConfigError([Problem(key, str(dtype).removeprefix("torch."), rule, "use bfloat16")])
         return whole
@@ -194,13 +191,13 @@ def export(
     ends = {"eos_id": tokenizer.eos_id, "bos_id": tokenizer.bos_id}
     described = config_json(config, dtype=str(dtype).removeprefix("torch."), **ends)
     generation = {name: described[name] for name in ("bos_token_id", "eos_token_id")}
+    if len(tokenizer.stop_ids) > 1:
+        generation["eos_token_id"] = list(tokenizer.stop_ids)
     with new_folder(out) as folder:
         write_weights(folder, {name: ours[names[name]].shape for name in sorted(names)}, dtype, read)
-        contents = {CONFIG: described, "generation_config.json": generation, _SOURCE: source}
-        for file, content in contents.items():
-            if content is not None:
-                (folder / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         tokenizer.save(folder)
+        for file, content in ((CONFIG, described), ("generation_config.json", generation)):
+            (folder / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def export_last(folder: Path, checkpoint: CheckpointConfig, step: int, tokenizer: Tokenizer) -> None:
@@ -208,14 +205,13 @@ def export_last(folder: Path, checkpoint: CheckpointConfig, step: int, tokenizer
     out, dtype = folder / HUB, checkpoint.export_dtype
     found = verify(Steps(folder / checkpoint.folder).path(step), Ranks())
     source = {"step": step, "manifest": fingerprint(asdict(found.manifest)), "dtype": dtype}
-    for left in folder.glob(f"{HUB}.tmp-*"):  # by a run that was killed
-        rmtree(left)
     if out.exists():
         with suppress(OSError, ValueError):
-            if json.loads((out / _SOURCE).read_bytes()) == source:
+            if json.loads((folder / SOURCE).read_bytes()) == source:
                 return
         out.rename(free_folder(folder, "earlier") / HUB)
-    export(found, tokenizer, out, getattr(torch, dtype), "checkpoint.export_dtype", source)
+    export(found, tokenizer, out, getattr(torch, dtype), "checkpoint.export_dtype")
+    (folder / SOURCE).write_text(json.dumps(source, indent=2) + "\n", encoding="utf-8")
 
 
 def import_(folder: Path, out: Path, tokenizer: Tokenizer | None) -> None:
@@ -226,12 +222,13 @@ def import_(folder: Path, out: Path, tokenizer: Tokenizer | None) -> None:
     config, problems = read_config(folder)
     if config is None or problems:
         raise ConfigError(problems)
+    check(folder, config, Ranks(), "PATH")
+    if tokenizer is not None:
+        check_vocabulary(tokenizer, config, "PATH", str(folder))
     pieces = {
         name: Piece(local=torch.empty(shape), shape=shape, offsets=torch.Size([0] * len(shape)))
         for name, shape in _shapes(config).items()
     }
-    if tokenizer is not None:
-        check_vocabulary(tokenizer, config, "PATH", str(folder))
     load_weights(folder, config, pieces, Ranks(), "PATH")
     identity = identity_of(config)
     if tokenizer is not None:

@@ -13,7 +13,7 @@ from typing import IO, Any
 
 _LOG = logging.getLogger(__name__)
 
-_FILES = ("config.toml", "metrics.jsonl", "exit.json", "sample_ids", "tokenizer", "hf")
+_FILES = ("config.toml", "metrics.jsonl", "exit.json", "sample_ids", "tokenizer", "hf", "hf_source.json")
 _EARLIER = "earlier"
 _LOCK = "lock"
 # What file systems answer that have no locks, such as Lustre that is mounted without them.
