@@ -58,9 +58,9 @@ MUTANTS = {
         "tests/training/test_hub.py -k second_time",
     ),
     "hub: the export of an earlier end stays": Mutant(
-        "torchtitan_lite/run.py",
-        "if exported.exists() and not self.trainer.is_done and",
-        "if False and",
+        HUB,
+        "if json.loads((folder / SOURCE).read_bytes()) == source:",
+        "if True:",
         "tests/training/test_hub.py -k whenever",
     ),
     "hub: weights start with a tokenizer that is not theirs": Mutant(
@@ -76,7 +76,10 @@ MUTANTS = {
         "tests/inference/test_commands.py -k tokenizer",
     ),
     "generate: padding is attended to": Mutant(
-        GENERATE, "counted.cumsum(1) - 1, -1)", "counted.cumsum(1) - 1, 0)", f"{TEXT} -k from_the_cache"
+        GENERATE,
+        "torch.where(is_token_BS, self.next_B[:, None] + counted.cumsum(1) - 1, -1)",
+        "torch.arange(start, end).expand_as(tokens_BS)",
+        f"{TEXT} -k from_the_cache",
     ),
     "generate: positions count the padding": Mutant(
         GENERATE,

@@ -127,9 +127,6 @@ class Run:
             sample_log.cut(self.folder, resumed.step)
             (self.folder / "exit.json").unlink(missing_ok=True)
         assert self.trainer is not None
-        exported = self.folder / hub.HUB
-        if exported.exists() and not self.trainer.is_done and str(exported) not in self._used():
-            exported.rename(outputs.free_folder(self.folder, "earlier") / exported.name)
         self._keep_tokenizer(self.folder / hub.TOKENIZER)
         (self.folder / "config.toml").write_text(self.job.to_toml(self.world.size), encoding="utf-8")
 
