@@ -372,6 +372,13 @@ def test_initial_weights_that_are_not_there_are_refused(go: Go, path: str, capsy
     assert capsys.readouterr().err.startswith(f'checkpoint.initial_load_path = "{path[:5]}')
 
 
+def test_of_a_run_that_saved_no_step_it_is_said_how_one_does(go: Go, tmp_path: Path, capsys) -> None:
+    (tmp_path / "other").mkdir()
+    assert go("--checkpoint.initial-load-path", tmp_path / "other") == 2
+    expected = "holds no good step: it has none (checkpoint.enable has a run save some): name a step-N folder"
+    assert expected in capsys.readouterr().err
+
+
 def test_initial_weights_are_not_needed_any_more_by_a_run_that_goes_on(go: Go, folder: Path) -> None:
     assert go("--checkpoint.initial-load-path", "/nowhere", training__steps=5) == 0
 

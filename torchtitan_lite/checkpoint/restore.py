@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from torchtitan_lite.checkpoint.manifest import (
+    MANIFEST,
     Damaged,
     Manifest,
     Unreadable,
@@ -158,6 +159,8 @@ def _initial(path: str) -> Path:
                 return Steps(place).path(published[-1])
     except (OSError, RuntimeError) as error:  # a name too long; ~ of a user who is not known
         raise Unreadable(f"it cannot be read ({error})") from None
+    if not folder.name.startswith("step-") and not (folder / MANIFEST).exists():
+        raise Damaged("it has none (checkpoint.enable has a run save some)")
     return folder
 
 
