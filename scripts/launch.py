@@ -27,7 +27,8 @@ class PassOn:
     def __call__(self, number: int, _: object) -> None:
         found = children()
         if not found and not self.has_passed_on:
-            sys.exit(128 + number)
+            # At once: torch may be on its way in, and an exception amid its C++ aborts the process.
+            os._exit(128 + number)
         self.has_passed_on = True
         for pid in found:
             with contextlib.suppress(ProcessLookupError):
