@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from parallel_cases import write_documents
 from ranks import Pools
 
 from torchtitan_lite.parallel.apply import CXX
@@ -50,6 +51,14 @@ def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         text = " ".join(rng.choices(words, k=rng.randint(10, 700)))
         (folder / f"{number}.txt").write_text(text, encoding="utf-8")
     return folder
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of a module's own, with short documents in `short.jsonl`."""
+    place = tmp_path_factory.mktemp("texts")
+    write_documents(place / "short.jsonl")
+    return place
 
 
 @pytest.fixture

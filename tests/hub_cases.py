@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from torchtitan_lite.attention import Sdpa
 from torchtitan_lite.config.load import ConfigError
-from torchtitan_lite.inference.generate import Session, generate
+from torchtitan_lite.inference.generate import Cache, generate
 from torchtitan_lite.models.decoder import Decoder, DecoderConfig
 from torchtitan_lite.models.huggingface import config_json, their_name
 from torchtitan_lite.models.registry import families, resolve
@@ -141,13 +141,13 @@ def bytes_of_a_cache() -> tuple[int, int, int]:
     sizes = {"n_layers": 4, "n_heads": 2, "n_kv_heads": 2, "head_dim": 64, "dim": 16, "ffn_dim": 16}
     config, n_rows, n_tokens = resolve("qwen3", "debugmodel", None, sizes), 8, 2048
     part = torch.ones(n_rows, 64, dtype=torch.int64)  # few at a time, for little else to be held
-    with Session(config.build(), n_rows, n_tokens) as session:
-        session.step(part, part > 0)
+    with Cache(config.build(), n_rows, n_tokens) as cache:
+        cache.step(part, part > 0)
         before = held()
         for _ in range(n_tokens // 64 - 2):
-            session.step(part, part > 0)
+            cache.step(part, part > 0)
         after = held()
-        most = held_during(lambda: session.step(part[:, :1], part[:, :1] > 0))
+        most = held_during(lambda: cache.step(part[:, :1], part[:, :1] > 0))
     n_new = n_tokens - 2 * 64
     return (
         2 * config.n_layers * n_rows * n_new * config.n_kv_heads * config.head_dim * 4,

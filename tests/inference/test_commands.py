@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import hub_cases as cases
-import parallel_cases
 import pytest
 import resume_cases
 import torch
@@ -21,13 +20,6 @@ from torchtitan_lite.inference.evaluate import _last, evaluate
 from torchtitan_lite.models.registry import families, resolve
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("texts")
-    parallel_cases.write_documents(place / "short.jsonl")
-    return place
 
 
 @pytest.fixture(scope="module")

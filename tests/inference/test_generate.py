@@ -11,7 +11,7 @@ import torch
 from ranks import Pools
 
 from torchtitan_lite.attention import AttentionConfig, Flex, Sdpa, Varlen
-from torchtitan_lite.inference.generate import Cached, Sampling, Session, draw, generate
+from torchtitan_lite.inference.generate import Cache, Cached, Sampling, draw, generate
 from torchtitan_lite.models.decoder import Decoder
 from torchtitan_lite.models.registry import resolve
 
@@ -58,11 +58,11 @@ def test_logits_from_the_cache_are_those_of_the_whole_forward(
     is_token_BS = torch.tensor(
         [[False] * (longest - len(prompt)) + [True] * len(prompt) for prompt in PROMPTS]
     )
-    with Session(model, n_rows, longest + n_new) as session:
-        found = [session.step(tokens_BS, is_token_BS)]
+    with Cache(model, n_rows, longest + n_new) as cache:
+        found = [cache.step(tokens_BS, is_token_BS)]
         # Token by token, and two at a time.
         for part in (*new_BS[:, :6].split(1, dim=1), *new_BS[:, 6:].split(2, dim=1)):
-            found.append(session.step(part, torch.ones_like(part, dtype=torch.bool)))
+            found.append(cache.step(part, torch.ones_like(part, dtype=torch.bool)))
     for row, prompt in enumerate(PROMPTS):
         whole = torch.tensor([*prompt, *new_BS[row].tolist()])[None]
         wanted = cases.logits_of(model, whole, torch.arange(whole.shape[1])[None])[0]
@@ -106,7 +106,7 @@ def test_a_row_that_has_ended_stays_ended_and_changes_no_other() -> None:
 def test_the_model_is_as_it_was_afterwards() -> None:
     model = model_of(Sdpa())
     inner = [block.get_submodule("attention.inner") for block in model.blocks]
-    with pytest.raises(KeyError), Session(model, 1, 4):
+    with pytest.raises(KeyError), Cache(model, 1, 4):
         raise KeyError
     assert [block.get_submodule("attention.inner") for block in model.blocks] == inner
 
@@ -122,10 +122,10 @@ def test_a_process_holds_the_cache_and_no_second_one() -> None:
 def test_the_cache_takes_as_many_bytes_as_it_must() -> None:
     model = model_of(Sdpa())
     config, n_tokens, kept = model.config, 64 + 20, []
-    with Session(model, len(PROMPTS), n_tokens) as session:
+    with Cache(model, len(PROMPTS), n_tokens) as cache:
         for n in (64, 1, 1):
             tokens = torch.ones(len(PROMPTS), n, dtype=torch.int64)
-            session.step(tokens, tokens > 0)
+            cache.step(tokens, tokens > 0)
         for module in model.modules():
             if isinstance(module, Cached):
                 kept += [module.keys, module.values]

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import hub_cases as cases
-import parallel_cases
 import pytest
 import resume_cases
 import torch
@@ -118,13 +117,6 @@ def test_the_byte_tokenizer_is_one_of_transformers(tmp_path: Path) -> None:
 
 
 # --- through real starts ---
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("texts")
-    parallel_cases.write_documents(place / "short.jsonl")
-    return place
 
 
 @pytest.fixture(scope="module")

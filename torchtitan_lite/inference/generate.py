@@ -50,7 +50,7 @@ class Cached(nn.Module):
         return self.inner(q_BSHK, self.keys[:, :end], self.values[:, :end], mask, scale)
 
 
-class Session:
+class Cache:
     """A batch of sequences that grow together. A context manager: the model is as it was when it ends."""
 
     def __init__(self, model: Decoder, n_rows: int, n_tokens: int) -> None:
@@ -111,9 +111,9 @@ def generate(
     found: list[list[int]] = [[] for _ in prompts]
     goes_on_B = torch.ones(len(prompts), dtype=torch.bool)
     ends = torch.tensor([] if eos_id is None else eos_id, dtype=torch.int64)
-    with Session(model, len(prompts), longest + max_new_tokens) as session:
+    with Cache(model, len(prompts), longest + max_new_tokens) as cache:
         for _ in range(max_new_tokens):
-            next_B = draw(session.step(tokens_BS, is_token_BS), sampling, generator)
+            next_B = draw(cache.step(tokens_BS, is_token_BS), sampling, generator)
             goes_on_B = goes_on_B & ~torch.isin(next_B, ends)
             if not goes_on_B.any():
                 break

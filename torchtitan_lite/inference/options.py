@@ -14,7 +14,19 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateConfig:
+class _Use:
+    """On what, and how, a trained model is used."""
+
+    device: Device = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: float32 on a CPU, bfloat16 on a GPU."""
+    attention: AttentionConfig = dataclasses.field(default_factory=Sdpa)
+    tokenizer: str = ""
+    """File or folder of the tokenizer, where it is no longer where the run left it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig(_Use):
     """Let a trained model go on from prompts: torchtitan-lite generate RUN_OR_STEP --prompt "Once upon" """
 
     prompt: tuple[str, ...] = ("",)
@@ -27,12 +39,6 @@ class GenerateConfig:
     top_p: float = 1.0
     """Draw from the likeliest tokens that have this much of the probability between them."""
     seed: int = 0
-    device: Device = "auto"
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """auto: float32 on a CPU, bfloat16 on a GPU."""
-    attention: AttentionConfig = dataclasses.field(default_factory=Sdpa)
-    tokenizer: str = ""
-    """File or folder of the tokenizer, where it is no longer where the run left it."""
 
     def problems(self) -> list[Problem]:
         """Values out of range."""
@@ -48,7 +54,7 @@ class GenerateConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalConfig:
+class EvalConfig(_Use):
     """Measure how well a trained model predicts text: torchtitan-lite eval RUN_OR_STEP --data FILE"""
 
     data: str = ""
@@ -60,12 +66,6 @@ class EvalConfig:
     cache_dir: str = ""
     """Where the tokens of the text are kept; empty: as in training."""
     batch_size: int = 8
-    device: Device = "auto"
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """auto: float32 on a CPU, bfloat16 on a GPU."""
-    attention: AttentionConfig = dataclasses.field(default_factory=Sdpa)
-    tokenizer: str = ""
-    """File or folder of the tokenizer, where it is no longer where the run left it."""
 
     def problems(self) -> list[Problem]:
         """Values out of range."""
