@@ -124,18 +124,12 @@ def test_the_rest_of_a_text_is_a_sample_like_others(texts: Path) -> None:
     whole = evaluate(model, split, seq_len=split.n_tokens, batch_size=1)
     cut = evaluate(model, split, seq_len=split.n_tokens - 1, batch_size=1)
     assert whole.n_tokens == split.n_tokens and cut.loss == pytest.approx(whole.loss, rel=1e-5)
-    start = split.n_tokens - 700
-    loss = evaluate(model, _last(split, 700), seq_len=700, batch_size=1, rest=False).loss
-    batch = Samples(split, split.n_tokens).batch([0], [0])
-    first = start - int(batch.positions_BS[0, start])  # where its first document begins
-    tokens, labels, positions = (x[:, start:] for x in (batch.tokens_BS, batch.labels_BS, batch.positions_BS))
-    positions = positions - torch.where(torch.arange(700) < 700, positions[0, 0], 0) * (
-        (torch.arange(700) - positions[0]) < 0
-    )
-    mask = model.config.attention.mask(positions, sliding_window=None)
-    with torch.no_grad():
-        total, count = model(tokens, positions, mask, labels)
-    assert first <= start and loss == pytest.approx((total / count).item(), rel=1e-6)
+    last = Samples(_last(split, 700), 700).batch([0], [0])
+    all_of_it = Samples(split, split.n_tokens).batch([0], [0])
+    assert torch.equal(last.tokens_BS, all_of_it.tokens_BS[:, -700:])
+    assert torch.equal(last.labels_BS, all_of_it.labels_BS[:, -700:])
+    # From the start of the document, or of the sample where that is later.
+    assert torch.equal(last.positions_BS, all_of_it.positions_BS[:, -700:].minimum(torch.arange(700)))
 
 
 def test_a_last_step_of_the_model_alone_is_used_in_its_precision(texts: Path, say, tmp_path: Path) -> None:
