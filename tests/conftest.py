@@ -13,7 +13,8 @@ import torch
 from parallel_cases import write_documents
 from ranks import Pools
 
-from torchtitan_lite.parallel.apply import CXX
+from torchtitan_lite.attention import native
+from torchtitan_lite.attention.native import CXX
 
 ROOT = Path(__file__).parents[1]
 
@@ -31,6 +32,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         for marker in absent.keys() & item.keywords.keys():
             item.add_marker(pytest.mark.skip(reason=absent[marker]))
+
+
+@pytest.fixture(autouse=True)
+def _kernels_forgotten() -> Iterator[None]:
+    """What a compiled run uses from then on is not used by the next test."""
+    yield
+    native.forget_kernels()
 
 
 @pytest.fixture(scope="session")

@@ -33,6 +33,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import _redistribute, debug
 
+from torchtitan_lite.attention import native
+
 PRELOAD = ["torch.distributed.fsdp", "torch.distributed.tensor.parallel", "parallel_cases"]
 """What is slow to import: once, in the server that every rank is forked from."""
 
@@ -245,6 +247,7 @@ def _forget_process_group(caches: Sequence[Any]) -> None:
     _redistribute.clear_redistribute_planner_cache()
     for cache in (*caches, *_caches()):
         cache.cache_clear()
+    native.forget_kernels()  # of a compiled run
     gc.collect()
     dist.destroy_process_group()
 

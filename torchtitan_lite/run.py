@@ -19,6 +19,7 @@ from torchtitan_lite.parallel.signals import StopRequest
 from torchtitan_lite.parallel.watch import End
 from torchtitan_lite.parallel.world import World
 from torchtitan_lite.training import hub, metrics, outputs, sample_log
+from torchtitan_lite.training.hardware import keep_freed_memory
 from torchtitan_lite.training.record import find_start, ranks_of
 from torchtitan_lite.training.trainer import Trainer
 
@@ -37,6 +38,8 @@ class Run:
         self.job, self.world, self.stop = job, world, stop
         self.folder: Path | None = None
         self.trainer: Trainer | None = None
+        self.on_built: Callable[[], None] = lambda: None
+        """Called when all is there that training begins with."""
         self._lock: IO[str] | None = None
         """Held by the rank that writes, as long as the process lives."""
 
@@ -47,10 +50,13 @@ class Run:
 
     def work(self, alive: Callable[[], None]) -> int:
         """Train to the end, or until asked to stop: the status. `alive` is called as a sign of life."""
+        if self.job.device == "cpu":
+            keep_freed_memory()
         self.folder = self._on_first(self._claim, alive)
         resumed, initial = find_start(self.job, self.folder, self.world, alive)
         self.trainer = Trainer(self.job, self.world, alive, resumed=resumed, initial=initial)
         self._on_first(lambda: self._settle(resumed.state if resumed else None), alive)
+        self.on_built()
         if resumed is None or not resumed.state.model_only:
             self.trainer.run(self.folder, self.stop)
         elif self.world.is_first:

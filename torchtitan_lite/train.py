@@ -7,6 +7,7 @@ of these, so exit.json says it too.
 
 import atexit
 import contextlib
+import gc
 import logging
 import os
 import sys
@@ -30,11 +31,15 @@ if TYPE_CHECKING:
 _LAUNCHER = os.getppid()
 """The process that has started this one, as long as it lives."""
 
+_GC_THRESHOLDS = gc.get_threshold()
+
 # Our imports stay inside the functions, so that --dry-run and wrong input are answered without the slow ones.
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m torchtitan_lite.train") -> int:
     """Do what the command line `argv` says, and return the exit status."""
+    # As often as usual, looking for garbage takes half a second of a start.
+    gc.set_threshold(100_000, *_GC_THRESHOLDS[1:])
     try:
         return _main(sys.argv[1:] if argv is None else argv, prog)
     except KeyboardInterrupt:
@@ -44,6 +49,9 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m torchtitan_li
         # Whoever read our output, such as `head`, has had enough; Python would complain again on its way out.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    finally:
+        gc.unfreeze()
+        gc.set_threshold(*_GC_THRESHOLDS)
 
 
 def _main(argv: Sequence[str], prog: str) -> int:
@@ -72,6 +80,12 @@ def _main(argv: Sequence[str], prog: str) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return status
+
+
+def _look_for_new_garbage() -> None:
+    """Look for garbage as often as usual, but never among what is there now: it stays."""
+    gc.freeze()
+    gc.set_threshold(*_GC_THRESHOLDS)
 
 
 def _speaks() -> bool:
@@ -111,6 +125,7 @@ def train(job: "JobConfig") -> int:
     stop = StopRequest(is_first=world.is_first, launched=launched)
     stop.install(saves=job.checkpoint.enable)
     run = Run(job, world, stop)
+    run.on_built = _look_for_new_garbage
     if world.size == 1:
         stop.on_second = lambda number: run.write_exit(signalled(world.rank, number))
         try:

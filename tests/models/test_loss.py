@@ -9,6 +9,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from torchtitan_lite.models import loss as loss_module
 from torchtitan_lite.models.loss import IGNORE, chunk_rows, linear_cross_entropy, reference_cross_entropy
 
 Loss = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -24,6 +25,12 @@ def inputs(
     labels = torch.randint(vocab, (2, n_rows // 2), generator=generator)
     labels[torch.rand(labels.shape, generator=generator) < 0.2] = IGNORE
     return x, weight.requires_grad_(), labels
+
+
+@pytest.fixture(autouse=True)
+def several_chunks(monkeypatch) -> None:
+    """Logits as few as those of these tests would be one chunk."""
+    monkeypatch.setattr(loss_module, "_LITTLE_BYTES", 0)
 
 
 def results(loss: Loss, x: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -117,6 +124,18 @@ def test_without_gradients_the_value_is_the_same():
         quiet_value, quiet_count = linear_cross_entropy(x, weight, labels)
     assert quiet_value.grad_fn is None
     assert torch.equal(quiet_value, value.detach()) and torch.equal(quiet_count, count)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_chunk_of_little_memory_has_more_rows_and_gives_the_same(monkeypatch, dtype: torch.dtype):
+    x, weight, labels = inputs(326, vocab=1000, dim=24, dtype=dtype, weight_dtype=torch.float32)
+    chunked = results(linear_cross_entropy, x, weight, labels)
+    monkeypatch.setattr(loss_module, "_LITTLE_BYTES", 200 * 1000 * 4)
+    with Memory() as memory:
+        found = results(linear_cross_entropy, x, weight, labels)
+    assert memory.largest == 200 * 1000 * 4
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(found, chunked, rtol=tolerance, atol=tolerance / 10)
 
 
 def test_chunks_are_a_sixteenth_of_the_logits_within_bounds():

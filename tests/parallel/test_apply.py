@@ -53,3 +53,17 @@ def test_compiling_for_a_cpu_without_a_compiler_is_a_problem(monkeypatch: pytest
     assert CompileConfig(enable=True).problems("compile", device="cuda") == []
     assert CompileConfig(enable=True, backend="aot_eager").problems("compile", device="cpu") == []
     assert CompileConfig().problems("compile", device="cpu") == []
+
+
+@pytest.mark.parametrize("set_before", [None, False])
+def test_vector_instructions_are_not_tried_out_unless_someone_wants_it(monkeypatch, set_before) -> None:
+    from torch._inductor import config
+
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    with config.patch({"cpp.vec_isa_ok": set_before}):
+        apply(torch.nn.ModuleDict({"blocks": torch.nn.ModuleList()}), compile=CompileConfig(enable=True))
+        assert config.cpp.vec_isa_ok is (set_before is None)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    with config.patch({"cpp.vec_isa_ok": None}):
+        apply(torch.nn.ModuleDict({"blocks": torch.nn.ModuleList()}), compile=CompileConfig(enable=True))
+        assert config.cpp.vec_isa_ok is None

@@ -122,7 +122,8 @@ def check(
     pool: Pool, tiny: list[str], combinations: Sequence[Combination], wanted: Wanted, *compiler: str
 ) -> None:
     runs = [[*tiny, *combination.words(*compiler)] for combination in combinations]
-    for curves in pool.run(cases.curves, runs, timeout=250):
+    # Three seconds each where nothing else runs.
+    for curves in pool.run(cases.curves, runs, timeout=60 + 30 * len(runs)):
         distances = {c: far(curve, wanted(c)) for c, curve in zip(combinations, curves, strict=True)}
         assert {c: distance for c, distance in distances.items() if not distance <= 1e-5} == {}
 
@@ -164,6 +165,7 @@ def test_the_selection(ranks, tiny, wanted: Wanted, size: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(700)
 @pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize("attention", sorted({combination.attention for combination in WORKING}))
 def test_every_combination(ranks, tiny, wanted: Wanted, attention: str, size: int) -> None:

@@ -1,5 +1,8 @@
 """What the device can do."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -53,3 +56,24 @@ def test_an_unknown_gpu_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_peak_memory_of_a_cpu_run_is_that_of_the_process() -> None:
     gibibyte = torch.ones(2**28)
     assert gibibyte.nbytes / 2**30 < hardware.peak_memory_gib(CPU) < 500
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc alone has the settings")
+def test_glibc_takes_the_settings_that_keep_freed_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, taken = hardware.ctypes.CDLL(None).mallopt, []
+    library = SimpleNamespace(mallopt=lambda *setting: taken.append((setting, real(*setting))))
+    monkeypatch.setattr(hardware.ctypes, "CDLL", lambda name: library)
+    hardware.keep_freed_memory()
+    assert taken == [((-1, 2**31 - 1), 1), ((-3, 32 << 20), 1)]  # 1: it was taken
+
+
+def test_other_c_libraries_keep_their_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    for library in (object(), OSError):
+
+        def load(name: None, found: object = library) -> object:
+            if found is OSError:
+                raise OSError
+            return found
+
+        monkeypatch.setattr(hardware.ctypes, "CDLL", load)
+        hardware.keep_freed_memory()

@@ -28,7 +28,7 @@ def stats(step: int, **changes) -> StepStats:
 
 
 def report(folder: Path, config: MetricsConfig, *, steps: int = 4) -> list[dict]:
-    with Metrics(config, folder, steps=steps, flops_per_token=3e3, peak_flops=6e6) as metrics:
+    with Metrics(config, folder, steps=steps, flops_per_token=3e3, peak_flops=lambda: 6e6) as metrics:
         for step in range(1, steps + 1):
             metrics.log(stats(step, seconds=0.5 * step), peak_memory_gib=0.75)
         metrics.log_validation(steps, 3.5)
@@ -94,7 +94,7 @@ def test_the_console_has_one_readable_line_for_each_report(tmp_path: Path, capsy
 
 def test_a_loss_that_is_no_number_is_null_in_the_file(tmp_path: Path) -> None:
     with Metrics(
-        MetricsConfig(enable_tensorboard=False), tmp_path, steps=1, flops_per_token=1, peak_flops=1
+        MetricsConfig(enable_tensorboard=False), tmp_path, steps=1, flops_per_token=1, peak_flops=lambda: 1.0
     ) as metrics:
         metrics.log_validation(1, float("nan"))
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "validation_loss": null}\n'
@@ -117,7 +117,7 @@ def run(folder: Path, resumed_step: int | None, last: int, loss: float) -> list[
         folder,
         steps=12,
         flops_per_token=1,
-        peak_flops=1,
+        peak_flops=lambda: 1.0,
         resumed_step=resumed_step,
         n_tokens_seen=100 * done,
     ) as metrics:
@@ -217,7 +217,7 @@ def test_the_progress_bar_is_for_terminals(tmp_path: Path, terminal: bool) -> No
     code = (
         "from pathlib import Path; from torchtitan_lite.training.metrics import Metrics, MetricsConfig\n"
         "config = MetricsConfig(enable_tensorboard=False)\n"
-        "Metrics(config, Path('.'), steps=3, flops_per_token=1, peak_flops=1, resumed_step=2).__exit__()"
+        "Metrics(config, Path('.'), steps=3, flops_per_token=1, peak_flops=float, resumed_step=2).__exit__()"
     )
     root = Path(__file__).parents[2]
     ours, theirs = pty.openpty()

@@ -2,14 +2,17 @@
 
 import json
 import math
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
+from torchtitan_lite.attention import native
 from torchtitan_lite.config.job import JobConfig, load_job
 from torchtitan_lite.config.load import ConfigError
 from torchtitan_lite.data import IGNORE, Batch
+from torchtitan_lite.training import trainer as trainer_module
 from torchtitan_lite.training.step import NonFinite
 from torchtitan_lite.training.trainer import Trainer
 
@@ -34,6 +37,23 @@ def test_two_micro_batches_of_four_are_one_of_eight(small_run) -> None:
     for numbers, parameters in runs[1:]:
         torch.testing.assert_close(numbers, runs[0][0], rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(parameters, runs[0][1], rtol=0, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("attention", ["sdpa", "flex", "varlen"])
+def test_a_step_waits_for_the_gpu_once(small_run, attention) -> None:
+    sizes = ("--training.global-batch-size", 8, "--training.mixed-precision-param", "bfloat16")
+    trainer = Trainer(job(*small_run, *sizes, "--job.device", "cuda", "--model.attention", attention))
+    trainer.train_step()
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            trainer.train_step()
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    assert len([each for each in found if "synchronizing" in str(each.message)]) == 1
 
 
 def test_the_loss_is_the_mean_over_valid_tokens_of_all_micro_batches(small_run, monkeypatch) -> None:
@@ -268,3 +288,22 @@ def test_every_backend_gives_the_loss_curve_of_sdpa(small_run, flavor: str, wind
         curves.append([trainer.train_step().loss for _ in range(20)])
     assert curves[0][-1] < curves[0][0] - 1
     assert curves[1] == pytest.approx(curves[0], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("words", "compiled"),
+    [
+        ([], []),
+        (["--compile.enable"], [8]),
+        (["--compile.enable", "--model.attention", "varlen"], [8]),
+        (["--compile.enable", "--model.attention", "flex"], []),
+        (["--compile.enable", "--compile.backend", "aot_eager"], []),
+    ],
+    ids=str,
+)
+def test_the_kernel_for_cpus_is_that_of_this_run(small_run, monkeypatch, words, compiled) -> None:
+    found = []
+    monkeypatch.setattr(trainer_module, "compile_kernel", found.append)
+    monkeypatch.setitem(native._KERNELS, 8, object())  # of an earlier trainer
+    Trainer(load_job([*small_run, *words]).config)
+    assert found == compiled and not native._KERNELS

@@ -6,6 +6,8 @@ Every query sees one interval of the keys of its own row: from the first token o
 window) up to itself. The backends differ only in how they evaluate that.
 """
 
+import sys
+
 import torch
 from torch import Tensor
 
@@ -76,6 +78,9 @@ def check_inputs(
             f"q {list(q)}, k {list(k)}, v {list(v)} must be [B, Q, H, K], [B, S, G, K], [B, S, G, K] with "
             f"the mask's B = {batch}, Q = {n_queries}, S = {seq_len}"
         )
+    kinds = [f"{x.dtype} on {x.device}" for x in (q_BQHK, k_BSGK, v_BSGK)]
+    if len(set(kinds)) > 1:
+        raise ValueError(f"q, k and v must be of one dtype and on one device, not {', '.join(kinds)}")
     if q[2] % k[2]:
         raise ValueError(f"{q[2]} query heads are no multiple of {k[2]} key/value heads")
     if scale is not None and not 0 < scale < float("inf"):
@@ -134,6 +139,14 @@ def explicit_mask(
     first_BQ, last_Q = intervals(positions_BS, queries, sliding_window)
     key_S = torch.arange(positions_BS.shape[1], device=positions_BS.device)
     return (key_S >= first_BQ[..., None]) & (key_S <= last_Q[:, None])
+
+
+def of_any_length(x: Tensor) -> Tensor:
+    """`x`, of whose length torch.compile then makes no constant: it changes from batch to batch."""
+    dynamo = sys.modules.get("torch._dynamo")  # not loaded: nothing is compiled
+    if dynamo is not None:
+        dynamo.maybe_mark_dynamic(x, 0)
+    return x
 
 
 def positions_from_cu_seqlens(cu_seqlens: Tensor) -> Tensor:

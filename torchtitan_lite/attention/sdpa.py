@@ -3,12 +3,14 @@
 B batch rows, S key tokens, Q query tokens, H query heads, G key/value heads, K head dim.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from torchtitan_lite.attention.capabilities import FLOATS, Capabilities, Refusal
 from torchtitan_lite.attention.mask import Ranges, check_inputs
@@ -58,19 +60,35 @@ class SdpaAttention(nn.Module):
         """Attend; [B, Q, H, K]."""
         # On a CPU the plan's one call is the same kernel, without the random state that torch.compile would
         # keep for it when it is computed again.
-        if not mask.causal_rows or not q_BQHK.is_cuda or _only_quadratic(q_BQHK, k_BSGK, v_BSGK):
+        if not q_BQHK.is_cuda or not mask.causal_rows or _only_quadratic(q_BQHK, k_BSGK, v_BSGK):
             return attend(q_BQHK, k_BSGK, v_BSGK, mask, scale)
-        return attend_whole_rows(
-            q_BQHK, k_BSGK, v_BSGK, check_inputs(q_BQHK, k_BSGK, v_BSGK, mask.shape, scale)
-        )
+        scale = check_inputs(q_BQHK, k_BSGK, v_BSGK, mask.shape, scale)
+        return attend_whole_rows(q_BQHK, k_BSGK, v_BSGK, scale, fastest_first(q_BQHK.device))
 
 
-def attend_whole_rows(q_BSHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, scale: float) -> Tensor:
-    """Attend in one kernel call, where every row is one document; [B, S, H, K]."""
+def fastest_first(device: torch.device) -> list[SDPBackend] | None:
+    """A GPU's kernels by their speed, the fastest first, where torch's own order is another; else None.
+
+    On Hopper cuDNN's is up to 75 % faster than FlashAttention-2 (https://pytorch.org/blog/pytorch2-5/).
+    """
+    if torch.cuda.get_device_capability(device) == (9, 0):
+        fused = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+        return [*fused, SDPBackend.MATH]
+    return None
+
+
+def attend_whole_rows(
+    q_BSHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, scale: float, order: list[SDPBackend] | None = None
+) -> Tensor:
+    """Attend in one kernel call, where every row is one document; [B, S, H, K].
+
+    Of torch's kernels the first of `order` that can do it; without one, the first of torch's own order.
+    """
     q_BHSK, k_BGSK, v_BGSK = (x.transpose(1, 2) for x in (q_BSHK, k_BSGK, v_BSGK))
-    out_BHSK = F.scaled_dot_product_attention(
-        q_BHSK, k_BGSK, v_BGSK, is_causal=True, scale=scale, enable_gqa=q_BHSK.shape[1] != k_BGSK.shape[1]
-    )
+    with sdpa_kernel(order, set_priority=True) if order else nullcontext():
+        out_BHSK = F.scaled_dot_product_attention(
+            q_BHSK, k_BGSK, v_BGSK, is_causal=True, scale=scale, enable_gqa=q_BHSK.shape[1] != k_BGSK.shape[1]
+        )
     return out_BHSK.transpose(1, 2)
 
 

@@ -14,11 +14,19 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from torchtitan_lite.attention import native
 from torchtitan_lite.attention.mask import check_inputs
 from torchtitan_lite.attention.tiles import CAUSAL, FULL, ROWS, Tile, Tiles
 
 aten = torch.ops.aten
+_cpu_flash = aten._scaled_dot_product_flash_attention_for_cpu
+_cpu_flash_backward = aten._scaled_dot_product_flash_attention_for_cpu_backward
 HALF = (torch.bfloat16, torch.float16)
+
+BLOCK = 256
+"""Queries of a call to torch's kernel for CPUs, where causal attention is computed in blocks."""
+MANY = 768
+"""So many queries it takes in larger blocks itself (aten/src/ATen/native/cpu/FlashAttentionKernel.cpp)."""
 
 
 class Kernel(Protocol):
@@ -35,17 +43,71 @@ class Kernel(Protocol):
 
 
 class CpuKernel:
-    """torch's FlashAttention for CPUs: any float type, grouped heads, an additive mask."""
+    """torch's FlashAttention for CPUs: any float type, grouped heads, an additive mask.
+
+    It computes keys in blocks of 512, and of those leaves out what is hidden from a whole block of queries:
+    nothing, for up to 512 tokens. So causal attention of medium length goes to it a few queries at a time,
+    each with no more keys than they see (`WholeCpuKernel` is the reference).
+    """
 
     def forward(self, q, k, v, causal, mask, scale):
-        return aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, causal, attn_mask=mask, scale=scale
-        )
+        if not causal or not _is_medium(q):
+            return _cpu_flash(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
+        out_bnHK, lses = torch.empty_like(q.transpose(1, 2)), []
+        for rows, keys, diagonal in _causal_blocks(q):
+            part = q[:, :, rows], k[:, :, keys], v[:, :, keys]
+            out, lse = _cpu_flash(*part, 0.0, diagonal is None, attn_mask=diagonal, scale=scale)
+            out_bnHK[:, rows] = out.transpose(1, 2)
+            lses.append(lse)
+        return out_bnHK.transpose(1, 2), torch.cat(lses, 2)
 
     def backward(self, dout, q, k, v, out, lse, causal, mask, scale):
-        return aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            dout, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale
-        )
+        dtype = q.dtype
+        if dtype in HALF and q.shape[2] < MANY and not native.has_amx():
+            # Its products of halves are slow for so few queries: with 64 of them three times.
+            dout, q, k, v, out = (x.float() for x in (dout, q, k, v, out))
+            mask = None if mask is None else mask.float()
+        if not causal or not _is_medium(q):
+            whole = dout, q, k, v, out, lse
+            dq, dk, dv = _cpu_flash_backward(*whole, 0.0, causal, attn_mask=mask, scale=scale)
+            return dq.to(dtype), dk.to(dtype), dv.to(dtype)
+        dq_bnHK = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format)
+        dk_bmGK, dv_bmGK = (native.zeros_for(x.transpose(1, 2), _wide(x.dtype)) for x in (k, v))
+        for rows, keys, diagonal in _causal_blocks(q):
+            part = dout[:, :, rows], q[:, :, rows], k[:, :, keys], v[:, :, keys]
+            kept = out[:, :, rows], lse[:, :, rows]
+            dq, dk, dv = _cpu_flash_backward(
+                *part, *kept, 0.0, diagonal is None, attn_mask=diagonal, scale=scale
+            )
+            dq_bnHK[:, rows] = dq.transpose(1, 2)
+            dk_bmGK[:, keys] += dk.transpose(1, 2)
+            dv_bmGK[:, keys] += dv.transpose(1, 2)
+        dq, dk, dv = (x.to(dtype).transpose(1, 2) for x in (dq_bnHK, dk_bmGK, dv_bmGK))
+        return dq, dk, dv
+
+
+class WholeCpuKernel:
+    """torch's FlashAttention for CPUs, called once: the reference of `CpuKernel`."""
+
+    def forward(self, q, k, v, causal, mask, scale):
+        return _cpu_flash(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
+
+    def backward(self, dout, q, k, v, out, lse, causal, mask, scale):
+        return _cpu_flash_backward(dout, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale)
+
+
+def _is_medium(q: Tensor) -> bool:
+    """Whether causal attention of these queries is faster in blocks."""
+    return BLOCK < q.shape[2] < MANY
+
+
+def _causal_blocks(q: Tensor):
+    """Slices of the queries and of the keys that those see, and the mask of all but the first of them."""
+    n = q.shape[2]
+    for start in range(0, n, BLOCK):
+        stop = min(start + BLOCK, n)
+        hidden = torch.full((stop - start, stop), float("-inf"), dtype=q.dtype) if start else None
+        yield slice(start, stop), slice(0, stop), None if hidden is None else hidden.triu_(start + 1)
 
 
 class CudaKernel:
@@ -139,6 +201,12 @@ def _unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def _laid_out_like(given: Tensor, made: Tensor) -> Tensor:
+    """`made` in the layout that `torch.empty_like(given)` has, which is what torch.compile is told."""
+    layout = torch.empty_like(given, device="meta").stride()
+    return made if made.stride() == layout else torch.empty_like(given).copy_(made)
+
+
 def _finite(lse: Tensor) -> Tensor:
     """A log-sum-exp to subtract: a query that sees nothing gets weights of 0, not NaN."""
     return lse.clamp(min=torch.finfo(lse.dtype).min)
@@ -180,6 +248,8 @@ def _calls(table: Tensor, masks: Tensor, dtype: torch.dtype) -> list[_Call]:
     calls = []
     for *fields, fresh_queries, fresh_keys in table.tolist():
         tile = Tile(*fields)
+        if tile.row0 == tile.row1:
+            continue
         mask, n, m = None, tile.q1 - tile.q0, tile.k1 - tile.k0
         if tile.kind not in (FULL, CAUSAL):
             seen = (
@@ -201,8 +271,17 @@ def _attend_tiles(
 
     The output has the layout of the queries.
     """
+    out_BQHK, lse_BQH = _evaluate(q_BQHK, k_BSGK, v_BSGK, table, masks, scale)
+    return _laid_out_like(q_BQHK, out_BQHK), lse_BQH
+
+
+def _evaluate(
+    q_BQHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, table: Tensor, masks: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
     kernel = kernel_for(q_BQHK)
     q_BQHK, k_BSGK, v_BSGK = (_unit_stride(x) for x in (q_BQHK, k_BSGK, v_BSGK))
+    if native.takes(q_BQHK, table):
+        return native.forward(q_BQHK, k_BSGK, v_BSGK, table, scale)
     calls = _calls(table, masks, q_BQHK.dtype)
     if _one_for_all(calls, q_BQHK, k_BSGK):
         q, k, v = (x.transpose(1, 2) for x in (q_BQHK, k_BSGK, v_BSGK))
@@ -258,9 +337,12 @@ def attend_tiles_backward(
     dout_BQHK: Tensor, q_BQHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, out_BQHK: Tensor, lse_BQH: Tensor,
     table: Tensor, masks: Tensor, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients of `attend_tiles`, of the shapes and layouts of q, k and v."""
+    """The gradients of `attend_tiles`, contiguous whatever the layouts of q, k and v: torch's are, too."""
+    q_BQHK, k_BSGK, v_BSGK = (_unit_stride(x) for x in (q_BQHK, k_BSGK, v_BSGK))
+    dout_BQHK, out_BQHK = _unit_stride(dout_BQHK), _unit_stride(out_BQHK)
+    if native.takes(q_BQHK, table):
+        return native.backward(dout_BQHK, q_BQHK, k_BSGK, v_BSGK, out_BQHK, lse_BQH, table, scale)
     kernel, calls = kernel_for(q_BQHK), _calls(table, masks, q_BQHK.dtype)
-    dout_BQHK, q_BQHK, k_BSGK, v_BSGK = (_unit_stride(x) for x in (dout_BQHK, q_BQHK, k_BSGK, v_BSGK))
     if _one_for_all(calls, q_BQHK, k_BSGK):
         everything = dout_BQHK, q_BQHK, k_BSGK, v_BSGK, out_BQHK, lse_BQH
         dout, q, k, v, out, lse = (x.transpose(1, 2) for x in everything)
@@ -269,7 +351,7 @@ def attend_tiles_backward(
         return dq, dk, dv
     # Tiles that share keys or queries are summed in full precision.
     once = all(call.fresh_queries and call.fresh_keys for call in calls)
-    grads = [torch.zeros_like(x, dtype=x.dtype if once else _wide(x.dtype)) for x in (q_BQHK, k_BSGK, v_BSGK)]
+    grads = [native.zeros_for(x, x.dtype if once else _wide(x.dtype)) for x in (q_BQHK, k_BSGK, v_BSGK)]
     for call in calls:
         found = kernel.backward(
             call.q(dout_BQHK), call.q(q_BQHK), call.k(k_BSGK), call.k(v_BSGK), call.q(out_BQHK),
@@ -288,7 +370,9 @@ def attend_tiles_backward(
 
 @attend_tiles_backward.register_fake
 def _(dout_BQHK, q_BQHK, k_BSGK, v_BSGK, out_BQHK, lse_BQH, table, masks, scale):
-    dq, dk, dv = (torch.empty_like(x) for x in (q_BQHK, k_BSGK, v_BSGK))
+    dq, dk, dv = (
+        torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_BQHK, k_BSGK, v_BSGK)
+    )
     return dq, dk, dv
 
 

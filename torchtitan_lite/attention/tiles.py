@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torchtitan_lite.attention.mask import Ranges, check_window, query_ranges, segments
+from torchtitan_lite.attention.mask import Ranges, check_window, of_any_length, query_ranges, segments
 
 FULL, CAUSAL, ROWS = -1, -2, -3
 """Values of Tile.kind; a value >= 0 is where the tile's mask starts in Tiles.masks. ROWS: there is one for
@@ -37,6 +37,10 @@ class Tile(NamedTuple):
     kind: int
 
 
+_NOTHING = (*Tile(0, 0, 0, 0, 0, 0, CAUSAL), True, True)
+"""A tile of no rows."""
+
+
 @dataclass(frozen=True)
 class Tiles:
     """A plan for one micro-batch: the same for every layer, and nothing in it waits for a device."""
@@ -52,7 +56,7 @@ class Tiles:
 
 
 def build_tiles(
-    tiles: Iterable[Tile], masks: list[Tensor], shape: tuple[int, int, int], device: torch.device
+    tiles: Iterable[Tile], found: list[Tensor], shape: tuple[int, int, int], device: torch.device
 ) -> Tiles:
     """Put tiles, those of the same rows and queries next to each other, into a plan."""
     tiles = list(tiles)
@@ -62,11 +66,14 @@ def build_tiles(
             group, q_end, k_end = tile.row0, 0, 0
         rows.append((*tile, tile.q0 >= q_end, tile.k0 >= k_end))
         q_end, k_end = max(q_end, tile.q1), max(k_end, tile.k1)
-    flat = torch.cat([mask.flatten() for mask in masks]) if masks else torch.empty(0, dtype=torch.bool)
+    # Of a length of 0 or 1 torch.compile would make a constant.
+    rows += [_NOTHING] * max(0, 2 - len(rows))
+    flat = torch.cat([mask.flatten() for mask in found]) if found else torch.zeros(2, dtype=torch.bool)
     table = torch.tensor(rows, dtype=torch.int64).reshape(len(rows), len(Tile._fields) + 2)
     batch, n_queries, seq_len = shape
     causal_rows = n_queries == seq_len and tiles == [Tile(0, batch, 0, seq_len, 0, seq_len, CAUSAL)]
-    return Tiles(table, flat.to(device, non_blocking=True), shape, causal_rows)
+    masks = flat.to(device, non_blocking=True)
+    return Tiles(of_any_length(table), of_any_length(masks), shape, causal_rows)
 
 
 def document_tiles(

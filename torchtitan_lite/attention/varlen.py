@@ -15,7 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from torchtitan_lite.attention.capabilities import FLOATS, HALVES, Capabilities, Refusal
-from torchtitan_lite.attention.mask import Ranges, check_inputs, check_window, query_ranges, segments
+from torchtitan_lite.attention.mask import (
+    Ranges,
+    check_inputs,
+    check_window,
+    of_any_length,
+    query_ranges,
+    segments,
+)
 from torchtitan_lite.attention.tile_kernels import attend
 from torchtitan_lite.attention.tiles import Tiles, document_tiles
 
@@ -132,8 +139,20 @@ class Run(NamedTuple):
     """Cumulative query counts, [D + 1] int32."""
     cu_k_D: Tensor
     """Cumulative key counts, [D + 1] int32."""
-    max_q: int
-    max_k: int
+    longest_q: Tensor
+    """[max_q, 0]: of the size of a tensor torch.compile makes no constant, as it would of a number."""
+    longest_k: Tensor
+    """[max_k, 0]."""
+
+    @property
+    def max_q(self) -> int:
+        """No document has more queries."""
+        return self.longest_q.shape[0]
+
+    @property
+    def max_k(self) -> int:
+        """No document has more keys."""
+        return self.longest_k.shape[0]
 
 
 @dataclass(frozen=True)
@@ -183,9 +202,10 @@ def _run(spans_D4: Tensor, device: torch.device) -> Run:
         torch.cat([spans_D4[:1, first], spans_D4[:, first + 1]]).sub(spans_D4[0, first]).int()
         for first in (0, 2)
     )
-    max_q, max_k = (int(cu_D.diff().max()) for cu_D in (cu_q_D, cu_k_D))
-    cu_q_D, cu_k_D = (cu_D.to(device, non_blocking=True) for cu_D in (cu_q_D, cu_k_D))
-    return Run(q0, q1, k0, k1, cu_q_D, cu_k_D, max_q, max_k)
+    # At least 2, as torch.compile makes a constant of 1.
+    longest = (of_any_length(torch.empty(max(2, int(cu_D.diff().max())), 0)) for cu_D in (cu_q_D, cu_k_D))
+    cu_q_D, cu_k_D = (of_any_length(cu_D.to(device, non_blocking=True)) for cu_D in (cu_q_D, cu_k_D))
+    return Run(q0, q1, k0, k1, cu_q_D, cu_k_D, *longest)
 
 
 class VarlenAttention(nn.Module):

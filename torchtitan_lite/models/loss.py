@@ -24,6 +24,8 @@ IGNORE = -100
 """The label of a token that has nothing to predict."""
 
 _TILE_COLUMNS = 8192
+_LITTLE_BYTES = 8 << 20
+"""What may be held without asking how large the logits are: it fits a processor's cache."""
 
 
 class Vocabulary:
@@ -83,7 +85,8 @@ def chunk_rows(n_rows: int, x: Tensor) -> int:
     """Rows of a chunk: so many that it takes a sixteenth of the memory of all the logits in the dtype of `x`.
 
     At least 16 rows on a CPU and 512 elsewhere, lest the weight be read too often, and at most 2048, which
-    keep any device busy. docs/models.md has the measurements.
+    keep any device busy; more of a vocabulary so small that they are little memory anyhow. docs/models.md has
+    the measurements.
     """
     least = 16 if x.device.type == "cpu" else 512
     share = n_rows * x.dtype.itemsize // (16 * _sum_dtype(x).itemsize)
@@ -102,21 +105,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
         vocabulary: Vocabulary,
     ) -> Tensor:
         n_rows, sum_dtype = len(x_ND), _sum_dtype(x_ND)
-        rows = min(chunk_rows(n_rows, x_ND), n_rows)
+        little = _LITTLE_BYTES // (sum_dtype.itemsize * len(weight_VD))
+        rows = min(max(chunk_rows(n_rows, x_ND), little), n_rows)
         loss = x_ND.new_zeros((), dtype=sum_dtype)
         dx_ND = torch.empty_like(x_ND) if needs_dx else None
         dweight_VD = torch.zeros_like(weight_VD, dtype=sum_dtype) if needs_dweight else None
         buffer_CV = x_ND.new_empty(rows, len(weight_VD), dtype=sum_dtype)
+        ctx.weight_dtype, weight_VD = weight_VD.dtype, _cast_once(weight_VD, x_ND, buffer_CV.nbytes)
         for start in range(0, n_rows, max(rows, 1)):
             chunk = slice(start, min(start + rows, n_rows))
             logits_CV = buffer_CV[: chunk.stop - start]
             _project(x_ND[chunk], weight_VD, logits_CV)
             loss += _cross_entropy_(logits_CV, labels_N[chunk], needs_dx or needs_dweight, vocabulary)
-            if dx_ND is not None:
-                _project_back(logits_CV, weight_VD, dx_ND[chunk])
-            if dweight_VD is not None:
-                _add_outer(logits_CV, x_ND[chunk], dweight_VD)
-        ctx.gradients, ctx.weight_dtype = (dx_ND, dweight_VD), weight_VD.dtype
+            if dx_ND is not None or dweight_VD is not None:
+                dx_CD = None if dx_ND is None else dx_ND[chunk]
+                _project_back(logits_CV, x_ND[chunk], weight_VD, dx_CD, dweight_VD)
+        ctx.gradients = dx_ND, dweight_VD
         return loss
 
     @staticmethod
@@ -150,24 +154,32 @@ def _cross_entropy_(logits_CV: Tensor, labels_C: Tensor, gradient: bool, vocabul
     return torch.where(valid_C1, total_C1.log() - label_logit_C1, 0).sum()
 
 
+def _cast_once(weight_VD: Tensor, x: Tensor, n_bytes: int) -> Tensor:
+    """The weight in the dtype of `x`, if that takes little beside a buffer of `n_bytes`; else as it is."""
+    size = weight_VD.numel() * x.dtype.itemsize
+    is_little = size <= max(n_bytes // (4 if x.is_cpu else 1), _LITTLE_BYTES)
+    return weight_VD.to(x.dtype) if is_little else weight_VD
+
+
 def _project(x_CD: Tensor, weight_VD: Tensor, logits_CV: Tensor) -> None:
     """logits_CV = x_CD @ weight_VD^T."""
     for tile in _tiles(x_CD, weight_VD):
         _matmul_into(logits_CV[:, tile], x_CD, weight_VD[tile].to(x_CD.dtype).t(), beta=0)
 
 
-def _project_back(dlogits_CV: Tensor, weight_VD: Tensor, dx_CD: Tensor) -> None:
-    """dx_CD = dlogits_CV @ weight_VD."""
-    sum_CD = torch.zeros_like(dx_CD, dtype=dlogits_CV.dtype)
-    for tile in _tiles(dx_CD, weight_VD):
-        _matmul_into(sum_CD, dlogits_CV[:, tile].to(dx_CD.dtype), weight_VD[tile].to(dx_CD.dtype), beta=1)
-    dx_CD.copy_(sum_CD)
-
-
-def _add_outer(dlogits_CV: Tensor, x_CD: Tensor, dweight_VD: Tensor) -> None:
-    """dweight_VD += dlogits_CV^T @ x_CD."""
-    for tile in _tiles(x_CD, dweight_VD):
-        _matmul_into(dweight_VD[tile], dlogits_CV[:, tile].to(x_CD.dtype).t(), x_CD, beta=1)
+def _project_back(
+    dlogits_CV: Tensor, x_CD: Tensor, weight_VD: Tensor, dx_CD: Tensor | None, dweight_VD: Tensor | None
+) -> None:
+    """dx_CD = dlogits_CV @ weight_VD, and dweight_VD += dlogits_CV^T @ x_CD; those that are asked for."""
+    sum_CD = torch.zeros_like(x_CD, dtype=dlogits_CV.dtype)
+    for tile in _tiles(x_CD, weight_VD):
+        dlogits_CT = dlogits_CV[:, tile].to(x_CD.dtype)
+        if dx_CD is not None:
+            _matmul_into(sum_CD, dlogits_CT, weight_VD[tile].to(x_CD.dtype), beta=1)
+        if dweight_VD is not None:
+            _matmul_into(dweight_VD[tile], dlogits_CT.t(), x_CD, beta=1)
+    if dx_CD is not None:
+        dx_CD.copy_(sum_CD)
 
 
 def _tiles(x_CD: Tensor, weight_VD: Tensor) -> Iterator[slice]:

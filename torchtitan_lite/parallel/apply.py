@@ -1,9 +1,7 @@
 """What is applied to the finished single-device model, in the one order that works."""
 
 import math
-import os
 import shutil
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -11,16 +9,13 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from torchtitan_lite.attention.native import CXX
 from torchtitan_lite.config.load import Problem, near
 from torchtitan_lite.parallel.context import ContextParallel, Split
 from torchtitan_lite.parallel.fsdp import apply_fsdp
 from torchtitan_lite.parallel.mesh import AXES, Degrees, Mesh, ParallelismConfig
 from torchtitan_lite.parallel.recompute import ActivationCheckpointConfig, apply_recompute
 from torchtitan_lite.parallel.tensor import apply_tensor_parallel, shard_dim
-
-# What torch looks for: torch._inductor.config.cpp.cxx.
-CXX = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-"""The compiler of torch's CPU kernels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +76,7 @@ def apply(
         model.register_forward_pre_hook(_refuse_to_predict, with_kwargs=True)
     apply_recompute(blocks, recompute)
     if compile.enable:
+        _trust_the_processor()
         for block in blocks:
             block.compile(backend=compile.backend)
     if mesh is not None and (mesh.weights.size() > 1 or offload):
@@ -92,6 +88,17 @@ def apply(
             offload=offload,
         )
     return context
+
+
+def _trust_the_processor() -> None:
+    """Spare the compiler programs that only try out which vector instructions there are: 6 s of 19.
+
+    torch's own kernels have chosen theirs by asking the processor, too.
+    """
+    from torch._inductor import config  # slow, and for compiled runs alone
+
+    if config.cpp.vec_isa_ok is None and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):
+        config.cpp.vec_isa_ok = True
 
 
 def plan(

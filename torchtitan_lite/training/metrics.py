@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -84,12 +85,14 @@ class Metrics:
         *,
         steps: int,
         flops_per_token: float,
-        peak_flops: float,
+        peak_flops: Callable[[], float],
         resumed_step: int | None = None,
         n_tokens_seen: int = 0,
     ) -> None:
         self.config, self.steps = config, steps
-        self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
+        self.flops_per_token = flops_per_token
+        # Found out for the first report: the first step does not wait for a measurement.
+        self._peak_flops = cache(peak_flops)
         self.n_tokens_seen = n_tokens_seen
         self._window: list[StepStats] = []
         self._lines = Lines(folder / _FILE)
@@ -129,7 +132,7 @@ class Metrics:
             "lr": stats.lr,
             "n_tokens_seen": self.n_tokens_seen,
             "tokens_per_second": tokens_per_second,
-            "mfu": tokens_per_second * self.flops_per_token / self.peak_flops,
+            "mfu": tokens_per_second * self.flops_per_token / self._peak_flops(),
             "peak_memory_gib": peak_memory_gib,
             "data_wait_fraction": sum(s.data_seconds for s in self._window) / seconds,
         }

@@ -12,13 +12,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from torchtitan_lite.attention.native import compile_kernel, forget_kernels
 from torchtitan_lite.checkpoint.patience import patiently
 from torchtitan_lite.checkpoint.randomness import set_random_state
 from torchtitan_lite.checkpoint.restore import Found, load
 from torchtitan_lite.checkpoint.save import Saver, Snapshot
 from torchtitan_lite.checkpoint.steps import Steps
 from torchtitan_lite.config.job import JobConfig
-from torchtitan_lite.data import IGNORE, Batch, Loader, Samples, in_order, load_tokenizer, prepare
+from torchtitan_lite.data import IGNORE, Batch, Loader, Samples, Shards, in_order, load_tokenizer, prepare
 from torchtitan_lite.models.init import init_weights
 from torchtitan_lite.parallel.apply import apply
 from torchtitan_lite.parallel.fsdp import place_shard, sync_gradients
@@ -47,6 +48,7 @@ class Trainer:
     Args:
         resumed: the step to go on from.
         initial: the step whose model a new run starts with, or a folder of Hugging Face's.
+        shards: tokens to train on instead of those that the config names.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class Trainer:
         *,
         resumed: Found | None = None,
         initial: Found | Path | None = None,
+        shards: Shards | None = None,
     ) -> None:
         self.job, self.world, self.alive = job, world or World(), alive
         self.ranks = ranks_of(self.world)
@@ -64,7 +67,7 @@ class Trainer:
         self.device = torch.device(job.device)
         set_determinism(job.debug)
         self.tokenizer = tokenizer = load_tokenizer(job.data.tokenizer)
-        self.shards = self.world.in_turn(lambda: prepare(job.data, tokenizer))
+        self.shards = shards or self.world.in_turn(lambda: prepare(job.data, tokenizer))
         samples = Samples(self.shards.train, job.training.seq_len)
         size, share = job.training.local_batch_size, self._data_share()
         self.batches = Loader(samples, job.debug.seed, size, *share, n_workers=job.data.num_workers)
@@ -121,6 +124,10 @@ class Trainer:
             compile=job.compile,
             offload=job.training.enable_cpu_offload,
         )
+        forget_kernels()  # an earlier trainer's, in this process
+        compiles = job.compile.enable and job.compile.backend == "inductor"
+        if compiles and self.device.type == "cpu" and job.decoder.attention.kind != "flex":
+            compile_kernel(job.decoder.head_dim)
         self.model.to_empty(device="cpu" if job.training.enable_cpu_offload else self.device)
         if draw:
             init_weights(self.model, job.debug.seed, self._place)
@@ -228,14 +235,13 @@ class Trainer:
         """The run's reports, on the first rank."""
         if not self.world.is_first:
             return Silence()
-        training = self.job.training
-        peak = self.job.metrics.peak_flops or peak_flops(self.device, training.compute_dtype)
+        training, stated = self.job.training, self.job.metrics.peak_flops
         return Metrics(
             self.job.metrics,
             folder,
             steps=training.steps,
             flops_per_token=self.model.config.flops_per_token(training.seq_len),
-            peak_flops=peak * self.world.size,
+            peak_flops=lambda: (stated or peak_flops(self.device, training.compute_dtype)) * self.world.size,
             resumed_step=self.resumed_step,
             n_tokens_seen=self.n_tokens_seen,
         )

@@ -1,0 +1,198 @@
+"""Projection and cross-entropy in chunks against all logits at once: time and memory by vocabulary.
+
+    benchmarks/loss.py --vocabularies 512 151936 --rows 2048 --dim 256 --dtype bf16 --json
+
+Milliseconds are of a forward and backward, the median over rounds of the two ways in turns. Memory is the
+peak beyond the hidden states, the weight and the gradients of both: what torch allocates on a GPU; on a CPU
+what the process has resident, each way in a process of its own (Linux). The chunked way's memory is compared
+with that of all logits, in float32 and in the hidden states' dtype. One label in ten is none.
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from ctypes import CDLL
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchtitan_lite.models.loss import IGNORE, linear_cross_entropy, reference_cross_entropy
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+WAYS: dict[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+    "chunked": linear_cross_entropy,
+    "full": reference_cross_entropy,
+}
+
+
+def main() -> None:
+    args = parse(sys.argv[1:])
+    sizes = [
+        Sizes(args.rows, args.dim, vocabulary, args.dtype, args.device) for vocabulary in args.vocabularies
+    ]
+    report = {
+        "rows": args.rows,
+        "dim": args.dim,
+        "dtype": args.dtype,
+        "device": args.device,
+        "rounds": args.rounds,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "vocabularies": [measure(each, args.rounds) for each in sizes],
+    }
+    print(json.dumps(report) if args.json else described(report), flush=True)
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--vocabularies", type=int, nargs="+", default=[512, 8192, 32768, 151936])
+    parser.add_argument("--rows", type=int, default=2048, help="tokens whose loss is computed")
+    parser.add_argument("--dim", type=int, default=256, help="features of a hidden state")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the hidden states")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="that count, after one that does not")
+    parser.add_argument("--json", action="store_true", help="print a line of JSON")
+    return parser.parse_args(argv)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """One loss to compute."""
+
+    rows: int
+    dim: int
+    vocabulary: int
+    dtype: str
+    device: str
+
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden states [N, D], the weight [V, D] and labels [N], always the same."""
+        generator = torch.Generator().manual_seed(0)
+        x_ND = torch.randn(self.rows, self.dim, generator=generator).to(self.device, DTYPES[self.dtype])
+        weight_VD = torch.randn(self.vocabulary, self.dim, generator=generator).mul_(0.02)
+        labels_N = torch.randint(self.vocabulary, (self.rows,), generator=generator)
+        labels_N[torch.rand(self.rows, generator=generator) < 0.1] = IGNORE
+        return x_ND.requires_grad_(), weight_VD.to(self.device).requires_grad_(), labels_N.to(self.device)
+
+
+def measure(sizes: Sizes, n_rounds: int) -> dict[str, Any]:
+    """Time and memory of both ways at one size."""
+    n_bytes = {way: extra_bytes(sizes, way) for way in WAYS}
+    ms = milliseconds(sizes, n_rounds)
+    logits, itemsize = sizes.rows * sizes.vocabulary, DTYPES[sizes.dtype].itemsize
+    return {
+        "vocabulary": sizes.vocabulary,
+        "chunked_ms": round(ms["chunked"], 3),
+        "full_ms": round(ms["full"], 3),
+        "times_as_fast": round(ms["full"] / ms["chunked"], 3),
+        "chunked_bytes": n_bytes["chunked"],
+        "full_bytes": n_bytes["full"],
+        "logits_float32_bytes": logits * 4,
+        "logits_bytes": logits * itemsize,
+        "chunked_of_float32_logits": round(n_bytes["chunked"] / (logits * 4), 4),
+        "chunked_of_logits": round(n_bytes["chunked"] / (logits * itemsize), 4),
+    }
+
+
+def compute(way: str, x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> tuple[Tensor, ...]:
+    """The gradients of the mean loss, as the trainer takes it."""
+    loss_sum, count = WAYS[way](x_ND, weight_VD, labels_N)
+    return torch.autograd.grad(loss_sum / count, (x_ND, weight_VD))
+
+
+def milliseconds(sizes: Sizes, n_rounds: int) -> dict[str, float]:
+    """The median of each way, in turns."""
+    inputs = sizes.inputs()
+    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    for _ in range(n_rounds + 1):
+        for way in WAYS:
+            began = time_on(sizes.device)
+            compute(way, *inputs)
+            seconds[way].append(time_on(sizes.device) - began)
+    return {way: statistics.median(found[1:]) * 1e3 for way, found in seconds.items()}
+
+
+def time_on(device: str) -> float:
+    """The time, when the device has done all that it was given."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return perf_counter()
+
+
+def extra_bytes(sizes: Sizes, way: str) -> int:
+    """The peak of a loss and its gradients, beyond these and the inputs."""
+    if sizes.device == "cuda":
+        return peak_of_loss(sizes, way)
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
+        return fresh.submit(peak_of_loss, sizes, way).result()
+
+
+def peak_of_loss(sizes: Sizes, way: str) -> int:
+    """`extra_bytes`, in this process."""
+    compute(way, *Sizes(32, sizes.dim, 64, sizes.dtype, sizes.device).inputs())  # loads the libraries
+    inputs = sizes.inputs()
+    before = reset_peak(sizes.device)
+    gradients = compute(way, *inputs)
+    return peak(sizes.device) - before - sum(gradient.nbytes for gradient in gradients)
+
+
+def reset_peak(device: str) -> int:
+    """Bytes held now, with what is free given back; the peak is counted from here."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    if sys.platform != "linux":
+        sys.exit("the peak of a process on a CPU is read from /proc, which only Linux has")
+    CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident("VmRSS")
+
+
+def peak(device: str) -> int:
+    """The most bytes held since `reset_peak`: of tensors on a GPU, of the whole process on a CPU."""
+    return torch.cuda.max_memory_allocated() if device == "cuda" else resident("VmHWM")
+
+
+def resident(name: str) -> int:
+    """A line of /proc/self/status in bytes; man 5 proc."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[name].split()[0]) * 1024
+
+
+def described(report: dict[str, Any]) -> str:
+    """The report, to be read."""
+    title = "{rows} x {dim} hidden states in {dtype} on {device} ({threads} threads), torch {torch}"
+    rows = [{name: mib(name, x) for name, x in row.items()} for row in report["vocabularies"]]
+    return f"{title.format(**report)}\n{table(rows)}"
+
+
+def mib(name: str, x: float) -> float | str:
+    """Bytes in MiB; what is none as it is."""
+    return f"{x / 2**20:,.1f} MiB" if name.endswith("_bytes") else x
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """A line of the names of what is known of the last row, and a line of numbers for each row."""
+    names = [name for name, value in rows[-1].items() if not isinstance(value, dict)]
+    numbers = [[row.get(name, "") for name in names] for row in rows]
+    words = [[f"{x:,}" if type(x) in (int, float) else str(x) for x in line] for line in numbers]
+    widths = [max(map(len, column)) for column in zip(names, *words, strict=True)]
+    aligned = ([x.rjust(width) for x, width in zip(line, widths, strict=True)] for line in [names, *words])
+    return "\n".join("  ".join(line) for line in aligned)
+
+
+if __name__ == "__main__":
+    main()

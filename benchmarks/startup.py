@@ -1,0 +1,138 @@
+"""How soon a run starts: imports, the first step eager and compiled, saving and loading.
+
+    benchmarks/startup.py --rounds 3 --dtype fp32 --json
+
+Imports and first steps are fresh processes, timed from their start; a first step until it is reported.
+"cold" has an empty cache of compiled kernels, "warm" that of a cold start. Saving lasts until the step is
+published, loading until a trainer has it, beyond what building one takes; the files are in memory.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from step import DTYPES, PRESETS
+from synthetic import write_shards
+
+from torchtitan_lite.config.job import load_job
+from torchtitan_lite.parallel.world import World
+from torchtitan_lite.training.metrics import Silence
+from torchtitan_lite.training.record import find_start
+from torchtitan_lite.training.trainer import Trainer
+
+IMPORTS = {
+    "import torch": "import torch",
+    "import the entry": "import torch, torchtitan_lite.train",
+    "import all of a run": "import torch, torchtitan_lite.run",
+}
+
+
+def main() -> None:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", action="store_true", help="print a line of JSON")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        timed(IMPORTS["import all of a run"])  # from the disk
+        turns = [{name: timed(code) for name, code in IMPORTS.items()} for _ in range(args.rounds)]
+        seconds = {name: [turn[name] for turn in turns] for name in IMPORTS}
+        seconds |= first_steps(args, Path(folder))
+        saving = save_and_load(args, Path(folder))
+    report = {name: round(statistics.median(found), 2) for name, found in seconds.items()} | saving
+    if args.json:
+        print(json.dumps(report))
+    else:
+        print("\n".join(f"{name:24} {value}" for name, value in report.items()))
+
+
+def timed(code: str) -> float:
+    """Seconds of a process that runs `code`."""
+    began = perf_counter()
+    subprocess.run([sys.executable, "-c", code], check=True)
+    return perf_counter() - began
+
+
+def options(args: argparse.Namespace, folder: Path) -> list[str]:
+    """A run of the tiny preset, as step.py has it, on the text of the standard library."""
+    name, flavor, overrides = PRESETS["tiny"]
+    return [
+        "--model.name", name, "--model.flavor", flavor, "--model.overrides", json.dumps(overrides),
+        "--training.seq-len", "512", "--training.local-batch-size", "8", "--training.steps", "1",
+        "--training.mixed-precision-param", DTYPES[args.dtype], "--lr-scheduler.warmup-steps", "0",
+        "--job.device", args.device, "--data.cache-dir", str(folder / "data"),
+    ]  # fmt: skip
+
+
+def first_steps(args: argparse.Namespace, folder: Path) -> dict[str, list[float]]:
+    """Seconds until the first step is reported: eager, compiled with nothing at hand, compiled again."""
+    common = options(args, folder)
+    first_step(common, folder, folder / "unused")  # the tokens are in the cache from now on
+    found: dict[str, list[float]] = {"eager": [], "cold": [], "warm": []}
+    for number in range(args.rounds):
+        cache = folder / f"cache-{number}"
+        found["eager"].append(first_step(common, folder, cache))
+        found["cold"].append(first_step([*common, "--compile.enable"], folder, cache))
+        found["warm"].append(first_step([*common, "--compile.enable"], folder, cache))
+    return {f"first step, {name}": seconds for name, seconds in found.items()}
+
+
+def first_step(words: Sequence[str], folder: Path, cache: Path) -> float:
+    """Seconds from the start of a run to its report of the first step."""
+    run = tempfile.mkdtemp(dir=folder)
+    command = [sys.executable, "-u", "-m", "torchtitan_lite.train", *words, "--job.dump-folder", run]
+    caches = {"TORCHINDUCTOR_CACHE_DIR": str(cache), "TRITON_CACHE_DIR": str(cache / "triton")}
+    began, seconds, lines = perf_counter(), 0.0, []
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, env={**os.environ, **caches}, **pipes) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.append(line)
+            if line.startswith("step 1/1 ") and "loss" in line and not seconds:
+                seconds = perf_counter() - began
+    if process.returncode or not seconds:
+        sys.exit(f"{' '.join(command)}\nfailed with status {process.returncode}:\n{''.join(lines[-20:])}")
+    return seconds
+
+
+def save_and_load(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Seconds and MiB of the tiny preset's step."""
+    job = load_job([*options(args, folder), "--checkpoint.enable"]).config
+    shards = write_shards(folder, job.decoder.vocab_size, 16, 512)
+    trainer = Trainer(job, shards=shards)
+    trainer.train_step()
+    saver = trainer.build_saver(folder, Silence())
+    assert saver is not None
+
+    def load() -> Trainer:
+        found, _ = find_start(job, folder, World(), lambda: None)
+        return Trainer(job, shards=shards, resumed=found)
+
+    saving, _ = clocked(lambda: saver.save(trainer.step, trainer.snapshot, last=True))
+    building, _ = clocked(lambda: Trainer(job, shards=shards))
+    loading, resumed = clocked(load)
+    assert resumed.step == trainer.step
+    size = sum(path.stat().st_size for path in (folder / job.checkpoint.folder).rglob("*") if path.is_file())
+    loaded = round(max(loading - building, 0.0), 2)
+    return {"save": round(saving, 2), "load": loaded, "saved MiB": round(size / 2**20, 1)}
+
+
+def clocked(act: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds of `act`, and what it returns."""
+    began = perf_counter()
+    made = act()
+    return perf_counter() - began, made
+
+
+if __name__ == "__main__":
+    main()

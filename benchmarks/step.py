@@ -1,0 +1,391 @@
+"""Speed and memory of the trainer's own step, on synthetic tokens: alone, or in turns with other programs.
+
+    benchmarks/step.py --preset tiny --dtype bf16 --compile --json
+    benchmarks/step.py --compile --rounds 3 --compare "python other.py --compile" --compare "python third.py"
+
+Prints tokens per second, milliseconds, peak memory, MFU and the share of each phase; with --json one line of
+JSON. A command to compare with prints such a line last, with `tokens_per_s_median` and `peak_rss_gib` or
+`peak_mem_gib`. Its rounds are in turns with ours (A B C A B C), and the ratios are those of the medians; a
+command that fails is left out. First steps compile, or find in caches what rounds before them compiled:
+startup.py tells these apart.
+"""
+
+import argparse
+import json
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from synthetic import write_shards
+from torch import Tensor
+
+from torchtitan_lite.config.job import JobConfig, load_job
+from torchtitan_lite.data import Batch
+from torchtitan_lite.models.decoder import DecoderConfig
+from torchtitan_lite.training.hardware import keep_freed_memory, measured_flops, peak_flops, peak_memory_gib
+from torchtitan_lite.training.trainer import Trainer
+
+PRESETS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "tiny": (
+        "qwen3", "debugmodel",
+        {"n_layers": 8, "vocab_size": 8192, "tie_embeddings": False, "max_seq_len": 1 << 17},
+    ),
+    "qwen3-0.6b": ("qwen3", "0.6B", {}),
+    "llama3-8b": ("llama3", "8B", {}),
+}  # fmt: skip
+"""Name and flavor of a model, and what is different of it here."""
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+DESCRIPTION = """\
+{preset}: {params:,} parameters, {attention}, {dtype}, {how}
+{batch} x {seq} tokens on {device}, {threads} threads
+{tokens_per_s_median:,.0f} tokens/s
+a step takes {step_ms_median} ms ({step_ms_min} to {step_ms_max} in {steps} steps), the first {first_step_s} s
+peak memory {memory} GiB
+MFU {mfu_causal:.1%} causal, {mfu_full:.1%} full attention, of {peak_tflops} TFLOP/s ({measured_tflops} here)
+phases: {shares}"""
+ROW = (
+    "{peer:22} {tokens_per_s_median:>10,.0f} tokens/s {peak_gib:6.2f} GiB, first step {first_step_s:5.1f} s; "
+    "we are {times_as_fast:.3f} times as fast, in {memory_ratio:.3f} of the memory; rounds: {rounds}"
+)
+PHASES = ("data", "forward", "loss", "backward", "clip", "optimizer")
+
+
+def main() -> None:
+    args = parse(sys.argv[1:])
+    if args.compare:
+        compare(args)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        report = measure(args, Path(folder))
+    print(json.dumps(report) if args.json else described(report), flush=True)
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    raw = argparse.RawDescriptionHelpFormatter
+    # Not abbreviated: `without_comparison` looks for whole names.
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    parser.add_argument("--preset", choices=PRESETS, default="tiny")
+    parser.add_argument("--layers", type=int, help="blocks instead of the preset's")
+    parser.add_argument("--seq", type=int, default=512, help="tokens in a sample")
+    parser.add_argument("--batch", type=int, default=8, help="samples in a step")
+    parser.add_argument(
+        "--documents",
+        type=int,
+        nargs=2,
+        metavar=("MIN", "MAX"),
+        help="packed documents of so many tokens; default: one document",
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="fp32", help="of the computation; the weights are float32"
+    )
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--attention", choices=("sdpa", "flex", "flex_flash", "varlen"), default="sdpa")
+    parser.add_argument("--recompute", choices=("none", "selective", "full"), default="none")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
+    )
+    parser.add_argument("--threads", type=int, help="of a CPU; default: torch's")
+    parser.add_argument("--warmup", type=int, default=3, help="steps before those that count")
+    parser.add_argument("--steps", type=int, default=10, help="steps that count")
+    parser.add_argument(
+        "--loop",
+        choices=("trainer", "plain"),
+        default="trainer",
+        help="plain: a loop written out, over the same model, loss and optimizer",
+    )
+    parser.add_argument("--json", action="store_true", help="print a line of JSON")
+    parser.add_argument(
+        "--compare",
+        action="append",
+        default=[],
+        metavar="COMMAND",
+        help="another program; may be given again",
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each program that is compared")
+    return parser.parse_args(argv)
+
+
+def job_of(args: argparse.Namespace) -> JobConfig:
+    """The run's configuration, checked like any other."""
+    name, flavor, overrides = PRESETS[args.preset]
+    overrides = {**overrides, "max_seq_len": max(args.seq, 1 << 17)}
+    if args.layers:
+        overrides["n_layers"] = args.layers
+    suffix = "" if args.attention == "sdpa" else f"_{args.attention}"
+    return load_job(
+        ["--model.name", name, "--model.flavor", flavor + suffix, "--model.overrides", json.dumps(overrides),
+         "--job.device", args.device, "--training.seq-len", str(args.seq),
+         "--training.local-batch-size", str(args.batch),
+         "--training.mixed-precision-param", DTYPES[args.dtype],
+         "--training.steps", str(args.warmup + args.steps), "--lr-scheduler.warmup-steps", "0",
+         "--lr-scheduler.decay-ratio", "0",
+         "--optimizer.lr", "3e-4", "--activation-checkpoint.mode", args.recompute,
+         "--compile.enable" if args.compile else "--compile.no-enable"]
+    ).config  # fmt: skip
+
+
+def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Every figure of one program: this process is it."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.device == "cpu":
+        keep_freed_memory()  # as a run does
+    job, n_steps = job_of(args), args.warmup + args.steps
+    decoder = job.decoder
+    shards = write_shards(folder, decoder.vocab_size, args.batch * n_steps, args.seq, args.documents)
+    trainer = Trainer(job, shards=shards)
+    clock = Clock(trainer.device)
+    step = watched_step(trainer, clock) if args.loop == "trainer" else plain_step(trainer)
+    seconds, losses = [], []
+    for number in range(n_steps):
+        if number == args.warmup:
+            clock.forget()
+        began = clock.wait()
+        losses.append(step())
+        seconds.append(clock.wait() - began)
+    timed = seconds[args.warmup :]
+    return {
+        **vars_of(args),
+        **speeds(args, timed, decoder, trainer.device),
+        "params": decoder.n_params,
+        "first_step_s": round(seconds[0], 3),
+        "loss_first": round(losses[0], 4),
+        "loss_last": round(losses[-1], 4),
+        "peak_mem_gib" if args.device == "cuda" else "peak_rss_gib": round(
+            peak_memory_gib(trainer.device), 3
+        ),
+        "phases": clock.shares(sum(timed)),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def vars_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What was asked for."""
+    names = (
+        "preset",
+        "seq",
+        "batch",
+        "documents",
+        "dtype",
+        "device",
+        "compile",
+        "attention",
+        "recompute",
+        "loop",
+    )
+    return {"peer": "torchtitan_lite", **{name: getattr(args, name) for name in names}}
+
+
+def speeds(
+    args: argparse.Namespace, seconds: list[float], decoder: DecoderConfig, device: torch.device
+) -> dict[str, Any]:
+    """Speed by itself, and as a share of what the device can do."""
+    n_tokens, median = args.batch * args.seq, statistics.median(seconds)
+    dtype = getattr(torch, DTYPES[args.dtype])
+    peak, measured = peak_flops(device, dtype), measured_flops(device, dtype)
+    causal = decoder.flops_per_token(args.seq) * n_tokens / median
+    full = full_flops_per_token(decoder, args.seq) * n_tokens / median
+    return {
+        "tokens_per_s": round(n_tokens * len(seconds) / sum(seconds), 1),
+        "tokens_per_s_median": round(n_tokens / median, 1),
+        "step_ms_median": round(median * 1e3, 2),
+        "step_ms_min": round(min(seconds) * 1e3, 2),
+        "step_ms_max": round(max(seconds) * 1e3, 2),
+        "steps": len(seconds),
+        "model_tflops": round(causal / 1e12, 4),
+        "peak_tflops": round(peak / 1e12, 3),
+        "measured_tflops": round(measured / 1e12, 3),
+        "mfu_causal": round(causal / peak, 4),
+        "mfu_full": round(full / peak, 4),
+    }
+
+
+def full_flops_per_token(decoder: DecoderConfig, seq_len: int) -> float:
+    """As `flops_per_token`, but as if every token saw all `seq_len` keys: the other convention."""
+    half = 6 * decoder.n_layers * decoder.n_heads * decoder.head_dim * seq_len
+    return decoder.flops_per_token(seq_len) + half
+
+
+class Clock:
+    """Time by phase: what lies between two marks belongs to the phase that the second one names."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._marks: list[tuple[str, Any]] = []
+
+    def mark(self, phase: str) -> None:
+        """The phase ends here; "" for what belongs to none."""
+        if self.device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks.append((phase, event))
+        else:
+            self._marks.append((phase, perf_counter()))
+
+    def forget(self) -> None:
+        """Count from here."""
+        self._marks.clear()
+
+    def wait(self) -> float:
+        """The time, when the device has done all that it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return perf_counter()
+
+    def shares(self, seconds: float) -> dict[str, float]:
+        """Each phase's share of `seconds`, and what is left."""
+        found: dict[str, float] = dict.fromkeys(PHASES, 0.0)
+        for (_, before), (phase, after) in zip(self._marks, self._marks[1:], strict=False):
+            if phase:
+                is_event = self.device.type == "cuda"
+                found[phase] += before.elapsed_time(after) / 1e3 if is_event else after - before
+        spent = {**found, "rest": seconds - sum(found.values())}
+        return {phase: round(part / seconds, 4) for phase, part in spent.items()}
+
+
+def watched_step(trainer: Trainer, clock: Clock) -> Callable[[], float]:
+    """The trainer's own step, with marks around its parts."""
+    batches, loss_of = trainer.batches, trainer.loss_of
+    reduce_and_clip, update = trainer.reduce_and_clip, trainer.update
+
+    class Batches:
+        def __next__(self) -> Batch:
+            clock.mark("")
+            batch = next(batches)
+            clock.mark("data")
+            return batch
+
+    def timed_loss_of(batch: Batch) -> tuple[Tensor, Tensor]:
+        clock.mark("")
+        found = loss_of(batch)
+        clock.mark("loss")
+        return found
+
+    def timed_clip(*args: Any) -> tuple[float, float]:
+        clock.mark("backward")
+        found = reduce_and_clip(*args)
+        clock.mark("clip")
+        return found
+
+    def timed_update() -> float:
+        clock.mark("")
+        lr = update()
+        clock.mark("optimizer")
+        return lr
+
+    trainer.model.loss.register_forward_pre_hook(lambda *_: clock.mark("forward"))
+    replaced = {"loss_of": timed_loss_of, "reduce_and_clip": timed_clip, "update": timed_update}
+    for name, act in {**replaced, "batches": Batches()}.items():
+        setattr(trainer, name, act)
+    return lambda: trainer.train_step().loss
+
+
+def plain_step(trainer: Trainer) -> Callable[[], float]:
+    """A training step written out, over the trainer's model, loss and optimizer."""
+    model, optimizer, batches = trainer.model, trainer.optimizer, iter(trainer.batches)
+    decoder, device = model.config, trainer.device
+
+    def step() -> float:
+        batch = next(batches)
+        mask = decoder.attention.mask(batch.positions_BS, device=device)
+        tensors = batch.tokens_BS, batch.positions_BS, batch.labels_BS
+        tokens_BS, positions_BS, labels_BS = (x.to(device, non_blocking=True) for x in tensors)
+        loss_sum, count = model(tokens_BS, positions_BS, mask, labels_BS)
+        loss = loss_sum / count
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    return step
+
+
+def described(report: dict[str, Any]) -> str:
+    """The report, to be read."""
+    return DESCRIPTION.format(
+        **report,
+        how="compiled" if report["compile"] else "eager",
+        memory=report.get("peak_mem_gib", report.get("peak_rss_gib")),
+        shares="  ".join(f"{phase} {share:.1%}" for phase, share in report["phases"].items()),
+    )
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Run this program and the others in turns, and report the medians and how much faster we are."""
+    own = shlex.join([sys.executable, *without_comparison(sys.argv), "--json"])
+    commands = [own, *args.compare]
+    reports: dict[str, list[dict[str, Any]]] = {command: [] for command in commands}
+    for _ in range(args.rounds):
+        for command in list(reports):
+            report = run(command)
+            if report is not None:
+                reports[command].append(report)
+            elif command == own:
+                sys.exit(1)
+            else:
+                del reports[command]
+    rows = [summary(command, found) for command, found in reports.items()]
+    for row in rows:
+        row["times_as_fast"] = round(rows[0]["tokens_per_s_median"] / row["tokens_per_s_median"], 3)
+        row["memory_ratio"] = round(rows[0]["peak_gib"] / row["peak_gib"], 3)
+        if not args.json:
+            print(ROW.format(**row))
+    if args.json:
+        print(json.dumps(rows))
+
+
+def without_comparison(argv: list[str]) -> list[str]:
+    """The command line without what speaks of the comparison."""
+    kept, words = [], iter(argv)
+    for word in words:
+        name, equals, _ = word.partition("=")
+        if name not in ("--compare", "--rounds"):
+            kept += [word] if word != "--json" else []
+        elif not equals:
+            next(words)
+    return kept
+
+
+def run(command: str) -> dict[str, Any] | None:
+    """The report of a program, the last line of JSON that it prints; None where it fails, which is said."""
+    done = subprocess.run(shlex.split(command), capture_output=True, text=True, check=False)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode or not lines:
+        why = f"failed with status {done.returncode}" if done.returncode else "printed no line of JSON"
+        print(f"{command}\n{why}:\n{done.stderr[-2000:]}", file=sys.stderr)
+        return None
+    report = json.loads(lines[-1])
+    print(f"{report.get('peer', command)}: {report['tokens_per_s_median']} tokens/s", file=sys.stderr)
+    return report
+
+
+def summary(command: str, reports: list[dict[str, Any]]) -> dict[str, Any]:
+    """The medians over the rounds of one program."""
+
+    def median(*keys: str) -> float:
+        return statistics.median(next(report[key] for key in keys if key in report) for report in reports)
+
+    return {
+        "peer": reports[0].get("peer", command),
+        "command": command,
+        "tokens_per_s_median": median("tokens_per_s_median"),
+        "step_ms_median": median("step_ms_median"),
+        "peak_gib": median("peak_mem_gib", "peak_rss_gib"),
+        "first_step_s": median("first_step_s"),
+        "rounds": [report["tokens_per_s_median"] for report in reports],
+    }
+
+
+if __name__ == "__main__":
+    main()

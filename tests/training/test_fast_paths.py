@@ -1,0 +1,88 @@
+"""Speed changes no numbers: the losses of fifty steps with each fast path are those of the slow one."""
+
+import json
+
+import pytest
+import torch
+
+from torchtitan_lite.attention import native, tile_kernels
+from torchtitan_lite.attention.tile_kernels import PlainKernel, WholeCpuKernel
+from torchtitan_lite.config.job import load_job
+from torchtitan_lite.models import loss
+from torchtitan_lite.models.loss import LinearCrossEntropy, reference_cross_entropy
+from torchtitan_lite.training.trainer import Trainer
+
+STEPS = 50
+MODEL = {"n_layers": 2, "dim": 48, "n_heads": 4, "n_kv_heads": 2, "head_dim": 16, "ffn_dim": 64}
+# Of a loss of about 4 nats. In bfloat16 a weight that is rounded the other way is other by 1 in 256.
+TOLERANCES = {"float32": 2e-4, "bfloat16": 2e-2}
+
+
+@pytest.fixture
+def losses(small_run, monkeypatch):
+    """`losses(dtype, fast)` are those of a run with all that is slow, but for one fast path."""
+
+    def run(dtype: str, fast: str | None, *words: str) -> torch.Tensor:
+        with monkeypatch.context() as patched:
+            if fast != "attention in blocks":
+                patched.setattr(tile_kernels, "CpuKernel", WholeCpuKernel)
+            if fast != "chunked loss":
+                patched.setattr(LinearCrossEntropy, "forward", _full_logits)
+            if fast == "weight cast in tiles":
+                patched.setattr(LinearCrossEntropy, "forward", _chunked)
+                patched.setattr(loss, "_LITTLE_BYTES", 0)
+            options = {
+                "model.overrides": json.dumps(MODEL),
+                "training.steps": STEPS,
+                "training.seq-len": 320,  # more than a block of queries
+                "training.local-batch-size": 2,
+                "training.mixed-precision-param": dtype,
+                "lr-scheduler.warmup-steps": 5,
+                "optimizer.lr": 3e-3,
+            }
+            given = [word for key, value in options.items() for word in (f"--{key}", str(value))]
+            calls, forward = [], native.forward
+            patched.setattr(native, "forward", lambda *args: calls.append(1) or forward(*args))
+            trainer = Trainer(load_job([*small_run, *given, *words]).config)
+            if fast == "compiled kernel":
+                native.compile_kernel(16)
+            found = torch.tensor([trainer.train_step().loss for _ in range(STEPS)])
+            is_native = fast == "compiled kernel" or "--compile.enable" in words
+            assert len(calls) == (STEPS * MODEL["n_layers"] if is_native else 0)
+            native.forget_kernels()
+            return found
+
+    return run
+
+
+_chunked = LinearCrossEntropy.forward
+
+
+def _full_logits(self, x_BSD, weight_VD, labels_BS, vocabulary=None):
+    return reference_cross_entropy(x_BSD, weight_VD, labels_BS)
+
+
+FAST = ["attention in blocks", "chunked loss", "weight cast in tiles"]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("fast", [*FAST, pytest.param("compiled kernel", marks=pytest.mark.compiler)])
+def test_a_fast_path_trains_as_the_slow_one(losses, fast, dtype):
+    found, wanted = losses(dtype, fast), losses(dtype, None)
+    assert wanted[-1] < wanted[0] - 1, "it was meant to learn"
+    torch.testing.assert_close(found, wanted, rtol=0, atol=TOLERANCES[dtype])
+
+
+@pytest.mark.slow
+@pytest.mark.compiler
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_a_compiled_run_trains_as_the_slow_one(losses, dtype):
+    found = losses(dtype, "chunked loss", "--compile.enable")
+    torch.testing.assert_close(found, losses(dtype, None), rtol=0, atol=TOLERANCES[dtype])
+
+
+def test_the_slow_path_is_the_one_that_torch_has_nothing_faster_for(losses, monkeypatch):
+    """The reference itself against matrix products written out."""
+    wanted = losses("float32", None)
+    monkeypatch.setattr(tile_kernels, "kernel_for", lambda q: PlainKernel())
+    torch.testing.assert_close(losses("float32", None), wanted, rtol=0, atol=TOLERANCES["float32"])

@@ -1,0 +1,174 @@
+"""Attention of documents by a kernel that this machine's GCC makes of `causal_cpu.cpp`.
+
+B batch rows, S tokens, H query heads, G key/value heads, K head dim.
+
+For runs that are compiled: `compile_kernel` makes it known, for the whole process, for heads of one size.
+"""
+
+import ctypes
+import hashlib
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from torchtitan_lite.attention.tiles import CAUSAL, FULL
+
+# What torch looks for: torch._inductor.config.cpp.cxx.
+CXX = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+"""The compiler of CPU kernels, torch's and ours."""
+
+_SOURCE = Path(__file__).with_name("causal_cpu.cpp")
+# OpenMP's functions are left to be found in what torch has loaded: a second copy would have more threads.
+_COMPILE = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-fopenmp", "-Wno-psabi")
+_DTYPES = (torch.float32, torch.bfloat16)
+_LOG = logging.getLogger(__name__)
+_KERNELS: dict[int, ctypes.CDLL] = {}
+
+
+def compile_kernel(head_dim: int) -> None:
+    """Compile the kernel for heads of `head_dim`, or find it in the cache; then `attend_tiles` uses it.
+
+    Where it cannot be compiled or loaded, that is logged and torch's own kernel stays. So it does where there
+    is no GCC to be expected.
+    """
+    if head_dim % 16 or head_dim > 256 or head_dim in _KERNELS or sys.platform != "linux":
+        return
+    try:
+        _KERNELS[head_dim] = _loaded(head_dim)
+    except subprocess.CalledProcessError as error:
+        said = error.stderr.decode(errors="replace").strip().splitlines()
+        _say_left(
+            f"{CXX} cannot compile ours: {' / '.join(said[:3])}; CXX names another compiler, of GCC's kind"
+        )
+    except OSError as error:
+        _say_left(
+            f"ours cannot be made or loaded: {error}; TORCHINDUCTOR_CACHE_DIR names another folder for it"
+        )
+
+
+def _say_left(why: str) -> None:
+    _LOG.warning("attention is left to torch's kernel: %s", why)
+
+
+def forget_kernels() -> None:
+    """Leave attention to torch's own kernel again."""
+    _KERNELS.clear()
+
+
+def has_amx() -> bool:
+    """Whether the CPU has units for products of bfloat16 matrices, which ours does not use."""
+    return getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+
+
+def takes(q_BSHK: Tensor, table: Tensor) -> bool:
+    """Whether the kernel has been compiled for these queries, and the tiles are whole documents."""
+    fits = q_BSHK.is_cpu and q_BSHK.dtype in _DTYPES and q_BSHK.shape[-1] in _KERNELS
+    if not fits or (q_BSHK.dtype == torch.bfloat16 and has_amx()):
+        return False
+    q0, q1, k0, k1, kind = table[:, 2:7].unbind(1)
+    # A document of one token is a tile that nothing is hidden from.
+    is_document = (kind == CAUSAL) | ((q1 - q0 == 1) & (k1 - k0 == 1) & (kind == FULL))
+    return bool(is_document.all() and table[:, 7:].all() and torch.equal(q0, k0))
+
+
+def forward(
+    q_BSHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, table: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The output [B, S, H, K] and its log-sum-exp [B, S, H]; both 0 where there is no document."""
+    out_BSHK = torch.zeros_like(q_BSHK)
+    lse_BSH = torch.zeros(q_BSHK.shape[:3], dtype=torch.float32, device=q_BSHK.device)
+    _call(table, scale, False, lse_BSH, q=q_BSHK, k=k_BSGK, v=v_BSGK, out=out_BSHK)
+    return out_BSHK, lse_BSH
+
+
+def backward(
+    dout_BSHK: Tensor, q_BSHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, out_BSHK: Tensor, lse_BSH: Tensor,
+    table: Tensor, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients of q, k and v."""
+    dq, dk, dv = (zeros_for(x, x.dtype) for x in (q_BSHK, k_BSGK, v_BSGK))
+    tensors = {"q": q_BSHK, "k": k_BSGK, "v": v_BSGK, "out": out_BSHK, "dout": dout_BSHK}
+    _call(table, scale, True, lse_BSH, **tensors, dq=dq, dk=dk, dv=dv)
+    return dq, dk, dv
+
+
+def zeros_for(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A gradient of `x` to be added to: contiguous, whatever the layout of `x`."""
+    return torch.zeros_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+class _View(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("row", ctypes.c_int64),
+        ("token", ctypes.c_int64),
+        ("head", ctypes.c_int64),
+    )
+
+
+_TENSORS = ("q", "k", "v", "out", "dout", "dq", "dk", "dv")
+_NUMBERS = ("n_tiles", "table_width", "n_tokens", "heads", "groups", "n_threads")
+
+
+class _Problem(ctypes.Structure):
+    _fields_ = (
+        *((name, _View) for name in _TENSORS),
+        ("lse", ctypes.c_void_p),
+        ("table", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in _NUMBERS),
+        ("scale", ctypes.c_float),
+    )
+
+
+def _call(table: Tensor, scale: float, is_backward: bool, lse: Tensor, **tensors: Tensor) -> None:
+    q, k = tensors["q"], tensors["k"]
+    assert lse.is_contiguous() and table.is_contiguous() and all(x.stride(-1) == 1 for x in tensors.values())
+    assert lse.dtype == torch.float32 and all(x.is_cpu and x.dtype == q.dtype for x in tensors.values())
+    problem = _Problem(lse=lse.data_ptr(), table=table.data_ptr(), scale=scale)
+    for name, x in tensors.items():
+        setattr(problem, name, _View(x.data_ptr(), *x.stride()[:3]))
+    numbers = (*table.shape, q.shape[1], q.shape[2], k.shape[2], torch.get_num_threads())
+    for name, number in zip(_NUMBERS, numbers, strict=True):
+        setattr(problem, name, number)
+    _KERNELS[q.shape[-1]].attend(ctypes.byref(problem), int(q.dtype == torch.bfloat16), int(is_backward))
+
+
+def _loaded(head_dim: int) -> ctypes.CDLL:
+    """The library, made once more where the one in the cache is damaged."""
+    library = _built(head_dim)
+    try:
+        return ctypes.CDLL(str(library))
+    except OSError:
+        library.unlink(missing_ok=True)
+        return ctypes.CDLL(str(_built(head_dim)))
+
+
+def _built(head_dim: int) -> Path:
+    """The library's place, compiled unless torch's cache of kernels has it (TORCHINDUCTOR_CACHE_DIR)."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    flags = [*_COMPILE, f"-DHEAD_DIM={head_dim}"]
+    # What the compiler says of itself and of the processor that it compiles for.
+    about = _run([CXX, *flags, "-dM", "-E", "-x", "c++", os.devnull])
+    key = hashlib.sha256(_SOURCE.read_bytes() + about + repr(flags).encode()).hexdigest()[:16]
+    library = Path(cache_dir()) / "torchtitan_lite" / f"causal-{head_dim}-{key}.so"
+    if not library.exists():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+            parts = Path(folder) / "kernel.o", Path(folder) / "kernel.so"
+            _run([CXX, *flags, "-c", str(_SOURCE), "-o", str(parts[0])])
+            _run([CXX, "-shared", str(parts[0]), "-o", str(parts[1])])
+            with parts[1].open("rb+") as written:
+                os.fsync(written.fileno())  # whole, even after a loss of power
+            parts[1].replace(library)  # at once: other processes may be at it too
+    return library
+
+
+def _run(command: list[str]) -> bytes:
+    return subprocess.run(command, check=True, capture_output=True).stdout
