@@ -22,6 +22,16 @@ from torchtitan_lite.training.trainer import Trainer
 
 sound, rank = getattr(Trainer, sys.argv[1]), int(os.environ["RANK"])
 
+def signalled_on_the_way_out(number):
+    sound, left = train._end_of, [number]
+
+    def end_of(*words):
+        while left:
+            os.kill(os.getpid(), left.pop())
+        return sound(*words)
+
+    train._end_of = end_of
+
 def wrong(self, *args, **words):
     if int(sys.argv[2]) in (rank, -1) and (sys.argv[1] == "__init__" or self.step == 2):
         {action}
@@ -85,6 +95,35 @@ def test_before_the_first_step_it_is_the_same(wrong, tmp_path: Path) -> None:
     assert run.of_ranks().splitlines()[-1] == "rank 0 stopped: rank 1 failed: KeyError: 'gone'"
     assert run.of_ranks().count("Traceback") == 1
     assert outcome(tmp_path)["outcome"] == "failed"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_on_the_way_out_takes_nothing_from_what_is_said(number: int, wrong, tmp_path: Path) -> None:
+    # A launcher sends one when the first rank is gone, which the others may have felt a moment before.
+    with wrong(f"signalled_on_the_way_out({number:d}); rank and 1 / 0", rank=-1) as run:
+        assert run.wait() == 1
+        assert run.left() == []
+    cause = "rank 1 failed: ZeroDivisionError: division by zero"
+    said = run.of_ranks().splitlines()
+    assert (said[0], said[-2:]) == (
+        "rank 1 failed:",
+        ["ZeroDivisionError: division by zero", f"rank 0 stopped: {cause}"],
+    )
+    assert outcome(tmp_path) == {"status": 1, "outcome": "failed", "step": 2, "message": cause}
+
+
+def test_a_signal_on_the_way_out_of_a_single_rank_takes_nothing_from_the_outcome(
+    wrong, tmp_path: Path
+) -> None:
+    with wrong(f"signalled_on_the_way_out({signal.SIGTERM:d}); 1 / 0", rank=0, processes=1) as run:
+        assert run.wait() == 1
+    assert "ZeroDivisionError: division by zero" in run.err
+    assert outcome(tmp_path) == {
+        "status": 1,
+        "outcome": "failed",
+        "step": 2,
+        "message": "division by zero",
+    }
 
 
 def test_wrong_input_found_on_one_rank_is_a_line_once_and_status_2_on_all(wrong, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -25,7 +25,7 @@ if not __package__:
 
 if TYPE_CHECKING:
     from torchtitan_lite.config.job import JobConfig
-    from torchtitan_lite.parallel.watch import End
+    from torchtitan_lite.parallel.watch import End, Watch
     from torchtitan_lite.parallel.world import World
 
 _LAUNCHER = os.getppid()
@@ -107,7 +107,7 @@ def train(job: "JobConfig") -> int:
     from torch.cuda import current_device
 
     from torchtitan_lite.parallel.signals import StopRequest
-    from torchtitan_lite.parallel.watch import Watch, is_of_communication, signalled, while_launched
+    from torchtitan_lite.parallel.watch import Watch, signalled, while_launched
     from torchtitan_lite.parallel.world import join, leave
     from torchtitan_lite.run import Run
 
@@ -132,7 +132,8 @@ def train(job: "JobConfig") -> int:
             status = run.work(alive=lambda: None)
             leave()
         except BaseException as error:
-            run.write_exit(_end_of(error, world))
+            failure = error
+            _despite_signals(lambda: run.write_exit(_end_of(failure, world)))
             leave(wait=False)
             raise
         return status
@@ -152,10 +153,26 @@ def train(job: "JobConfig") -> int:
         )
         leave()
     except BaseException as error:  # noqa: BLE001 - of this rank or felt from another: each ends the process
-        end = _end_of(error, world)
-        watch.end(end, _details(error, end), doubtful=is_of_communication(error))
+        failure = error
+        _despite_signals(lambda: _end_all(watch, failure, world))
+        raise
     watch.stop()
     return status
+
+
+def _despite_signals(act: Callable[[], None]) -> None:
+    """Do `act`, from its beginning again whenever a signal raises in it."""
+    while True:
+        with contextlib.suppress(KeyboardInterrupt, SystemExit):
+            return act()
+
+
+def _end_all(watch: "Watch", error: BaseException, world: "World") -> None:
+    """End this process, and with it the run, upon `error`."""
+    from torchtitan_lite.parallel.watch import is_of_communication
+
+    end = _end_of(error, world)
+    watch.end(end, _details(error, end), doubtful=is_of_communication(error))
 
 
 def _end_of(error: BaseException, world: "World") -> "End":
