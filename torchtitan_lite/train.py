@@ -152,7 +152,7 @@ def train(job: "JobConfig") -> int:
             )
         )
         leave()
-    except BaseException as error:  # noqa: BLE001 - of this rank or felt from another: each ends the process
+    except BaseException as error:  # of this rank or felt from another: each ends the process
         failure = error
         _despite_signals(lambda: _end_all(watch, failure, world))
         raise

@@ -5,7 +5,7 @@ import torch
 import torch._dynamo
 
 from torchtitan_lite.config.job import load_job
-from torchtitan_lite.parallel.apply import CompileConfig, apply
+from torchtitan_lite.parallel.apply import CompileConfig, apply, compile_for_cpu
 from torchtitan_lite.training.trainer import Trainer
 
 
@@ -61,9 +61,9 @@ def test_vector_instructions_are_not_tried_out_unless_someone_wants_it(monkeypat
 
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     with config.patch({"cpp.vec_isa_ok": set_before}):
-        apply(torch.nn.ModuleDict({"blocks": torch.nn.ModuleList()}), compile=CompileConfig(enable=True))
+        compile_for_cpu(CompileConfig(enable=True), attention="flex", head_dim=16)
         assert config.cpp.vec_isa_ok is (set_before is None)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
     with config.patch({"cpp.vec_isa_ok": None}):
-        apply(torch.nn.ModuleDict({"blocks": torch.nn.ModuleList()}), compile=CompileConfig(enable=True))
+        compile_for_cpu(CompileConfig(enable=True), attention="flex", head_dim=16)
         assert config.cpp.vec_isa_ok is None

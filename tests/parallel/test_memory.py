@@ -4,6 +4,8 @@ import json
 
 import parallel_cases as cases
 import pytest
+import torch
+import torch._dynamo
 
 SEQ_LEN, BATCH, DIM = 64, 2, 64
 BLOCK_INPUT = SEQ_LEN * BATCH * DIM * 4
@@ -56,10 +58,15 @@ def test_tensor_parallel_splits_all_but_the_norms(ranks, words) -> None:
         assert held == {name: pytest.approx(total / 2, rel=0.01) for name, total in whole.items()}
 
 
+def of_size(n_layers: int) -> tuple[str, str]:
+    """Options of a model with so many blocks."""
+    shape = {"n_layers": n_layers, "dim": DIM, "n_heads": 4, "n_kv_heads": 2, "head_dim": 16, "ffn_dim": 192}
+    return "--model.overrides", json.dumps(shape)
+
+
 def kept(words: list[str], n_layers: int, *recompute: str) -> int:
     """Bytes that the forward of a model with so many blocks keeps for its backward."""
-    shape = {"n_layers": n_layers, "dim": DIM, "n_heads": 4, "n_kv_heads": 2, "head_dim": 16, "ffn_dim": 192}
-    return cases.kept_bytes([*words, "--model.overrides", json.dumps(shape), *recompute])
+    return cases.kept_bytes([*words, *of_size(n_layers), *recompute])
 
 
 def per_block(words: list[str], *recompute: str) -> float:
@@ -91,9 +98,29 @@ def test_every_second_block_keeps_half_of_the_difference(words) -> None:
     assert half == (per_block(words, *FULL) + per_block(words)) / 2
 
 
+@pytest.mark.compiler
+def test_a_compiled_block_keeps_what_its_products_make_and_nothing_elementwise_from_that(words) -> None:
+    def n_bytes(n_layers: int) -> int:
+        torch._dynamo.reset()
+        trainer = cases.new_trainer([*words, *of_size(n_layers), "--compile.enable"])
+        storages = {}
+
+        def pack(x: torch.Tensor) -> torch.Tensor:
+            if not isinstance(x, torch.nn.Parameter):
+                storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            trainer.loss_of(next(trainer.batches))
+        return sum(storages.values())
+
+    # The inputs of both norms 2, q before and after its norm 2, k 1, v 0.5, attention's output 1, w1 3, w3 3.
+    a_block = (n_bytes(4) - n_bytes(2)) / 2 / BLOCK_INPUT
+    assert 12.5 < a_block < 13, "beside these no more than the norms' factors and the log-sum-exp"
+
+
 def n_kept_on_a_rank(ranks, words: list[str], n_layers: int, *flags: str) -> int:
-    shape = {"n_layers": n_layers, "dim": DIM, "n_heads": 4, "n_kv_heads": 2, "head_dim": 16, "ffn_dim": 192}
-    return max(ranks(2).run(cases.kept_bytes, [*words, "--model.overrides", json.dumps(shape), *flags]))
+    return max(ranks(2).run(cases.kept_bytes, [*words, *of_size(n_layers), *flags]))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from torchtitan_lite.attention import native
 from torchtitan_lite.config.job import JobConfig, load_job
 from torchtitan_lite.config.load import ConfigError
 from torchtitan_lite.data import IGNORE, Batch
-from torchtitan_lite.training import trainer as trainer_module
+from torchtitan_lite.parallel import apply
 from torchtitan_lite.training.step import NonFinite
 from torchtitan_lite.training.trainer import Trainer
 
@@ -303,7 +303,7 @@ def test_every_backend_gives_the_loss_curve_of_sdpa(small_run, flavor: str, wind
 )
 def test_the_kernel_for_cpus_is_that_of_this_run(small_run, monkeypatch, words, compiled) -> None:
     found = []
-    monkeypatch.setattr(trainer_module, "compile_kernel", found.append)
+    monkeypatch.setattr(apply, "compile_kernel", found.append)
     monkeypatch.setitem(native._KERNELS, 8, object())  # of an earlier trainer
     Trainer(load_job([*small_run, *words]).config)
     assert found == compiled and not native._KERNELS

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from torchtitan_lite.attention.native import CXX
+from torchtitan_lite.attention.native import CXX, compile_kernel
 from torchtitan_lite.config.load import Problem, near
 from torchtitan_lite.parallel.context import ContextParallel, Split
 from torchtitan_lite.parallel.fsdp import apply_fsdp
@@ -76,7 +76,6 @@ def apply(
         model.register_forward_pre_hook(_refuse_to_predict, with_kwargs=True)
     apply_recompute(blocks, recompute)
     if compile.enable:
-        _trust_the_processor()
         for block in blocks:
             block.compile(backend=compile.backend)
     if mesh is not None and (mesh.weights.size() > 1 or offload):
@@ -90,6 +89,16 @@ def apply(
     return context
 
 
+def compile_for_cpu(config: CompileConfig, *, attention: str, head_dim: int) -> None:
+    """Set up in this process what inductor makes for a CPU, before it makes any of it."""
+    if not config.enable or config.backend != "inductor":
+        return
+    _trust_the_processor()
+    _recompute_what_is_cheap()
+    if attention != "flex":
+        compile_kernel(head_dim)
+
+
 def _trust_the_processor() -> None:
     """Spare the compiler programs that only try out which vector instructions there are: 6 s of 19.
 
@@ -99,6 +108,16 @@ def _trust_the_processor() -> None:
 
     if config.cpp.vec_isa_ok is None and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):
         config.cpp.vec_isa_ok = True
+
+
+def _recompute_what_is_cheap() -> None:
+    """Have a compiled backward make the normalised and gated inputs of a block's products again.
+
+    They are more than a quarter of what a block would keep, and elementwise from what it keeps anyway.
+    """
+    from torch._functorch import config
+
+    config.ban_recompute_materialized_backward = False
 
 
 def plan(

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from torchtitan_lite.attention.native import compile_kernel, forget_kernels
+from torchtitan_lite.attention.native import forget_kernels
 from torchtitan_lite.checkpoint.patience import patiently
 from torchtitan_lite.checkpoint.randomness import set_random_state
 from torchtitan_lite.checkpoint.restore import Found, load
@@ -21,7 +21,7 @@ from torchtitan_lite.checkpoint.steps import Steps
 from torchtitan_lite.config.job import JobConfig
 from torchtitan_lite.data import IGNORE, Batch, Loader, Samples, Shards, in_order, load_tokenizer, prepare
 from torchtitan_lite.models.init import init_weights
-from torchtitan_lite.parallel.apply import apply
+from torchtitan_lite.parallel.apply import apply, compile_for_cpu
 from torchtitan_lite.parallel.fsdp import place_shard, sync_gradients
 from torchtitan_lite.parallel.gradients import scale, squared_norm, sum_partial
 from torchtitan_lite.parallel.mesh import build_mesh
@@ -125,9 +125,8 @@ class Trainer:
             offload=job.training.enable_cpu_offload,
         )
         forget_kernels()  # an earlier trainer's, in this process
-        compiles = job.compile.enable and job.compile.backend == "inductor"
-        if compiles and self.device.type == "cpu" and job.decoder.attention.kind != "flex":
-            compile_kernel(job.decoder.head_dim)
+        if self.device.type == "cpu":
+            compile_for_cpu(job.compile, attention=job.decoder.attention.kind, head_dim=job.decoder.head_dim)
         self.model.to_empty(device="cpu" if job.training.enable_cpu_offload else self.device)
         if draw:
             init_weights(self.model, job.debug.seed, self._place)
