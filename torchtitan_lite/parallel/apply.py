@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from torchtitan_lite.attention.native import CXX, compile_kernel
+from torchtitan_lite.attention.native import CXX, compile_kernel, forget_kernels
 from torchtitan_lite.config.load import Problem, near
 from torchtitan_lite.parallel.context import ContextParallel, Split
 from torchtitan_lite.parallel.fsdp import apply_fsdp
@@ -91,6 +91,7 @@ def apply(
 
 def compile_for_cpu(config: CompileConfig, *, attention: str, head_dim: int) -> None:
     """Set up in this process what inductor makes for a CPU, before it makes any of it."""
+    forget_kernels()  # an earlier trainer's, in this process
     if not config.enable or config.backend != "inductor":
         return
     _trust_the_processor()

@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from torchtitan_lite.attention.native import forget_kernels
 from torchtitan_lite.checkpoint.patience import patiently
 from torchtitan_lite.checkpoint.randomness import set_random_state
 from torchtitan_lite.checkpoint.restore import Found, load
@@ -124,7 +123,6 @@ class Trainer:
             compile=job.compile,
             offload=job.training.enable_cpu_offload,
         )
-        forget_kernels()  # an earlier trainer's, in this process
         if self.device.type == "cpu":
             compile_for_cpu(job.compile, attention=job.decoder.attention.kind, head_dim=job.decoder.head_dim)
         self.model.to_empty(device="cpu" if job.training.enable_cpu_offload else self.device)
