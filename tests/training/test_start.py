@@ -1,6 +1,8 @@
 """What a start spares: garbage is looked for rarely before the first step, and as usual from then on."""
 
 import gc
+import signal
+from collections.abc import Iterator
 
 import pytest
 
@@ -8,6 +10,16 @@ from torchtitan_lite import train
 from torchtitan_lite.training.trainer import Trainer
 
 USUAL = gc.get_threshold()
+
+
+@pytest.fixture(autouse=True)
+def _signals_as_before() -> Iterator[None]:
+    """A run in this process leaves those that ask it to stop ignored, for all that is started from here."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    signal.set_wakeup_fd(-1)
 
 
 def test_garbage_is_looked_for_rarely_until_training_begins(small_run, monkeypatch) -> None:
