@@ -1,7 +1,4 @@
-"""Steps to damage, and starts of a run that die on purpose: what the tests of checkpoints share.
-
-As a program it is the server of `Starts`: torch is imported once, and each start is a fork of it.
-"""
+"""Steps to damage, and starts of a run that die on purpose: what the tests of checkpoints share."""
 
 import contextlib
 import hashlib
@@ -12,11 +9,8 @@ import pickle
 import resource
 import shutil
 import signal
-import subprocess
 import sys
-import tempfile
 import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -26,6 +20,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from programs import Program
 from torch import Tensor
 
 from torchtitan_lite.checkpoint import CheckpointConfig, SaveFailed
@@ -277,34 +272,35 @@ class Start(NamedTuple):
 
 
 class Starts:
-    """Real starts of training, in forks of one process; `fault` is for `apply_fault`: where one dies."""
-
-    def __init__(self) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="starts-")
-        self._server = subprocess.Popen(
-            [sys.executable, __file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))},
-            text=True,
-        )
+    """Real starts of training; `fault` is for `apply_fault`: where one dies."""
 
     def __call__(self, words: list[str], fault: dict[str, Any] | None = None) -> Start:
         """Start a run with the options `words`."""
-        output = Path(self._folder.name)
-        request = {"words": words, "fault": fault, "out": str(output / "out"), "err": str(output / "err")}
-        assert self._server.stdin and self._server.stdout
-        self._server.stdin.write(json.dumps(request) + "\n")
-        self._server.stdin.flush()
-        status = int(self._server.stdout.readline())
-        out, err = ((output / name).read_text(errors="replace") for name in ("out", "err"))
-        return Start(status, out, err)
+        fault, before = fault or {}, []
+        program = Program(["-c", _RUN, json.dumps(fault), *words])
+        if "delay" in fault:
+            assert program.stdout is not None
+            for line in program.stdout:
+                if line == ARMED:
+                    time.sleep(fault["delay"])
+                    break
+                before.append(line)
+            program.kill()
+        out, err = program.communicate()
+        return Start(program.returncode, "".join(before) + out, err)
 
-    def stop(self) -> None:
-        """End the server."""
-        self._server.kill()
-        self._server.communicate()
-        self._folder.cleanup()
+
+_RUN = "import sys, checkpoint_cases; sys.exit(checkpoint_cases.main_with_fault(sys.argv[1:]))"
+ARMED = "armed\n"
+"""What a run prints when a fault that has a delay is armed."""
+
+
+def main_with_fault(words: list[str]) -> int:
+    """The training of a process of its own: a fault, and the options of the run."""
+    from torchtitan_lite.train import main
+
+    apply_fault(json.loads(words[0]))
+    return main(words[1:])
 
 
 def apply_fault(fault: dict[str, Any]) -> None:
@@ -321,8 +317,9 @@ def apply_fault(fault: dict[str, Any]) -> None:
                 counts["armed"] = True
                 if "fsize" in fault:
                     resource.setrlimit(resource.RLIMIT_FSIZE, (fault["fsize"], resource.RLIM_INFINITY))
-                if "pipe" in fault:
-                    os.write(fault["pipe"], b"!")
+                if "delay" in fault:
+                    sys.stdout.flush()
+                    os.write(1, ARMED.encode())
             return real(*args, **options)
 
         return call
@@ -374,53 +371,6 @@ def _owner(dotted: str) -> tuple[Any, str]:
     raise ModuleNotFoundError(dotted)
 
 
-def _serve() -> None:
-    """Fork for each line of standard input, and answer with the status."""
-    import torch._dynamo  # slow, and what building an optimizer imports
-
-    from torchtitan_lite.train import main
-    from torchtitan_lite.training import record, trainer
-
-    assert record and trainer and torch._dynamo
-    torch.set_num_threads(1)
-    with contextlib.redirect_stdout(None), contextlib.redirect_stderr(None):
-        main(["--dry-run"])
-    for line in sys.stdin:
-        request = json.loads(line)
-        reading, writing = os.pipe()
-        if (pid := os.fork()) == 0:
-            _start(request, writing)
-        os.close(writing)
-        fault = request["fault"] or {}
-        if "delay" in fault and os.read(reading, 1):
-            time.sleep(fault["delay"])
-            os.kill(pid, signal.SIGKILL)
-        _, status = os.waitpid(pid, 0)
-        os.close(reading)
-        print(os.waitstatus_to_exitcode(status), flush=True)
-
-
-def _start(request: dict[str, Any], writing: int) -> None:
-    """The life of a forked process: a training run."""
-    from torchtitan_lite.train import main
-
-    status = 70
-    try:
-        for number, name in ((0, os.devnull), (1, request["out"]), (2, request["err"])):
-            flags = os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC
-            os.dup2(os.open(name, flags), number)
-        if request["fault"]:
-            apply_fault({**request["fault"], "pipe": writing})
-        status = main(request["words"])
-    except BaseException:  # noqa: BLE001 - as Python ends a program
-        traceback.print_exc()
-        status = 1
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-
-
 # --- hostile content ----------------------------------------------------------------------------------
 
 
@@ -448,7 +398,3 @@ def changed_index(folder: Path, change: Callable[[Any], Any]) -> bytes:
     """The index of a step, after `change` of what it holds."""
     metadata = pickle.loads((folder / ".metadata").read_bytes())
     return pickle.dumps(change(metadata) or metadata)
-
-
-if __name__ == "__main__":
-    _serve()

@@ -1,9 +1,14 @@
-"""Every combination of attention, context parallel, tensor parallel, compile and recompute."""
+"""Every combination of attention, context parallel, tensor parallel, compile and recompute, and its verdict.
+
+`python tests/combination_cases.py` writes the table of docs/parallelism.md.
+"""
 
 import itertools
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import NamedTuple
 
 import parallel_cases
@@ -12,6 +17,7 @@ import torch._dynamo
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
+PAGE = Path(__file__).parents[1] / "docs" / "parallelism.md"
 N_STEPS = 2
 GLOBAL_BATCH = 4
 SIZES = {"n_layers": 2, "dim": 32, "n_heads": 8, "n_kv_heads": 4, "head_dim": 16, "ffn_dim": 48}
@@ -28,19 +34,21 @@ ATTENTIONS = {
 }
 """The options of each attention of the table."""
 
+METHODS, DEGREES = ("none", "allgather", "ulysses"), ("1", "2")
+COMPILE, RECOMPUTE = ("off", "on"), ("none", "selective", "full")
 FACTORS = {
     "attention": tuple(ATTENTIONS),
-    "method": ("none", "allgather", "ulysses"),
-    "tensor": ("1", "2"),
-    "compile": ("off", "on"),
-    "recompute": ("none", "selective", "full"),
+    "method": METHODS,
+    "tensor": DEGREES,
+    "compile": COMPILE,
+    "recompute": RECOMPUTE,
 }
-"""What is combined with what: the columns of the table and their values."""
+"""The columns of the table and their values."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Combination:
-    """A row for each, if the table were written out."""
+    """One value of each factor."""
 
     attention: str
     method: str
@@ -65,6 +73,119 @@ class Combination:
             "compile.backend": compiler,
         }
         return ["--model.attention", *ATTENTIONS[self.attention], *as_words(options)]
+
+
+@dataclass(frozen=True)
+class Works:
+    """The combination works: a test of this name shows it."""
+
+    test: str
+
+    def __str__(self) -> str:
+        return f"works: `{self.test}`"
+
+
+@dataclass(frozen=True)
+class Refused:
+    """The configuration is refused with this line."""
+
+    line: str
+
+    def __str__(self) -> str:
+        return f"refused: `{self.line}`"
+
+
+Verdict = Works | Refused
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table: all combinations of its values, and their verdict on a CPU and on CUDA."""
+
+    attention: str
+    methods: tuple[str, ...] = METHODS
+    compile: tuple[str, ...] = COMPILE
+    cpu: Verdict = Works("test_every_combination")
+    cuda: Verdict = Works("test_on_gpus")
+
+    @property
+    def values(self) -> tuple[tuple[str, ...], ...]:
+        """The values of each factor."""
+        return (self.attention,), self.methods, DEGREES, self.compile, RECOMPUTE
+
+    def __str__(self) -> str:
+        return as_line([*map(", ".join, self.values), str(self.cpu), str(self.cuda)])
+
+
+def as_line(cells: Iterable[str]) -> str:
+    """A line of a Markdown table."""
+    return f"| {' | '.join(cells)} |"
+
+
+_FLASH = Refused(
+    'model.attention.kernel_options = {"BACKEND": "FLASH"} is for CUDA kernels, and the device is cpu: '
+    'set job.device = "cuda" where there is a GPU, or leave kernel_options empty'
+)
+_SMALL_BLOCKS = Refused(
+    "model.attention.block_size = 32 finds no kernel within compiled blocks: "
+    "use a multiple of 128, or compile.enable = false"
+)
+
+
+def _no_kernel(kernel: str, needs: str) -> Refused:
+    rule = f"needs a CUDA device with compute capability {needs}, and the device is cpu"
+    return Refused(f'model.attention.kernel = "{kernel}" {rule}: use "auto" or "documents"')
+
+
+_TORCH = _no_kernel("torch", "8.x or 9.x or 10.x or 12.x")
+_FLASH_ATTN = _no_kernel("flash_attn", "8.x or 9.x or 10.x or 12.x, pip install flash-attn")
+_FA3 = _no_kernel("fa3", "9.x, FlashAttention-3 from the flash-attention sources")
+_FA4 = _no_kernel("fa4", "9.x or 10.x, pip install --pre flash-attn-4")
+ROWS = (
+    Row("sdpa", ("none",)),
+    Row("sdpa", ("allgather",)),
+    Row("sdpa", ("ulysses",)),
+    Row("flex", ("none",)),
+    Row("flex", ("allgather",)),
+    Row("flex", ("ulysses",)),
+    Row("flex, block_size = 32", ("none",), ("off",)),
+    Row("flex, block_size = 32", ("none",), ("on",), cuda=_SMALL_BLOCKS),
+    Row("flex, block_size = 32", ("allgather",), ("off",)),
+    Row("flex, block_size = 32", ("allgather",), ("on",), cuda=_SMALL_BLOCKS),
+    Row("flex, block_size = 32", ("ulysses",), ("off",)),
+    Row("flex, block_size = 32", ("ulysses",), ("on",), cuda=_SMALL_BLOCKS),
+    Row('flex, BACKEND = "FLASH"', cpu=_FLASH),
+    Row('varlen, kernel = "documents"', ("none",)),
+    Row('varlen, kernel = "documents"', ("allgather",)),
+    Row('varlen, kernel = "documents"', ("ulysses",)),
+    Row('varlen, kernel = "torch"', cpu=_TORCH),
+    Row('varlen, kernel = "flash_attn"', cpu=_FLASH_ATTN),
+    Row('varlen, kernel = "fa3"', cpu=_FA3),
+    Row('varlen, kernel = "fa4"', cpu=_FA4),
+)
+"""The table of docs/parallelism.md."""
+HEADER = ("attention", "context parallel", "tp", "compile", "recompute", "on a CPU", "on CUDA (not run yet)")
+
+
+def verdicts() -> dict[Combination, tuple[Verdict, Verdict]]:
+    """The verdict of every combination, on a CPU and on CUDA."""
+    found: dict[Combination, tuple[Verdict, Verdict]] = {}
+    for row in ROWS:
+        for values in itertools.product(*row.values):
+            combination = Combination(**dict(zip(FACTORS, values, strict=True)))
+            assert combination not in found, f"twice in the table: {combination}"
+            found[combination] = row.cpu, row.cuda
+    return found
+
+
+def with_table(page: str) -> str:
+    """The page with the table of `ROWS` in place of the one that it has."""
+    header = as_line(HEADER)
+    table = "\n".join([header, "|---" * len(HEADER) + "|", *map(str, ROWS)]) + "\n"
+    old = re.compile(rf"^{re.escape(header)}\n(\|.*\n)*", re.MULTILINE)
+    written, n_tables = old.subn(lambda _: table, page)
+    assert n_tables == 1, f"{n_tables} tables begin with {header}"
+    return written
 
 
 def as_words(options: dict[str, object]) -> list[str]:
@@ -150,3 +271,6 @@ def _meet_again(backend: str, store: Store) -> None:
 
 
 assert [field.name for field in fields(Combination)] == list(FACTORS)
+
+if __name__ == "__main__":
+    PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,13 +1,13 @@
 """What all tests share."""
 
-import os
 import random
 import shutil
 import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+import programs
 import pytest
 import torch
 from parallel_cases import write_documents
@@ -15,8 +15,6 @@ from ranks import Pools
 
 from torchtitan_lite.attention import native
 from torchtitan_lite.attention.native import CXX
-
-ROOT = Path(__file__).parents[1]
 
 # The tests' tensors are small: more threads spend their time waiting for each other.
 torch.set_num_threads(1)
@@ -32,6 +30,31 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         for marker in absent.keys() & item.keywords.keys():
             item.add_marker(pytest.mark.skip(reason=absent[marker]))
+
+
+_LEFT_OUT = pytest.StashKey[int]()
+
+
+def pytest_deselected(items: Sequence[pytest.Item]) -> None:
+    """Count the slow tests that `-m "not slow"` leaves out."""
+    if items and all("slow" in item.keywords for item in items):
+        config = items[0].config
+        config.stash[_LEFT_OUT] = len(items)
+        getattr(config, "workeroutput", {})["left_out"] = len(items)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """A worker of pytest-xdist has ended: each has left out the same tests."""
+    node.config.stash[_LEFT_OUT] = getattr(node, "workeroutput", {}).get("left_out", 0)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Say what was not run, and how to run it."""
+    if left_out := config.stash.get(_LEFT_OUT, 0):
+        terminalreporter.write_line(
+            f"{left_out} slow tests were left out; to run them too: ./scripts/test.sh --all"
+        )
 
 
 @pytest.fixture(autouse=True)
@@ -96,18 +119,13 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    """Runs a Python command line in `tmp_path` and keeps what it prints; an empty variable is left out."""
+    """Runs a Python command line in `tmp_path` and keeps what it prints; an empty variable is left out.
 
-    def run(*words: object, **environment: str) -> subprocess.CompletedProcess[str]:
-        inherited = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
-        changed = {**inherited, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
-        return subprocess.run(
-            [sys.executable, *map(str, words)],
-            cwd=tmp_path,
-            env={key: value for key, value in changed.items() if value},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+    `fresh`: in a fresh Python, and not a process that has torch imported already.
+    """
+
+    def run(*words: object, fresh: bool = False, **environment: str) -> subprocess.CompletedProcess[str]:
+        variables = programs.environment(**environment)
+        return programs.run(words, fresh=fresh, cwd=tmp_path, env=variables)
 
     return run

@@ -278,7 +278,7 @@ def run_pass(
     degrees: Degrees = ALONE,
     method: Any = "allgather",
     config: AttentionConfig = SDPA,
-    n_layers: int = 4,
+    n_layers: int = 2,
 ) -> Pass:
     """One forward and backward of a small model, of packed documents."""
     torch._dynamo.reset()

@@ -8,7 +8,9 @@ HUB = "torchtitan_lite/training/hub.py"
 GENERATE = "torchtitan_lite/inference/generate.py"
 PARITY = "tests/models/test_huggingface.py"
 FILES = "tests/checkpoint/test_weights.py"
+EXCHANGE = "tests/training/test_hub.py"
 TEXT = "tests/inference/test_generate.py"
+CACHE = f"{TEXT}::test_logits_from_the_cache_are_those_of_the_whole_forward[7-sdpa]"
 GATE, UP = ('    "ffn.w1": "mlp.gate_proj",\n', '    "ffn.w3": "mlp.up_proj",\n')
 DOWN = '    "ffn.w2": "mlp.down_proj",\n'
 BOX = "piece.local.copy_(self.box(name, piece.offsets, piece.local.shape))"
@@ -18,104 +20,122 @@ MUTANTS = {
         NAMES,
         GATE + DOWN + UP,
         GATE.replace("gate", "up") + DOWN + UP.replace("up_", "gate_"),
-        f"{PARITY} -k logits_are_theirs",
+        f"{PARITY}::test_logits_are_theirs_beyond_the_original_context",
     ),
     "hub: a scaling of the rotary base is passed over": Mutant(
-        NAMES, 'if kind == "default":', "if True:", f"{PARITY} -k says_what_it_is_made_of"
+        NAMES,
+        'if kind == "default":',
+        "if True:",
+        f"{PARITY}::test_config_json_says_what_it_is_made_of[llama3, 3.1 scaling]",
     ),
     "hub: an activation that is not computed here is accepted": Mutant(
         NAMES,
         '"hidden_act": ("silu", None),',
         '"hidden_act": ("silu", "gelu", None),',
-        f"{PARITY} -k by_name",
+        f"{PARITY}::test_what_this_decoder_does_not_compute_is_an_error_by_name",
     ),
     "hub: an index leads out of the folder": Mutant(
-        WEIGHTS, "os.path.basename(file) != file or ", "", f"{FILES} -k one_line"
+        WEIGHTS,
+        "os.path.basename(file) != file or ",
+        "",
+        f"{FILES}::test_a_broken_or_hostile_folder_is_one_line",
     ),
     "hub: a dtype that loses bits is read": Mutant(
-        WEIGHTS, "elif place.dtype not in _DTYPES:", "elif False:", f"{FILES} -k dtype"
+        WEIGHTS,
+        "elif place.dtype not in _DTYPES:",
+        "elif False:",
+        f"{FILES}::test_a_dtype_that_would_lose_bits_or_is_none_of_weights_is_refused",
     ),
     "hub: tensors of no weight are passed over": Mutant(
-        WEIGHTS, "if name not in wanted and name not in ignored", "if False", f"{FILES} -k fit"
+        WEIGHTS,
+        "if name not in wanted and name not in ignored",
+        "if False",
+        f"{FILES}::test_what_does_not_fit_is_told_in_a_line_each",
     ),
     "hub: the index is not held against the files": Mutant(
-        WEIGHTS, "if listed and listed != (", "if False and listed != (", f"{FILES} -k one_line"
+        WEIGHTS,
+        "if listed and listed != (",
+        "if False and listed != (",
+        f"{FILES}::test_a_broken_or_hostile_folder_is_one_line",
     ),
     "hub: a folder that failed stays": Mutant(
-        WEIGHTS, "        shutil.rmtree(scratch, ignore_errors=True)\n", "", f"{FILES} -k leaves_nothing"
+        WEIGHTS,
+        "        shutil.rmtree(scratch, ignore_errors=True)\n",
+        "",
+        f"{FILES}::test_a_folder_that_fails_leaves_nothing",
     ),
     "hub: the whole model is read before it is placed": Mutant(
         WEIGHTS,
         BOX,
         'kept = self.__dict__.setdefault("kept", []); '
         "kept.append(self.box(name, piece.offsets, piece.local.shape).clone()); piece.local.copy_(kept[-1])",
-        "tests/training/test_hub.py -k second_copy",
+        f"{EXCHANGE}::test_weights_are_read_without_a_second_copy_of_the_model",
     ),
     "hub: a head of its own is taken for a tied one": Mutant(
         HUB,
         "if tied and HEAD in weights.places and",
         "if False and",
-        "tests/training/test_hub.py -k second_time",
+        f"{EXCHANGE}::test_a_tied_head_that_is_stored_a_second_time_has_to_be_the_same",
     ),
     "hub: the export of an earlier end stays": Mutant(
         HUB,
         "if json.loads((folder / SOURCE).read_bytes()) == source:",
         "if True:",
-        "tests/training/test_hub.py -k whenever",
+        f"{EXCHANGE}::test_the_export_is_of_the_last_step_whenever_a_run_goes_on",
     ),
     "hub: weights start with a tokenizer that is not theirs": Mutant(
         "torchtitan_lite/training/record.py",
         "if theirs is None or theirs == own:",
         "if True:",
-        "tests/training/test_hub.py -k not_its_own",
+        f"{EXCHANGE}::test_a_model_is_refused_with_a_tokenizer_that_is_not_its_own",
     ),
     "hub: any tokenizer speaks for a step": Mutant(
         "torchtitan_lite/inference/trained.py",
         "if own.fingerprint == wanted:",
         "if True:",
-        "tests/inference/test_commands.py -k tokenizer",
+        "tests/inference/test_commands.py::test_the_tokenizer_goes_with_the_run",
     ),
     "generate: padding is attended to": Mutant(
         GENERATE,
         "torch.where(is_token_BS, self.next_B[:, None] + counted.cumsum(1) - 1, -1)",
         "torch.arange(start, end).expand_as(tokens_BS)",
-        f"{TEXT} -k from_the_cache",
+        CACHE,
     ),
     "generate: positions count the padding": Mutant(
         GENERATE,
         "self.next_B += counted.sum(1)",
         "self.next_B += tokens_BS.shape[1]",
-        f"{TEXT} -k from_the_cache",
+        CACHE,
     ),
     "generate: keys are kept for every query head": Mutant(
         GENERATE,
         "            B, _, G, K = k_BSGK.shape\n",
         "            k_BSGK, v_BSGK = (x.repeat_interleave(q_BSHK.shape[2] // x.shape[2], 2) for x in "
         "(k_BSGK, v_BSGK))\n            B, _, G, K = k_BSGK.shape\n",
-        f"{TEXT} -k bytes",
+        f"{TEXT}::test_the_cache_takes_as_many_bytes_as_it_must",
     ),
     "generate: a row that has ended goes on": Mutant(
         GENERATE,
         "goes_on_B = goes_on_B & ~torch.isin(next_B, ends)",
         "goes_on_B = ~torch.isin(next_B, ends)",
-        f"{TEXT} -k ended",
+        f"{TEXT}::test_a_row_that_has_ended_stays_ended_and_changes_no_other",
     ),
     "generate: the likeliest tokens one too few": Mutant(
         GENERATE,
         "sorted_BV.softmax(dim=1).cumsum(dim=1) - sorted_BV.softmax(dim=1)",
         "sorted_BV.softmax(dim=1).cumsum(dim=1)",
-        f"{TEXT} -k as_often",
+        f"{TEXT}::test_tokens_are_drawn_as_often_as_the_logits_say",
     ),
     "generate: one query sees beyond its window": Mutant(
         "torchtitan_lite/attention/tiles.py",
         "k0 if window is None else max(k0, k1 - window)",
         "k0",
-        f"{TEXT} -k from_the_cache",
+        CACHE,
     ),
     "generate: shares of the vocabulary in another order": Mutant(
         "torchtitan_lite/parallel/tensor.py",
         "return torch.cat(shares, dim=1)",
         "return torch.cat(shares[::-1], dim=1)",
-        f"{TEXT} -k share_a_model",
+        f"{TEXT}::test_ranks_that_share_a_model_give_the_tokens_of_one[True-sdpa]",
     ),
 }

@@ -4,40 +4,26 @@ import contextlib
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
-import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from programs import FreshProgram, Program
+
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "torchtitan_lite" / "train.py"
 
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
-_MARK = "TORCHTITAN_LITE_TEST_RUN"
+TORCHRUN = ("-m", "torch.distributed.run")
 
 
 class Launched:
-    """A torchrun and the processes below it, to be found by a mark in their environment."""
+    """A torchrun and the processes below it, which write to a pipe of its own."""
 
-    def __init__(self, words: list[str], folder: Path, mark: str, program: Sequence[object]) -> None:
-        self.mark = mark
-        self.process = subprocess.Popen(
-            [*map(str, program), *words],
-            cwd=folder,
-            env={
-                **os.environ,
-                "PYTHON": sys.executable,
-                "PYTHONPATH": str(ROOT),
-                "OMP_NUM_THREADS": "1",
-                _MARK: mark,
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+    def __init__(self, words: list[str], folder: Path, fresh: bool) -> None:
+        self.process = (FreshProgram if fresh else Program)(words, cwd=folder)
+        assert self.process.stdout is not None
+        self._pipe = os.readlink(f"/proc/self/fd/{self.process.stdout.fileno()}")
         self.out = self.err = ""
 
     def wait(self, seconds: float = 100) -> int:
@@ -59,14 +45,17 @@ class Launched:
         return found
 
     def _running(self) -> list[int]:
-        found = []
-        for path in Path("/proc").glob("[0-9]*/environ"):
-            try:
-                if f"{_MARK}={self.mark}".encode() in path.read_bytes().split(b"\0"):
-                    found.append(int(path.parent.name))
-            except OSError:
-                continue
-        return found
+        return [pid for pid in holders_of(self._pipe) if pid != os.getpid()]
+
+
+def holders_of(file: str) -> list[int]:
+    """The processes that have a file open, by the name that /proc gives it."""
+    found = set()
+    for link in Path("/proc").glob("[0-9]*/fd/[0-9]*"):
+        with contextlib.suppress(OSError):
+            if os.readlink(link) == file:
+                found.add(int(link.parts[2]))
+    return sorted(found)
 
 
 @contextmanager
@@ -76,10 +65,14 @@ def launched(
     processes: int = 2,
     nodes: Sequence[str] = ("--standalone",),
     program: Sequence[object] = TORCHRUN,
+    fresh: bool = False,
 ) -> Iterator[Launched]:
-    """A run of `words` by torchrun on `processes` ranks in `folder`; killed at the end if need be."""
+    """A run of `words` by torchrun on `processes` ranks in `folder`; killed at the end if need be.
+
+    `fresh`: launcher and ranks are fresh Pythons, as users start them.
+    """
     start = [*nodes, "--nproc_per_node", str(processes)]
-    run = Launched([*start, *map(str, words)], folder, uuid.uuid4().hex, program)
+    run = Launched([*map(str, (*program, *start, *words))], folder, fresh)
     try:
         yield run
     finally:

@@ -66,9 +66,14 @@ def raise_on(rank: int) -> None:
     dist.barrier()
 
 
-def raise_in_turn(*order: int) -> None:
-    """All ranks raise, one soon after the other."""
-    time.sleep(0.05 * order.index(dist.get_rank()))
+def raise_after(first: int) -> None:
+    """One rank raises, and the others soon after it."""
+    store = dist.distributed_c10d._get_default_store()
+    if dist.get_rank() == first:
+        store.set("first", "")
+    else:
+        store.wait(["first"])
+        time.sleep(0.2)
     raise ValueError(f"rank {dist.get_rank()} raised")
 
 
@@ -306,7 +311,8 @@ def kept_bytes(argv: Sequence[str]) -> int:
         loss, _ = trainer.loss_of(batch)
     gc.collect()
     kept = made.alive()
-    for _ in range(20):  # threads of gloo let go of what they have sent a moment later
+    # Threads of gloo let go of what they have sent a moment later.
+    for _ in range(20 if dist.is_initialized() else 0):
         time.sleep(0.01)
         kept = min(kept, made.alive())
     loss.backward()

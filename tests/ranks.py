@@ -16,7 +16,6 @@ import os
 import pickle
 import shutil
 import signal
-import sys
 import tempfile
 import threading
 import time
@@ -29,16 +28,14 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import programs
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import _redistribute, debug
 
 from torchtitan_lite.attention import native
 
-PRELOAD = ["torch.distributed.fsdp", "torch.distributed.tensor.parallel", "parallel_cases"]
-"""What is slow to import: once, in the server that every rank is forked from."""
-
-_GRACE_SECONDS = 0.3
+_GRACE_SECONDS = 0.5
 """Within which ranks fail for one reason; what fails later fails because of the first."""
 
 
@@ -105,11 +102,10 @@ class Pool:
             self._folder = None
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOAD)
         self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
-        with _import_path_in_environment():
+        with programs.import_path_in_environment():
             for rank in range(self.size):
+                context = programs.context()
                 ours, theirs = context.Pipe()
                 output = Path(self._folder.name) / f"output-{rank}"
                 arguments = (rank, self.size, theirs, self.filters, output)
@@ -126,8 +122,9 @@ class Pool:
         while len(done) < self.size:
             done |= self._finished(done, max(0, deadline - time.monotonic()))
             if any(outcome.failed for outcome in done.values()):
-                time.sleep(_GRACE_SECONDS)
-                done |= self._finished(done, 0)
+                until = time.monotonic() + _GRACE_SECONDS
+                while len(done) < self.size and (seconds := until - time.monotonic()) > 0:
+                    done |= self._finished(done, seconds)
                 raise RankFailed(self._failure(name, done))
             if time.monotonic() >= deadline and len(done) < self.size:
                 late = [str(rank) for rank in range(self.size) if rank not in done]
@@ -183,19 +180,6 @@ class Pools:
         """Stop every pool."""
         for pool in self._pools.values():
             pool.stop()
-
-
-class _import_path_in_environment:
-    """The server of forks is a new Python that would not find our modules."""
-
-    def __enter__(self) -> None:
-        self.before = os.environ.get("PYTHONPATH")
-        os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(place).absolute()) for place in sys.path])
-
-    def __exit__(self, *_: object) -> None:
-        del os.environ["PYTHONPATH"]
-        if self.before is not None:
-            os.environ["PYTHONPATH"] = self.before
 
 
 def _serve(rank: int, size: int, connection: Connection, filters: Sequence[str], output: Path) -> None:

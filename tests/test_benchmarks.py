@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import programs
 import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -17,8 +18,7 @@ PEERS_KEYS = {
 
 
 def benchmark(script: str, *words: str) -> str:
-    command = [sys.executable, str(BENCHMARKS / script), *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
+    done = programs.run([BENCHMARKS / script, *words])
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -66,21 +66,15 @@ def test_a_comparison_runs_the_others_in_turns(tmp_path):
 
 
 def test_a_program_that_fails_is_shown_with_its_error_and_left_out():
-    done = subprocess.run(
-        [sys.executable, str(BENCHMARKS / "step.py"), *TINY, "--rounds", "1", "--json",
-         "--compare", f"{sys.executable} -c 1/0", "--compare", f"{sys.executable} -c print(1)"],
-        capture_output=True,
-        text=True,
-        timeout=250,
-        check=False,
-    )  # fmt: skip
+    others = [f"{sys.executable} -c {code}" for code in ("1/0", "print(1)")]
+    words = [*TINY, "--rounds", "1", "--json", "--compare", others[0], "--compare", others[1]]
+    done = programs.run([BENCHMARKS / "step.py", *words])
     assert "ZeroDivisionError" in done.stderr and "printed no line of JSON" in done.stderr
     assert [row["peer"] for row in json.loads(done.stdout)] == ["torchtitan_lite"]
 
 
 def test_an_abbreviated_option_is_none():
-    command = [sys.executable, str(BENCHMARKS / "step.py"), *TINY, "--compar", "true"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = programs.run([BENCHMARKS / "step.py", *TINY, "--compar", "true"])
     assert done.returncode == 2 and "--compar" in done.stderr
 
 

@@ -8,16 +8,17 @@ import socket
 import subprocess
 import sys
 import time
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from launch import holders_of
+from programs import PIPE, Program, environment
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 
 ROOT = Path(__file__).parents[1]
-MARK = "TORCHTITAN_LITE_TEST_RUN"
 STANDALONE = ("--standalone", "--nproc_per_node", 2)
 
 # Does with signals what a run does, without the time that its imports and steps take.
@@ -42,21 +43,18 @@ sys.exit(75)
 
 
 class Launch:
-    """A launch script that runs, and all processes below it, to be found by a mark in their environment."""
+    """A launch script that runs, and all processes below it, which write to a pipe of its own."""
 
-    def __init__(self, folder: Path, *words: object, python: str = sys.executable, **more: str) -> None:
-        self.mark = f"{MARK}={uuid.uuid4().hex}"
-        name, value = self.mark.split("=")
-        inherited = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
-        changed = {"PYTHON": python, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", name: value, **more}
-        self.process = subprocess.Popen(
-            ["bash", folder / "scripts" / "launch.sh", *map(str, words)],
-            env={**inherited, **changed},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
+    def __init__(self, folder: Path, *words: object, fresh: bool = False, **more: str) -> None:
+        """`fresh`: by bash and a fresh Python, as a scheduler starts it; otherwise its Python part alone."""
+        options: dict[str, Any] = {"env": environment(**more), "start_new_session": True}
+        if fresh:
+            command = ["bash", folder / "scripts" / "launch.sh", *map(str, words)]
+            self.process = subprocess.Popen(command, stdout=PIPE, stderr=PIPE, text=True, **options)
+        else:
+            self.process = Program([folder / "scripts" / "launch.py", *words], **options)
+        assert self.process.stdout is not None
+        self._pipe = os.readlink(f"/proc/self/fd/{self.process.stdout.fileno()}")
 
     def wait_until_ready(self, ranks: int = 2) -> None:
         """Wait for all ranks."""
@@ -71,12 +69,7 @@ class Launch:
 
     def processes(self) -> list[int]:
         """All that run now."""
-        found = []
-        for path in Path("/proc").glob("[0-9]*/environ"):
-            with contextlib.suppress(OSError):
-                if self.mark.encode() in path.read_bytes().split(b"\0"):
-                    found.append(int(path.parent.name))
-        return found
+        return [pid for pid in holders_of(self._pipe) if pid != os.getpid()]
 
     def signal_all(self, number: int) -> None:
         """Send a signal to the launcher and to every rank, as some schedulers do."""
@@ -97,7 +90,7 @@ def launch(repository: Path) -> Iterator:
     (repository / "rank.py").write_text(RANK)
     started = []
 
-    def start(*words: object, how: tuple = STANDALONE, **more: str) -> Launch:
+    def start(*words: object, how: tuple = STANDALONE, **more: Any) -> Launch:
         run = Launch(repository, *how, repository / "rank.py", *words, **more)
         started.append(run)
         return run
@@ -117,9 +110,11 @@ def check_saved(run: Launch, number: int) -> None:
     assert run.processes() == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_to_the_script_makes_every_rank_save_once_and_its_status_is_75(number: int, launch) -> None:
-    run = launch(1.5)
+@pytest.mark.parametrize(("number", "fresh"), [(signal.SIGTERM, False), (signal.SIGUSR1, True)])
+def test_a_signal_to_the_script_makes_every_rank_save_once_and_its_status_is_75(
+    number: int, fresh: bool, launch
+) -> None:
+    run = launch(0.5, fresh=fresh, PYTHON=sys.executable)
     run.wait_until_ready()
     run.process.send_signal(number)
     check_saved(run, number)
@@ -128,8 +123,8 @@ def test_a_signal_to_the_script_makes_every_rank_save_once_and_its_status_is_75(
 @pytest.mark.parametrize(
     ("number", "seconds"),
     [
-        (signal.SIGTERM, 1.5),
-        (signal.SIGUSR1, 1.5),
+        (signal.SIGTERM, 0.5),
+        (signal.SIGUSR1, 0.5),
         pytest.param(signal.SIGTERM, 35, marks=pytest.mark.slow, id="longer than torchrun waits"),
     ],
 )
@@ -155,7 +150,7 @@ def test_a_second_signal_ends_all_at_once(launch) -> None:
 
 
 def test_a_signal_before_there_are_ranks_ends_the_launcher(launch) -> None:
-    run = launch(0)
+    run = launch(0, fresh=True, PYTHON=sys.executable)
     while not any(b"launch.py" in Path(f"/proc/{pid}/cmdline").read_bytes() for pid in run.processes()):
         time.sleep(0.01)
     time.sleep(0.3)
@@ -254,6 +249,7 @@ def test_the_repositorys_environment_goes_first(repository: Path) -> None:
     python.parent.mkdir(parents=True)
     python.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     python.chmod(0o755)
-    status, out, _ = Launch(repository, "--nproc_per_node", "2", "two  words", python="/absent").end()
+    words = ("--nproc_per_node", "2", "two  words")
+    status, out, _ = Launch(repository, *words, fresh=True, PYTHON="/absent").end()
     assert (status, out.splitlines()[1:]) == (0, ["--nproc_per_node", "2", "two  words"])
     assert out.splitlines()[0] == f"{repository}/scripts/launch.py"

@@ -14,6 +14,8 @@ import tomli
 
 ROOT = Path(__file__).parents[1]
 
+PYTEST = "-m pytest -n auto --maxprocesses 4 --dist worksteal --durations 10"
+
 # Answers questions like a real Python, and writes down what would have taken minutes.
 STAND_IN = f"""#!/usr/bin/env bash
 log="${{FAKE_LOG:?}}"
@@ -118,8 +120,13 @@ def test_the_tests_have_the_tools_and_lint_types_and_tests_run_in_turn(repositor
         "ruff check .",
         "ruff format --check .",
         "basedpyright ",
-        f"pytest {root} -m pytest -m  -k one or two",
+        f"pytest {root} {PYTEST} -m not slow -k one or two",
     ]
+
+
+def test_all_tests_are_a_word_of_the_script_and_not_of_pytest(repository: Repository) -> None:
+    _, log = repository.run("test.sh", "-x", "--all", "tests/data")
+    assert log[-1] == f"pytest {repository.root} {PYTEST} -m  -x tests/data"
 
 
 def test_the_tests_stop_at_what_lint_finds(repository: Repository) -> None:
@@ -211,9 +218,9 @@ def test_a_name_on_path_that_does_not_run_is_passed_over(repository: Repository,
     assert installs(log)[0] == "venv"
 
 
-def test_ci_runs_the_test_script() -> None:
-    script = (ROOT / ".ci" / "run").read_text()
-    assert script.splitlines()[-1].startswith("exec bash ") and "scripts/test.sh" in script
+def test_ci_runs_all_tests() -> None:
+    (*_, command) = (ROOT / ".ci" / "run").read_text().splitlines()
+    assert command.startswith("exec bash ") and command.endswith('scripts/test.sh" --all')
 
 
 def test_the_constraints_pin_every_dependency_to_one_version() -> None:

@@ -45,7 +45,9 @@ def alone(run, small_run, tmp_path: Path) -> Path:
 
 def test_two_ranks_and_two_nodes_train_like_one_rank(alone: Path, small_run, tmp_path: Path) -> None:
     words = (SCRIPT, *small_run, *SAME)
-    with launched(tmp_path, *words, "--profiling.enable-profiling", "--profiling.profile-freq", 5) as run:
+    with launched(
+        tmp_path, *words, "--profiling.enable-profiling", "--profiling.profile-freq", 5, fresh=True
+    ) as run:
         assert run.wait() == 0, run.err
         assert run.left() == []
     assert run.of_ranks() == ""

@@ -9,6 +9,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from torch.distributed import ProcessGroup
 
 from torchtitan_lite.config.load import ConfigError, Problem
 from torchtitan_lite.parallel.world import World, join
@@ -64,15 +65,21 @@ def seconds_of_a_wait() -> list[float]:
     here = world()
     groups = [dist.group.WORLD, dist.new_group(timeout=timedelta(seconds=30))]
     here.steady()
-    waits = []
-    for group in groups if here.is_first else ():
-        start = time.monotonic()
-        with contextlib.suppress(RuntimeError):
-            dist.all_reduce(torch.ones(1), group=group)
-        waits.append(time.monotonic() - start)
+    store = dist.distributed_c10d._get_default_store()
     if not here.is_first:
-        time.sleep(6)  # a rank that is gone would end the wait
+        store.wait(["waited"])  # a rank that is gone would end the wait
+        return []
+    waits = [seconds_until_given_up(group) for group in groups]
+    store.set("waited", "")
     return waits
+
+
+def seconds_until_given_up(group: ProcessGroup | None) -> float:
+    """How long this rank waits in a group for another that does not come."""
+    start = time.monotonic()
+    with contextlib.suppress(RuntimeError):
+        dist.all_reduce(torch.ones(1), group=group)
+    return time.monotonic() - start
 
 
 def any_flag(flags: list[bool]) -> bool:
@@ -83,17 +90,19 @@ def waits_of_a_joined_run(port: int) -> list[float]:
     """How long rank 0 of a steady run waits for a rank: that comes late to save, and that never comes."""
     here = joined(port)
     here.steady()
-    start, waits = time.monotonic(), []
+    assert here.store is not None
     if not here.is_first:
-        time.sleep(3)
+        here.store.wait(["saving"])
+        time.sleep(2)
+        dist.all_reduce(torch.ones(1), group=here.saving)
+        here.store.wait(["waited"])  # a rank that is gone would end the wait
+        return []
+    start = time.monotonic()
+    here.store.set("saving", "")
     dist.all_reduce(torch.ones(1), group=here.saving)
-    waits.append(time.monotonic() - start)
-    if here.is_first:
-        with contextlib.suppress(RuntimeError):
-            dist.all_reduce(torch.ones(1))
-    else:
-        time.sleep(5)  # a rank that is gone would end the wait
-    return [*waits, time.monotonic() - start - waits[0]]
+    waits = [time.monotonic() - start, seconds_until_given_up(dist.group.WORLD)]
+    here.store.set("waited", "")
+    return waits
 
 
 def joined(port: int) -> World:

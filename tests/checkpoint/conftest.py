@@ -1,7 +1,7 @@
 """What the tests of checkpoints share."""
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,11 +11,9 @@ MODEL = '{"n_layers": 2, "dim": 32, "n_heads": 4, "n_kv_heads": 2, "head_dim": 8
 
 
 @pytest.fixture(scope="session")
-def starts() -> Iterator[Starts]:
+def starts() -> Starts:
     """Starts real runs; see Starts."""
-    server = Starts()
-    yield server
-    server.stop()
+    return Starts()
 
 
 @pytest.fixture(scope="session")

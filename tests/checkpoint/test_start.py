@@ -3,16 +3,16 @@
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import parallel_cases
+import programs
 import pytest
 import resume_cases as cases
 import torch
+from programs import Program
 from resume_cases import lines, main, outcome, steps_in
 from tokenizers import Tokenizer as Encoder
 from tokenizers import models, pre_tokenizers
@@ -27,7 +27,6 @@ from torchtitan_lite.parallel.world import World
 from torchtitan_lite.run import Run
 from torchtitan_lite.training.outputs import InUse, lock
 
-ROOT = Path(__file__).parents[2]
 FLAG = "--checkpoint.allow-changes"
 Go = Callable[..., int]
 
@@ -256,8 +255,7 @@ def test_ctrl_c_while_a_step_is_loaded_ends_with_130(texts: Path, folder: Path) 
         "tensors._read_chunk = slowly\n"
         "train.end_process(train.main(sys.argv[1:]))\n"
     )
-    argv = [sys.executable, "-c", code, *words(texts, job__dump_folder=folder)]
-    end = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=False, cwd=ROOT)
+    end = programs.run(["-c", code, *words(texts, job__dump_folder=folder)])
     assert (end.returncode, end.stderr.splitlines()[-1]) == (130, "interrupted"), end.stderr
 
 
@@ -404,9 +402,7 @@ def test_the_lock_of_a_killed_run_is_free(tmp_path: Path) -> None:
         "import sys, time\nfrom pathlib import Path\nfrom torchtitan_lite.training.outputs import lock\n"
         "held = lock(Path(sys.argv[1]))\nprint('locked', flush=True)\ntime.sleep(1000)"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
+    process = Program(["-c", code, tmp_path])
     try:
         assert process.stdout is not None and process.stdout.readline() == "locked\n"
         with pytest.raises(InUse, match=f"process {process.pid} on "):

@@ -1,8 +1,6 @@
 """SIGTERM and SIGUSR1 in real processes, at any moment: one agreed step, saved, status 75, nobody left."""
 
-import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from launch import ROOT, Launched, launched
+from programs import Program, environment
 from resume_cases import lines, main, outcome, steps_in
 
 from torchtitan_lite.checkpoint.ranks import Ranks
@@ -148,9 +147,8 @@ def name(number: int) -> str:
 
 @contextmanager
 def script(folder: Path, *words: object) -> Iterator[Launched]:
-    """A run of `words` by scripts/launch.sh on two ranks."""
-    program = ("bash", ROOT / "scripts" / "launch.sh")
-    with launched(folder, *words, program=program) as run:
+    """A run of `words` by scripts/launch.py on two ranks."""
+    with launched(folder, *words, program=(ROOT / "scripts" / "launch.py",)) as run:
         yield run
 
 
@@ -171,15 +169,8 @@ class Alone:
     """A run of one process, in a process group of its own."""
 
     def __init__(self, folder: Path, words: list[object]) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, *map(str, words)],
-            cwd=folder,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
+        variables = environment(PYTHONUNBUFFERED="1")
+        self.process = Program(words, cwd=folder, env=variables, start_new_session=True)
 
     def end(self) -> tuple[int, str, str]:
         out, err = self.process.communicate(timeout=60)

@@ -1,10 +1,9 @@
 """Wrong input through the entry that a user calls: one line each, exit status 2, no traceback."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
+import programs
 import pytest
 
 from torchtitan_lite.train import main
@@ -361,14 +360,7 @@ def test_a_refusal_is_one_printable_line_whatever_was_typed(
 def test_the_process_itself_exits_with_the_status_and_no_traceback(
     argv: list[str | bytes], status: int, lines: list[str]
 ) -> None:
-    package = Path(main.__code__.co_filename).parents[1]
-    process = subprocess.run(
-        [sys.executable, "-m", "torchtitan_lite.train", *argv],
-        env={**os.environ, "PYTHONPATH": str(package)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    process = programs.run(["-m", "torchtitan_lite.train", *map(os.fsdecode, argv)])
     assert process.returncode == status
     printed = process.stderr.splitlines()
     assert len(printed) == len(lines), process.stderr

@@ -4,8 +4,6 @@ import logging
 import math
 import os
 import shutil
-import subprocess
-import sys
 import time
 import tracemalloc
 from collections import Counter
@@ -14,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from programs import PIPE, Program
 
 from torchtitan_lite.config.load import ConfigError, Problem
 from torchtitan_lite.data import DataConfig, Samples, Shards, Split, cache, load_tokenizer, prepare, shards
@@ -335,12 +334,8 @@ print("sum of tokens:", built.train.n_tokens, int(built.train.tokens_T.sum()))
 """
 
 
-def start_builder(*arguments: object) -> subprocess.Popen:
-    command = [sys.executable, "-c", BUILDER, *map(str, arguments)]
-    root = Path(shards.__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(root)}
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=environment)
+def start_builder(*arguments: object) -> Program:
+    return Program(["-c", BUILDER, *arguments], stdin=PIPE)
 
 
 @pytest.mark.parametrize(

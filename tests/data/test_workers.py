@@ -7,12 +7,12 @@ import pickle
 import random
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import programs
 import pytest
 import torch
 
@@ -183,7 +183,8 @@ def test_a_worker_ends_without_the_interpreters_end(
 
 # Also a start by path, of which spawned processes import the file again.
 SCRIPT = """\
-import sys
+import sys, warnings
+warnings.simplefilter("error")
 from multiprocessing import active_children
 from pathlib import Path
 
@@ -206,15 +207,13 @@ def start(tmp_path: Path) -> Iterator[Callable[[], subprocess.Popen[str]]]:
     def start() -> subprocess.Popen[str]:
         (tmp_path / "script.py").write_text(SCRIPT)
         paths = [Path(__file__).parents[2], Path(__file__).parent]
+        variables = programs.environment(PYTHONPATH=":".join(map(str, paths)))
         started.append(
-            subprocess.Popen(
-                [sys.executable, "-W", "error", str(tmp_path / "script.py"), str(tmp_path)],
+            programs.Program(
+                [tmp_path / "script.py", tmp_path],
                 cwd=tmp_path,
-                env={**os.environ, "PYTHONPATH": ":".join(map(str, paths)), "OMP_NUM_THREADS": "1"},
+                env=variables,
                 stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
                 start_new_session=True,
             )
         )

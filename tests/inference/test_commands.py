@@ -1,12 +1,11 @@
 """The commands that use a trained model, as a user gives them."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import hub_cases as cases
+import programs
 import pytest
 import resume_cases
 import torch
@@ -165,12 +164,12 @@ def test_what_was_imported_without_a_tokenizer_starts_a_run(say, texts: Path, tm
 
 
 def test_a_full_disk_is_a_line_and_leaves_nothing(run: Path, tmp_path: Path) -> None:
-    command = (
-        f"ulimit -f 10; exec {sys.executable} -m torchtitan_lite.cli export-hf {run} --out {tmp_path}/hf"
+    code = (
+        "import resource, sys; from torchtitan_lite import cli\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (10240, 10240))\n"
+        "cli.program()"
     )
-    end = subprocess.run(
-        ["bash", "-c", command], capture_output=True, text=True, timeout=120, cwd=ROOT, check=False
-    )
+    end = programs.run(["-c", code, "export-hf", run, "--out", tmp_path / "hf"])
     assert end.returncode == 2 and len(end.stderr.splitlines()) == 1, end.stderr
     assert end.stderr.startswith(f'out = "{tmp_path}/hf" cannot be written (')
     assert list(tmp_path.iterdir()) == []
@@ -244,9 +243,8 @@ def test_a_damaged_step_does_not_speak(run: Path, say, tmp_path: Path) -> None:
 def test_two_ranks_say_what_one_says(run: Path, say) -> None:
     words = ["generate", str(run), "--prompt", "ab c", "--max-new-tokens", "20"]
     wanted = say(*words)[1]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    argv = [*launch, "-m", "torchtitan_lite.cli", *words]
-    end = subprocess.run(argv, capture_output=True, text=True, timeout=120, cwd=ROOT, check=False)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    end = programs.run([*launch, "-m", "torchtitan_lite.cli", *words])
     assert (end.returncode, end.stdout) == (0, wanted), end.stderr
 
 

@@ -12,8 +12,7 @@ import torch
 
 GLOBAL_BATCH = 8
 SMALL = {"n_layers": 2, "dim": 32, "head_dim": 8, "ffn_dim": 48}
-TINY = {**SMALL, "n_heads": 4, "n_kv_heads": 4, "dim": 16, "ffn_dim": 24}
-TWO_LAYERS = {"n_layers": 2}
+TINY = {"n_layers": 1, "n_heads": 4, "n_kv_heads": 4, "head_dim": 8, "dim": 16, "ffn_dim": 24}
 TIED, UNTIED = "qwen3", "llama3"
 
 
@@ -31,7 +30,7 @@ class Cell:
     recompute: str = "none"
     family: str = TIED
     """qwen3: tied embeddings and QK norm; llama3: neither."""
-    overrides: tuple[tuple[str, object], ...] = tuple(TWO_LAYERS.items())
+    overrides: tuple[tuple[str, object], ...] = tuple(SMALL.items())
     flags: tuple[str, ...] = ()
 
     @property
@@ -65,9 +64,6 @@ def over(overrides: Mapping[str, object], **changes: object) -> tuple[tuple[str,
     return tuple({**overrides, **changes}.items())
 
 
-WHOLE = over({})
-"""The debug model with all its layers."""
-
 MESHES = {
     "fsdp 2": Cell(shard=2),
     "hsdp 2x2": Cell(replicate=2, shard=2),
@@ -84,11 +80,6 @@ MESHES = {
 
 FULL, SELECTIVE = "full", "selective"
 CELLS = {
-    # With the whole debug model.
-    "fsdp 2, whole": Cell(shard=2, overrides=WHOLE, recompute=SELECTIVE),
-    "tp 2, whole": Cell(tensor=2, overrides=WHOLE, family=UNTIED, attention="varlen"),
-    "cp 2 allgather, whole": Cell(context=2, overrides=WHOLE, accumulation=2, recompute=FULL),
-    # Every mesh and every attention, with two of its layers.
     "fsdp 2": Cell(shard=2, family=UNTIED, accumulation=2, attention="flex"),
     "replicate 2": Cell(replicate=2, accumulation=2, recompute=FULL, attention="varlen"),
     "hsdp 2x2": Cell(replicate=2, shard=2, accumulation=2, recompute=SELECTIVE, family=UNTIED),
@@ -109,57 +100,55 @@ CELLS = {
     "fsdp 2 x cp 2": Cell(shard=2, context=2, attention="flex", accumulation=2, recompute=FULL),
     "replicate 2 x cp 2 ulysses": Cell(replicate=2, context=2, method="ulysses", recompute=FULL),
     "replicate 2 x tp 2": Cell(replicate=2, tensor=2, attention="flex", family=UNTIED),
-    "fsdp 2 x tp 2 x cp 2": Cell(shard=2, tensor=2, context=2, overrides=over(SMALL), accumulation=2),
+    "fsdp 2 x tp 2 x cp 2": Cell(shard=2, tensor=2, context=2, accumulation=2),
 }
+"""Every mesh and every attention."""
 
 WINDOW = over(SMALL, sliding_window=9)
+NOT_BALANCED = ("--parallelism.context-parallel-load-balancer", "none")
+NO_LOSS_PARALLEL = ("--parallelism.disable-loss-parallel",)
 SPECIAL = {
-    "load balancer none": Cell(
-        context=2, overrides=over(SMALL), flags=("--parallelism.context-parallel-load-balancer", "none")
-    ),
-    "load balancer none, flex": Cell(
-        context=4,
-        attention="flex",
-        overrides=over(SMALL),
-        flags=("--parallelism.context-parallel-load-balancer", "none"),
-    ),
+    "load balancer none": Cell(context=2, flags=NOT_BALANCED),
+    "load balancer none, flex": Cell(context=4, attention="flex", flags=NOT_BALANCED),
     "sliding window, sdpa": Cell(context=2, overrides=WINDOW),
     "sliding window, flex": Cell(context=4, attention="flex", overrides=WINDOW),
     "sliding window, varlen": Cell(context=2, attention="varlen", overrides=WINDOW),
     "sliding window, ulysses": Cell(context=2, method="ulysses", attention="varlen", overrides=WINDOW),
-    "no loss parallel, tied": Cell(
-        tensor=2, overrides=over(SMALL), flags=("--parallelism.disable-loss-parallel",)
-    ),
-    "no loss parallel, untied": Cell(
-        tensor=2,
-        shard=2,
-        family=UNTIED,
-        overrides=over(SMALL),
-        flags=("--parallelism.disable-loss-parallel",),
-    ),
+    "no loss parallel, tied": Cell(tensor=2, flags=NO_LOSS_PARALLEL),
+    "no loss parallel, untied": Cell(tensor=2, shard=2, family=UNTIED, flags=NO_LOSS_PARALLEL),
     "weights kept until the backward": Cell(
-        shard=2, overrides=over(SMALL), flags=("--parallelism.fsdp-reshard-after-forward", "never")
+        shard=2, flags=("--parallelism.fsdp-reshard-after-forward", "never")
     ),
-    "cpu offload": Cell(
-        shard=2, accumulation=2, overrides=over(SMALL), flags=("--training.enable-cpu-offload",)
-    ),
+    "cpu offload": Cell(shard=2, accumulation=2, flags=("--training.enable-cpu-offload",)),
     "every second block recomputed": Cell(
-        shard=2,
-        recompute=SELECTIVE,
-        overrides=over(SMALL),
-        flags=("--activation-checkpoint.selective-ac-option", "2"),
+        shard=2, recompute=SELECTIVE, flags=("--activation-checkpoint.selective-ac-option", "2")
     ),
-    # Not of a small model: a few elements of its few would be a large part.
-    "one key head for all": Cell(context=2, overrides=over(TWO_LAYERS, n_kv_heads=1)),
-    "one key head for all, flex": Cell(context=4, attention="flex", overrides=over(TWO_LAYERS, n_kv_heads=1)),
+    "one key head for all": Cell(context=2, overrides=over(SMALL, n_kv_heads=1)),
+    "one key head for all, flex": Cell(context=4, attention="flex", overrides=over(SMALL, n_kv_heads=1)),
     "sizes that shards do not divide": Cell(shard=4, overrides=over(SMALL, dim=30, ffn_dim=50)),
-    "small blocks of flex": Cell(
-        context=2,
-        attention="flex",
-        overrides=over(SMALL),
-        flags=("--model.attention.block-size", "16"),
-    ),
+    "small blocks of flex": Cell(context=2, attention="flex", flags=("--model.attention.block-size", "16")),
 }
+
+WHOLE = over({})
+"""The debug model with all its layers."""
+WHOLE_MODELS = {
+    "fsdp 2, whole": Cell(shard=2, overrides=WHOLE, recompute=SELECTIVE),
+    "tp 2, whole": Cell(tensor=2, overrides=WHOLE, family=UNTIED, attention="varlen"),
+    "cp 2 allgather, whole": Cell(context=2, overrides=WHOLE, accumulation=2, recompute=FULL),
+}
+ALL = {**CELLS, **SPECIAL, **WHOLE_MODELS}
+IN_FLOAT32 = {**CELLS, **WHOLE_MODELS}
+QUICK_IN_FLOAT32 = ("hsdp 2x2", "tp 2", "cp 2 allgather varlen", "cp 2 ulysses flex")
+"""Each axis of the mesh, each attention and each way of context parallel once."""
+RUNS = [
+    *(
+        pytest.param(
+            name, False, id=f"float32-{name}", marks=[pytest.mark.slow] * (name not in QUICK_IN_FLOAT32)
+        )
+        for name in IN_FLOAT32
+    ),
+    *(pytest.param(name, True, id=f"float64-{name}") for name in (*CELLS, *SPECIAL)),
+]
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +162,7 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         "data.dataset": "jsonl",
         "data.path": folder / "short.jsonl",
         "data.cache-dir": folder / "cache",
-        "data.validation-fraction": 0.2,
+        "data.validation-fraction": 0.1,
         "training.steps": 10,
         "training.seq-len": 64,
         "training.global-batch-size": GLOBAL_BATCH,
@@ -221,10 +210,9 @@ def check(found: cases.Distance, double: bool) -> None:
     assert found.other_names == [] and not found.other_tokens
 
 
-@pytest.mark.parametrize("name", [*CELLS, *SPECIAL])
-@pytest.mark.parametrize("double", [False, True], ids=["float32", "float64"])
+@pytest.mark.parametrize(("name", "double"), RUNS)
 def test_n_ranks_train_as_one_does(ranks, words, reference: Reference, name: str, double: bool) -> None:
-    cell = {**CELLS, **SPECIAL}[name]
+    cell = ALL[name]
     runs = [([*words, *cell.words()], reference(cell, 5, double))]
     for rank in ranks(cell.size).run(cases.distances, runs, 5, double, timeout=200):
         check(rank[0], double)

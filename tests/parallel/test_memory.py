@@ -1,6 +1,8 @@
 """What a rank holds: its share of the state and no more, and the activations that recompute leaves."""
 
+import functools
 import json
+from collections.abc import Callable
 
 import parallel_cases as cases
 import pytest
@@ -32,8 +34,7 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 TWO_LAYERS = ("--model.overrides", '{"n_layers": 2}')
 
 
-@pytest.mark.parametrize("mesh", ["fsdp", "cp and fsdp"])
-@pytest.mark.parametrize("reshard", ["default", "never"])
+@pytest.mark.parametrize(("mesh", "reshard"), [("fsdp", "default"), ("cp and fsdp", "never")])
 def test_a_rank_holds_its_share_of_weights_gradients_and_optimizer(ranks, words, mesh: str, reshard) -> None:
     """Up to a row or two that does not divide, as FSDP fills up shards."""
     flags = [*TWO_LAYERS, "--parallelism.fsdp-reshard-after-forward", reshard]
@@ -64,38 +65,39 @@ def of_size(n_layers: int) -> tuple[str, str]:
     return "--model.overrides", json.dumps(shape)
 
 
-def kept(words: list[str], n_layers: int, *recompute: str) -> int:
-    """Bytes that the forward of a model with so many blocks keeps for its backward."""
-    return cases.kept_bytes([*words, *of_size(n_layers), *recompute])
-
-
-def per_block(words: list[str], *recompute: str) -> float:
-    """How many block inputs' worth of bytes each further block keeps."""
-    two, four, eight = (kept(words, n, *recompute) for n in (2, 4, 8))
-    assert eight - four == 2 * (four - two)
-    return (four - two) / 2 / BLOCK_INPUT
-
-
 FULL = ("--activation-checkpoint.mode", "full")
 SELECTIVE = ("--activation-checkpoint.mode", "selective")
+EVERY_SECOND = (*SELECTIVE, "--activation-checkpoint.selective-ac-option", "2")
+PerBlock = Callable[..., float]
 
 
-def test_full_recompute_keeps_one_tensor_per_block(words) -> None:
-    assert per_block(words, *FULL) == 1
+@pytest.fixture(scope="module")
+def per_block(words) -> PerBlock:
+    """How many block inputs' worth of bytes each further block keeps for the backward."""
+
+    @functools.cache
+    def per_block(*recompute: str) -> float:
+        two, four, six = (cases.kept_bytes([*words, *of_size(n), *recompute]) for n in (2, 4, 6))
+        assert six - four == four - two
+        return (four - two) / 2 / BLOCK_INPUT
+
+    return per_block
 
 
-def test_without_recompute_a_block_keeps_many_tensors(words) -> None:
-    assert per_block(words) > 10
+def test_full_recompute_keeps_one_tensor_per_block(per_block: PerBlock) -> None:
+    assert per_block(*FULL) == 1
 
 
-def test_selective_recompute_lies_in_between(words) -> None:
-    by_operator = per_block(words, *SELECTIVE)
-    assert 1.5 * per_block(words, *FULL) < by_operator < per_block(words) / 1.5
+def test_without_recompute_a_block_keeps_many_tensors(per_block: PerBlock) -> None:
+    assert per_block() > 10
 
 
-def test_every_second_block_keeps_half_of_the_difference(words) -> None:
-    half = per_block(words, *SELECTIVE, "--activation-checkpoint.selective-ac-option", "2")
-    assert half == (per_block(words, *FULL) + per_block(words)) / 2
+def test_selective_recompute_lies_in_between(per_block: PerBlock) -> None:
+    assert 1.5 * per_block(*FULL) < per_block(*SELECTIVE) < per_block() / 1.5
+
+
+def test_every_second_block_keeps_half_of_the_difference(per_block: PerBlock) -> None:
+    assert per_block(*EVERY_SECOND) == (per_block(*FULL) + per_block()) / 2
 
 
 @pytest.mark.compiler
@@ -140,7 +142,7 @@ def test_accumulation_does_not_reduce_gradients_more_often(ranks, words, mesh: l
     sums = []
     for n in (1, 2, 3):
         total = ["--training.global-batch-size", str(BATCH * size * n)]
-        (counts, *others) = ranks(size).run(cases.exchanges, [*words, *TWO_LAYERS, *mesh, *total])
+        (counts, *others) = ranks(size).run(cases.exchanges, [*words, *of_size(2), *mesh, *total])
         assert all(other == counts for other in others)
         sums.append({name: counts[name] for name in counts if "reduce" in name})
     assert sums[0]["_reduce_scatter_base_"] == 3, "one for each block, and one for the rest"
@@ -156,5 +158,5 @@ def test_accumulation_does_not_reduce_gradients_more_often(ranks, words, mesh: l
 )
 def test_a_step_sums_its_tokens_and_then_its_loss_and_norm_at_once(ranks, words, flags: list[str]) -> None:
     """One exchange for the gradient norm, whatever its shards, and the loss comes with it."""
-    for counts in ranks(2).run(cases.exchanges, [*words, *TWO_LAYERS, *flags]):
+    for counts in ranks(2).run(cases.exchanges, [*words, *of_size(2), *flags]):
         assert sum(counts[name] for name in counts if "all_reduce" in name or "allreduce" in name) == 2

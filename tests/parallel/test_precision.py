@@ -40,10 +40,22 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [word for key, value in options.items() for word in (f"--{key}", str(value))]
 
 
+@pytest.fixture(scope="module")
+def exact(words) -> cases.Training:
+    """The step of one rank in float32."""
+    return cases.train([*words, "--training.mixed-precision-param", "float32"], 1, double=False)
+
+
+@pytest.fixture(scope="module")
+def alone(words) -> cases.Training:
+    """The step of one rank in bfloat16."""
+    return cases.train(words, 1, double=False)
+
+
 @pytest.mark.parametrize("mesh", MESHES)
-def test_bfloat16_gradients_are_as_good_on_many_ranks_as_on_one(ranks, words, mesh: str) -> None:
-    exact = cases.train([*words, "--training.mixed-precision-param", "float32"], 1, double=False)
-    alone = cases.train(words, 1, double=False)
+def test_bfloat16_gradients_are_as_good_on_many_ranks_as_on_one(
+    ranks, words, exact: cases.Training, alone: cases.Training, mesh: str
+) -> None:
     size, flags = MESHES[mesh]
     spread = ranks(size).run(cases.train, [*words, *flags], 1, False)[0]
     assert spread.losses[0] == pytest.approx(alone.losses[0], rel=1e-3)

@@ -12,7 +12,7 @@ from torchtitan_lite.parallel.apply import CompileConfig
 from torchtitan_lite.parallel.mesh import Degrees
 from torchtitan_lite.parallel.recompute import ActivationCheckpointConfig
 
-N_LAYERS = 4
+N_LAYERS = 2
 EAGER, COMPILED = CompileConfig(), CompileConfig(enable=True, backend="aot_eager")
 MODES = {
     "none": ActivationCheckpointConfig(),
@@ -82,8 +82,15 @@ SHARES = {
 }
 
 
-@pytest.mark.parametrize("mode", ["none", "full", "selective, op"])
 @pytest.mark.parametrize("shares", SHARES)
+@pytest.mark.parametrize(
+    "mode",
+    [
+        pytest.param("none", marks=pytest.mark.slow),
+        pytest.param("full", marks=pytest.mark.slow),
+        "selective, op",  # wraps the exchanges too, and looks at each
+    ],
+)
 def test_blocks_in_shares_are_compiled_whole_too(ranks, alone: Pass, shares: str, mode: str) -> None:
     degrees, method = SHARES[shares]
     found = ranks(2).run(cases.run_pass, MODES[mode], COMPILED, degrees, method)

@@ -2,15 +2,11 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[2]
+from programs import Program
 
 PROGRAM = """\
 import hashlib, os, signal, subprocess, sys, threading, time
@@ -45,14 +41,8 @@ class Process:
         saves: bool = True,
     ) -> None:
         settings = {"is_first": is_first, "launched": launched, "saves": saves}
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM.format(before=before, after=after, **settings)],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
+        code = PROGRAM.format(before=before, after=after, **settings)
+        self.process = Program(["-c", code], start_new_session=True)
         self.read("ready")
 
     def read(self, line: str) -> None:

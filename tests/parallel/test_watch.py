@@ -1,16 +1,12 @@
 """Signals and the watch together: which of them end a rank, how soon, and what is told of it."""
 
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-
-ROOT = Path(__file__).parents[2]
+from programs import Program
 
 PROGRAM = """\
 import hashlib, os, signal, sys, time
@@ -48,13 +44,12 @@ LEAVE = "request.done(); watch.stop(); sys.exit(75)"
 ASKED = "asked to stop by SIGTERM: saves and stops as soon as it can\n"
 
 
-class Rank(subprocess.Popen):
+class Rank(Program):
     """A process that is watched, and then does `after`."""
 
     def __init__(self, after: str, rank: int, size: int, port: int, saves: bool) -> None:
         code = PROGRAM.format(after=after, saves=saves, is_deaf=after == DEEP)
-        words = [sys.executable, "-c", code, *map(str, (rank, size, port))]
-        super().__init__(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        super().__init__(["-c", code, rank, size, port])
 
     def wait_until_ready(self) -> None:
         assert self.stdout is not None

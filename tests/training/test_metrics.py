@@ -3,11 +3,10 @@
 import json
 import os
 import pty
-import subprocess
-import sys
 import termios
 from pathlib import Path
 
+import programs
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
@@ -219,24 +218,17 @@ def test_the_progress_bar_is_for_terminals(tmp_path: Path, terminal: bool) -> No
         "config = MetricsConfig(enable_tensorboard=False)\n"
         "Metrics(config, Path('.'), steps=3, flops_per_token=1, peak_flops=float, resumed_step=2).__exit__()"
     )
-    root = Path(__file__).parents[2]
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 100))
     try:
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(root)},
-            stdout=subprocess.PIPE,
-            stderr=theirs if terminal else subprocess.PIPE,
-            check=True,
-        )
-        shown = os.read(ours, 10_000) if terminal else done.stderr
+        done = programs.run(["-c", code], cwd=tmp_path, stderr=theirs if terminal else programs.PIPE)
+        assert done.returncode == 0
+        shown = os.read(ours, 10_000).decode() if terminal else done.stderr
     finally:
         os.close(ours)
         os.close(theirs)
-    assert (b"2/3" in shown) == terminal
-    assert done.stdout == b""
+    assert ("2/3" in shown) == terminal
+    assert done.stdout == ""
 
 
 @pytest.mark.parametrize("wrong", [{"log_freq": 0}, {"peak_flops": -1.0}])

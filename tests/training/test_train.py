@@ -5,13 +5,15 @@ import os
 import re
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
+import programs
 import pytest
 import tomli
+from programs import Program, environment
 
 from torchtitan_lite import train
+from torchtitan_lite.config.job import load_job
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "torchtitan_lite" / "train.py"
@@ -34,10 +36,15 @@ def losses(folder: Path) -> list[float]:
 
 
 @pytest.mark.parametrize("start", STARTS)
-def test_every_way_to_start_trains_and_leaves_the_files(start: str, run, small_run, tmp_path: Path) -> None:
-    done = run(
-        *STARTS[start], *small_run, "--metrics.enable-tensorboard", "--metrics.save-tb-folder", "logs/tb"
-    )
+def test_every_way_to_start_reads_the_same_command_line(start: str, run, small_run) -> None:
+    done = run(*STARTS[start], *small_run, "--dry-run", fresh=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == load_job(small_run).config.to_toml(1)
+
+
+def test_a_run_leaves_its_files_and_says_where_they_are(run, small_run, tmp_path: Path) -> None:
+    words = ("--metrics.enable-tensorboard", "--metrics.save-tb-folder", "logs/tb")
+    done = run(SCRIPT, *small_run, *words, fresh=True)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "run"
     assert {path.name for path in folder.iterdir()} == {
@@ -60,13 +67,13 @@ def test_started_by_path_modules_are_found_beside_the_package_and_not_inside_it(
         f"runpy.run_path({str(SCRIPT)!r})\n"
         "print(*sys.path, sep='\\n')"
     )
-    path = run("-c", code).stdout.splitlines()
+    path = run("-c", code, fresh=True).stdout.splitlines()
     assert path[0] == str(ROOT)
     assert str(SCRIPT.parent) not in path
 
 
 def test_started_by_path_it_needs_no_installed_package(run, small_run, tmp_path: Path) -> None:
-    done = run("-I", SCRIPT, *small_run, "--dry-run")
+    done = run("-I", SCRIPT, *small_run, "--dry-run", fresh=True)
     assert done.returncode == 0, done.stderr
 
 
@@ -94,7 +101,7 @@ def test_a_dry_run_prints_the_config_and_builds_and_writes_nothing(run, small_ru
         "assert 'torchtitan_lite.training.trainer' not in sys.modules\n"
         "sys.exit(status)"
     )
-    done = run("-c", code, *small_run, "--dry-run")
+    done = run("-c", code, *small_run, "--dry-run", fresh=True)
     assert done.returncode == 0, done.stderr
     assert tomli.loads(done.stdout)["training"]["seq_len"] == 64
     assert list(tmp_path.iterdir()) == []
@@ -133,10 +140,8 @@ def test_a_reader_that_has_had_enough_gets_no_traceback(flag: str, tmp_path: Pat
     reading, writing = os.pipe()
     os.close(reading)
     with open(writing, "w") as pipe:
-        done = subprocess.run(
-            [sys.executable, SCRIPT, flag], stdout=pipe, stderr=subprocess.PIPE, check=False
-        )
-    assert (done.returncode, done.stderr) == (141, b"")
+        done = programs.run([SCRIPT, flag], stdout=pipe)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_a_refusal_is_left_in_the_folder_wherever_it_is_named(run, tmp_path: Path) -> None:
@@ -227,20 +232,14 @@ def test_a_crash_keeps_its_traceback_and_says_so_in_the_folder(run, small_run, t
 
 
 @pytest.mark.parametrize(
-    ("number", "status", "outcome"),
+    ("number", "status", "named"),
     [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
 )
 def test_a_stopped_run_says_so_without_a_traceback(
-    number: int, status: int, outcome: str, small_run, tmp_path: Path
+    number: int, status: int, named: str, small_run, tmp_path: Path
 ) -> None:
-    process = subprocess.Popen(
-        [sys.executable, SCRIPT, *small_run, "--training.steps", "1000000"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    words = [SCRIPT, *small_run, "--training.steps", "1000000"]
+    process = Program(words, cwd=tmp_path, env=environment(PYTHONUNBUFFERED="1"))
     assert process.stdout is not None
     assert any(line.startswith("step") and " 3/" in line for line in process.stdout)
     process.send_signal(number)
@@ -248,7 +247,7 @@ def test_a_stopped_run_says_so_without_a_traceback(
     assert process.returncode == status
     assert "Traceback" not in error
     left = json.loads((tmp_path / "run" / "exit.json").read_text())
-    assert (left["status"], left["outcome"]) == (status, outcome)
+    assert (left["status"], left["outcome"]) == (status, named)
     assert len(losses(tmp_path / "run")) >= 3
 
 

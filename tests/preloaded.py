@@ -1,0 +1,36 @@
+"""What is slow to import, and what its first use is slow at: done once, before processes are forked."""
+
+import contextlib
+
+from programs import RankOfTorchrun, exit_functions_noted
+
+with exit_functions_noted():
+    import parallel_cases
+    import torch
+    import torch._dynamo.backends.debugging
+    import torch._functorch.aot_autograd
+    import torch.distributed.fsdp
+    import torch.distributed.run
+    import torch.distributed.tensor.parallel
+    import torch.utils.tensorboard
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+
+    from torchtitan_lite import cli, run, train
+    from torchtitan_lite.inference import commands
+    from torchtitan_lite.training import record, trainer
+
+IMPORTED = (parallel_cases, cli, run, commands, record, trainer)
+
+
+def popen(
+    handler: subprocess_handler.SubprocessHandler, args: tuple[str, ...], env: dict[str, str]
+) -> RankOfTorchrun:
+    """How a torchrun starts a rank here."""
+    out, err = handler._stdout, handler._stderr
+    return RankOfTorchrun(args, env=env, stdout=out, stderr=err, text=True, start_new_session=True)
+
+
+subprocess_handler.SubprocessHandler._popen = popen  # pyright: ignore[reportAttributeAccessIssue]
+torch.set_num_threads(1)
+with contextlib.redirect_stdout(None), contextlib.redirect_stderr(None):
+    train.main(["--dry-run"])

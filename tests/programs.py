@@ -1,0 +1,328 @@
+"""Python command lines in processes that have torch imported from the first moment on.
+
+    Program(["-m", "torchtitan_lite.train", "--dry-run"], cwd=folder).communicate()
+
+does what subprocess.Popen([sys.executable, ...]) does, but forks from a server that has imported
+`preloaded`, where a fresh Python takes seconds. It is multiprocessing's, and the one that ranks.py uses too.
+The ranks that a torchrun started in this way starts are forked as well, from that torchrun.
+"""
+
+import atexit
+import contextlib
+import functools
+import gc
+import io
+import multiprocessing
+import multiprocessing.process
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing import forkserver, resource_tracker
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
+from multiprocessing.util import _exit_function  # pyright: ignore[reportAttributeAccessIssue]
+from pathlib import Path
+from types import ModuleType
+from typing import IO, Any, NoReturn
+
+ROOT = Path(__file__).parents[1]
+PIPE = subprocess.PIPE
+_OPTIONS_OF_POPEN = 23
+"""How many arguments subprocess.Popen passes to the method that starts a process."""
+_MAIN_PROCESS = multiprocessing.current_process()
+"""As which multiprocessing sees a process that it has not started."""
+
+
+_NOTED: list[Callable[[], object]] = []
+
+
+@contextlib.contextmanager
+def exit_functions_noted() -> Iterator[None]:
+    """Every program does at its end what modules that are imported within this ask for."""
+
+    def register(function: Callable[..., Any], *args: Any, **options: Any) -> Callable[..., Any]:
+        _NOTED.append(functools.partial(function, *args, **options))
+        return sound(function, *args, **options)
+
+    sound, atexit.register = atexit.register, register
+    try:
+        yield
+    finally:
+        atexit.register = sound
+
+
+def context() -> ForkServerContext:
+    """Where processes are forked from; its server starts with the first of them."""
+    found = multiprocessing.get_context("forkserver")
+    found.set_forkserver_preload(["preloaded"])
+    return found
+
+
+class import_path_in_environment(contextlib.AbstractContextManager[None]):
+    """Within it, the server of forks finds our modules when it starts: it is a new Python."""
+
+    def __enter__(self) -> None:
+        self.before = os.environ.get("PYTHONPATH")
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(place).absolute()) for place in sys.path])
+
+    def __exit__(self, *_: object) -> None:
+        del os.environ["PYTHONPATH"]
+        if self.before is not None:
+            os.environ["PYTHONPATH"] = self.before
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """This process's variables without a launcher's, with `changes`; an empty one is left out."""
+    kept = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+    changed = {**kept, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **changes}
+    return {key: value for key, value in changed.items() if value}
+
+
+class _Forked(subprocess.Popen[str]):
+    """What Program and a torchrun's rank share: a Popen whose process is a fork, not a fresh Python."""
+
+    def _execute_child(self, args: Sequence[str], *options: Any) -> None:
+        assert len(options) == _OPTIONS_OF_POPEN - 1, "another Python's Popen: see its _execute_child"
+        cwd, env, pipes, new_session = options[4], options[5], options[9:15], options[20]
+        theirs = [pipes[end] for end in (0, 3, 5)]
+        self._fork([str(word) for word in args], cwd, env or dict(os.environ), theirs, new_session)
+        self._child_created = True
+        self._close_pipe_fds(*pipes)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _fork(
+        self, words: list[str], cwd: object, env: Mapping[str, str], streams: list[int], new_session: bool
+    ) -> None:
+        """Start the process and set `pid`. A stream of -1 is inherited."""
+        raise NotImplementedError
+
+
+class Program(_Forked):
+    """A process that does what `python *words` does. Text on pipes unless other streams are given."""
+
+    def __init__(self, words: Sequence[object], *, env: Mapping[str, str] | None = None, **options: Any):
+        streams = {"stdout": PIPE, "stderr": PIPE, "text": True, **options}
+        super().__init__([str(word) for word in words], env=environment() if env is None else env, **streams)
+
+    def _fork(
+        self, words: list[str], cwd: object, env: Mapping[str, str], streams: list[int], new_session: bool
+    ) -> None:
+        with open(os.devnull) as nothing:
+            inherited = (nothing.fileno(), 1, 2)
+            ends = [
+                Connection(os.dup(stream if stream >= 0 else own), readable=number == 0, writable=number > 0)
+                for number, (stream, own) in enumerate(zip(streams, inherited, strict=True))
+            ]
+        task = (words, str(cwd or os.getcwd()), dict(env), ends, new_session)
+        process = context().Process(target=_forked_by_server, args=task, daemon=True)
+        with import_path_in_environment():
+            process.start()
+        for end in ends:
+            end.close()
+        assert process.pid is not None
+        self._process, self.pid = process, process.pid
+
+    # The server is the process's parent, so the server is asked for the exit status.
+
+    _process: BaseProcess
+
+    def _internal_poll(self, *_: object, **__: object) -> int | None:
+        if self.returncode is None:
+            self._process.join(0)
+            self.returncode = self._process.exitcode
+        return self.returncode
+
+    def _wait(self, timeout: float | None) -> int:
+        if self._internal_poll() is None:
+            self._process.join(timeout)
+            if self._internal_poll() is None:
+                assert timeout is not None
+                raise subprocess.TimeoutExpired(self.args, timeout)
+        return self.returncode
+
+
+class FreshProgram(subprocess.Popen[str]):
+    """The same in a fresh Python, as a user starts it: for what depends on how a process comes to be."""
+
+    def __init__(self, words: Sequence[object], *, env: Mapping[str, str] | None = None, **options: Any):
+        streams = {"stdout": PIPE, "stderr": PIPE, "text": True, **options}
+        command = [sys.executable, *map(str, words)]
+        super().__init__(command, env=environment() if env is None else env, **streams)
+
+
+class RankOfTorchrun(_Forked):
+    """Stands in for the Popen by which torchrun starts a rank: `python -u script ...`."""
+
+    def _fork(
+        self, words: list[str], cwd: object, env: Mapping[str, str], streams: list[int], new_session: bool
+    ) -> None:
+        if pid := os.fork():
+            self.pid = pid
+            return
+        # What torchrun has belongs to it alone: no store of its may be closed, or kept open, here.
+        gc.freeze()
+        ends = [own if stream < 0 else stream for own, stream in enumerate(streams)]
+        _become(words[1:], str(cwd or os.getcwd()), env, ends, new_session)
+
+
+def run(words: Sequence[object], fresh: bool = False, **options: Any) -> subprocess.CompletedProcess[str]:
+    """What a program comes to, with what it printed."""
+    program = (FreshProgram if fresh else Program)(words, **options)
+    try:
+        out, err = program.communicate()
+    except BaseException:
+        program.kill()
+        raise
+    return subprocess.CompletedProcess(program.args, program.returncode, out, err)
+
+
+# --- in the forked process ----------------------------------------------------------------------------
+
+
+def _forked_by_server(
+    words: list[str], cwd: str, env: dict[str, str], streams: list[Connection], new_session: bool
+) -> NoReturn:
+    _become(words, cwd, env, [stream.fileno() for stream in streams], new_session)
+
+
+def _become(
+    words: list[str], cwd: str, env: Mapping[str, str], streams: Sequence[int], new_session: bool
+) -> NoReturn:
+    """Do what `python *words` does, and end with its exit status."""
+    status = 1
+    try:
+        if new_session:
+            os.setsid()
+        for number, stream in enumerate([os.dup(stream) for stream in streams]):
+            os.dup2(stream, number)
+        _forget_the_parent()
+        os.chdir(cwd)
+        multiprocessing.process.ORIGINAL_DIR = cwd  # pyright: ignore[reportAttributeAccessIssue]
+        os.environ.clear()
+        os.environ.update(env)
+        is_unbuffered = "-u" in words[:1] or bool(env.get("PYTHONUNBUFFERED"))
+        _open_streams(is_unbuffered)
+        _compute_in(env.get("OMP_NUM_THREADS"))
+        status = _status_of(words[1:] if "-u" in words[:1] else words)
+        threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue]
+        atexit._run_exitfuncs()
+    except BaseException:  # noqa: BLE001 (as Python's own end would)
+        traceback.print_exc()
+        status = 1
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(status)
+
+
+def _forget_the_parent() -> None:
+    """Leave nothing of the process that was forked: files, handlers, children, what to do at the end."""
+    for number in os.listdir("/proc/self/fd"):
+        if int(number) > 2:
+            with contextlib.suppress(OSError):  # the listing's own is closed already
+                os.close(int(number))
+    for number in signal.valid_signals():
+        if callable(signal.getsignal(number)):
+            signal.signal(number, signal.SIG_DFL)
+    # Also where the tests were started by a shell that ignores it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.set_wakeup_fd(-1)
+    atexit._clear()
+    for function in (_exit_function, *_NOTED):
+        atexit.register(function)
+    _forget_multiprocessing(multiprocessing.process, resource_tracker, forkserver)
+
+
+def _forget_multiprocessing(process: Any, resource_tracker: Any, forkserver: Any) -> None:
+    """Leave what these modules remember as it is in a process that nobody has forked."""
+    _MAIN_PROCESS.name = "MainProcess"
+    process._parent_process, process._current_process, process._children = None, _MAIN_PROCESS, set()
+    multiprocessing.set_start_method(None, force=True)
+    tracker = resource_tracker._resource_tracker
+    tracker._fd = tracker._pid = None
+    forkserver._forkserver = forkserver.ForkServer()
+
+
+def _open_streams(unbuffered: bool) -> None:
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115
+    sys.stdout = _stream(1, "strict", write_through=unbuffered)
+    sys.stderr = _stream(2, "backslashreplace", write_through=True)
+    sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
+
+
+def _stream(number: int, errors: str, write_through: bool) -> IO[str]:
+    file = open(number, "wb", buffering=0 if write_through else -1, closefd=False)  # noqa: SIM115
+    return io.TextIOWrapper(file, encoding="utf-8", errors=errors, write_through=write_through)  # pyright: ignore[reportArgumentType]
+
+
+def _compute_in(n_threads: str | None) -> None:
+    """In as many threads as the variable says, which torch reads when it is imported."""
+    import torch
+
+    torch.set_num_threads(int(n_threads) if n_threads else len(os.sched_getaffinity(0)))
+
+
+def _status_of(words: list[str]) -> int:
+    """The exit status of a Python command line: a script, -m module or -c code."""
+    try:
+        _run(words)
+    except SystemExit as end:
+        if end.code is None or isinstance(end.code, int):
+            return (end.code or 0) & 0xFF
+        print(end.code, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as error:
+        _show(error)
+        sys.stdout.flush()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    except BaseException as error:  # noqa: BLE001 (each is shown, and is a failure)
+        _show(error)
+        return 1
+    return 0
+
+
+def _show(error: BaseException) -> None:
+    """A traceback without the frames of this file."""
+    frames = error.__traceback__
+    while frames is not None and frames.tb_frame.f_code.co_filename == __file__:
+        frames = frames.tb_next
+    sys.excepthook(type(error), error.with_traceback(frames), frames)
+
+
+def _run(words: list[str]) -> None:
+    how, *rest = words
+    main = sys.modules["__main__"] = ModuleType("__main__")
+    main.__dict__["__builtins__"] = __builtins__
+    own = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if how == "-m":
+        sys.argv = rest
+        sys.path[:0] = [os.getcwd(), *own]
+        _tell_launcher()
+        sys.modules.pop(rest[0], None)
+        runpy._run_module_as_main(rest[0])  # pyright: ignore[reportAttributeAccessIssue]
+    elif how == "-c":
+        sys.argv = ["-c", *rest[1:]]
+        sys.path[:0] = ["", *own]
+        _tell_launcher()
+        exec(compile(rest[0], "<string>", "exec"), main.__dict__)  # noqa: S102 (as -c does)
+    else:
+        assert not how.startswith("-"), f"no option of Python that is known here: {how}"
+        sys.argv = words
+        sys.path[:0] = [str(Path(how).resolve().parent), *own]
+        main.__dict__.update(__file__=how, __cached__=None)
+        _tell_launcher()
+        exec(compile(Path(how).read_bytes(), how, "exec"), main.__dict__)  # noqa: S102 (as Python does)
+
+
+def _tell_launcher() -> None:
+    """The package was imported in the server, which had another parent."""
+    from torchtitan_lite import train
+
+    train._LAUNCHER = os.getppid()
