@@ -161,13 +161,21 @@ class RankOfTorchrun(_Forked):
     def _fork(
         self, words: list[str], cwd: object, env: Mapping[str, str], streams: list[int], new_session: bool
     ) -> None:
-        if pid := os.fork():
-            self.pid = pid
-            return
-        # What torchrun has belongs to it alone: no store of its may be closed, or kept open, here.
-        gc.freeze()
-        ends = [own if stream < 0 else stream for own, stream in enumerate(streams)]
-        _become(words[1:], str(cwd or os.getcwd()), env, ends, new_session)
+
+        def fork() -> None:
+            if pid := os.fork():
+                self.pid = pid
+                return
+            # What torchrun has belongs to it alone: no store of its may be closed here.
+            gc.freeze()
+            ends = [own if stream < 0 else stream for own, stream in enumerate(streams)]
+            _become(words[1:], str(cwd or os.getcwd()), env, ends, new_session)
+
+        # The thread that forks is the new process's main thread. Its stack, which a rank looks at to see
+        # what it waits for, must not begin with torchrun's.
+        thread = threading.Thread(target=fork)
+        thread.start()
+        thread.join()
 
 
 def run(words: Sequence[object], fresh: bool = False, **options: Any) -> subprocess.CompletedProcess[str]:
