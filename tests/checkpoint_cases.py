@@ -207,7 +207,7 @@ def left_after_a_failure(folder: Path) -> list[str]:
     remove = shutil.rmtree
 
     def slowly(path: Path) -> None:
-        time.sleep(1)
+        time.sleep(0.5)
         remove(path)
 
     with (

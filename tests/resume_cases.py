@@ -6,7 +6,7 @@ import multiprocessing
 import random
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -250,10 +250,17 @@ def main(*words: object) -> int:
                 file.close()
 
 
+def wait_until(is_so: Callable[[], bool]) -> None:
+    """For half a minute at most."""
+    deadline = time.monotonic() + 30
+    while not is_so() and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
 def start_with_a_failing_rank(argv: Sequence[str], rank: int) -> Start:
-    """A start in which `rank` cannot write the first step, of which another one knows only a while later."""
+    """A start in which `rank` cannot write the first step, which the others hear from it in a later step."""
     write, document, here = save.write_step, save._write_documents, dist.get_rank()
-    n_written = 0
+    step, trainers, n_written = Trainer.train_step, [], 0
 
     def write_step(*words: Any) -> int:
         nonlocal n_written
@@ -261,14 +268,22 @@ def start_with_a_failing_rank(argv: Sequence[str], rank: int) -> Start:
         try:
             return write(*words)
         finally:
-            time.sleep(0.7 if here != rank and n_written == 1 else 0)
+            if here != rank and n_written == 1:
+                wait_until(lambda: trainers[-1].save_failed)
 
     def write_documents(*words: Any) -> Any:
         if here == rank and n_written == 1:
             raise OSError(28, "No space left on device")
         return document(*words)
 
+    def train_step(trainer: Trainer) -> Any:
+        trainers.append(trainer)
+        if here == rank and trainer.step == 24:
+            wait_until(trainer.has_failed)
+        return step(trainer)
+
     with (
+        mock.patch.object(Trainer, "train_step", train_step),
         mock.patch.object(save, "write_step", write_step),
         mock.patch.object(save, "_write_documents", write_documents),
     ):

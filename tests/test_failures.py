@@ -10,12 +10,12 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
-from launch import Launched, launched, launched_on_two_nodes
+from launch import DEEP, Launched, launched, launched_on_two_nodes
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 
 WRONG = """\
-import hashlib, os, signal, sys, time
+import ctypes, os, signal, sys, time
 from torchtitan_lite import train
 from torchtitan_lite.config.load import ConfigError, Problem
 from torchtitan_lite.parallel import watch
@@ -58,10 +58,15 @@ def wrong(tmp_path: Path, small_run):
     """`wrong(action, rank=1)` starts a run that goes wrong."""
 
     def start(
-        action: str, *options: object, rank: int = 1, where: str = "train_step", processes: int = 2
+        action: str,
+        *options: object,
+        rank: int = 1,
+        where: str = "train_step",
+        processes: int = 2,
+        fresh: bool = False,
     ) -> AbstractContextManager[Launched]:
         words = wrong_run(tmp_path, action, where, rank, small_run)
-        return launched(tmp_path, *words, *options, processes=processes)
+        return launched(tmp_path, *words, *options, processes=processes, fresh=fresh)
 
     return start
 
@@ -70,11 +75,11 @@ def outcome(folder: Path) -> dict:
     return json.loads((folder / "run" / "exit.json").read_text())
 
 
-@pytest.mark.parametrize(("rank", "processes"), [(1, 3), (0, 2)])
+@pytest.mark.parametrize(("rank", "processes", "fresh"), [(1, 3, False), (0, 2, True)])
 def test_an_exception_is_shown_once_and_first_and_the_others_say_a_line(
-    rank: int, processes: int, wrong, tmp_path: Path
+    rank: int, processes: int, fresh: bool, wrong, tmp_path: Path
 ) -> None:
-    with wrong("1 / 0", rank=rank, processes=processes) as run:
+    with wrong("1 / 0", rank=rank, processes=processes, fresh=fresh) as run:
         assert run.wait() == 1
         assert run.left() == []
     said = run.of_ranks().splitlines()
@@ -174,9 +179,7 @@ def test_a_rank_that_hangs_says_so_within_the_timeout_with_its_stack(wrong, tmp_
     ],
 )
 def test_a_rank_deep_in_a_library_ends_too(action: str, cause: str, wrong, tmp_path: Path) -> None:
-    # Like a wait for a GPU: nothing in Python runs meanwhile, no handler of a signal either.
-    forever = "hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)"
-    both = f"{action} if rank == 1 else {forever}"
+    both = f"{action} if rank == 1 else {DEEP}"
     with wrong(both, "--comm.train-timeout-seconds", 60, rank=-1) as run:
         assert run.wait() == 1
         assert run.left() == []
@@ -228,7 +231,7 @@ def test_a_stopped_rank_is_named_within_the_timeout(by: str, wrong, tmp_path: Pa
     [(signal.SIGTERM, [], (143, "terminated")), (signal.SIGINT, ["interrupted"], (130, "interrupted"))],
 )
 def test_a_stopped_launcher_takes_all_ranks_with_it(number: int, said, end, wrong, tmp_path: Path) -> None:
-    with wrong("print('now', flush=True); time.sleep(2)", rank=0) as run:
+    with wrong("print('now', flush=True); time.sleep(1000)", rank=0) as run:
         assert run.process.stdout is not None
         assert any(line == "now\n" for line in run.process.stdout)
         run.process.send_signal(number)

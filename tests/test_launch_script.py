@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import socket
@@ -58,8 +59,12 @@ class Launch:
 
     def wait_until_ready(self, ranks: int = 2) -> None:
         """Wait for all ranks."""
+        self.read("ready", ranks)
+
+    def read(self, line: str, ranks: int = 2) -> None:
+        """Wait until each rank has printed `line`."""
         assert self.process.stdout is not None
-        assert [self.process.stdout.readline() for _ in range(ranks)] == ["ready\n"] * ranks
+        assert [self.process.stdout.readline() for _ in range(ranks)] == [f"{line}\n"] * ranks
 
     def end(self, within: float = 60) -> tuple[int, str, list[str]]:
         """The exit status and what the ranks have printed since, on standard error without torchrun's log."""
@@ -135,11 +140,13 @@ def test_a_signal_to_every_process_at_once_is_one_request(number: int, seconds: 
     check_saved(run, number)
 
 
-def test_a_second_signal_ends_all_at_once(launch) -> None:
+def test_a_second_signal_ends_all_at_once(launch, repository: Path) -> None:
+    told = RANK.replace("time.sleep(float", 'sys.stdout.write("asked\\n")\ntime.sleep(float')
+    (repository / "rank.py").write_text(told)
     run = launch(1000)
     run.wait_until_ready()
     run.process.send_signal(signal.SIGUSR1)
-    time.sleep(0.2)
+    run.read("asked")
     run.process.send_signal(signal.SIGTERM)
     started = time.monotonic()
     status, out, said = run.end()
@@ -149,11 +156,16 @@ def test_a_second_signal_ends_all_at_once(launch) -> None:
     assert run.processes() == []
 
 
+def takes(pid: int, number: int) -> bool:
+    """Whether a process has a handler of its own for a signal."""
+    (mask,) = re.findall(r"^SigCgt:\s*(\w+)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    return bool(int(mask, 16) >> (number - 1) & 1)
+
+
 def test_a_signal_before_there_are_ranks_ends_the_launcher(launch) -> None:
     run = launch(0, fresh=True, PYTHON=sys.executable)
-    while not any(b"launch.py" in Path(f"/proc/{pid}/cmdline").read_bytes() for pid in run.processes()):
+    while not takes(run.process.pid, signal.SIGTERM):
         time.sleep(0.01)
-    time.sleep(0.3)
     run.process.send_signal(signal.SIGTERM)
     status, out, _ = run.end()
     assert (status, out) == (143, "")

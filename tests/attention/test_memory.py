@@ -159,15 +159,6 @@ def test_what_autograd_keeps_is_q_k_v_the_output_and_its_log_sum_exp(config, cas
     assert saved.n_bytes == q.nbytes + k.nbytes + v.nbytes + out.nbytes + lse_bytes
 
 
-def test_the_gradients_of_keys_and_values_have_their_own_few_heads():
-    for config in (Sdpa(), Flex(), Varlen()):
-        q, k, v = tensors(1, 64, heads=8, kv_heads=2)
-        dq, dk, dv = torch.autograd.grad(
-            config.build()(q, k, v, config.mask(one_document(1, 64))).sum(), (q, k, v)
-        )
-        assert (dq.shape[2], dk.shape[2], dv.shape[2]) == (8, 2, 2)
-
-
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("config", [Sdpa(), Flex(), Varlen()], ids=lambda config: config.kind)
 def test_memory_falls_with_the_number_of_key_heads(config, case):

@@ -1,6 +1,7 @@
 """The compiled CPU kernel equals the reference, takes what it can and leaves the rest alone."""
 
 import logging
+import os
 from functools import partial
 
 import pytest
@@ -27,10 +28,11 @@ TOLERANCES = {torch.float32: 3e-5, torch.bfloat16: 2e-2}
 
 @pytest.fixture(autouse=True)
 def kernels(tmp_path_factory, monkeypatch):
-    """Compiled for some sizes of heads, in a cache of the tests' own; forgotten afterwards."""
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "kernels"))
-    for head_dim in (16, 48, 64):
-        native.compile_kernel(head_dim)
+    """One is compiled, for heads of 48, in a cache of the tests' own; all are forgotten afterwards."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(shared / "kernels"))
+    native.compile_kernel(48)
     yield
     native.forget_kernels()
 
@@ -54,6 +56,7 @@ def results(attend, q, k, v, upstream):
 @pytest.mark.parametrize("positions", POSITIONS)
 def test_the_kernel_equals_the_reference_forward_and_backward(positions, heads, dtype):
     positions_BS, (heads, kv_heads, head_dim) = POSITIONS[positions], heads
+    native.compile_kernel(head_dim)
     q, k, v, upstream = tensors(positions_BS, heads, kv_heads, head_dim, dtype)
     mask = Sdpa().mask(positions_BS)
     assert native.takes(q, mask.table)
@@ -78,6 +81,7 @@ def test_the_log_sum_exp_is_that_of_torch_and_padding_is_exact_zeros():
 
 @pytest.mark.parametrize("values", [(1.0, 1 + 2**-7), (1 + 2**-7, 1 + 2**-6)])
 def test_a_number_between_two_bfloat16_is_rounded_to_the_even_one(values):
+    native.compile_kernel(16)
     q, v = torch.zeros(1, 2, 1, 16), torch.tensor(values).view(1, 2, 1, 1).expand(1, 2, 1, 16).contiguous()
     q, v = q.bfloat16(), v.bfloat16()
     out = Sdpa().build()(q, q, v, Sdpa().mask(rows([2])))
@@ -104,6 +108,7 @@ NOT_FINITE = {
 
 @pytest.mark.parametrize("case", NOT_FINITE)
 def test_what_is_not_finite_is_never_hidden_where_torchs_kernel_shows_it(case):
+    native.compile_kernel(16)
     q, k, v, upstream = (x.detach() for x in tensors(rows([8]), 1, 1, 16, torch.float32))
     NOT_FINITE[case](q, k, v)
     q, k, v = (x.requires_grad_() for x in (q, k, v))
@@ -203,7 +208,9 @@ def test_bfloat16_is_left_to_torchs_kernel_where_the_processor_multiplies_its_ma
 
 
 @pytest.mark.parametrize(("head_dim", "damaged"), [(112, b""), (128, b"no library")])
-def test_a_damaged_library_is_made_again(head_dim, damaged, caplog):
+def test_a_damaged_library_is_made_again(head_dim, damaged, caplog, monkeypatch):
+    quickly = ["-O0" if flag == "-O3" else flag for flag in native._COMPILE]
+    monkeypatch.setattr(native, "_COMPILE", tuple(quickly))
     library = native._built(head_dim)
     whole = library.read_bytes()
     library.write_bytes(damaged)

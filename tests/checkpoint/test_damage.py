@@ -211,7 +211,7 @@ def test_a_step_under_the_name_of_another_is_found(step: Path) -> None:
         find(Steps(step.parent), -1, Ranks())
 
 
-# --- the same through a real start ---
+# --- which step a start takes ---
 
 
 def flip(step: Path) -> None:
@@ -227,8 +227,8 @@ def truncate(step: Path) -> None:
 
 
 def link(step: Path) -> None:
-    (step / "state.json").rename(step.parents[1] / "state.json")
-    (step / "state.json").symlink_to("../../state.json")
+    (step / "state.json").rename(step.parent / "state.json")
+    (step / "state.json").symlink_to("../state.json")
 
 
 # By what is done to the newest step, the words that say it.
@@ -249,6 +249,24 @@ def said(start: Start) -> str:
 
 
 @pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_step_is_passed_over_loudly_or_refused_where_it_is_asked_for(
+    name: str, step: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    damage, words = DAMAGES[name]
+    publish(step.parent, 4)
+    damage(step)
+    before = tree(step.parent)
+    found = find(Steps(step.parent), -1, Ranks())
+    assert found is not None and found.state.step == 4
+    (line,) = caplog.messages
+    assert line.startswith(f"step 5 in {step.parent} is DAMAGED and is passed over: {words}")
+    with pytest.raises(ConfigError) as refused:
+        find(Steps(step.parent), 5, Ranks())
+    assert str(refused.value).startswith(f"checkpoint.load_step = 5 is damaged: {words}")
+    assert tree(step.parent) == before
+
+
+@pytest.mark.parametrize("name", ["a flipped bit", "a short manifest", "a link", "no manifest"])
 def test_the_newest_good_step_is_taken_loudly_and_the_damaged_one_is_kept_aside(
     starts: Starts, options: Options, run_folder: Path, name: str
 ) -> None:
@@ -286,11 +304,10 @@ def test_a_damaged_latest_is_reported_and_written_again(
     assert Steps(run_folder / "checkpoint").latest_problem() == ""
 
 
-@pytest.mark.parametrize("name", ["a flipped bit", "a short manifest", "a missing shard"])
 def test_a_damaged_step_that_is_asked_for_is_refused(
-    starts: Starts, options: Options, run_folder: Path, name: str
+    starts: Starts, options: Options, run_folder: Path
 ) -> None:
-    damage, words = DAMAGES[name]
+    damage, words = DAMAGES["a flipped bit"]
     damage(run_folder / "checkpoint" / "step-2")
     before = tree(run_folder / "checkpoint")
     metrics = (run_folder / "metrics.jsonl").read_bytes()

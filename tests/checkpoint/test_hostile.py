@@ -37,7 +37,8 @@ from torch.distributed.checkpoint.metadata import (
 
 from torchtitan_lite.checkpoint.manifest import Damaged, read_manifest
 from torchtitan_lite.checkpoint.ranks import Ranks
-from torchtitan_lite.checkpoint.restore import load, verify
+from torchtitan_lite.checkpoint.restore import find, load, verify
+from torchtitan_lite.checkpoint.steps import Steps
 from torchtitan_lite.checkpoint.tensors import read_index
 from torchtitan_lite.config.load import ConfigError
 
@@ -393,7 +394,7 @@ def test_a_tensor_too_many_or_too_few_is_told(step: Path) -> None:
     assert f"model.v is in the checkpoint alone, {W} is not in the checkpoint" in load_refusal(step)
 
 
-# --- the documents, through a real start ---
+# --- the documents ---
 
 DEEP = 100_000
 
@@ -511,13 +512,47 @@ def check_refused(starts: Starts, words: list[str], run: Path) -> str:
     return start.err
 
 
-@pytest.mark.parametrize(("file", "name"), DOCUMENTS)
-def test_a_document_that_is_not_what_is_written_there_is_refused(
-    starts: Starts, options: Options, run: Path, file: str, name: str
-) -> None:
-    step = run / "checkpoint" / "step-1"
+def check_not_found(step: Path) -> str:
+    """What a start would be refused with that looks for a step, which stays where and as it is."""
+    before = tree(step.parent)
+    with pytest.raises(ConfigError) as caught:
+        find(Steps(step.parent), -1, Ranks())
+    assert tree(step.parent) == before
+    (line,) = str(caught.value).splitlines()
+    return line
+
+
+def forge_document(step: Path, file: str, name: str) -> None:
     content = (step / file.replace("_json", ".json").replace("_", "-")).read_bytes()
     forge(step, **{file: DOCUMENTS[file, name](content)})
+
+
+# These are well-formed, and it takes the run's own identity to refuse them.
+OF_ANOTHER_RUN = [
+    ("state_json", "identity = {'data.fingerprint': 1}"),
+    ("state_json", "data that is no table"),
+]
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize(("file", "name"), [one for one in DOCUMENTS if one not in OF_ANOTHER_RUN])
+def test_a_document_that_is_not_what_is_written_there_is_refused(step: Path, file: str, name: str) -> None:
+    forge_document(step, file, name)
+    assert "Error" not in check_not_found(step)
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        *OF_ANOTHER_RUN,
+        *((file, name) for file in ("state_json", "random_0_json") for name in ("nested", "nested objects")),
+        ("random_0_json", "numpy = ['MT19937']"),
+    ],
+)
+def test_a_real_start_refuses_such_a_document(
+    starts: Starts, options: Options, run: Path, file: str, name: str
+) -> None:
+    forge_document(run / "checkpoint" / "step-1", file, name)
     line = check_refused(starts, options(run, 2), run).splitlines()[-1]
     assert "Error" not in line, line
 
@@ -544,7 +579,13 @@ MANIFESTS = [
 
 
 @pytest.mark.parametrize("changes", MANIFESTS, ids=[str(changes)[:40] for changes in MANIFESTS])
-def test_a_manifest_that_is_not_what_is_written_there_is_refused(
+def test_a_manifest_that_is_not_what_is_written_there_is_refused(step: Path, changes: dict[str, Any]) -> None:
+    forged_manifest(step, **changes)
+    check_not_found(step)
+
+
+@pytest.mark.parametrize("changes", [{"format_version": 2}, {"files": {}}], ids=str)
+def test_a_real_start_refuses_such_a_manifest(
     starts: Starts, options: Options, run: Path, changes: dict[str, Any]
 ) -> None:
     forged_manifest(run / "checkpoint" / "step-1", **changes)
@@ -582,14 +623,11 @@ def test_what_a_step_says_cannot_write_lines_of_its_own_or_to_the_terminal(
 
 @pytest.mark.parametrize("key", ["size", "sha256"])
 @pytest.mark.parametrize("value", [None, "1", [1], {"a": 1}, float("nan"), -1, 10**400, True])
-def test_a_digest_of_another_type_is_refused(
-    starts: Starts, options: Options, run: Path, key: str, value: Any
-) -> None:
-    step = run / "checkpoint" / "step-1"
+def test_a_digest_of_another_type_is_refused(step: Path, key: str, value: Any) -> None:
     files = json.loads((step / "manifest.json").read_bytes())["files"]
     files["state.json"][key] = value
     forged_manifest(step, files=files)
-    check_refused(starts, options(run, 2), run)
+    check_not_found(step)
 
 
 @pytest.mark.parametrize("depth", [300, 900, 1500, DEEP])

@@ -448,7 +448,7 @@ def test_a_rank_gives_signs_of_life_while_one_write_takes_long(tmp_path: Path, m
     def slow_sync(descriptor: int) -> None:
         if not seen:
             seen.append(len(alive))
-            wait_until(lambda: len(alive) >= seen[0] + 2)
+            wait_until(lambda: len(alive) >= seen[0] + 2, within=5)
         sync(descriptor)
 
     monkeypatch.setattr(os, "fsync", slow_sync)
@@ -480,8 +480,8 @@ class AtOnce(threading.Thread):
         self.join()
 
 
-def wait_until(is_so: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + WITHIN
+def wait_until(is_so: Callable[[], bool], within: float) -> None:
+    deadline = time.monotonic() + within
     while not is_so():
         assert time.monotonic() < deadline
         time.sleep(0.01)

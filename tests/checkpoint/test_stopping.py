@@ -4,11 +4,10 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from launch import ROOT, Launched, launched
+from launch import ROOT, launched
 from programs import Program, environment
 from resume_cases import lines, main, outcome, steps_in
 
@@ -23,6 +22,7 @@ DRIVER = """\
 import os, signal, sys, time
 from torchtitan_lite import train
 from torchtitan_lite.checkpoint import save
+from torchtitan_lite.parallel.signals import StopRequest
 from torchtitan_lite.training import trainer
 from torchtitan_lite.training.trainer import Trainer
 
@@ -35,12 +35,21 @@ place, at = {{
     "validation": ((Trainer, "_validation_loss_of"), 3),
     "save": ((save, "write_tensors"), 2),
 }}["{phase}"]
-sound, done, trainers = getattr(*place), [], []
+sound, done, trainers, requests = getattr(*place), [], [], []
+
+def wait_until_asked():
+    deadline = time.monotonic() + 30
+    while not requests[0].asked and time.monotonic() < deadline:
+        time.sleep(0.01)
 
 def send(*numbers):
     for number in numbers:
         os.kill(os.getpid(), number)
-        time.sleep(0.3)
+        wait_until_asked()
+
+def install(self, **words):
+    requests.append(self)
+    installed(self, **words)
 
 def act(*args, **words):
     step = args[0].step if hasattr(args[0], "step") else trainers[0].step if trainers else 0
@@ -55,6 +64,7 @@ def build(self, *args, **words):
     built(self, *args, **words)
 
 built, Trainer.__init__ = Trainer.__init__, build
+installed, StopRequest.install = StopRequest.install, install
 if __name__ == "__main__":
     setattr(*place, act)
     status = train.main(sys.argv[1:])
@@ -145,20 +155,13 @@ def name(number: int) -> str:
     return signal.Signals(number).name
 
 
-@contextmanager
-def script(folder: Path, *words: object) -> Iterator[Launched]:
-    """A run of `words` by scripts/launch.py on two ranks."""
-    with launched(folder, *words, program=(ROOT / "scripts" / "launch.py",)) as run:
-        yield run
-
-
 @pytest.mark.parametrize("number", [USR1, pytest.param(TERM, marks=pytest.mark.slow)])
 def test_a_signal_to_the_launch_script_stops_both_with_its_status(
     number: int, small_run, tmp_path: Path
 ) -> None:
     # Rank 0 is at its third step, and the signal comes to it through the launcher.
-    words = drive(tmp_path, "step", f"os.kill(os.getppid(), {number}); time.sleep(1)", small_run, (0,))
-    with script(tmp_path, *words) as run:
+    words = drive(tmp_path, "step", f"os.kill(os.getppid(), {number}); wait_until_asked()", small_run, (0,))
+    with launched(tmp_path, *words, program=(ROOT / "scripts" / "launch.py",), fresh=True) as run:
         assert run.wait() == 75, run.err
         assert run.left() == []
     check_stopped(tmp_path, number, 3, 2)
@@ -233,7 +236,7 @@ def test_what_the_run_has_started_goes_on_when_all_are_signalled(
     phase: str, more: tuple[object, ...], start: Start, tmp_path: Path
 ) -> None:
     # As Kubernetes and some terminals do: the whole process group gets the signal.
-    status, _, err = start(phase, "os.killpg(0, signal.SIGTERM)", *more).end()
+    status, _, err = start(phase, "os.killpg(0, signal.SIGTERM); wait_until_asked()", *more).end()
     assert status == 75, err
     assert "Traceback" not in err and "worker" not in err
     check_stopped(tmp_path, TERM, PHASES[phase], 1)
@@ -276,7 +279,9 @@ def test_a_rank_that_is_killed_in_a_step_loses_the_steps_since_the_save(
     mode: str, small_run, tmp_path: Path
 ) -> None:
     kill = (
-        "None\n    if step == 3 and rank == 1:\n        time.sleep(1); os.kill(os.getpid(), signal.SIGKILL)"
+        "None\n    if step == 3 and rank == 1:"
+        "\n        while not os.path.isdir('run/checkpoint/step-2'): time.sleep(0.01)"
+        "\n        os.kill(os.getpid(), signal.SIGKILL)"
     )
     words = drive(tmp_path, "step", kill, small_run, (0, 1))
     with launched(tmp_path, *words, "--checkpoint.async-mode", mode) as run:

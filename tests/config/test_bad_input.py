@@ -121,8 +121,6 @@ FLAGS = {
     "--model.attention varlen --training.mixed-precision-param float32 --job.device cuda --dry-run": (
         'training.mixed_precision_param = "float32" ...: use bfloat16, ...'
     ),
-    '--model.overrides {"n_layrs":2}': 'model.overrides.n_layrs = 2 ...: did you mean "n_layers"?',
-    '--model.overrides {"n_layers":2.5}': "model.overrides.n_layers = 2.5 ...: ...",
     "--model.flavor debugmodel_flx --model.attention.block-size 64": (
         'model.flavor = "debugmodel_flx" is not a flavor of qwen3: did you mean "debugmodel_flex"?'
     ),

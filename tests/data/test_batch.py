@@ -70,14 +70,6 @@ def test_a_sample_by_hand():
     assert batch.sample_ids == [7, 8]
 
 
-def test_a_sample_that_starts_within_a_document_counts_from_its_own_start_and_looks_ahead():
-    samples = Samples(split_of([[*range(9), 256]]), seq_len=4)
-    batch = samples.batch([1], [1])
-    assert batch.positions_BS.tolist() == [[0, 1, 2, 3]]
-    assert batch.labels_BS.tolist() == [[5, 6, 7, 8]]
-    assert len(samples) == 2
-
-
 def test_a_batch_is_int64_on_the_cpu():
     batch = Samples(split_of([[1, 2, 256]]), seq_len=3).batch([0, 0], [0, 1])
     for part in (batch.tokens_BS, batch.positions_BS, batch.labels_BS):

@@ -1,6 +1,5 @@
 """Which files and documents a dataset has."""
 
-import io
 import json
 import os
 import random
@@ -21,6 +20,11 @@ def source(path: Path | str = "", dataset: str = "text", field: str = "text") ->
 
 def texts(opened: Source) -> list[str]:
     return [b"".join(document.pieces).decode() for document in opened.documents()]
+
+
+def pieces_of(file: Path | str) -> list[bytes]:
+    (document,) = source(file).documents()
+    return list(document.pieces)
 
 
 def error(call: Callable, *args: object) -> str:
@@ -269,7 +273,7 @@ def test_a_json_line_without_the_field_is_named(tmp_path: Path, content: dict, m
 
 
 @pytest.mark.parametrize("kind", ["lines", "words", "no break at all", "wide characters", "carriage returns"])
-def test_pieces_are_the_text_in_bounded_parts_that_split_no_character(monkeypatch, kind: str):
+def test_pieces_are_the_text_in_bounded_parts_that_split_no_character(tmp_path: Path, monkeypatch, kind: str):
     monkeypatch.setattr(documents, "PIECE_BYTES", 100)
     chance = random.Random(kind)
     alphabet = {
@@ -279,9 +283,10 @@ def test_pieces_are_the_text_in_bounded_parts_that_split_no_character(monkeypatc
         "wide characters": "🙂文é",
         "carriage returns": "ab\r\n",
     }[kind]
-    for length in (0, 1, 99, 100, 101, 350, 5000):
+    for length in (1, 99, 100, 101, 350, 5000):
         text = "".join(chance.choices(alphabet, k=length)).encode()
-        pieces = list(documents._pieces(io.BytesIO(text)))
+        (tmp_path / "a.txt").write_bytes(text)
+        pieces = pieces_of(tmp_path / "a.txt")
         assert b"".join(pieces) == text
         assert all(0 < len(piece) <= 200 for piece in pieces)
         for piece in pieces:
@@ -294,7 +299,7 @@ def test_pieces_of_a_long_document_encode_as_the_whole_does(monkeypatch, tokeniz
     tokenizer = load_tokenizer(str(tokenizer_folder))
     text = Path(random.__file__).read_bytes()
     monkeypatch.setattr(documents, "PIECE_BYTES", 2000)
-    pieces = list(documents._pieces(io.BytesIO(text)))
+    pieces = pieces_of(random.__file__)
     assert len(pieces) > 10
     parts = [i for ids in tokenizer.encode_pieces(pieces) for i in ids.tolist()]
     assert parts == tokenizer.encode(text.decode()).tolist()

@@ -11,7 +11,9 @@ from tokenizers import models, pre_tokenizers
 
 from torchtitan_lite.config.load import ConfigError
 from torchtitan_lite.data import load_tokenizer
-from torchtitan_lite.data.tokenizer import _END_NAMES
+
+END_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<|im_end|>", "<eos>", "[EOS]")
+"""In the order that they are tried."""
 
 
 def words(folder: Path, vocabulary: dict[str, int]) -> Encoder:
@@ -147,10 +149,16 @@ def test_files_that_name_no_end_the_tokenizer_knows_are_passed_over(tokenizer_fo
     assert tokenizer.decode([tokenizer.eos_id]) == "" and tokenizer.eos_id == 0
 
 
-@pytest.mark.parametrize("name", _END_NAMES)
-def test_without_such_files_a_common_name_is_the_end(tmp_path: Path, name: str):
-    words(tmp_path, {"a": 0, "[UNK]": 1, name: 7})
+@pytest.mark.parametrize("tried", range(len(END_NAMES)))
+def test_without_such_files_the_first_common_name_is_the_end(tmp_path: Path, tried: int):
+    later = {name: 8 + place for place, name in enumerate(END_NAMES[tried + 1 :])}
+    words(tmp_path, {"a": 0, "[UNK]": 1, **later, END_NAMES[tried]: 7})
     assert load_tokenizer(str(tmp_path)).eos_id == 7
+
+
+def test_the_page_names_the_ends_in_the_order_that_they_are_tried():
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    assert ", ".join(f"`{name}`" for name in END_NAMES) in page.replace("\n", " ")
 
 
 def test_the_vocabulary_reaches_to_the_largest_id_over_gaps(tmp_path: Path):
@@ -164,7 +172,7 @@ def test_a_tokenizer_without_a_known_end_says_what_to_do(tmp_path: Path):
         load_tokenizer(str(tmp_path))
     assert str(caught.value) == (
         f'data.tokenizer = "{tmp_path}" does not say which token ends a text, and knows none of '
-        f'{", ".join(_END_NAMES)}: put a tokenizer_config.json with {{"eos_token": "..."}} beside it'
+        f'{", ".join(END_NAMES)}: put a tokenizer_config.json with {{"eos_token": "..."}} beside it'
     )
 
 

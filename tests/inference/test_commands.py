@@ -14,8 +14,8 @@ from resume_cases import main as train
 from torchtitan_lite.cli import main
 from torchtitan_lite.data import DataConfig, Samples, prepare
 from torchtitan_lite.data.tokenizer import ByteTokenizer
-from torchtitan_lite.inference.commands import _Stream
-from torchtitan_lite.inference.evaluate import _last, evaluate
+from torchtitan_lite.inference import commands
+from torchtitan_lite.inference.evaluate import evaluate
 from torchtitan_lite.models.registry import families, resolve
 
 ROOT = Path(__file__).parents[2]
@@ -68,14 +68,21 @@ def test_a_prompt_is_text_whatever_it_looks_like(run: Path, say) -> None:
         assert (status, err) == (0, "") and out.startswith(prompt)
 
 
-def test_texts_are_shown_as_they_come_and_in_their_order(capsys: pytest.CaptureFixture[str]) -> None:
-    show = _Stream(ByteTokenizer(), [list(b"ab"), list(b"x")])
+def test_texts_are_shown_as_they_come_and_in_their_order(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     said = []
-    for tokens in ([ord("c"), ord("y")], [0xE2, None], [0x82, None], [0xAC, None], [None, None]):
-        show(tokens)
+
+    def tell(*_: object, on_tokens: Callable[[list[int | None]], None], **options: object) -> None:
         said.append(capsys.readouterr().out)
+        for first, second in ((ord("c"), ord("y")), (0xE2, None), (0x82, None), (0xAC, None), (None, None)):
+            on_tokens([first, second])
+            said.append(capsys.readouterr().out)
+
+    monkeypatch.setattr(commands, "generate", tell)
+    assert main(["generate", str(run), "--prompt", "ab", "x"]) == 0
     rule = "\n" + "-" * 20 + "\n"
-    assert said == ["abc", "", "", "\N{EURO SIGN}", f"{rule}xy{rule}"]
+    assert said == ["ab", "c", "", "", "\N{EURO SIGN}", f"{rule}xy{rule}"]
 
 
 def test_an_empty_prompt_begins_a_text(run: Path, say) -> None:
@@ -123,12 +130,15 @@ def test_the_rest_of_a_text_is_a_sample_like_others(texts: Path) -> None:
     whole = evaluate(model, split, seq_len=split.n_tokens, batch_size=1)
     cut = evaluate(model, split, seq_len=split.n_tokens - 1, batch_size=1)
     assert whole.n_tokens == split.n_tokens and cut.loss == pytest.approx(whole.loss, rel=1e-5)
-    last = Samples(_last(split, 700), 700).batch([0], [0])
+    seen = []
+    model.register_forward_pre_hook(lambda module, given: seen.append(given))
+    evaluate(model, split, seq_len=split.n_tokens - 700, batch_size=1)
+    tokens_BS, positions_BS, _, labels_BS = seen[-1]
     all_of_it = Samples(split, split.n_tokens).batch([0], [0])
-    assert torch.equal(last.tokens_BS, all_of_it.tokens_BS[:, -700:])
-    assert torch.equal(last.labels_BS, all_of_it.labels_BS[:, -700:])
+    assert torch.equal(tokens_BS, all_of_it.tokens_BS[:, -700:])
+    assert torch.equal(labels_BS, all_of_it.labels_BS[:, -700:])
     # From the start of the document, or of the sample where that is later.
-    assert torch.equal(last.positions_BS, all_of_it.positions_BS[:, -700:].minimum(torch.arange(700)))
+    assert torch.equal(positions_BS, all_of_it.positions_BS[:, -700:].minimum(torch.arange(700)))
 
 
 def test_a_last_step_of_the_model_alone_is_used_in_its_precision(texts: Path, say, tmp_path: Path) -> None:

@@ -23,11 +23,14 @@ KINDS = {
     "qwen3, window": dataclasses.replace(families["qwen3"]["8B"], sliding_window=7),
 }
 BEYOND = 5 * cases.ORIGINAL
+CONFIGS = {name: cases.small(config) for name, config in {**cases.PRESETS, **KINDS}.items()}
+# Presets that differ in size alone are one small model; the last name of each is that of its kind.
+DISTINCT = {repr(config): name for name, config in CONFIGS.items()}.values()
 
 
-@pytest.fixture(params=[*KINDS, *cases.PRESETS])
+@pytest.fixture(params=DISTINCT)
 def config(request: pytest.FixtureRequest) -> DecoderConfig:
-    return cases.small({**KINDS, **cases.PRESETS}[request.param])
+    return CONFIGS[request.param]
 
 
 def test_logits_are_theirs_beyond_the_original_context(config: DecoderConfig, tmp_path: Path) -> None:
@@ -179,7 +182,6 @@ def broken(tmp_path: Path, **changes: object) -> list[str]:
             "config.json: rope_parameters.full_attention = ",
         ),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "config.json: rope_parameters.partial_rotary"),
-        ({"hidden_size": "wide"}, 'config.json: hidden_size = "wide" is not of type int'),
         ({"rope_scaling": {"rope_type": "yarn"}}, 'config.json: rope_scaling.rope_type = "yarn" is not a'),
         ({"rope_scaling": {"rope_type": "llama3"}}, "config.json: rope_scaling.factor is not there"),
         ({"rope_scaling": 3}, "config.json: rope_scaling = 3 is not a table"),

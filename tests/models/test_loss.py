@@ -167,7 +167,7 @@ class Memory(TorchDispatchMode):
         return made
 
 
-VOCAB, ROWS = 151_936, 512
+VOCAB, ROWS = 49_152, 512
 
 
 def peak_bytes(loss: Loss, dtype: torch.dtype) -> int:

@@ -1,4 +1,4 @@
-"""Presets against the published models, flavors by rule, and what bad names and overrides are answered."""
+"""Presets against the published totals, flavors by rule, and what bad names and overrides are answered."""
 
 import dataclasses
 
@@ -26,26 +26,6 @@ PUBLISHED_TOTALS = {
     ("llama3", "405B"): 405_853_388_800,
 }
 
-# hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads, head_dim,
-# vocab_size, max_position_embeddings, rms_norm_eps, rope_theta, rope_scaling.factor and tie_word_embeddings
-# of each config.json: a second writing of the preset tables, in other columns.
-COLUMNS = (
-    "dim", "ffn_dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "vocab_size", "max_seq_len",
-    "norm_eps", "rope_theta",
-)  # fmt: skip
-PUBLISHED_CONFIGS = {
-    ("qwen3", "0.6B"): (1024, 3072, 28, 16, 8, 128, 151936, 40960, 1e-06, 1000000, None, True),
-    ("qwen3", "1.7B"): (2048, 6144, 28, 16, 8, 128, 151936, 40960, 1e-06, 1000000, None, True),
-    ("qwen3", "4B"): (2560, 9728, 36, 32, 8, 128, 151936, 40960, 1e-06, 1000000, None, True),
-    ("qwen3", "8B"): (4096, 12288, 36, 32, 8, 128, 151936, 40960, 1e-06, 1000000, None, False),
-    ("qwen3", "14B"): (5120, 17408, 40, 40, 8, 128, 151936, 40960, 1e-06, 1000000, None, False),
-    ("qwen3", "32B"): (5120, 25600, 64, 64, 8, 128, 151936, 40960, 1e-06, 1000000, None, False),
-    ("llama3", "1B"): (2048, 8192, 16, 32, 8, 64, 128256, 131072, 1e-05, 500000.0, 32.0, True),
-    ("llama3", "3B"): (3072, 8192, 28, 24, 8, 128, 128256, 131072, 1e-05, 500000.0, 32.0, True),
-    ("llama3", "8B"): (4096, 14336, 32, 32, 8, 128, 128256, 131072, 1e-05, 500000.0, 8.0, False),
-    ("llama3", "70B"): (8192, 28672, 80, 64, 8, 128, 128256, 131072, 1e-05, 500000.0, 8.0, False),
-    ("llama3", "405B"): (16384, 53248, 126, 128, 8, 128, 128256, 131072, 1e-05, 500000.0, 8.0, False),
-}
 ALL_PRESETS = [(name, size) for name, presets in families.items() for size in presets]
 
 
@@ -68,23 +48,9 @@ def test_parameters_on_the_meta_device_are_as_many_as_published(name: str, size:
         assert total == PUBLISHED_TOTALS[name, size]
 
 
-@pytest.mark.parametrize(("name", "size"), PUBLISHED_CONFIGS)
-def test_presets_are_the_published_configs(name: str, size: str):
-    preset = resolve(name, size)
-    *values, factor, tied = PUBLISHED_CONFIGS[name, size]
-    assert [getattr(preset, column) for column in COLUMNS] == values
-    assert preset.tie_embeddings is tied
-    expected = RopeScaling(
-        factor=factor or 1.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=8192
-    )
-    assert preset.rope_scaling == (expected if factor else None)
-    assert preset.qk_norm is (name == "qwen3")
-    assert preset.sliding_window is None
-
-
 def test_each_published_size_has_its_preset():
     assert [key for key in ALL_PRESETS if key[1] != "debugmodel"] == sorted(
-        PUBLISHED_CONFIGS, key=lambda key: (key[0], PUBLISHED_TOTALS[key])
+        PUBLISHED_TOTALS, key=lambda key: (key[0], PUBLISHED_TOTALS[key])
     )
 
 
@@ -138,7 +104,6 @@ def test_a_table_of_rope_scaling_is_laid_over_that_of_the_preset():
 @pytest.mark.parametrize(
     ("args", "line"),
     [
-        (("qwen", "8B"), 'model.name = "qwen" is not a model family: did you mean "qwen3"?'),
         (("gpt2", "8B"), 'model.name = "gpt2" is not a model family: choose one of "llama3", "qwen3"'),
         (("qwen3", "8b"), 'model.flavor = "8b" is not a flavor of qwen3: did you mean "8B"?'),
         (("llama3", "8B_flx"), 'model.flavor = "8B_flx" is not a flavor of llama3: did you mean "8B_flex"?'),
@@ -164,7 +129,6 @@ BAD_OVERRIDES = [
     ({"sliding_window": None}, "sliding_window = null is what TOML cannot say: leave the key out"),
     ({"sliding_window": 0}, "sliding_window = 0 must be greater than 0: use a positive number"),
     ({"head_dim": 31}, "head_dim = 31 is odd, and rotary embedding turns pairs: use 32"),
-    ({"n_kv_heads": 3}, "n_kv_heads = 3 does not divide n_heads = 8: use 1, 2, 4 or 8"),
     ({"n_heads": 1}, "n_kv_heads = 4 does not divide n_heads = 1: use 1"),
     ({"attention": "flex"}, 'attention = "flex" has a table of its own: set model.attention'),
 ]

@@ -15,11 +15,15 @@ def test_without_compile_the_model_is_left_as_it_is(small_run) -> None:
     assert all(block._compiled_call_impl is None for block in model.blocks)
 
 
-@pytest.mark.compiler
+INDUCTOR = pytest.param("inductor", marks=[pytest.mark.slow, pytest.mark.compiler])
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", INDUCTOR])
 @pytest.mark.parametrize("attention", ["sdpa", "flex", "varlen"])
-def test_compiled_blocks_train_to_the_losses_of_eager_ones(small_run, attention: str) -> None:
+def test_compiled_blocks_train_to_the_losses_of_eager_ones(small_run, attention: str, backend: str) -> None:
     torch._dynamo.reset()
     flags = [*small_run, "--model.attention", attention, "--optimizer.lr", "1e-2"]
+    flags += ["--compile.backend", backend]
     curves = []
     for compile in ("--compile.no-enable", "--compile.enable"):
         trainer = Trainer(load_job([*flags, compile]).config)

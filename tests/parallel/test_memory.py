@@ -100,6 +100,7 @@ def test_every_second_block_keeps_half_of_the_difference(per_block: PerBlock) ->
     assert per_block(*EVERY_SECOND) == (per_block(*FULL) + per_block()) / 2
 
 
+@pytest.mark.slow
 @pytest.mark.compiler
 def test_a_compiled_block_keeps_what_its_products_make_and_nothing_elementwise_from_that(words) -> None:
     def n_bytes(n_layers: int) -> int:

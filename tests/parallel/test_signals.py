@@ -6,26 +6,39 @@ import time
 from collections.abc import Iterator
 
 import pytest
+from launch import DEEP
 from programs import Program
 
 PROGRAM = """\
-import hashlib, os, signal, subprocess, sys, threading, time
+import ctypes, os, signal, subprocess, sys, threading, time
+from torchtitan_lite.parallel import signals
 from torchtitan_lite.parallel.signals import StopRequest
+
+ending = threading.Event()
+
+def on_ending(number):
+    os.write(1, b"ending %d\\n" % number)
+    ending.set()
+
+def tell():
+    while not request.asked: time.sleep(0.01)
+    print("asked", flush=True)
 
 request = StopRequest(is_first={is_first}, launched={launched})
 request.on_second = lambda number: print("second", number)
-request.on_ending = lambda number: os.write(1, b"ending %d\\n" % number)
+request.on_ending = on_ending
 {before}
 request.install(saves={saves})
 print("ready", flush=True)
 {after}
 """
 WAIT = "while not request.asked: time.sleep(0.01)\n"
+TELL = "threading.Thread(target=tell, daemon=True).start()\n"
 FOREVER = "while True: time.sleep(0.1)"
 IN_TIME = "try: print('in', flush=True); time.sleep(9)\n"
-DEEP = "hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)"
 ASKED = "asked to stop by {}: saves and stops as soon as it can\n"
 AGAIN = "asked again: ending at once\n"
+SOON = "signals._LAST_WORDS = 1.0"  # instead of 5 seconds
 
 
 class Process:
@@ -50,11 +63,13 @@ class Process:
         assert self.process.stdout is not None
         assert self.process.stdout.readline() == f"{line}\n"
 
-    def send(self, *numbers: int, pause: float = 0.0) -> None:
-        """Send signals, with some seconds between."""
-        for number in numbers:
-            self.process.send_signal(number)
-            time.sleep(pause)
+    def send(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def ask(self, number: int) -> None:
+        """Send a signal, and wait until the process, which is to TELL, has taken it."""
+        self.send(number)
+        self.read("asked")
 
     def end(self, within: float = 10) -> tuple[int, str, str]:
         """The exit status, which is negative for a signal, and what was printed since."""
@@ -91,16 +106,17 @@ def test_the_first_signal_only_asks_and_is_told_once(number: int, launched: bool
 
 
 def test_a_rank_that_does_not_speak_says_nothing(start) -> None:
-    process = start(FOREVER, is_first=False)
-    process.send(signal.SIGTERM, signal.SIGTERM, pause=0.1)
+    process = start(TELL + FOREVER, is_first=False)
+    process.ask(signal.SIGTERM)
+    process.send(signal.SIGTERM)
     assert process.end() == (143, "second 15\n", "")
 
 
 @STOPS
 @pytest.mark.parametrize("what", [FOREVER, DEEP], ids=["in Python", "in C"])
 def test_the_second_ends_the_process_at_once_wherever_it_is(number: int, what: str, start) -> None:
-    process = start(what)
-    process.send(number, pause=0.2)
+    process = start(TELL + what)
+    process.ask(number)
     started = time.monotonic()
     process.send(number)
     status, out, err = process.end()
@@ -115,33 +131,39 @@ def test_the_second_ends_the_process_at_once_wherever_it_is(number: int, what: s
     ids=["raises", "exits", "hangs"],
 )
 def test_nothing_done_about_the_second_keeps_the_process(on_second: str, start) -> None:
-    process = start(FOREVER, before=f"request.on_second = lambda number: {on_second}")
-    process.send(signal.SIGTERM, signal.SIGTERM, pause=0.1)
+    process = start(TELL + FOREVER, before=f"request.on_second = lambda number: {on_second}\n{SOON}")
+    process.ask(signal.SIGTERM)
+    process.send(signal.SIGTERM)
     assert process.end() == (143, "", ASKED.format("SIGTERM") + AGAIN)
 
 
 def test_output_that_nobody_reads_keeps_the_process_neither(start) -> None:
-    process = start("sys.stderr.write('x' * 2**20)")
-    process.send(signal.SIGTERM, signal.SIGTERM, pause=0.2)
+    process = start(TELL + "sys.stderr.write('x' * 2**20)", before=SOON)
+    process.ask(signal.SIGTERM)
+    process.send(signal.SIGTERM)
     assert process.process.wait(timeout=10) == 143
 
 
 def test_what_a_launcher_passes_on_within_a_second_is_the_same_request(start) -> None:
-    process = start(WAIT + "time.sleep(2); request.done()", launched=True)
-    process.send(*[signal.SIGUSR1] * 3, pause=0.2)
+    process = start(TELL + WAIT + "time.sleep(1.5); request.done()", launched=True)
+    process.ask(signal.SIGUSR1)
+    for _ in range(2):
+        process.send(signal.SIGUSR1)
+        time.sleep(0.1)
     assert process.end() == (0, "", ASKED.format("SIGUSR1"))
 
 
 def test_after_that_second_it_is_another(start) -> None:
-    process = start(FOREVER, launched=True)
-    process.send(signal.SIGTERM, pause=1.2)
+    process = start(TELL + FOREVER, launched=True)
+    process.ask(signal.SIGTERM)
+    time.sleep(1.2)
     process.send(signal.SIGTERM)
     assert process.end()[0] == 143
 
 
 def test_a_different_signal_is_another_at_once(start) -> None:
-    process = start(FOREVER, launched=True)
-    process.send(signal.SIGUSR1, pause=0.1)
+    process = start(TELL + FOREVER, launched=True)
+    process.ask(signal.SIGUSR1)
     process.send(signal.SIGTERM)
     assert process.end() == (143, "second 15\n", AGAIN)
 
@@ -150,7 +172,9 @@ def test_once_the_run_is_done_no_further_signal_counts(start) -> None:
     process = start(WAIT + "request.done(); print('done', flush=True); time.sleep(0.5); sys.exit(75)")
     process.send(signal.SIGTERM)
     process.read("done")
-    process.send(signal.SIGTERM, signal.SIGUSR1, pause=0.05)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        process.send(number)
+        time.sleep(0.05)
     assert process.end() == (75, "", ASKED.format("SIGTERM"))
 
 
@@ -165,17 +189,14 @@ def test_a_rank_that_learns_of_anothers_failure_does_not_speak_of_saving(start) 
 
 def test_a_signal_to_a_process_and_all_it_has_started_leaves_those_alone(start) -> None:
     # A compiler, or a data worker.
-    child = "import time; time.sleep(1); print('compiled')"
+    child = "import time; print('both', flush=True); time.sleep(1); print('compiled')"
     forked = (
         "pid = os.fork()\n"
         "if not pid:\n    time.sleep(1)\n    os.write(1, b'read\\n')\n    os._exit(request.asked)\n"
     )
-    run = (
-        f"{forked}print('both', flush=True)\nsubprocess.run([sys.executable, '-c', {child!r}], check=True)\n"
-    )
+    run = f"{forked}subprocess.run([sys.executable, '-c', {child!r}], check=True)\n"
     process = start(run + "print(request.asked, os.waitpid(pid, 0)[1]); request.done()", launched=True)
     process.read("both")
-    time.sleep(0.3)
     os.killpg(process.process.pid, signal.SIGTERM)
     status, out, err = process.end()
     assert (status, sorted(out.splitlines()[:2])) == (0, ["compiled", "read"])
@@ -183,8 +204,9 @@ def test_a_signal_to_a_process_and_all_it_has_started_leaves_those_alone(start) 
     assert err == ASKED.format("SIGTERM")
 
 
-def test_an_interrupt_stays_one_and_tells_the_watch(start) -> None:
-    process = start(IN_TIME + "except KeyboardInterrupt: time.sleep(0.3); print('interrupted')")
+@pytest.mark.parametrize("saves", [True, False])
+def test_an_interrupt_stays_one_and_tells_the_watch(saves: bool, start) -> None:
+    process = start(IN_TIME + "except KeyboardInterrupt: ending.wait(); print('interrupted')", saves=saves)
     process.read("in")
     process.send(signal.SIGINT)
     assert process.end() == (0, "ending 2\ninterrupted\n", "")
@@ -192,7 +214,7 @@ def test_an_interrupt_stays_one_and_tells_the_watch(start) -> None:
 
 @STOPS
 def test_a_run_that_never_saves_ends_by_an_exception(number: int, start) -> None:
-    process = start(IN_TIME + "finally: time.sleep(0.3); print('on the way out')", saves=False)
+    process = start(IN_TIME + "finally: ending.wait(); print('on the way out')", saves=False)
     process.read("in")
     process.send(number)
     assert process.end() == (128 + number, f"ending {int(number)}\non the way out\n", "")

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch.distributed as dist
-from programs import Program
+from launch import DEEP
+from programs import PIPE, Program
 
 PROGRAM = """\
-import hashlib, os, signal, sys, time
+import ctypes, os, signal, sys, threading, time
 import torch.distributed as dist
 from torchtitan_lite.parallel import watch as module
 from torchtitan_lite.parallel.signals import StopRequest
@@ -24,6 +25,11 @@ watch.on_end = lambda end: os.write(1, f"{{end.status}} {{end.outcome}}\\n".enco
 request.on_second = lambda number: watch.end(signalled(rank, number), doubtful=True)
 request.on_ending, request.is_ending = watch.hurry, lambda: watch.is_ending
 request.install(saves={saves})
+
+def tell():
+    while not request.asked: time.sleep(0.01)
+    print("asked", flush=True)
+
 if {is_deaf}:  # until it is deep in a library, too
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda *_: None)
@@ -33,7 +39,7 @@ print("ready", flush=True)
 """
 WAIT = "while not request.asked: time.sleep(0.01)\n"
 FOREVER = "while True: time.sleep(0.1)"
-DEEP = "hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)"
+TELL = "threading.Thread(target=tell, daemon=True).start()\n"
 MEET = """\
 from torch.distributed.elastic.utils.store import synchronize
 synchronize(store, b"", rank, size, "both")
@@ -48,12 +54,13 @@ class Rank(Program):
     """A process that is watched, and then does `after`."""
 
     def __init__(self, after: str, rank: int, size: int, port: int, saves: bool) -> None:
-        code = PROGRAM.format(after=after, saves=saves, is_deaf=after == DEEP)
-        super().__init__(["-c", code, rank, size, port])
+        code = PROGRAM.format(after=after, saves=saves, is_deaf=DEEP in after)
+        super().__init__(["-c", code, rank, size, port], stdin=PIPE)
 
-    def wait_until_ready(self) -> None:
+    def read(self, line: str) -> None:
+        """Wait until the process has printed `line`."""
         assert self.stdout is not None
-        assert self.stdout.readline() == "ready\n"
+        assert self.stdout.readline() == f"{line}\n"
 
     def end(self) -> tuple[int, str, str]:
         """The exit status and what was printed."""
@@ -72,7 +79,7 @@ def start() -> Iterator:
         for rank, after in enumerate(afters):
             started.append(Rank(after, rank, len(afters), store.port, saves))
         for rank in started:
-            rank.wait_until_ready()
+            rank.read("ready")
         return started
 
     yield start
@@ -82,7 +89,7 @@ def start() -> Iterator:
 
 
 def test_a_request_to_stop_may_take_its_time(start) -> None:
-    (rank,) = start(WAIT + "time.sleep(4);" + LEAVE)
+    (rank,) = start(WAIT + "time.sleep(3);" + LEAVE)
     rank.send_signal(signal.SIGTERM)
     assert rank.end() == (75, "", ASKED)
 
@@ -90,9 +97,7 @@ def test_a_request_to_stop_may_take_its_time(start) -> None:
 @pytest.mark.parametrize(
     ("number", "saves", "end"),
     [
-        (signal.SIGTERM, False, "143 terminated"),
         (signal.SIGUSR1, False, "138 terminated"),
-        (signal.SIGINT, False, "130 interrupted"),
         (signal.SIGINT, True, "130 interrupted"),
     ],
 )
@@ -106,11 +111,13 @@ def test_a_rank_deep_in_a_library_ends_soon_by_a_signal_that_is_no_request(
 
 @pytest.mark.parametrize("what", [FOREVER, DEEP], ids=["in Python", "in C"])
 def test_a_second_request_on_all_ranks_ends_them_at_once_and_is_told_once(what: str, start) -> None:
-    ranks = start(what, what)
-    for number in (signal.SIGUSR1, signal.SIGTERM):
-        for rank in ranks:
-            rank.send_signal(number)
-        time.sleep(0.1)
+    ranks = start(TELL + what, TELL + what)
+    for rank in ranks:
+        rank.send_signal(signal.SIGUSR1)
+    for rank in ranks:
+        rank.read("asked")
+    for rank in ranks:
+        rank.send_signal(signal.SIGTERM)
     started = time.monotonic()
     assert ranks[0].end() == (143, "143 terminated\n", "asked again: ending at once\n")
     assert ranks[1].end() == (143, "", "")
@@ -118,46 +125,51 @@ def test_a_second_request_on_all_ranks_ends_them_at_once_and_is_told_once(what: 
 
 
 def test_a_second_request_on_one_rank_ends_the_other_too(start) -> None:
-    ranks = start(FOREVER, FOREVER)
-    for number in (signal.SIGUSR1, signal.SIGTERM):
-        ranks[1].send_signal(number)
-        time.sleep(0.1)
+    ranks = start(FOREVER, TELL + FOREVER)
+    ranks[1].send_signal(signal.SIGUSR1)
+    ranks[1].read("asked")
+    ranks[1].send_signal(signal.SIGTERM)
     assert ranks[1].end() == (143, "", "")
     assert ranks[0].end() == (143, "143 terminated\n", "")
 
 
 def test_ranks_that_have_saved_may_go_at_different_times(start) -> None:
-    ranks = start(WAIT + "request.done(); time.sleep(5);" + LEAVE, WAIT + LEAVE)
+    saves_long = "request.done(); time.sleep(2.5); print(watch.is_ending);"
+    ranks = start(WAIT + saves_long + LEAVE, WAIT + LEAVE)
     for rank in ranks:
         rank.send_signal(signal.SIGTERM)
     assert ranks[1].end() == (75, "", "")
     ranks[0].send_signal(signal.SIGTERM)  # the launcher's, which finds a rank ended
-    assert ranks[0].end() == (75, "", ASKED)
+    assert ranks[0].end() == (75, "False\n", ASKED)
 
 
 @pytest.mark.parametrize("asked_before", [False, True])
 def test_another_ranks_failure_is_what_is_told_whatever_the_launcher_sends_then(
     asked_before: bool, start
 ) -> None:
-    fail = "time.sleep(2); watch.end(End(rank=1, message='disk full'), 'disk full', doubtful=False)"
+    fail = "input(); watch.end(End(rank=1, message='disk full'), 'disk full', doubtful=False)"
     ranks = start(FOREVER, fail)
+    assert ranks[0].stderr is not None and ranks[1].stdin is not None
     if asked_before:
         ranks[0].send_signal(signal.SIGTERM)
+        assert ranks[0].stderr.readline() == ASKED
+    print(file=ranks[1].stdin, flush=True)
     assert ranks[1].end() == (1, "", "disk full\n")
     ranks[0].send_signal(signal.SIGTERM)
     status, out, err = ranks[0].end()
     assert (status, out) == (1, "1 failed\n")
     assert err.splitlines()[-1] == "rank 0 stopped: disk full"
-    assert asked_before or ASKED not in err
+    assert ASKED not in err
 
 
 def test_a_sign_of_life_within_the_grace_saves_a_rank_that_is_late(start) -> None:
-    look = "print(watch.is_ending); watch.alive(60); print(watch.is_ending)\n"
+    look = "print(watch.is_ending);"
+    looks = f"{look} watch.alive(60); {look} time.sleep(2); {look}"
     ranks = start(
-        MEET.format(ranks=2, before="watch.alive(0.5)") + look + "time.sleep(3.5);" + LEAVE,
+        MEET.format(ranks=2, before="watch.alive(0.5)") + looks + LEAVE,
         MEET.format(ranks=2, before="time.sleep(1.5)") + LEAVE,
     )
-    assert ranks[0].end() == (75, "True\nFalse\n", "")
+    assert ranks[0].end() == (75, "True\nFalse\nFalse\n", "")
     assert ranks[1].end() == (75, "", "")
 
 

@@ -62,13 +62,31 @@ def _full_logits(self, x_BSD, weight_VD, labels_BS, vocabulary=None):
     return reference_cross_entropy(x_BSD, weight_VD, labels_BS)
 
 
+@pytest.fixture(scope="module")
+def known() -> dict[str, torch.Tensor]:
+    """The losses with all that is slow, by dtype: each run is done once."""
+    return {}
+
+
+@pytest.fixture
+def slow_losses(losses, known):
+    """`slow_losses(dtype)` are those of a run without any fast path."""
+
+    def slow(dtype: str) -> torch.Tensor:
+        if dtype not in known:
+            known[dtype] = losses(dtype, None)
+        return known[dtype]
+
+    return slow
+
+
 FAST = ["attention in blocks", "chunked loss", "weight cast in tiles"]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("fast", [*FAST, pytest.param("compiled kernel", marks=pytest.mark.compiler)])
-def test_a_fast_path_trains_as_the_slow_one(losses, fast, dtype):
-    found, wanted = losses(dtype, fast), losses(dtype, None)
+def test_a_fast_path_trains_as_the_slow_one(losses, slow_losses, fast, dtype):
+    found, wanted = losses(dtype, fast), slow_losses(dtype)
     assert wanted[-1] < wanted[0] - 1, "it was meant to learn"
     torch.testing.assert_close(found, wanted, rtol=0, atol=TOLERANCES[dtype])
 
@@ -76,13 +94,13 @@ def test_a_fast_path_trains_as_the_slow_one(losses, fast, dtype):
 @pytest.mark.slow
 @pytest.mark.compiler
 @pytest.mark.parametrize("dtype", TOLERANCES)
-def test_a_compiled_run_trains_as_the_slow_one(losses, dtype):
+def test_a_compiled_run_trains_as_the_slow_one(losses, slow_losses, dtype):
     found = losses(dtype, "chunked loss", "--compile.enable")
-    torch.testing.assert_close(found, losses(dtype, None), rtol=0, atol=TOLERANCES[dtype])
+    torch.testing.assert_close(found, slow_losses(dtype), rtol=0, atol=TOLERANCES[dtype])
 
 
-def test_the_slow_path_is_the_one_that_torch_has_nothing_faster_for(losses, monkeypatch):
+def test_the_slow_path_is_the_one_that_torch_has_nothing_faster_for(losses, slow_losses, monkeypatch):
     """The reference itself against matrix products written out."""
-    wanted = losses("float32", None)
+    wanted = slow_losses("float32")
     monkeypatch.setattr(tile_kernels, "kernel_for", lambda q: PlainKernel())
     torch.testing.assert_close(losses("float32", None), wanted, rtol=0, atol=TOLERANCES["float32"])
