@@ -21,6 +21,7 @@ from torch import Tensor
 
 from torchtitan_lite import train
 from torchtitan_lite.checkpoint import SaveFailed, save
+from torchtitan_lite.checkpoint.steps import Steps
 from torchtitan_lite.config.job import load_job
 from torchtitan_lite.parallel.signals import StopRequest
 from torchtitan_lite.run import Run
@@ -136,6 +137,7 @@ class _Seen:
     def _begin(self, trainer: Trainer) -> None:
         number = trainer.step + 1
         if number == self.crash_at:
+            wait_for_save(trainer)
             raise Crash
         self.draws[number] = random.random(), float(np.random.rand()), float(torch.rand(()))
         if number == self.stop_at:
@@ -146,6 +148,16 @@ class _Seen:
         # On one rank alone: the others are to hear of it.
         world = here()
         self.stop.asked = world.rank == world.size - 1
+
+
+def wait_for_save(trainer: Trainer, within: float = 60) -> None:
+    """Wait until the last step that was due is saved, as a save in the background may still go on."""
+    checkpoint, folder = trainer.job.checkpoint, Path(trainer.job.job.dump_folder)
+    due = trainer.step // checkpoint.interval * checkpoint.interval
+    steps, deadline = Steps(folder / checkpoint.folder), time.monotonic() + within
+    while due > trainer.began and due not in steps.published():
+        assert time.monotonic() < deadline, f"step {due} is not saved after {within} seconds"
+        time.sleep(0.01)
 
 
 def hash_of(*tensors: Tensor) -> str:
