@@ -1,12 +1,12 @@
 """What is slow to import, and what its first use is slow at: done once, before processes are forked."""
 
 import contextlib
-import gc
 
 from programs import RankOfTorchrun, exit_functions_noted
 
 with exit_functions_noted():
     import parallel_cases
+    import ranks
     import torch
     import torch._dynamo.backends.debugging
     import torch._functorch.aot_autograd
@@ -35,6 +35,4 @@ subprocess_handler.SubprocessHandler._popen = popen  # pyright: ignore[reportAtt
 torch.set_num_threads(1)
 with contextlib.redirect_stdout(None), contextlib.redirect_stderr(None):
     train.main(["--dry-run"])
-# A fork that looks for garbage would otherwise write to, and so copy, every page of what is here.
-gc.collect()
-gc.freeze()
+ranks.freeze()

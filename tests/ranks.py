@@ -192,15 +192,13 @@ def _serve(rank: int, size: int, connection: Connection, filters: Sequence[str],
         action, message, category, *_ = [*line.split(":"), "", ""]
         kind = getattr(builtins, category.strip() or "Warning")
         warnings.filterwarnings(action.strip(), message.strip(), kind)  # pyright: ignore[reportArgumentType]
-    caches = _caches()
-    gc.freeze()
     with contextlib.suppress(EOFError):  # the parent is gone
         while True:
             outcome = _outcome(connection.recv_bytes(), rank, size)
             connection.send_bytes(pickle.dumps(outcome))
             if outcome.failed:
                 break  # the others may be anywhere in the function
-            _forget_process_group(caches)
+            _forget_process_group()
     threading.Event().wait()  # for the end
 
 
@@ -220,7 +218,20 @@ def _outcome(task: bytes, rank: int, size: int) -> _Outcome:
         return _Outcome(True, time.monotonic(), traceback.format_exc())
 
 
-def _forget_process_group(caches: Sequence[Any]) -> None:
+_FROZEN_CACHES: list[Any] = []
+
+
+def freeze() -> None:
+    """Keep what is there now out of garbage collection, in the server that ranks are forked from.
+
+    A rank that looks for garbage would otherwise write to, and so copy, every page of it.
+    """
+    gc.collect()
+    _FROZEN_CACHES.extend(_caches())
+    gc.freeze()
+
+
+def _forget_process_group() -> None:
     """End the process group, and what torch remembers of its meshes.
 
     The next one's look the same; and a group that is remembered keeps its threads, hundreds after some tests,
@@ -229,7 +240,7 @@ def _forget_process_group(caches: Sequence[Any]) -> None:
     dist.barrier()  # one that leaves early would cut off those who are still meeting
     debug._clear_sharding_prop_cache()
     _redistribute.clear_redistribute_planner_cache()
-    for cache in (*caches, *_caches()):
+    for cache in (*_FROZEN_CACHES, *_caches()):
         cache.cache_clear()
     native.forget_kernels()  # of a compiled run
     gc.collect()

@@ -48,6 +48,7 @@ def test_a_trainers_step_and_a_plain_one_are_the_same_step():
     assert ours["loss_last"] == pytest.approx(plain["loss_last"], abs=2e-4)
 
 
+@pytest.mark.slow
 def test_a_comparison_runs_the_others_in_turns(tmp_path):
     other = tmp_path / "other.py"
     log = tmp_path / "log"
