@@ -209,7 +209,10 @@ def test_launchers_on_two_nodes_end_with_75_whichever_is_the_last(actions: tuple
 
 def test_a_rank_that_fails_where_torchrun_fails_too_is_not_taken_for_saved(launch) -> None:
     runs = on_two_nodes(launch, "None", "(time.sleep(1), os._exit(3))")
-    assert [run.end()[:2] for run in runs] == [(75, "saved\n"), (1, "saved\n")]
+    assert runs[0].end()[:2] == (75, "saved\n")
+    status, out, _ = runs[1].end()
+    # The rank's own status, should torchrun see its end before that of the first node's store.
+    assert status in (1, 3) and out == "saved\n"
 
 
 @pytest.mark.parametrize(
