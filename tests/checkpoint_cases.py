@@ -292,7 +292,7 @@ class Starts:
 
 _RUN = "import sys, checkpoint_cases; sys.exit(checkpoint_cases.main_with_fault(sys.argv[1:]))"
 ARMED = "armed\n"
-"""What a run prints when a fault that has a delay is armed."""
+"""A run prints this line when the delay before its kill begins."""
 
 
 def main_with_fault(words: list[str]) -> int:

@@ -71,7 +71,7 @@ class Outcome(NamedTuple):
     status: int
     output: str
     cpu_seconds: float
-    """Of the process that pytest ran in, without those of ranks and of programs."""
+    """CPU time of the pytest process. The ranks and programs that it starts are not included."""
 
     @property
     def failed(self) -> str:

@@ -1,4 +1,4 @@
-"""What is slow to import, and what its first use is slow at: done once, before processes are forked."""
+"""Imports all that is slow to import and uses it once, so that forked processes need not."""
 
 import contextlib
 

@@ -85,7 +85,7 @@ def environment(**changes: str) -> dict[str, str]:
 
 
 class _Forked(subprocess.Popen[str]):
-    """What Program and a torchrun's rank share: a Popen whose process is a fork, not a fresh Python."""
+    """The base of Program and RankOfTorchrun: a Popen whose process is a fork instead of a fresh Python."""
 
     def _execute_child(self, args: Sequence[str], *options: Any) -> None:
         assert len(options) == _OPTIONS_OF_POPEN - 1, "another Python's Popen: see its _execute_child"
@@ -166,7 +166,7 @@ class RankOfTorchrun(_Forked):
             if pid := os.fork():
                 self.pid = pid
                 return
-            # What torchrun has belongs to it alone: no store of its may be closed here.
+            # Garbage collection must not close the store here: torchrun still uses it.
             gc.freeze()
             ends = [own if stream < 0 else stream for own, stream in enumerate(streams)]
             _become(words[1:], str(cwd or os.getcwd()), env, ends, new_session)

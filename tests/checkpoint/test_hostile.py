@@ -513,7 +513,7 @@ def check_refused(starts: Starts, words: list[str], run: Path) -> str:
 
 
 def check_not_found(step: Path) -> str:
-    """What a start would be refused with that looks for a step, which stays where and as it is."""
+    """The error with which a start refuses the step. The step itself is not touched."""
     before = tree(step.parent)
     with pytest.raises(ConfigError) as caught:
         find(Steps(step.parent), -1, Ranks())

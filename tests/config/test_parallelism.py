@@ -230,7 +230,7 @@ def is_allowed(
 
 
 def left_over(world_size: int, seq_len: int, parallelism: ParallelismConfig) -> list[str]:
-    """What is wrong with a mesh for the debugmodel."""
+    """The problems that the debug model has with a mesh."""
     division = Division(
         parallelism=parallelism, world_size=world_size, seq_len=seq_len, max_seq_len=2048, sizes=SIZES
     )

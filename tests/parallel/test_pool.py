@@ -111,7 +111,7 @@ def test_a_result_that_cannot_be_sent_is_a_failure(pool: Pool) -> None:
 
 
 def test_warnings_are_errors_in_ranks(pool: Pool) -> None:
-    """Those too that Python ignores by default."""
+    """Python ignores a DeprecationWarning by default; a rank does not."""
     with pytest.raises(RankFailed, match="DeprecationWarning: strange"):
         pool.run(cases.warn, DeprecationWarning, "strange")
 
