@@ -101,11 +101,8 @@ def test_every_other_benchmark_prints_json_and_a_table(script):
 
 @pytest.mark.slow
 def test_traffic_and_memory_are_reported_for_every_axis():
-    rows = line("scaling.py", "--ranks", "1", "2", "--axes", "fsdp", "tp", "cp")
-    alone, fsdp, tp, cp = (
-        next(row for row in rows["ranks"] if (row["axis"], row["ranks"]) == case)
-        for case in (("fsdp", 1), ("fsdp", 2), ("tp", 2), ("cp", 2))
-    )
+    (alone,) = line("scaling.py", "--ranks", "1", "--axes", "fsdp")["ranks"]
+    fsdp, tp, cp = line("scaling.py", "--ranks", "2", "--axes", "fsdp", "tp", "cp")["ranks"]
     assert len({row["loss"] for row in (alone, fsdp, tp, cp)}) == 1
     assert alone["bytes_into_collectives"] < min(row["bytes_into_collectives"] for row in (fsdp, tp, cp))
     for sharded in (fsdp, tp):
@@ -122,6 +119,7 @@ def test_starts_are_timed():
 
 @pytest.mark.slow
 @pytest.mark.compiler
+@pytest.mark.timeout(900)
 def test_what_is_run_on_a_gpu_runs_on_a_cpu_too(tmp_path):
     done = subprocess.run(
         [str(BENCHMARKS / "cuda.sh")],
@@ -134,7 +132,6 @@ def test_what_is_run_on_a_gpu_runs_on_a_cpu_too(tmp_path):
         },
         capture_output=True,
         text=True,
-        timeout=280,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -145,7 +142,7 @@ def test_what_is_run_on_a_gpu_runs_on_a_cpu_too(tmp_path):
         "step-flex",
         "packed-sdpa",
         "step-eager",
-        "large-2",
+        "large-1",
         "attention-sdpa",
         "attention-flex",
         "loss",
