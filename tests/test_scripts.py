@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import programs
 import pytest
 import tomli
 
@@ -231,3 +232,23 @@ def test_the_constraints_pin_every_dependency_to_one_version() -> None:
     pins = dict(line.lower().replace("_", "-").split("==") for line in lines if not line.startswith("#"))
     assert pins["torch"] == "2.13.0"
     assert {re.split("[<>=]", line)[0] for line in needed} <= pins.keys()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [(("-n", 0), True), (("-n", 1), True), (("-n", 0, "-m", "slow or not slow"), False)],
+    ids=["in one process", "in a worker", "with the slow ones"],
+)
+def test_the_end_says_how_many_slow_tests_were_left_out(tmp_path: Path, words, said: bool) -> None:
+    (tmp_path / "test_some.py").write_text(
+        "import pytest\n"
+        "def test_quick(): pass\n"
+        "@pytest.mark.slow\n"
+        "@pytest.mark.parametrize('case', [1, 2])\n"
+        "def test_slow(case): pass\n"
+    )
+    ours = ["-p", "conftest", "-c", ROOT / "pyproject.toml", "--rootdir", tmp_path, "-p", "no:cacheprovider"]
+    environment = programs.environment(PYTHONPATH=str(ROOT / "tests"))
+    done = programs.run(["-m", "pytest", *ours, *words, tmp_path], env=environment)
+    line = "2 slow tests were left out; to run them too: ./scripts/test.sh --all"
+    assert (done.returncode, line in done.stdout.splitlines()) == (0, said)
