@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import threading
 import time
 import warnings
 from collections import Counter
@@ -51,6 +52,13 @@ def n_threads_of_groups() -> int:
     """The threads that look for messages, in this process."""
     names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
     return sum("gloo_tcp" in name for name in names)
+
+
+def keep_threads(number: int) -> int:
+    """Leave so many threads behind; the process's id."""
+    for _ in range(number):
+        threading.Thread(target=threading.Event().wait, daemon=True).start()
+    return os.getpid()
 
 
 def split_a_weight() -> None:
@@ -199,12 +207,9 @@ def whole(x: Tensor) -> Tensor:
     return (x.full_tensor() if isinstance(x, DTensor) else x).detach().cpu()
 
 
-def distances(runs: Sequence[tuple[Sequence[str], Path]], n_steps: int, double: bool) -> list[Distance]:
-    """How far this rank's trainings are from those that are saved."""
-    return [
-        distance(train(argv, n_steps, double), Training(**torch.load(saved, mmap=True)))
-        for argv, saved in runs
-    ]
+def distance_to(saved: Path, argv: Sequence[str], n_steps: int, double: bool) -> Distance:
+    """How far this rank's training is from the one that is saved."""
+    return distance(train(argv, n_steps, double), Training(**torch.load(saved, mmap=True)))
 
 
 def distance(found: Training, wanted: Training) -> Distance:

@@ -2,7 +2,8 @@
 
     pool(4).run(function, *args)  ->  [function(*args) on rank 0, ..., on rank 3]
 
-Starting ranks is what costs: a pool is started once and used again, until a rank of it fails.
+Starting ranks is what costs: a pool is started once and used again, until a rank of it fails or is left with
+too many threads.
 """
 
 import builtins
@@ -16,6 +17,7 @@ import os
 import pickle
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -37,6 +39,10 @@ from torchtitan_lite.attention import native
 
 _GRACE_SECONDS = 0.5
 """Within which ranks fail for one reason; what fails later fails because of the first."""
+
+
+_MOST_THREADS = 12
+"""Of a rank that is used again. Each that gloo has left behind looks around a hundred times a second."""
 
 
 class RankFailed(AssertionError):
@@ -75,8 +81,12 @@ class Pool:
         __tracebackhide__ = True
         if not self._ranks:
             self._start()
-        assert self._folder is not None
         try:
+            if self._n_threads() > _MOST_THREADS:
+                self.stop()
+                self._start()
+                self._n_threads()
+            assert self._folder is not None
             store = Path(self._folder.name) / f"store-{next(self._tasks)}"
             task = pickle.dumps((store, timeout, function, args))
             for rank in self._ranks:
@@ -114,6 +124,14 @@ class Pool:
                 theirs.close()  # so that the end of the process ends the connection
                 assert isinstance(ours, Connection)
                 self._ranks.append(_Rank(process, ours))
+
+    def _n_threads(self) -> int:
+        """The most threads of a rank; each says so once, when it is ready for a task."""
+        found = [0]
+        for rank in self._ranks:
+            with contextlib.suppress(EOFError, ConnectionResetError):  # it has died: its result will say so
+                found.append(rank.connection.recv())
+        return max(found)
 
     def _results(self, name: str, timeout: float) -> list[Any]:
         __tracebackhide__ = True
@@ -194,6 +212,7 @@ def _serve(rank: int, size: int, connection: Connection, filters: Sequence[str],
         warnings.filterwarnings(action.strip(), message.strip(), kind)  # pyright: ignore[reportArgumentType]
     with contextlib.suppress(EOFError):  # the parent is gone
         while True:
+            connection.send(len(os.listdir("/proc/self/task")))
             outcome = _outcome(connection.recv_bytes(), rank, size)
             connection.send_bytes(pickle.dumps(outcome))
             if outcome.failed:
@@ -242,9 +261,20 @@ def _forget_process_group() -> None:
     _redistribute.clear_redistribute_planner_cache()
     for cache in (*_FROZEN_CACHES, *_caches()):
         cache.cache_clear()
-    native.forget_kernels()  # of a compiled run
+    _forget_what_is_compiled()
     gc.collect()
     dist.destroy_process_group()
+
+
+def _forget_what_is_compiled() -> None:
+    native.forget_kernels()
+    # torch.compile leaves its functions in the modules of what it compiles, also when it is reset.
+    modules = [vars(module) for name, module in sys.modules.items() if name.startswith("torchtitan_lite")]
+    if left := [(names, name) for names in modules for name in names if name.startswith("__compiled_fn")]:
+        torch._dynamo.reset()
+        for names, name in left:
+            if name in names:
+                names[name] = None  # it may still be deleted, which wants it to be there
 
 
 def _caches() -> list[Any]:

@@ -100,6 +100,7 @@ def test_every_other_benchmark_prints_json_and_a_table(script):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_traffic_and_memory_are_reported_for_every_axis():
     (alone,) = line("scaling.py", "--ranks", "1", "--axes", "fsdp")["ranks"]
     fsdp, tp, cp = line("scaling.py", "--ranks", "2", "--axes", "fsdp", "tp", "cp")["ranks"]

@@ -44,7 +44,8 @@ sys.exit(train.main(sys.argv[3:]))
 """
 SAY = "os.write(1, b'\\n%d\\n' % os.getpid())"
 """A process id on its own line: ranks of torchrun do not buffer, and rank 0 may be in the middle of one."""
-TIMEOUTS = ("--comm.init-timeout-seconds", 60, "--comm.train-timeout-seconds", 5)
+TIMEOUTS = ("--comm.init-timeout-seconds", 100, "--comm.train-timeout-seconds", 100)
+SOON = ("--comm.train-timeout-seconds", 5)
 
 
 def wrong_run(folder: Path, action: str, where: str, rank: int, options: Sequence[str]) -> list[object]:
@@ -156,12 +157,12 @@ def test_a_killed_rank_is_named_in_a_line(rank: int, wrong, tmp_path: Path) -> N
 
 
 def test_a_rank_that_hangs_says_so_within_the_timeout_with_its_stack(wrong, tmp_path: Path) -> None:
-    with wrong(f"{SAY}; time.sleep(1000)") as run:
+    with wrong(f"{SAY}; time.sleep(1000)", *SOON) as run:
         assert run.process.stdout is not None
         assert any(line.strip().isdecimal() for line in run.process.stdout)
         start = time.monotonic()
         assert run.wait() == 1
-        assert time.monotonic() - start < 5 + 10
+        assert time.monotonic() - start < 5 + 40
         assert run.left() == []
     said = run.of_ranks().splitlines()
     assert said[0].startswith("rank 1 hangs: no progress for ")
@@ -180,7 +181,7 @@ def test_a_rank_that_hangs_says_so_within_the_timeout_with_its_stack(wrong, tmp_
 )
 def test_a_rank_deep_in_a_library_ends_too(action: str, cause: str, wrong, tmp_path: Path) -> None:
     both = f"{action} if rank == 1 else {DEEP}"
-    with wrong(both, "--comm.train-timeout-seconds", 60, rank=-1) as run:
+    with wrong(both, rank=-1) as run:
         assert run.wait() == 1
         assert run.left() == []
     assert "SIGKILL" not in run.err.partition("Failures:")[0]
@@ -212,12 +213,12 @@ def test_another_machines_failure_ends_the_ranks_here(
 
 @pytest.mark.parametrize("by", ["the test", pytest.param("torchrun", marks=pytest.mark.slow)])
 def test_a_stopped_rank_is_named_within_the_timeout(by: str, wrong, tmp_path: Path) -> None:
-    with wrong(f"{SAY}; os.kill(os.getpid(), signal.SIGSTOP)") as run:
+    with wrong(f"{SAY}; os.kill(os.getpid(), signal.SIGSTOP)", *SOON) as run:
         assert run.process.stdout is not None and run.process.stderr is not None
         pid = next(int(line) for line in run.process.stdout if line.strip().isdecimal())
         start, line = time.monotonic(), "rank 0 stopped: rank 1 no longer answers\n"
         assert line in run.process.stderr
-        assert time.monotonic() - start < 5 + 10
+        assert time.monotonic() - start < 5 + 40
         if by == "the test":  # torchrun takes half a minute
             os.kill(pid, signal.SIGKILL)
         assert run.wait() == 1

@@ -25,8 +25,10 @@ STANDALONE = ("--standalone", "--nproc_per_node", 2)
 # Does with signals what a run does, without the time that its imports and steps take.
 RANK = """\
 import os, signal, sys, time
+from torchtitan_lite.parallel import signals
 from torchtitan_lite.parallel.signals import StopRequest
 
+signals._ECHO = 60.0  # instead of a second, in which a busy machine may not pass a signal on
 rank = int(os.environ["RANK"])
 if len(sys.argv) > 2:
     exec(sys.argv[2])
@@ -150,7 +152,7 @@ def test_a_second_signal_ends_all_at_once(launch, repository: Path) -> None:
     run.process.send_signal(signal.SIGTERM)
     started = time.monotonic()
     status, out, said = run.end()
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 25, "torchrun has waited its 30 seconds"
     assert (status, out) == (143, "")
     assert "asked again: ending at once" in said
     assert run.processes() == []

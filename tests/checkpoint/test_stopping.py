@@ -176,7 +176,7 @@ class Alone:
         self.process = Program(words, cwd=folder, env=variables, start_new_session=True)
 
     def end(self) -> tuple[int, str, str]:
-        out, err = self.process.communicate(timeout=60)
+        out, err = self.process.communicate(timeout=200)
         return self.process.returncode, out, err
 
 

@@ -213,9 +213,9 @@ def check(found: cases.Distance, double: bool) -> None:
 @pytest.mark.parametrize(("name", "double"), RUNS)
 def test_n_ranks_train_as_one_does(ranks, words, reference: Reference, name: str, double: bool) -> None:
     cell = ALL[name]
-    runs = [([*words, *cell.words()], reference(cell, 5, double))]
-    for rank in ranks(cell.size).run(cases.distances, runs, 5, double, timeout=200):
-        check(rank[0], double)
+    saved, argv = reference(cell, 5, double), [*words, *cell.words()]
+    for distance in ranks(cell.size).run(cases.distance_to, saved, argv, 5, double, timeout=200):
+        check(distance, double)
 
 
 ATTENTIONS = ("sdpa", "flex", "varlen")
@@ -238,10 +238,10 @@ def test_every_combination(ranks, words, reference: Reference, mesh: str, attent
             (1, 2), ("none", SELECTIVE, FULL), (TIED, UNTIED)
         )
     ]
-    runs = [([*words, *cell.words()], reference(cell, 2, True)) for cell in combined]
-    for rank in ranks(MESHES[mesh].size).run(cases.distances, runs, 2, True, timeout=280):
-        for found in rank:
-            check(found, double=True)
+    for cell in combined:
+        saved, argv = reference(cell, 2, True), [*words, *cell.words()]
+        for distance in ranks(cell.size).run(cases.distance_to, saved, argv, 2, True):
+            check(distance, double=True)
 
 
 def test_every_pair_of_settings_meets_in_a_cell() -> None:

@@ -42,6 +42,12 @@ def test_a_rank_keeps_no_thread_of_a_mesh(pool: Pool) -> None:
     assert pool.run(cases.n_threads_of_groups) == before
 
 
+def test_ranks_that_keep_many_threads_are_not_used_again(pool: Pool) -> None:
+    before = pool.run(cases.keep_threads, 0)
+    assert pool.run(cases.keep_threads, 20) == before
+    assert set(pool.run(cases.process_id)).isdisjoint(before)
+
+
 def test_a_rank_computes_in_one_thread(pool: Pool) -> None:
     assert pool.run(cases.n_threads) == [1, 1]
 

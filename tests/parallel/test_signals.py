@@ -71,7 +71,7 @@ class Process:
         self.send(number)
         self.read("asked")
 
-    def end(self, within: float = 10) -> tuple[int, str, str]:
+    def end(self, within: float = 60) -> tuple[int, str, str]:
         """The exit status, which is negative for a signal, and what was printed since."""
         out, err = self.process.communicate(timeout=within)
         return self.process.returncode, out, err
@@ -115,12 +115,10 @@ def test_a_rank_that_does_not_speak_says_nothing(start) -> None:
 @STOPS
 @pytest.mark.parametrize("what", [FOREVER, DEEP], ids=["in Python", "in C"])
 def test_the_second_ends_the_process_at_once_wherever_it_is(number: int, what: str, start) -> None:
-    process = start(TELL + what)
+    process = start(TELL + what, before="signals._LAST_WORDS = 1000.0")
     process.ask(number)
-    started = time.monotonic()
     process.send(number)
     status, out, err = process.end()
-    assert time.monotonic() - started < 3
     assert (status, out) == (128 + number, f"second {int(number)}\n")
     assert err == ASKED.format(signal.Signals(number).name) + AGAIN
 
@@ -141,11 +139,13 @@ def test_output_that_nobody_reads_keeps_the_process_neither(start) -> None:
     process = start(TELL + "sys.stderr.write('x' * 2**20)", before=SOON)
     process.ask(signal.SIGTERM)
     process.send(signal.SIGTERM)
-    assert process.process.wait(timeout=10) == 143
+    assert process.process.wait(timeout=60) == 143
 
 
 def test_what_a_launcher_passes_on_within_a_second_is_the_same_request(start) -> None:
-    process = start(TELL + WAIT + "time.sleep(1.5); request.done()", launched=True)
+    # Where there is little processor time, the test may send them later than within a second.
+    before = "signals._ECHO = 1000.0"
+    process = start(TELL + WAIT + "time.sleep(1.5); request.done()", launched=True, before=before)
     process.ask(signal.SIGUSR1)
     for _ in range(2):
         process.send(signal.SIGUSR1)

@@ -1,7 +1,6 @@
 """Signals and the watch together: which of them end a rank, how soon, and what is told of it."""
 
 import signal
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -38,6 +37,7 @@ print("ready", flush=True)
 {after}
 """
 WAIT = "while not request.asked: time.sleep(0.01)\n"
+PATIENT = "module._GRACE = 1000.0\n"  # so that a rank to which it is given does not end within the test
 FOREVER = "while True: time.sleep(0.1)"
 TELL = "threading.Thread(target=tell, daemon=True).start()\n"
 MEET = """\
@@ -64,7 +64,7 @@ class Rank(Program):
 
     def end(self) -> tuple[int, str, str]:
         """The exit status and what was printed."""
-        out, err = self.communicate(timeout=30)
+        out, err = self.communicate(timeout=60)
         return self.returncode, out, err
 
 
@@ -111,17 +111,15 @@ def test_a_rank_deep_in_a_library_ends_soon_by_a_signal_that_is_no_request(
 
 @pytest.mark.parametrize("what", [FOREVER, DEEP], ids=["in Python", "in C"])
 def test_a_second_request_on_all_ranks_ends_them_at_once_and_is_told_once(what: str, start) -> None:
-    ranks = start(TELL + what, TELL + what)
+    ranks = start(PATIENT + TELL + what, PATIENT + TELL + what)
     for rank in ranks:
         rank.send_signal(signal.SIGUSR1)
     for rank in ranks:
         rank.read("asked")
     for rank in ranks:
         rank.send_signal(signal.SIGTERM)
-    started = time.monotonic()
     assert ranks[0].end() == (143, "143 terminated\n", "asked again: ending at once\n")
     assert ranks[1].end() == (143, "", "")
-    assert time.monotonic() - started < 3
 
 
 def test_a_second_request_on_one_rank_ends_the_other_too(start) -> None:
@@ -174,18 +172,16 @@ def test_a_sign_of_life_within_the_grace_saves_a_rank_that_is_late(start) -> Non
 
 
 def test_a_late_rank_without_one_ends_after_the_grace(start) -> None:
-    (rank,) = start(MEET.format(ranks=2, before="watch.alive(0.5)"))
-    started = time.monotonic()
+    # It notes the time itself: under load, the test may hear of its start much later.
+    told = "watch.on_end = lambda end: os.write(1, b'%d' % (time.monotonic() - began >= 0.5 + 2))"
+    (rank,) = start(MEET.format(ranks=2, before=f"{told}; began = time.monotonic(); watch.alive(0.5)"))
     status, out, err = rank.end()
-    assert (status, out) == (1, "1 failed\n")
+    assert (status, out) == (1, "1")
     assert err.startswith("rank 0 hangs: no progress for")
-    assert time.monotonic() - started > 2
 
 
 def test_a_late_rank_that_waits_for_nobody_ends_at_once(start) -> None:
-    (rank,) = start("watch.alive(0.5)\n" + FOREVER)
-    started = time.monotonic()
+    (rank,) = start(f"{PATIENT}watch.alive(0.5)\n{FOREVER}")
     status, _, err = rank.end()
     assert status == 1
     assert err.startswith("rank 0 hangs: no progress for")
-    assert time.monotonic() - started < 2
