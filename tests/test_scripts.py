@@ -236,8 +236,11 @@ def test_the_constraints_pin_every_dependency_to_one_version() -> None:
 
 @pytest.mark.parametrize(
     ("words", "said"),
-    [(("-n", 0), True), (("-n", 1), True), (("-n", 0, "-m", "slow or not slow"), False)],
-    ids=["in one process", "in a worker", "with the slow ones"],
+    [
+        pytest.param(("-n", 0), True, id="in one process"),
+        pytest.param(("-n", 1), True, id="in a worker", marks=pytest.mark.slow),  # which imports torch
+        pytest.param(("-n", 0, "-m", "slow or not slow"), False, id="with the slow ones"),
+    ],
 )
 def test_the_end_says_how_many_slow_tests_were_left_out(tmp_path: Path, words, said: bool) -> None:
     (tmp_path / "test_some.py").write_text(

@@ -448,7 +448,7 @@ def test_a_rank_gives_signs_of_life_while_one_write_takes_long(tmp_path: Path, m
     def slow_sync(descriptor: int) -> None:
         if not seen:
             seen.append(len(alive))
-            wait_until(lambda: len(alive) >= seen[0] + 2, within=60)
+            wait_until(lambda: len(alive) >= seen[0] + 2, within=15)
         sync(descriptor)
 
     monkeypatch.setattr(os, "fsync", slow_sync)
