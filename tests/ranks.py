@@ -210,7 +210,7 @@ def _serve(rank: int, size: int, connection: Connection, filters: Sequence[str],
         action, message, category, *_ = [*line.split(":"), "", ""]
         kind = getattr(builtins, category.strip() or "Warning")
         warnings.filterwarnings(action.strip(), message.strip(), kind)  # pyright: ignore[reportArgumentType]
-    with contextlib.suppress(EOFError):  # the parent is gone
+    with contextlib.suppress(EOFError, BrokenPipeError):  # the parent is gone
         while True:
             connection.send(len(os.listdir("/proc/self/task")))
             outcome = _outcome(connection.recv_bytes(), rank, size)

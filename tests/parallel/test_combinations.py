@@ -10,7 +10,7 @@ import combination_cases as cases
 import pytest
 import torch
 from combination_cases import Combination, Curve, Refused, Works
-from parallel_cases import write_documents
+from parallel_cases import n_threads_of_groups, process_id, write_documents
 from ranks import Pool
 
 from torchtitan_lite.attention import BACKENDS, Varlen
@@ -124,6 +124,17 @@ def test_any_two_settings_that_work_together_meet_in_the_selection() -> None:
 @pytest.mark.parametrize("combination", SOME, ids=lambda c: ", ".join(dataclasses.astuple(c)))
 def test_the_selection(ranks, tiny, wanted: Wanted, combination: Combination) -> None:
     check(ranks(combination.size), tiny, [combination], wanted)
+
+
+def test_a_rank_keeps_no_thread_of_a_compiled_training(tiny) -> None:
+    compiled = Combination(attention="sdpa", method="allgather", tensor="1", compile="on", recompute="none")
+    pool = Pool(2)  # one that nothing was run on before
+    try:
+        before = pool.run(n_threads_of_groups), pool.run(process_id)
+        pool.run(cases.curve, [*tiny, *compiled.words()], timeout=120)
+        assert (pool.run(n_threads_of_groups), pool.run(process_id)) == before
+    finally:
+        pool.stop()
 
 
 @pytest.mark.slow
