@@ -40,9 +40,8 @@ from torchtitan_lite.attention import native
 _GRACE_SECONDS = 0.5
 """Within which ranks fail for one reason; what fails later fails because of the first."""
 
-
 _MOST_THREADS = 12
-"""Of a rank that is used again. Each that gloo has left behind looks around a hundred times a second."""
+"""A pool with a rank that has more is started anew: each thread left by gloo wakes up 99 times a second."""
 
 
 class RankFailed(AssertionError):
@@ -267,14 +266,15 @@ def _forget_process_group() -> None:
 
 
 def _forget_what_is_compiled() -> None:
+    """Drop our compiled kernels and torch's compiled functions, which keep their meshes."""
     native.forget_kernels()
-    # torch.compile leaves its functions in the modules of what it compiles, also when it is reset.
+    # torch._dynamo.reset() does not remove the functions from the modules that they were compiled for.
     modules = [vars(module) for name, module in sys.modules.items() if name.startswith("torchtitan_lite")]
     if left := [(names, name) for names in modules for name in names if name.startswith("__compiled_fn")]:
         torch._dynamo.reset()
         for names, name in left:
             if name in names:
-                names[name] = None  # it may still be deleted, which wants it to be there
+                names[name] = None  # not deleted: torch may delete the name later, and must find it
 
 
 def _caches() -> list[Any]:
@@ -288,7 +288,10 @@ def _end_with_parent(folder: Path) -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     multiprocessing.connection.wait([parent.sentinel])
-    shutil.rmtree(folder, ignore_errors=True)
+    for _ in range(100):  # a rank that is in a task may make its store's file again meanwhile
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            break
     os._exit(1)
 
 

@@ -117,7 +117,7 @@ def test_a_run_goes_on_with_other_workers_and_ranks(load: Callable[..., Loader])
 def test_workers_are_deaf_to_signals_and_close_leaves_none(
     load: Callable[..., Loader], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # What torch waits for each worker that does not end by itself, instead of five seconds.
+    # Torch waits so long for each worker that does not end by itself; its own value is five seconds.
     monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 30.0)
     heard: list[int] = []
     before = {number: signal.signal(number, lambda number, _: heard.append(number)) for number in SENT}
