@@ -121,11 +121,11 @@ def tree(folder: Path) -> dict[str, bytes]:
     return found
 
 
-# --- on the ranks of a pool ---------------------------------------------------------------------------
+# --- on ranks ---------------------------------------------------------------------------------------
 
 
 def here() -> Ranks:
-    """This rank of a pool."""
+    """This rank."""
     return Ranks(rank=dist.get_rank(), size=dist.get_world_size(), group=dist.group.WORLD)
 
 

@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import functools
 import random
 import shutil
 import subprocess
@@ -11,7 +12,7 @@ import programs
 import pytest
 import torch
 from parallel_cases import write_documents
-from ranks import Pools
+from ranks import Ranks, RanksOf
 
 from torchtitan_lite.attention import native
 from torchtitan_lite.attention.native import CXX
@@ -65,11 +66,9 @@ def _kernels_forgotten() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def ranks(pytestconfig: pytest.Config) -> Iterator[Pools]:
-    """`ranks(4).run(function, *args)` runs a function on four ranks; a pool is started when first used."""
-    pools = Pools(pytestconfig.getini("filterwarnings"))
-    yield pools
-    pools.stop()
+def ranks(pytestconfig: pytest.Config) -> RanksOf:
+    """`ranks(4).run(function, *args)` runs a function on four ranks."""
+    return functools.partial(Ranks, filters=pytestconfig.getini("filterwarnings"))
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""What the tests of single exchanges run inside the ranks of a pool (ranks.py).
+"""What the tests of single exchanges run inside ranks (ranks.py).
 
 B batch, S tokens, s = S / n of them on each of n ranks; H query heads, G key/value heads, K head dim;
 D model dim, V vocab.

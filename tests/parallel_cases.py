@@ -1,11 +1,11 @@
-"""What the tests of parallelism run inside the ranks of a pool (ranks.py)."""
+"""What the tests of parallelism run inside ranks (ranks.py)."""
 
 import gc
 import json
 import math
 import os
 import random
-import threading
+import signal
 import time
 import warnings
 from collections import Counter
@@ -20,8 +20,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -46,25 +45,6 @@ def process_id() -> int:
 
 def n_threads() -> int:
     return torch.get_num_threads()
-
-
-def n_threads_of_groups() -> int:
-    """The threads that look for messages, in this process."""
-    names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
-    return sum("gloo_tcp" in name for name in names)
-
-
-def keep_threads(number: int) -> int:
-    """Leave so many threads behind; the process's id."""
-    for _ in range(number):
-        threading.Thread(target=threading.Event().wait, daemon=True).start()
-    return os.getpid()
-
-
-def split_a_weight() -> None:
-    """What torch remembers a mesh for."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    distribute_tensor(torch.ones(4, 4), mesh, [Shard(0)]).redistribute(mesh, [Replicate()])
 
 
 def raise_on(rank: int) -> None:
@@ -93,9 +73,23 @@ def die_on(rank: int) -> None:
     dist.barrier()
 
 
-def hang_on(*hanging: int) -> None:
-    if dist.get_rank() in hanging:
+def hang_on(folder: Path, *hanging: int) -> None:
+    """Some ranks hang; the process of rank R is in the file R."""
+    rank = dist.get_rank()
+    (folder / f"{rank}.part").write_text(str(os.getpid()))
+    (folder / f"{rank}.part").rename(folder / f"{rank}")
+    if rank in hanging:
         time.sleep(600)
+
+
+def crash() -> None:
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def crash_at_the_end() -> None:
+    """Finish, and crash when the process ends."""
+    sound = os._exit
+    os._exit = lambda _: sound(9)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def warn(category: type[Warning], message: str) -> None:

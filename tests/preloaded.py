@@ -1,6 +1,7 @@
 """Imports all that is slow to import and uses it once, so that forked processes need not."""
 
 import contextlib
+import gc
 
 from programs import RankOfTorchrun, exit_functions_noted
 
@@ -10,6 +11,7 @@ with exit_functions_noted():
     import torch
     import torch._dynamo.backends.debugging
     import torch._functorch.aot_autograd
+    import torch._inductor.compile_fx
     import torch.distributed.fsdp
     import torch.distributed.run
     import torch.distributed.tensor.parallel
@@ -20,7 +22,7 @@ with exit_functions_noted():
     from torchtitan_lite.inference import commands
     from torchtitan_lite.training import record, trainer
 
-IMPORTED = (parallel_cases, cli, run, commands, record, trainer)
+IMPORTED = (parallel_cases, ranks, cli, run, commands, record, trainer)
 
 
 def popen(
@@ -35,4 +37,6 @@ subprocess_handler.SubprocessHandler._popen = popen  # pyright: ignore[reportAtt
 torch.set_num_threads(1)
 with contextlib.redirect_stdout(None), contextlib.redirect_stderr(None):
     train.main(["--dry-run"])
-ranks.freeze()
+# A fork that looks for garbage would otherwise write to, and so copy, every page of what is there now.
+gc.collect()
+gc.freeze()

@@ -1,29 +1,27 @@
-"""Pools of processes, one for each number of ranks, on which tests run functions of a process group.
+"""Runs functions on the ranks of a process group.
 
-    pool(4).run(function, *args)  ->  [function(*args) on rank 0, ..., on rank 3]
+    ranks(4).run(function, *args)  ->  [function(*args) on rank 0, ..., on rank 3]
 
-Starting ranks is what costs: a pool is started once and used again, until a rank of it fails or is left with
-too many threads.
+Each run has processes of its own, forks of one that has torch imported (programs.py), which start within
+hundredths of a second. So nothing that torch remembers of one run reaches the next.
 """
 
 import builtins
 import contextlib
-import functools
-import gc
-import itertools
+import faulthandler
 import multiprocessing
 import multiprocessing.connection
 import os
 import pickle
 import shutil
 import signal
-import sys
 import tempfile
 import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -33,24 +31,13 @@ from typing import Any, NamedTuple
 import programs
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import _redistribute, debug
-
-from torchtitan_lite.attention import native
 
 _GRACE_SECONDS = 0.5
 """Within which ranks fail for one reason; what fails later fails because of the first."""
 
-_MOST_THREADS = 12
-"""A pool with a rank that has more is started anew: each thread left by gloo wakes up 99 times a second."""
-
 
 class RankFailed(AssertionError):
     """A rank raised, died or did not finish."""
-
-
-class _Rank(NamedTuple):
-    process: BaseProcess
-    connection: Connection
 
 
 class _Outcome(NamedTuple):
@@ -62,14 +49,18 @@ class _Outcome(NamedTuple):
     """What it returned, pickled, or the traceback of what it raised."""
 
 
-class Pool:
-    """`size` processes that wait for functions."""
+class _Rank(NamedTuple):
+    process: BaseProcess
+    connection: Connection
 
-    def __init__(self, size: int, filters: Sequence[str] = ()) -> None:
-        self.size, self.filters = size, filters
-        self._ranks: list[_Rank] = []
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
-        self._tasks = itertools.count()
+
+@dataclass(frozen=True)
+class Ranks:
+    """So many processes, for each function that is run on them."""
+
+    size: int
+    filters: Sequence[str] = ()
+    """What is done about warnings, as pytest's filterwarnings has them."""
 
     def run(self, function: Callable[..., Any], *args: Any, timeout: float = 60) -> list[Any]:
         """What `function(*args)` returns on each rank, in a gloo process group of all of them.
@@ -78,217 +69,154 @@ class Pool:
         failed first, or with the ranks that had not finished after `timeout` seconds.
         """
         __tracebackhide__ = True
-        if not self._ranks:
-            self._start()
-        try:
-            if self._n_threads() > _MOST_THREADS:
-                self.stop()
-                self._start()
-                self._n_threads()
-            assert self._folder is not None
-            store = Path(self._folder.name) / f"store-{next(self._tasks)}"
-            task = pickle.dumps((store, timeout, function, args))
-            for rank in self._ranks:
-                with contextlib.suppress(BrokenPipeError):  # its end is found out with the others' results
-                    rank.connection.send_bytes(task)
-            results = self._results(f"{function.__module__}.{function.__qualname__}", timeout)
-        except BaseException:
-            # The others wait for the rank that failed, and may do so for long.
-            self.stop()
-            raise
-        return results
-
-    def stop(self) -> None:
-        """Kill the processes; the next `run` starts others."""
-        for rank in self._ranks:
-            rank.process.kill()
-        for rank in self._ranks:
-            rank.process.join()
-            rank.connection.close()
-        self._ranks = []
-        if self._folder is not None:
-            self._folder.cleanup()
-            self._folder = None
-
-    def _start(self) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
-        with programs.import_path_in_environment():
-            for rank in range(self.size):
-                context = programs.context()
-                ours, theirs = context.Pipe()
-                output = Path(self._folder.name) / f"output-{rank}"
-                arguments = (rank, self.size, theirs, self.filters, output)
-                process = context.Process(target=_serve, args=arguments, name=f"rank {rank}", daemon=True)
-                process.start()
-                theirs.close()  # so that the end of the process ends the connection
-                assert isinstance(ours, Connection)
-                self._ranks.append(_Rank(process, ours))
-
-    def _n_threads(self) -> int:
-        """The most threads of a rank; each says so once, when it is ready for a task."""
-        found = [0]
-        for rank in self._ranks:
-            with contextlib.suppress(EOFError, ConnectionResetError):  # it has died: its result will say so
-                found.append(rank.connection.recv())
-        return max(found)
-
-    def _results(self, name: str, timeout: float) -> list[Any]:
-        __tracebackhide__ = True
-        deadline = time.monotonic() + timeout
-        done: dict[int, _Outcome] = {}
-        while len(done) < self.size:
-            done |= self._finished(done, max(0, deadline - time.monotonic()))
+        name = f"{function.__module__}.{function.__qualname__}"
+        task = pickle.dumps((timeout, function, args))
+        with (
+            tempfile.TemporaryDirectory(prefix="ranks-") as folder,
+            self._started(Path(folder), task) as ranks,
+        ):
+            done = _outcomes(ranks, timeout)
             if any(outcome.failed for outcome in done.values()):
-                until = time.monotonic() + _GRACE_SECONDS
-                while len(done) < self.size and (seconds := until - time.monotonic()) > 0:
-                    done |= self._finished(done, seconds)
-                raise RankFailed(self._failure(name, done))
-            if time.monotonic() >= deadline and len(done) < self.size:
-                late = [str(rank) for rank in range(self.size) if rank not in done]
+                raise RankFailed(f"{name}: {_failure(done, self.size, Path(folder))}")
+            if late := [str(rank) for rank in range(self.size) if rank not in done]:
                 which = f"rank{'s' if len(late) > 1 else ''} {', '.join(late)} of {self.size}"
                 raise RankFailed(f"{name}: {which} had not finished after {timeout:g} seconds")
-        return [pickle.loads(done[rank].value) for rank in range(self.size)]
+            return [pickle.loads(done[rank].value) for rank in range(self.size)]
 
-    def _finished(self, done: dict[int, _Outcome], seconds: float) -> dict[int, _Outcome]:
-        """The outcomes that have come, once there is one, of ranks that are not in `done`."""
-        waited = {self._ranks[rank].connection: rank for rank in range(self.size) if rank not in done}
-        ready = multiprocessing.connection.wait(waited, seconds)
-        return {
-            waited[connection]: self._receive(waited[connection])
-            for connection in ready
-            if isinstance(connection, Connection)
-        }
-
-    def _receive(self, rank: int) -> _Outcome:
-        process, connection = self._ranks[rank]
+    @contextlib.contextmanager
+    def _started(self, folder: Path, task: bytes) -> Iterator[list[_Rank]]:
+        """The processes at work on a task; none is left afterwards."""
+        ranks: list[_Rank] = []
         try:
-            return _Outcome(*pickle.loads(connection.recv_bytes()))
-        except (EOFError, ConnectionResetError):
-            process.join()
-            # At 0 seconds: whatever the others complain of, this is why.
-            return _Outcome(True, 0.0, f"the process died with exit code {process.exitcode}")
-
-    def _failure(self, name: str, done: dict[int, _Outcome]) -> str:
-        assert self._folder is not None
-        failed = {rank: outcome for rank, outcome in done.items() if outcome.failed}
-        first = min(failed, key=lambda rank: failed[rank].seconds)
-        others = [str(rank) for rank in sorted(failed) if rank != first]
-        also = f"\n(ranks that failed after it: {', '.join(others)})" if others else ""
-        output = (Path(self._folder.name) / f"output-{first}").read_text(errors="replace").strip()
-        said = f"\nIts last output:\n{output[-4000:]}" if output else ""
-        return f"{name}: rank {first} of {self.size} failed:\n{failed[first].value}{said}{also}"
-
-
-class Pools:
-    """A pool for each number of ranks, made when it is first asked for."""
-
-    def __init__(self, filters: Sequence[str] = ()) -> None:
-        """`filters`: what is done about warnings in the ranks, as pytest's filterwarnings has them."""
-        self._filters = list(filters)
-        self._pools: dict[int, Pool] = {}
-
-    def __call__(self, size: int) -> Pool:
-        """The pool of `size` ranks."""
-        if size not in self._pools:
-            self._pools[size] = Pool(size, self._filters)
-        return self._pools[size]
-
-    def stop(self) -> None:
-        """Stop every pool."""
-        for pool in self._pools.values():
-            pool.stop()
+            with programs.import_path_in_environment():
+                for rank in range(self.size):
+                    ours, theirs = programs.context().Pipe()
+                    arguments = (rank, self.size, theirs, self.filters, folder, task)
+                    process = programs.context().Process(target=_serve, args=arguments, daemon=True)
+                    process.start()
+                    theirs.close()  # so that the end of the process ends the connection
+                    assert isinstance(ours, Connection)
+                    ranks.append(_Rank(process, ours))
+            yield ranks
+            _end(ranks)
+        except BaseException:
+            # The others wait for the rank that failed, and may do so for long.
+            for rank in ranks:
+                rank.process.kill()
+            raise
+        finally:
+            for rank in ranks:
+                rank.process.join()
+                rank.connection.close()
 
 
-def _serve(rank: int, size: int, connection: Connection, filters: Sequence[str], output: Path) -> None:
+RanksOf = Callable[[int], Ranks]
+
+
+def _end(ranks: Sequence[_Rank]) -> None:
+    """Tell ranks that all have finished, and wait for the ends of their processes."""
+    for rank in ranks:
+        with contextlib.suppress(BrokenPipeError):  # its exit code says why
+            rank.connection.send_bytes(b"all have finished")
+    for number, rank in enumerate(ranks):
+        rank.process.join()
+        if rank.process.exitcode:
+            code = rank.process.exitcode
+            raise RankFailed(f"rank {number} of {len(ranks)} had finished, and died with exit code {code}")
+
+
+def _outcomes(ranks: Sequence[_Rank], timeout: float) -> dict[int, _Outcome]:
+    """Of all ranks; of fewer where one fails, or where others have not finished in time."""
+    done: dict[int, _Outcome] = {}
+    deadline = time.monotonic() + timeout
+    while len(done) < len(ranks):
+        found = _finished(ranks, done, max(0, deadline - time.monotonic()))
+        if not found:
+            break  # time is up
+        if any(outcome.failed for outcome in found.values()):
+            deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
+        done |= found
+    return done
+
+
+def _finished(ranks: Sequence[_Rank], done: dict[int, _Outcome], seconds: float) -> dict[int, _Outcome]:
+    """The outcomes that have come, once there is one, of ranks that are not in `done`; none in `seconds`."""
+    waited = {rank.connection: number for number, rank in enumerate(ranks) if number not in done}
+    ready = multiprocessing.connection.wait(waited, seconds)
+    return {
+        waited[connection]: _received(ranks[waited[connection]])
+        for connection in ready
+        if isinstance(connection, Connection)
+    }
+
+
+def _received(rank: _Rank) -> _Outcome:
+    try:
+        return _Outcome(*pickle.loads(rank.connection.recv_bytes()))
+    except (EOFError, ConnectionError):
+        rank.process.join()
+        # At 0 seconds: whatever the others complain of, this is why.
+        return _Outcome(True, 0.0, f"the process died with exit code {rank.process.exitcode}")
+
+
+def _failure(done: dict[int, _Outcome], size: int, folder: Path) -> str:
+    """What the rank that failed first has to say."""
+    failed = {rank: outcome for rank, outcome in done.items() if outcome.failed}
+    first = min(failed, key=lambda rank: failed[rank].seconds)
+    others = [str(rank) for rank in sorted(failed) if rank != first]
+    also = f"\n(ranks that failed after it: {', '.join(others)})" if others else ""
+    output = _output(folder, first)
+    words = output.read_text(errors="replace").strip() if output.exists() else ""
+    said = f"\nIts last output:\n{words[-4000:]}" if words else ""
+    return f"rank {first} of {size} failed:\n{failed[first].value}{said}{also}"
+
+
+def _output(folder: Path, rank: int) -> Path:
+    return folder / f"output-{rank}"
+
+
+# --- in the process of a rank -------------------------------------------------------------------------
+
+
+def _serve(
+    rank: int, size: int, connection: Connection, filters: Sequence[str], folder: Path, task: bytes
+) -> None:
     """The life of a rank."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's affair
-    threading.Thread(target=_end_with_parent, args=(output.parent,), daemon=True).start()
-    _write_to(output)
+    threading.Thread(target=_end_with_parent, args=(folder,), daemon=True).start()
+    _write_to(_output(folder, rank))
     torch.set_num_threads(1)
     for line in filters:
         action, message, category, *_ = [*line.split(":"), "", ""]
         kind = getattr(builtins, category.strip() or "Warning")
         warnings.filterwarnings(action.strip(), message.strip(), kind)  # pyright: ignore[reportArgumentType]
-    with contextlib.suppress(EOFError, BrokenPipeError):  # the parent is gone
-        while True:
-            connection.send(len(os.listdir("/proc/self/task")))
-            outcome = _outcome(connection.recv_bytes(), rank, size)
-            connection.send_bytes(pickle.dumps(outcome))
-            if outcome.failed:
-                break  # the others may be anywhere in the function
-            _forget_process_group()
-    threading.Event().wait()  # for the end
+    outcome = _outcome(task, rank, size, folder)
+    with contextlib.suppress(EOFError, ConnectionError):  # the parent is gone
+        connection.send_bytes(pickle.dumps(outcome))
+        connection.recv_bytes()
+        # At once: no rank takes the process group apart while another still uses it.
+        os._exit(0)
+    threading.Event().wait()  # for _end_with_parent
 
 
-def _outcome(task: bytes, rank: int, size: int) -> _Outcome:
+def _outcome(task: bytes, rank: int, size: int, folder: Path) -> _Outcome:
     """How a pickled task ends, its value pickled."""
     try:
-        store, timeout, function, args = pickle.loads(task)
-        dist.init_process_group(
-            "gloo",
-            init_method=f"file://{store}",
-            rank=rank,
-            world_size=size,
-            timeout=timedelta(seconds=timeout),
-        )
+        timeout, function, args = pickle.loads(task)
+        store = f"file://{folder / 'store'}"
+        limit = timedelta(seconds=timeout)
+        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=limit)
         return _Outcome(False, time.monotonic(), pickle.dumps(function(*args)))
     except BaseException:  # noqa: BLE001 (pytest.fail's, too: the caller raises it)
         return _Outcome(True, time.monotonic(), traceback.format_exc())
 
 
-_FROZEN_CACHES: list[Any] = []
-
-
-def freeze() -> None:
-    """Keep what is there now out of garbage collection, in the server that ranks are forked from.
-
-    A rank that looks for garbage would otherwise write to, and so copy, every page of it.
-    """
-    gc.collect()
-    _FROZEN_CACHES.extend(_caches())
-    gc.freeze()
-
-
-def _forget_process_group() -> None:
-    """End the process group, and what torch remembers of its meshes.
-
-    The next one's look the same; and a group that is remembered keeps its threads, hundreds after some tests,
-    which look around ever so often and leave no time for anything else.
-    """
-    dist.barrier()  # one that leaves early would cut off those who are still meeting
-    debug._clear_sharding_prop_cache()
-    _redistribute.clear_redistribute_planner_cache()
-    for cache in (*_FROZEN_CACHES, *_caches()):
-        cache.cache_clear()
-    _forget_what_is_compiled()
-    gc.collect()
-    dist.destroy_process_group()
-
-
-def _forget_what_is_compiled() -> None:
-    """Drop our compiled kernels and torch's compiled functions, which keep their meshes."""
-    native.forget_kernels()
-    # torch._dynamo.reset() does not remove the functions from the modules that they were compiled for.
-    modules = [vars(module) for name, module in sys.modules.items() if name.startswith("torchtitan_lite")]
-    if left := [(names, name) for names in modules for name in names if name.startswith("__compiled_fn")]:
-        torch._dynamo.reset()
-        for names, name in left:
-            if name in names:
-                names[name] = None  # not deleted: torch may delete the name later, and must find it
-
-
-def _caches() -> list[Any]:
-    """Those of torch's DTensors, among what is not frozen yet."""
-    wrappers = [found for found in gc.get_objects() if type(found) is functools._lru_cache_wrapper]
-    return [found for found in wrappers if (found.__module__ or "").startswith("torch.distributed")]
-
-
 def _end_with_parent(folder: Path) -> None:
-    """However the parent ends, no rank outlives it, nor does the pool's folder."""
+    """However the parent ends, no rank outlives it, nor does the folder of the ranks."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     multiprocessing.connection.wait([parent.sentinel])
-    for _ in range(100):  # a rank that is in a task may make its store's file again meanwhile
+    for _ in range(100):  # another rank may make its files again meanwhile
         shutil.rmtree(folder, ignore_errors=True)
         if not folder.exists():
             break
@@ -296,7 +224,8 @@ def _end_with_parent(folder: Path) -> None:
 
 
 def _write_to(output: Path) -> None:
-    """Send what this process prints, gloo's own words too, to a file."""
+    """Send what this process prints, gloo's own words and those of a crash too, to a file."""
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    faulthandler.enable()

@@ -1,4 +1,4 @@
-"""What the tests of resuming run: starts of a run inside this process, or inside the ranks of a pool."""
+"""What the tests of resuming run: starts of a run inside this process, or inside ranks."""
 
 import hashlib
 import json
@@ -175,7 +175,7 @@ def hashes(trainer: Trainer) -> dict[str, str]:
 
 def start(argv: Sequence[str], stop_at: int = -1, crash_at: int = -1, double: bool = False) -> Start:
     """One start of a run on all ranks, to its end, or until asked to stop in a step (0: before the first)."""
-    # So that a rank of a pool may have data workers: no rank outlives the tests, and no worker its rank.
+    # So that a rank may have data workers: no rank outlives the tests, and no worker its rank.
     multiprocessing.process.current_process()._config["daemon"] = False  # pyright: ignore[reportAttributeAccessIssue]
     world = here()
     if world.size > 1:

@@ -1,4 +1,4 @@
-"""What test_world.py runs inside the ranks of a pool (ranks.py)."""
+"""What test_world.py runs inside ranks (ranks.py)."""
 
 import contextlib
 import os
@@ -63,7 +63,7 @@ def error_in_turn(raising: list[int], is_input: bool) -> str:
 def seconds_of_a_wait() -> list[float]:
     """How long rank 0 of a steady run waits in each of its groups for a rank that does not come."""
     here = world()
-    groups = [dist.group.WORLD, dist.new_group(timeout=timedelta(seconds=30))]
+    groups = [dist.group.WORLD, dist.new_group(timeout=timedelta(seconds=1000))]
     here.steady()
     store = dist.distributed_c10d._get_default_store()
     if not here.is_first:
@@ -112,4 +112,4 @@ def joined(port: int) -> World:
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
     variables = {key: str(value) for key, value in {**numbers, "MASTER_PORT": port}.items()}
     with mock.patch.dict(os.environ, variables, MASTER_ADDR="127.0.0.1"):
-        return join("cpu", init_seconds=30, train_seconds=1)
+        return join("cpu", init_seconds=1000, train_seconds=1)

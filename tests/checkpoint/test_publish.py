@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from checkpoint_cases import Start, Starts, die_in_save, publish
-from ranks import Pools, RankFailed
+from ranks import RankFailed, RanksOf
 
 from torchtitan_lite.checkpoint.manifest import read_manifest
 from torchtitan_lite.checkpoint.ranks import Ranks
@@ -224,7 +224,7 @@ def test_a_run_killed_at_many_moments_goes_on_each_time(
     ids=["before its shard", "after its shard", "the first, before its shard", "the first, before the name"],
 )
 def test_a_rank_killed_between_the_shards_leaves_the_step_before(
-    ranks: Pools, tmp_path: Path, rank: int, fault: dict[str, Any]
+    ranks: RanksOf, tmp_path: Path, rank: int, fault: dict[str, Any]
 ) -> None:
     publish(tmp_path, 1)
     if "until" in fault:

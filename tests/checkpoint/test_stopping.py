@@ -2,7 +2,6 @@
 
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -248,10 +247,8 @@ def test_a_second_signal_ends_at_once_and_keeps_the_steps_before(
 ) -> None:
     # While the fourth step is written: the second is there.
     hold = f"send({TERM}, {second}); time.sleep(1000)"
-    run = start("save", f"None\n    if step == 4:\n        {hold}")
-    began = time.monotonic()
-    found, _, err = run.end()
-    assert (found, time.monotonic() - began < 60) == (status, True), err
+    found, _, err = start("save", f"None\n    if step == 4:\n        {hold}").end()
+    assert found == status, err
     assert err.endswith("asked again: ending at once\n")
     left = outcome(tmp_path / "run")
     assert (left["status"], left["outcome"], left["step"]) == (status, "terminated", 4)

@@ -24,7 +24,7 @@ from checkpoint_cases import (
     whole,
     write_layouts,
 )
-from ranks import Pools
+from ranks import RanksOf
 
 from torchtitan_lite.checkpoint.files import _BLOCK, HashedFiles
 from torchtitan_lite.checkpoint.manifest import Digest, read_manifest
@@ -46,7 +46,7 @@ LAYOUTS = ["rows", "columns", "grid"]
 
 
 @pytest.fixture(scope="module", params=[1, 2, 4])
-def written(request: pytest.FixtureRequest, ranks: Pools, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def written(request: pytest.FixtureRequest, ranks: RanksOf, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of a step for each layout, which some number of ranks has written."""
     folder = tmp_path_factory.mktemp("written")
     ranks(request.param).run(write_layouts, folder, LAYOUTS)
@@ -54,7 +54,7 @@ def written(request: pytest.FixtureRequest, ranks: Pools, tmp_path_factory: pyte
 
 
 @pytest.mark.parametrize("n_readers", [1, 2, 4])
-def test_what_some_ranks_write_others_read_bit_by_bit(ranks: Pools, written: Path, n_readers: int) -> None:
+def test_what_some_ranks_write_others_read_bit_by_bit(ranks: RanksOf, written: Path, n_readers: int) -> None:
     for step in range(len(LAYOUTS)):
         for layout in LAYOUTS:
             assert ranks(n_readers).run(differing_reads, written, step, layout) == [[]] * n_readers
@@ -88,7 +88,7 @@ def test_a_written_step_is_good_for_one_reader(written: Path) -> None:
     assert [verify(Steps(written).path(step), Ranks()).state.step for step in range(3)] == [0, 1, 2]
 
 
-def test_the_digests_are_those_of_the_files(ranks: Pools, tmp_path: Path) -> None:
+def test_the_digests_are_those_of_the_files(ranks: RanksOf, tmp_path: Path) -> None:
     digests: dict[str, Digest] = {}
     for of_rank in ranks(2).run(digests_of_a_write, tmp_path):
         assert not digests.keys() & of_rank.keys()
@@ -238,7 +238,7 @@ def test_a_step_without_space_leaves_nothing_and_the_one_before(tmp_path: Path) 
 @pytest.mark.parametrize("mode", ["disabled", "async"])
 @pytest.mark.parametrize("on_failure", ["stop", "continue"])
 def test_a_rank_without_space_fails_the_save_on_all_and_leaves_nothing(
-    ranks: Pools, tmp_path: Path, full: list[int], mode: str, on_failure: str
+    ranks: RanksOf, tmp_path: Path, full: list[int], mode: str, on_failure: str
 ) -> None:
     told = ranks(2).run(save_without_space, tmp_path, full, mode, on_failure)
     for rank, said in enumerate(told):
@@ -255,11 +255,11 @@ def test_a_rank_without_space_fails_the_save_on_all_and_leaves_nothing(
     assert found is not None and found.state.step == 3
 
 
-def test_all_ranks_wait_until_what_failed_is_removed(ranks: Pools, tmp_path: Path) -> None:
+def test_all_ranks_wait_until_what_failed_is_removed(ranks: RanksOf, tmp_path: Path) -> None:
     assert ranks(2).run(left_after_a_failure, tmp_path) == [[], []]
 
 
-def test_ranks_that_do_not_see_one_folder_are_told_before_the_run(ranks: Pools, tmp_path: Path) -> None:
+def test_ranks_that_do_not_see_one_folder_are_told_before_the_run(ranks: RanksOf, tmp_path: Path) -> None:
     (tmp_path / "0").mkdir()
     (tmp_path / "1").mkdir()
     refusals = ranks(2).run(probe_folders, [tmp_path / "0", tmp_path / "0"])

@@ -4,7 +4,6 @@ import logging
 import math
 import os
 import shutil
-import time
 import tracemalloc
 from collections import Counter
 from collections.abc import Callable
@@ -165,7 +164,7 @@ def test_the_corpus_is_never_in_memory_as_a_whole(tokenized, tmp_path: Path):
     assert peak < 40 << 20
 
 
-def test_the_standard_library_starts_in_under_a_second(tmp_path: Path, monkeypatch):
+def test_the_standard_library_is_prepared_once(tmp_path: Path, monkeypatch):
     config, tokenizer = DataConfig(cache_dir=str(tmp_path)), load_tokenizer("bytes")
     built = prepare(config, tokenizer)
     assert built.train.n_tokens > 5_000_000
@@ -173,12 +172,7 @@ def test_the_standard_library_starts_in_under_a_second(tmp_path: Path, monkeypat
     assert 3 < built.validation.unigram_entropy < 3.6
     Samples(built.validation, 512)
     forbid_builds(monkeypatch)
-    seconds = []
-    for _ in range(3):
-        began = time.perf_counter()
-        assert same(built, prepare(config, tokenizer))
-        seconds.append(time.perf_counter() - began)
-    assert min(seconds) < 1
+    assert same(built, prepare(config, tokenizer))
 
 
 def test_what_is_cached_is_not_built_again_by_any_name_of_the_place(

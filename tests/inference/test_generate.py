@@ -8,7 +8,7 @@ import hub_cases as cases
 import programs
 import pytest
 import torch
-from ranks import Pools
+from ranks import RanksOf
 
 from torchtitan_lite.attention import AttentionConfig, Flex, Sdpa, Varlen
 from torchtitan_lite.inference.generate import Cache, Cached, Sampling, draw, generate
@@ -179,7 +179,7 @@ def test_a_seed_gives_the_same_text_again() -> None:
 @pytest.mark.parametrize(
     ("tied", "attention"), [(True, "sdpa"), (True, "varlen"), (True, "flex"), (False, "sdpa")]
 )
-def test_ranks_that_share_a_model_give_the_tokens_of_one(ranks: Pools, attention: str, tied: bool) -> None:
+def test_ranks_that_share_a_model_give_the_tokens_of_one(ranks: RanksOf, attention: str, tied: bool) -> None:
     (alone,) = ranks(1).run(cases.tokens_of_ranks, attention, tied, PROMPTS)
     for tokens in ranks(2).run(cases.tokens_of_ranks, attention, tied, PROMPTS):
         assert tokens == alone

@@ -10,8 +10,8 @@ import combination_cases as cases
 import pytest
 import torch
 from combination_cases import Combination, Curve, Refused, Works
-from parallel_cases import n_threads_of_groups, process_id, write_documents
-from ranks import Pool
+from parallel_cases import write_documents
+from ranks import Ranks
 
 from torchtitan_lite.attention import BACKENDS, Varlen
 from torchtitan_lite.config.job import load_job
@@ -79,11 +79,11 @@ def far(found: Curve, wanted: Curve) -> float:
 
 
 def check(
-    pool: Pool, tiny: list[str], combinations: Sequence[Combination], wanted: Wanted, *compiler: str
+    ranks: Ranks, tiny: list[str], combinations: Sequence[Combination], wanted: Wanted, *compiler: str
 ) -> None:
     distances = {}
     for combination in combinations:
-        curves = pool.run(cases.curve, [*tiny, *combination.words(*compiler)], timeout=120)
+        curves = ranks.run(cases.curve, [*tiny, *combination.words(*compiler)], timeout=120)
         distances[combination] = [far(curve, wanted(combination)) for curve in curves]
     assert {c: found for c, found in distances.items() if not all(far <= 1e-5 for far in found)} == {}
 
@@ -124,17 +124,6 @@ def test_any_two_settings_that_work_together_meet_in_the_selection() -> None:
 @pytest.mark.parametrize("combination", SOME, ids=lambda c: ", ".join(dataclasses.astuple(c)))
 def test_the_selection(ranks, tiny, wanted: Wanted, combination: Combination) -> None:
     check(ranks(combination.size), tiny, [combination], wanted)
-
-
-def test_a_rank_keeps_no_thread_of_a_compiled_training(tiny) -> None:
-    compiled = Combination(attention="sdpa", method="allgather", tensor="1", compile="on", recompute="none")
-    pool = Pool(2)  # one that nothing was run on before
-    try:
-        before = pool.run(n_threads_of_groups), pool.run(process_id)
-        pool.run(cases.curve, [*tiny, *compiled.words()], timeout=120)
-        assert (pool.run(n_threads_of_groups), pool.run(process_id)) == before
-    finally:
-        pool.stop()
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import hub_cases as cases
 import pytest
 import resume_cases
 import torch
-from ranks import Pools
+from ranks import RanksOf
 from resume_cases import main
 from safetensors.torch import load_file, save_file
 
@@ -259,7 +259,7 @@ def test_a_start_from_a_broken_or_hostile_model_is_refused_in_a_line_and_writes_
     assert sorted(map(str, left)) == ["exit.json", "lock"]
 
 
-def test_every_rank_refuses_a_broken_model(ranks: Pools, texts: Path, model: Path, tmp_path: Path) -> None:
+def test_every_rank_refuses_a_broken_model(ranks: RanksOf, texts: Path, model: Path, tmp_path: Path) -> None:
     broken = Path(shutil.copytree(model, tmp_path / "broken"))
     cut(broken)
     argv = words(
@@ -409,7 +409,7 @@ MESH = {"parallelism__data_parallel_shard_degree": 2, "parallelism__tensor_paral
 
 
 def test_a_mesh_and_one_rank_export_the_same_bytes(
-    ranks: Pools, texts: Path, model: Path, tmp_path: Path
+    ranks: RanksOf, texts: Path, model: Path, tmp_path: Path
 ) -> None:
     exported = []
     for size, mesh in ((1, {}), (4, {**MESH, "training__local_batch_size": 4})):
