@@ -266,6 +266,7 @@ def curves_on_gpus(runs: Sequence[Sequence[str]]) -> list[Curve]:
 
 def _meet_again(backend: str, store: Store) -> None:
     rank, size = dist.get_rank(), dist.get_world_size()
+    dist.barrier()  # a rank that leaves cuts off another that is still joining
     dist.destroy_process_group()
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
 

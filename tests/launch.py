@@ -37,7 +37,9 @@ class Launched:
         """What the ranks printed on standard error, without log lines and what torchrun says itself."""
         own = self.err.partition('Traceback (most recent call last):\n  File "<frozen runpy>"')[0]
         others = ("torch/distributed/elastic", "tokenized ", "USDT:", "DeviceProperties")
-        return "\n".join(line for line in own.splitlines() if not any(other in line for other in others))
+        # C++ writes the end of a line by itself: where two ranks write at once, an empty line follows.
+        lines = [line for line in own.splitlines() if line]
+        return "\n".join(line for line in lines if not any(other in line for other in others))
 
     def left(self, within: float = 5) -> list[int]:
         """The processes that are still there after some seconds, torchrun's own included."""

@@ -108,6 +108,7 @@ def waits_of_a_joined_run(port: int) -> list[float]:
 def joined(port: int) -> World:
     """This rank of a run that has joined as under a launcher."""
     rank, size = dist.get_rank(), dist.get_world_size()
+    dist.barrier()  # a rank that leaves cuts off another that is still joining
     dist.destroy_process_group()
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
     variables = {key: str(value) for key, value in {**numbers, "MASTER_PORT": port}.items()}
