@@ -1,4 +1,4 @@
-"""What the tests of single exchanges run inside ranks (ranks.py).
+"""Functions that the tests of single exchanges run on ranks (ranks.py).
 
 B batch, S tokens, s = S / n of them on each of n ranks; H query heads, G key/value heads, K head dim;
 D model dim, V vocab.

@@ -1,4 +1,4 @@
-"""What the tests of parallelism run inside ranks (ranks.py)."""
+"""Functions that the tests of parallelism run on ranks (ranks.py)."""
 
 import gc
 import json

@@ -56,11 +56,11 @@ class _Rank(NamedTuple):
 
 @dataclass(frozen=True)
 class Ranks:
-    """So many processes, for each function that is run on them."""
+    """Runs each function on `size` new processes."""
 
     size: int
     filters: Sequence[str] = ()
-    """What is done about warnings, as pytest's filterwarnings has them."""
+    """Filters of warnings, in the form of pytest's filterwarnings."""
 
     def run(self, function: Callable[..., Any], *args: Any, timeout: float = 60) -> list[Any]:
         """What `function(*args)` returns on each rank, in a gloo process group of all of them.
@@ -126,7 +126,7 @@ def _end(ranks: Sequence[_Rank]) -> None:
 
 
 def _outcomes(ranks: Sequence[_Rank], timeout: float) -> dict[int, _Outcome]:
-    """Of all ranks; of fewer where one fails, or where others have not finished in time."""
+    """The outcomes by rank: of all ranks, or of fewer if a rank fails or the time is up."""
     done: dict[int, _Outcome] = {}
     deadline = time.monotonic() + timeout
     while len(done) < len(ranks):
@@ -160,7 +160,7 @@ def _received(rank: _Rank) -> _Outcome:
 
 
 def _failure(done: dict[int, _Outcome], size: int, folder: Path) -> str:
-    """What the rank that failed first has to say."""
+    """The error and the last output of the rank that failed first."""
     failed = {rank: outcome for rank, outcome in done.items() if outcome.failed}
     first = min(failed, key=lambda rank: failed[rank].seconds)
     others = [str(rank) for rank in sorted(failed) if rank != first]

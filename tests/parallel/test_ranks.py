@@ -85,26 +85,24 @@ def test_ranks_that_have_not_finished_in_time_are_named_and_killed(
     assert not any(alive(process) for process in processes(tmp_path, 3))
 
 
-def test_ranks_are_not_waited_for_longer_than_asked(ranks, tmp_path: Path) -> None:
-    with pytest.raises(RankFailed, match=r"ranks 0, 1 of 2 had not finished after 0\.5 seconds"):
-        ranks(2).run(cases.hang_on, tmp_path, 0, 1, timeout=0.5)
+def test_a_rank_is_not_waited_for_longer_than_asked(ranks, tmp_path: Path) -> None:
+    with pytest.raises(RankFailed, match=r"rank 0 of 1 had not finished after 0\.5 seconds"):
+        ranks(1).run(cases.hang_on, tmp_path, 0, timeout=0.5)
 
 
-def test_an_interrupted_test_leaves_no_rank_behind(ranks, tmp_path: Path) -> None:
+def test_an_interrupted_test_leaves_no_rank_behind(
+    ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As when pytest-timeout or Ctrl-C ends the test."""
 
-    def interrupt(*_: object) -> None:
+    def interrupted(*_: object) -> None:
+        processes(tmp_path, 2)
         raise KeyboardInterrupt
 
-    handler = signal.signal(signal.SIGALRM, interrupt)
-    timer = signal.setitimer(signal.ITIMER_REAL, 0.5)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            ranks(2).run(cases.hang_on, tmp_path, 0)
-    finally:
-        signal.signal(signal.SIGALRM, handler)
-        signal.setitimer(signal.ITIMER_REAL, *timer)
-    assert not any(alive(int(file.read_text())) for file in tmp_path.glob("[01]"))
+    monkeypatch.setattr(ranks_module, "_finished", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ranks(2).run(cases.hang_on, tmp_path, 0)
+    assert not any(alive(process) for process in processes(tmp_path, 2))
 
 
 def test_a_result_that_cannot_be_sent_is_a_failure(ranks) -> None:
@@ -136,7 +134,7 @@ def test_no_rank_outlives_the_tests(tmp_path: Path, how: signal.Signals) -> None
         "import pathlib, time\n"
         "import parallel_cases as cases, ranks\n"
         "if __name__ == '__main__':\n"
-        # What a finished rank has sent is never read: the end of the tests ends its connection with an error.
+        # The parent never reads a result, so that its end resets the connection of a finished rank.
         "    ranks._finished = lambda *_: time.sleep(600)\n"
         f"    ranks.Ranks(3).run(cases.hang_on, pathlib.Path({str(tmp_path)!r}), 0, 2)\n"
     )
@@ -151,7 +149,7 @@ def test_no_rank_outlives_the_tests(tmp_path: Path, how: signal.Signals) -> None
 
 
 def processes(folder: Path, n_ranks: int) -> list[int]:
-    """Of ranks that have begun to hang on, or soon will."""
+    """The process ids of all ranks, once each has written its own."""
     files = [folder / str(rank) for rank in range(n_ranks)]
     wait_until(lambda: all(file.exists() for file in files), "ranks have not begun")
     return [int(file.read_text()) for file in files]
