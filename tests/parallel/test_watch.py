@@ -185,3 +185,23 @@ def test_a_late_rank_that_waits_for_nobody_ends_at_once(start) -> None:
     status, _, err = rank.end()
     assert status == 1
     assert err.startswith("rank 0 hangs: no progress for")
+
+
+LAUNCHER = """\
+import os, signal, time
+from torchtitan_lite.parallel.watch import while_launched
+
+launcher = os.getpid()
+if os.fork():
+    time.sleep(60)
+with while_launched(launcher):
+    os.kill(launcher, signal.SIGKILL)
+    time.sleep(60)
+"""
+
+
+def test_a_rank_that_still_waits_for_the_others_ends_with_its_launcher() -> None:
+    """The rank keeps the pipe open for as long as it lives."""
+    with Program(["-c", LAUNCHER]) as launcher:
+        _, said = launcher.communicate()
+    assert (launcher.returncode, said) == (-signal.SIGKILL, "stopped: the launcher no longer answers\n")
