@@ -12,6 +12,7 @@ import contextlib
 import functools
 import gc
 import io
+import linecache
 import multiprocessing
 import multiprocessing.process
 import os
@@ -319,7 +320,11 @@ def _run(words: list[str]) -> None:
         sys.argv = ["-c", *rest[1:]]
         sys.path[:0] = ["", *own]
         _tell_launcher()
-        exec(compile(rest[0], "<string>", "exec"), main.__dict__)  # noqa: S102 (as -c does)
+        code = compile(rest[0], "<string>", "exec")
+        if sys.version_info >= (3, 13):  # which shows lines of -c in a traceback
+            lines = rest[0].splitlines(keepends=True)
+            linecache.cache["<string>"] = (len(rest[0]), None, lines, "<string>")
+        exec(code, main.__dict__)  # noqa: S102 (as -c does)
     else:
         assert not how.startswith("-"), f"no option of Python that is known here: {how}"
         sys.argv = words

@@ -112,6 +112,14 @@ def test_a_file_is_hashed_as_it_is_written_however_large_the_pieces(tmp_path: Pa
     assert files.digests == {"x": Digest(n_bytes, hashlib.sha256(content).hexdigest())}
 
 
+def test_a_stream_may_outlive_its_file(tmp_path: Path) -> None:
+    """Python closes it when it is forgotten, which flushes; Python 3.13 prints an error of that."""
+    with HashedFiles().create_stream(tmp_path / "x", "wb") as stream:
+        stream.write(b"text")
+    stream.close()
+    assert (tmp_path / "x").read_bytes() == b"text"
+
+
 def test_a_renamed_file_takes_its_digest_with_it(tmp_path: Path) -> None:
     files = HashedFiles()
     files.write_json(tmp_path / "a", {"x": 1})

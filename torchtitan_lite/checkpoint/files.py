@@ -130,6 +130,8 @@ class _HashedStream(io.RawIOBase):
         return self._size
 
     def flush(self) -> None:
+        if self._file.closed:  # Python flushes once more when this object is forgotten, after the file's end
+            return
         try:
             self._file.flush()
         except OSError as error:
