@@ -191,7 +191,7 @@ def test_a_signal_to_a_process_and_all_it_has_started_leaves_those_alone(start) 
     # A compiler, or a data worker.
     child = "import time; print('both', flush=True); time.sleep(1); print('compiled')"
     forked = (
-        "warnings.simplefilter('ignore')  # Python 3.12 warns of a fork beside threads\n"
+        "warnings.simplefilter('ignore', DeprecationWarning)  # Python 3.12 warns of a fork beside threads\n"
         "pid = os.fork()\n"
         "if not pid:\n    time.sleep(1)\n    os.write(1, b'read\\n')\n    os._exit(request.asked)\n"
     )
