@@ -10,6 +10,7 @@ import contextlib
 import gc
 import logging
 import os
+import signal
 import sys
 import time
 import traceback
@@ -182,13 +183,14 @@ def _end_of(error: BaseException, world: "World") -> "End":
     from torchtitan_lite.parallel.watch import End, signalled
     from torchtitan_lite.training.step import NonFinite
 
+    if isinstance(error, KeyboardInterrupt):
+        return signalled(world.rank, signal.SIGINT)
     if isinstance(error, SystemExit) and isinstance(error.code, int) and error.code > 128:
         return signalled(world.rank, error.code - 128)
     ends = {
         ConfigError: (2, "refused"),
         NonFinite: (1, "non-finite"),
         SaveFailed: (1, "not-saved"),
-        KeyboardInterrupt: (130, "interrupted"),
         BrokenPipeError: (141, "interrupted"),
     }
     status, outcome = ends.get(type(error), (1, "failed"))
@@ -201,11 +203,13 @@ def _end_of(error: BaseException, world: "World") -> "End":
 
 def _details(error: BaseException, end: "End") -> str:
     """What the rank that `error` belongs to prints of it."""
+    from torchtitan_lite.parallel.watch import words_of
+
     if not end.quiet:
         return f"rank {end.rank} failed:\n{''.join(traceback.format_exception(error))}".rstrip()
-    words = {"terminated": "", "interrupted": "interrupted"}
-    words |= dict.fromkeys(("non-finite", "not-saved"), f"error: {error}")
-    return words.get(end.outcome, end.message)
+    if end.outcome in ("non-finite", "not-saved"):
+        return f"error: {error}"
+    return end.message if end.outcome == "refused" else words_of(end)
 
 
 def _write_refusal(job: object, error: Exception) -> None:

@@ -95,18 +95,26 @@ def test_a_request_to_stop_may_take_its_time(start) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "saves", "end"),
+    ("number", "saves", "end", "said"),
     [
-        (signal.SIGUSR1, False, "138 terminated"),
-        (signal.SIGINT, True, "130 interrupted"),
+        (signal.SIGUSR1, False, "138 terminated", ""),
+        (signal.SIGINT, True, "130 interrupted", "interrupted\n"),
     ],
 )
 def test_a_rank_deep_in_a_library_ends_soon_by_a_signal_that_is_no_request(
-    number: int, saves: bool, end: str, start
+    number: int, saves: bool, end: str, said: str, start
 ) -> None:
     (rank,) = start(DEEP, saves=saves)
     rank.send_signal(number)
-    assert rank.end() == (int(end.split()[0]), f"{end}\n", "")
+    assert rank.end() == (int(end.split()[0]), f"{end}\n", said)
+
+
+def test_an_interrupt_is_told_by_the_rank_whose_main_thread_cannot_if_it_ends_first(start) -> None:
+    interrupted = "watch.end(signalled(0, signal.SIGINT), 'interrupted', doubtful=True)"
+    ranks = start(f"module._SILENCE = 1000.0\n{interrupted}", DEEP)
+    ranks[1].send_signal(signal.SIGINT)
+    assert ranks[1].end() == (130, "", "interrupted\n")
+    assert ranks[0].end() == (130, "130 interrupted\n", "")
 
 
 @pytest.mark.parametrize("what", [FOREVER, DEEP], ids=["in Python", "in C"])

@@ -247,7 +247,8 @@ def test_a_stopped_run_says_so_without_a_traceback(
     assert process.returncode == status
     assert "Traceback" not in error
     left = json.loads((tmp_path / "run" / "exit.json").read_text())
-    assert (left["status"], left["outcome"]) == (status, named)
+    ended = (status, named, f"ended by signal {number:d}")
+    assert (left["status"], left["outcome"], left["message"]) == ended
     assert len(losses(tmp_path / "run")) >= 3
 
 

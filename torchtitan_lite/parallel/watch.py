@@ -52,7 +52,13 @@ def signalled(rank: int, number: int) -> End:
     """The end that signal `number` makes of a run."""
     status = 128 + number
     outcome = "interrupted" if number == signal.SIGINT else "terminated"
-    return End(rank=rank, message=str(status), status=status, outcome=outcome, quiet=True)
+    message = f"ended by signal {number}"
+    return End(rank=rank, message=message, status=status, outcome=outcome, quiet=True)
+
+
+def words_of(end: End) -> str:
+    """What a run prints of its end by a signal: a word to a person at a keyboard, nothing to a scheduler."""
+    return "interrupted" if end.outcome == "interrupted" else ""
 
 
 class Watch:
@@ -190,7 +196,8 @@ class Watch:
         if is_over and is_late:
             self.end(self._hang(), self._stack(), doubtful=True)
         if is_over:
-            self.end(signalled(self.rank, self._signal), doubtful=True)
+            end = signalled(self.rank, self._signal)
+            self.end(end, words_of(end), doubtful=True)
 
     def _hang(self) -> End:
         seconds = time.monotonic() - self._last
