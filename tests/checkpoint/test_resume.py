@@ -47,7 +47,7 @@ CASES = {
     ),
     "one rank, bfloat16": Case(mesh={}, dtype="bfloat16", flags=ASYNC, again=True),
     "fsdp 2": Case(mesh=FSDP, size=2, local=2, dtype="bfloat16", flags=ASYNC),
-    "tp 2": Case(mesh=TENSOR, size=2),
+    "tp 2": Case(mesh=TENSOR, size=2, local=8),
     "cp 2": Case(mesh=CONTEXT, size=2, local=8, flags=("--model.attention", "varlen"), again=True),
 }
 SLOW = {
