@@ -39,6 +39,7 @@ class Case:
 FSDP = {"parallelism__data_parallel_shard_degree": 2}
 TENSOR = {"parallelism__tensor_parallel_degree": 2}
 CONTEXT = {"parallelism__context_parallel_degree": 2}
+ONE_LAYER = {"model__overrides": {**cases.MODEL, "n_layers": 1}}
 ASYNC = ("--checkpoint.async-mode", "async")
 CASES = {
     # Without a known peak each start measures one, on random numbers.
@@ -47,8 +48,8 @@ CASES = {
     ),
     "one rank, bfloat16": Case(mesh={}, dtype="bfloat16", flags=ASYNC, again=True),
     "fsdp 2": Case(mesh=FSDP, size=2, local=2, dtype="bfloat16", flags=ASYNC),
-    "tp 2": Case(mesh=TENSOR, size=2, local=8),
-    "cp 2": Case(mesh=CONTEXT, size=2, local=8, flags=("--model.attention", "varlen"), again=True),
+    "tp 2": Case(mesh=TENSOR | ONE_LAYER, size=2, local=8, again=True),
+    "cp 2": Case(mesh=CONTEXT | ONE_LAYER, size=2, local=8, flags=("--model.attention", "varlen")),
 }
 SLOW = {
     f"{name}, {dtype}, {workers} workers": Case(
