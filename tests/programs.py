@@ -321,7 +321,7 @@ def _run(words: list[str]) -> None:
         sys.path[:0] = ["", *own]
         _tell_launcher()
         code = compile(rest[0], "<string>", "exec")
-        if sys.version_info >= (3, 13):  # which shows lines of -c in a traceback
+        if sys.version_info >= (3, 13):  # a traceback shows the lines of -c
             lines = rest[0].splitlines(keepends=True)
             linecache.cache["<string>"] = (len(rest[0]), None, lines, "<string>")
         exec(code, main.__dict__)  # noqa: S102 (as -c does)

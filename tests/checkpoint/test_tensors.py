@@ -113,7 +113,7 @@ def test_a_file_is_hashed_as_it_is_written_however_large_the_pieces(tmp_path: Pa
 
 
 def test_a_stream_may_outlive_its_file(tmp_path: Path) -> None:
-    """Python closes it when it is forgotten, which flushes; Python 3.13 prints an error of that."""
+    """Python closes the stream, and so flushes it, when it deletes the object; 3.13 prints an error there."""
     with HashedFiles().create_stream(tmp_path / "x", "wb") as stream:
         stream.write(b"text")
     stream.close()

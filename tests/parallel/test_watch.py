@@ -109,7 +109,7 @@ def test_a_rank_deep_in_a_library_ends_soon_by_a_signal_that_is_no_request(
     assert rank.end() == (int(end.split()[0]), f"{end}\n", said)
 
 
-def test_an_interrupt_is_told_by_the_rank_whose_main_thread_cannot_if_it_ends_first(start) -> None:
+def test_a_rank_deep_in_a_library_says_interrupted_when_it_is_the_first_to_end(start) -> None:
     interrupted = "watch.end(signalled(0, signal.SIGINT), 'interrupted', doubtful=True)"
     ranks = start(f"module._SILENCE = 1000.0\n{interrupted}", DEEP)
     ranks[1].send_signal(signal.SIGINT)

@@ -247,7 +247,7 @@ def test_a_stopped_run_says_so_without_a_traceback(
     assert process.returncode == status
     assert "Traceback" not in error
     left = json.loads((tmp_path / "run" / "exit.json").read_text())
-    ended = (status, named, f"ended by signal {number:d}")
+    ended = (status, named, f"ended by signal {int(number)}")
     assert (left["status"], left["outcome"], left["message"]) == ended
     assert len(losses(tmp_path / "run")) >= 3
 

@@ -130,7 +130,7 @@ class _HashedStream(io.RawIOBase):
         return self._size
 
     def flush(self) -> None:
-        if self._file.closed:  # Python flushes once more when this object is forgotten, after the file's end
+        if self._file.closed:  # Python flushes this stream again when it deletes the object
             return
         try:
             self._file.flush()

@@ -57,7 +57,7 @@ def signalled(rank: int, number: int) -> End:
 
 
 def words_of(end: End) -> str:
-    """What a run prints of its end by a signal: a word to a person at a keyboard, nothing to a scheduler."""
+    """What a run prints when `end` ends it: the word `interrupted` after Ctrl-C, nothing after SIGTERM."""
     return "interrupted" if end.outcome == "interrupted" else ""
 
 
