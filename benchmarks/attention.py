@@ -124,7 +124,7 @@ def ways(case: Case, names: list[str]) -> Iterator[Way]:
 def ours(case: Case, name: str, change: str = "") -> Way:
     """A backend; `change` is what is done to the tensors before and after it."""
     inner, mask, qkv = BACKENDS[name].build(), case.mask(name), case.qkv()
-    tiles = getattr(mask, "tiles", mask)  # may be none on CUDA
+    tiles = mask.tiles  # may be none on CUDA
     own_kernel = tiles is not None and takes(qkv[0], tiles.table)
 
     def act(x_BSHK: Tensor) -> Tensor:

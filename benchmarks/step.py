@@ -271,9 +271,9 @@ def watched_step(trainer: Trainer, clock: Clock) -> Callable[[], float]:
         clock.mark("loss")
         return found
 
-    def timed_clip(*args: Any) -> tuple[float, float]:
+    def timed_clip(loss: Tensor) -> tuple[float, float]:
         clock.mark("backward")
-        found = reduce_and_clip(*args)
+        found = reduce_and_clip(loss)
         clock.mark("clip")
         return found
 

@@ -1,14 +1,16 @@
 """The operators under torch.compile and under torch's own checks of custom operators."""
 
-from functools import partial
-
 import pytest
 import torch
 from attention_cases import POSITIONS, QUERIES, qkv, rows
-from torch.nn.attention import SDPBackend
 
 from torchtitan_lite.attention import Flex, Sdpa, Varlen
-from torchtitan_lite.attention.sdpa import attend_whole_rows, fastest_first
+from torchtitan_lite.attention.runs import (
+    PackedMask,
+    attend_runs,
+    attend_runs_backward,
+    build_runs,
+)
 from torchtitan_lite.attention.tile_kernels import (
     CpuKernel,
     PlainKernel,
@@ -17,7 +19,7 @@ from torchtitan_lite.attention.tile_kernels import (
     attend_tiles_backward,
 )
 from torchtitan_lite.attention.tiles import document_tiles
-from torchtitan_lite.attention.varlen import VarlenAttention, build_runs
+from torchtitan_lite.attention.varlen import VarlenAttention
 
 
 @pytest.mark.parametrize("config", [Sdpa(), Flex(block_size=16), Varlen()], ids=lambda config: config.kind)
@@ -34,32 +36,16 @@ def test_a_compiled_attention_is_one_graph_and_gives_the_same_numbers(config):
         torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-12)
 
 
-def test_cudnn_comes_first_on_hopper_alone(monkeypatch):
-    for capability, first in (((9, 0), SDPBackend.CUDNN_ATTENTION), ((8, 0), None), ((10, 0), None)):
-        with monkeypatch.context() as patched:
-            patched.setattr(torch.cuda, "get_device_capability", lambda *_, found=capability: found)
-            order = fastest_first(torch.device("cuda"))
-        assert (order[0] if order else None) == first
-
-
-def test_an_order_of_torchs_kernels_breaks_no_graph_and_changes_no_number():
-    torch._dynamo.reset()
-    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
-    q, k, v = qkv(2, 53, 53, 6, 2)
-    compiled = torch.compile(attend_whole_rows, fullgraph=True, backend="aot_eager")
-    wanted = attend_whole_rows(q, k, v, 0.37)
-    for attend in (compiled, attend_whole_rows):
-        torch.testing.assert_close(attend(q, k, v, 0.37, order), wanted, rtol=1e-12, atol=1e-12)
-
-
+@pytest.mark.parametrize("queries", ["all", "two chunks"])
 @pytest.mark.parametrize("backend", ["sdpa", "varlen", "varlen kernel"])
-def test_packed_batches_with_other_documents_are_not_compiled_again(backend):
+def test_packed_batches_with_other_documents_are_not_compiled_again(backend, queries):
+    """With two chunks the number of runs changes, too."""
     torch._dynamo.reset()
     make_mask, inner = Sdpa().mask, Sdpa().build()
     if backend == "varlen":
         make_mask, inner = Varlen().mask, Varlen().build()
     if backend == "varlen kernel":
-        make_mask, inner = partial(build_runs, queries=None, sliding_window=None, device=CPU), Runs()
+        make_mask, inner = runs_on_cpu, VarlenAttention("reference")
     compiled = torch.compile(inner, fullgraph=True, backend="aot_eager")
     batches = [
         [30, 20, 3],
@@ -69,28 +55,19 @@ def test_packed_batches_with_other_documents_are_not_compiled_again(backend):
         [1] * 53,
         [15, 15, 15, 8],
         [-53],
+        [-3, 20, 10, -20],
         [21, 32],
     ]
-    if "kernel" in backend:
-        batches.remove([-53])  # no run at all: nothing is called
+    n_queries = 53 if queries == "all" else 27
     with torch._dynamo.config.patch(error_on_recompile=True):
         for documents in batches:
-            mask = make_mask(rows(documents))
-            q, k, v = qkv(1, 53, 53, 6, 2)
+            mask = make_mask(rows(documents), QUERIES[queries])
+            q, k, v = qkv(1, n_queries, 53, 6, 2)
             torch.testing.assert_close(compiled(q, k, v, mask), inner(q, k, v, mask))
 
 
-CPU = torch.device("cpu")
-
-
-class Runs(torch.nn.Module):
-    """A stand-in for a kernel for packed documents: all of what such a one is given reaches an operator."""
-
-    def forward(self, q_BSHK, k_BSGK, v_BSGK, mask):
-        def kernel(q_THK, k_UGK, v_UGK, run, scale, window):
-            return q_THK * scale + run.cu_q_D.float().mean() + run.cu_k_D.sum() + run.max_q + run.max_k
-
-        return VarlenAttention(kernel)(q_BSHK, k_BSGK, v_BSGK, mask)
+def runs_on_cpu(positions_BS, queries=None, sliding_window=None):
+    return PackedMask(None, build_runs(positions_BS, queries, sliding_window))
 
 
 @pytest.mark.parametrize("n", [64, 256, 300, 767, 768])
@@ -116,6 +93,14 @@ def test_the_operator_over_tiles_passes_torchs_checks(queries):
     tiles = document_tiles(POSITIONS["padded both sides and packed"], QUERIES[queries], 7)
     q, k, v = qkv(2, tiles.shape[1], 53, 6, 2)
     torch.library.opcheck(attend_tiles, (q, k, v, tiles.table, tiles.masks, 0.37))
+
+
+@pytest.mark.parametrize("queries", ["all", "two chunks"])
+@pytest.mark.parametrize("positions", ["packed", "padded both sides and packed"])
+def test_the_operator_over_runs_passes_torchs_checks(positions, queries):
+    runs = build_runs(POSITIONS[positions], QUERIES[queries], 7)
+    q, k, v = qkv(2, runs.shape[1], 53, 6, 2)
+    torch.library.opcheck(attend_runs, (q, k, v, runs.table, runs.cumulative, 0.37, 7, "reference"))
 
 
 @pytest.mark.parametrize(
@@ -147,9 +132,10 @@ def test_the_cpu_kernel_equals_the_plain_one_forward_and_backward(causal, masked
     torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("operator", ["tiles", "runs"])
 @pytest.mark.parametrize("documents", [[53], [300], [800], [300, 53], [20, 33]], ids=str)
 @pytest.mark.parametrize("layout", ["bshd", "sbhd", "bhsd", "features apart"])
-def test_compiled_code_is_told_the_layouts_that_the_operator_gives(layout, documents):
+def test_compiled_code_is_told_the_layouts_that_the_operator_gives(operator, layout, documents):
     """inductor asserts the strides of what an operator returns."""
     change = {
         "bshd": lambda x: x,
@@ -157,18 +143,23 @@ def test_compiled_code_is_told_the_layouts_that_the_operator_gives(layout, docum
         "bhsd": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
         "features apart": lambda x: x.mT.contiguous().mT,
     }[layout]
-    tiles = document_tiles(rows(documents, documents))
+    positions_BS = rows(documents, documents)
+    tiles, runs = document_tiles(positions_BS), build_runs(positions_BS)
+    forward, backward, plan = {
+        "tiles": (attend_tiles, attend_tiles_backward, (tiles.table, tiles.masks, 0.37)),
+        "runs": (attend_runs, attend_runs_backward, (runs.table, runs.cumulative, 0.37, None, "reference")),
+    }[operator]
     q, k, v, dout = (
         x.detach()
         for x in (*qkv(2, sum(documents), sum(documents), 6, 2), *qkv(2, sum(documents), 1, 6, 2)[:1])
     )
     q, k, v, dout = map(change, (q, k, v, dout))
-    given = q, k, v, tiles.table, tiles.masks, 0.37
+    given = q, k, v, *plan
     with torch._subclasses.FakeTensorMode() as mode:
         fake = [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in given]
-        fake_out = attend_tiles(*fake)
-        fake_grads = attend_tiles_backward(mode.from_tensor(dout), *fake[:3], *fake_out, *fake[3:])
-    out = attend_tiles(*given)
-    grads = attend_tiles_backward(dout, *given[:3], *out, *given[3:])
+        fake_out = forward(*fake)
+        fake_grads = backward(mode.from_tensor(dout), *fake[:3], *fake_out, *fake[3:])
+    out = forward(*given)
+    grads = backward(dout, *given[:3], *out, *given[3:])
     for made, told in zip((*out, *grads), (*fake_out, *fake_grads), strict=True):
         assert (made.stride(), made.dtype) == (told.stride(), told.dtype)

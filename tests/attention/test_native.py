@@ -59,7 +59,7 @@ def test_the_kernel_equals_the_reference_forward_and_backward(positions, heads, 
     native.compile_kernel(head_dim)
     q, k, v, upstream = tensors(positions_BS, heads, kv_heads, head_dim, dtype)
     mask = Sdpa().mask(positions_BS)
-    assert native.takes(q, mask.table)
+    assert mask.tiles is not None and native.takes(q, mask.tiles.table)
     found = results(lambda q, k, v: Sdpa().build()(q, k, v, mask, scale=0.3), q, k, v, upstream)
     wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
     attend = partial(reference_attention, positions_BS=positions_BS, scale=0.3)

@@ -4,10 +4,11 @@ import pytest
 import torch
 from attention_cases import EXACT, KEYS, POSITIONS, QUERIES, compare, qkv, rows
 
-from torchtitan_lite.attention import Flex, Sdpa, Varlen, WithLayout, flex, reference_attention
+from torchtitan_lite.attention import Flex, Sdpa, Varlen, WithLayout, flex, reference_attention, run_kernels
 from torchtitan_lite.attention.block_mask import build_block_mask
+from torchtitan_lite.attention.runs import PackedMask, build_runs
 from torchtitan_lite.attention.sdpa import attend_whole_rows
-from torchtitan_lite.attention.varlen import VarlenAttention, build_runs
+from torchtitan_lite.attention.varlen import VarlenAttention
 
 BACKENDS = {
     "sdpa": Sdpa(),
@@ -95,51 +96,56 @@ def test_views_of_any_strides_equal_the_reference(backend, positions):
             torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
 
 
-def reference_kernel(q_THK, k_UGK, v_UGK, run, scale, window):
-    """A varlen kernel out of the reference: what a FlashAttention package is given, and must give."""
-    assert run.cu_q_D.dtype == run.cu_k_D.dtype == torch.int32
-    for bound, cu_D in ((run.max_q, run.cu_q_D), (run.max_k, run.cu_k_D)):
-        assert bound == max(2, int(cu_D.diff().max()))
-    assert run.cu_q_D[-1] == len(q_THK)
-    assert run.cu_k_D[-1] == len(k_UGK)
-    outs = []
-    for (q0, q1), (k0, k1) in zip(
-        zip(run.cu_q_D, run.cu_q_D[1:], strict=False),
-        zip(run.cu_k_D, run.cu_k_D[1:], strict=False),
-        strict=True,
-    ):
-        assert q1 > q0, "empty documents never reach a kernel"
-        n, m = int(q1 - q0), int(k1 - k0)
-        document = torch.arange(m)[None]
-        parts = q_THK[q0:q1][None], k_UGK[k0:k1][None], v_UGK[k0:k1][None]
-        outs.append(reference_attention(*parts, document, ((m - n, m),), window, scale)[0])
-    return torch.cat(outs)
+class Checked(run_kernels.DocumentByDocument):
+    """The reference of the kernels for packed documents, which checks what such a kernel is given."""
+
+    def __init__(self):
+        self.seen = []
+
+    def forward(self, q, k, v, documents, scale, window):
+        self.check(q, k, documents)
+        self.seen += [x.untyped_storage().data_ptr() for x in (q, k, v)]
+        return super().forward(q, k, v, documents, scale, window)
+
+    def backward(self, dout, q, k, v, out, lse, documents, scale, window):
+        self.check(q, k, documents)
+        return super().backward(dout, q, k, v, out, lse, documents, scale, window)
+
+    def check(self, q, k, documents):
+        cu_q_D, cu_k_D, max_q, max_k = documents
+        for x, cu_D, longest in ((q, cu_q_D, max_q), (k, cu_k_D, max_k)):
+            assert cu_D.dtype == torch.int32 and cu_D.is_contiguous()
+            assert (cu_D[0], cu_D[-1]) == (0, len(x))
+            assert longest == cu_D.diff().max()
+            assert (cu_D.diff() > 0).all(), "empty documents never reach a kernel"
+
+
+@pytest.fixture
+def checked(monkeypatch):
+    kernel = Checked()
+    monkeypatch.setitem(run_kernels.KERNELS, "checked", kernel)
+    return kernel
+
+
+def runs_on_cpu(positions_BS, queries=None, sliding_window=None):
+    return PackedMask(None, build_runs(positions_BS, queries, sliding_window))
 
 
 @pytest.mark.parametrize("queries", QUERIES)
 @pytest.mark.parametrize("positions", POSITIONS)
-def test_what_the_varlen_kernels_are_given_adds_up_to_the_reference(positions, queries):
-    def mask(positions_BS, queries, sliding_window):
-        return build_runs(positions_BS, queries, sliding_window, torch.device("cpu"))
-
+def test_what_the_varlen_kernels_are_given_adds_up_to_the_reference(checked, positions, queries):
     for window in WINDOWS:
-        backend = mask, VarlenAttention(reference_kernel)
+        backend = runs_on_cpu, VarlenAttention("checked")
         compare(backend, POSITIONS[positions], QUERIES[queries], window, 6, 2, 0.37, EXACT)
 
 
 @pytest.mark.parametrize("positions", ["packed", "padded both sides and packed", "a row of padding alone"])
-def test_rows_that_do_not_follow_each_other_reach_the_varlen_kernel_as_views(positions):
-    seen = []
-
-    def kernel(q_THK, k_UGK, v_UGK, run, scale, window):
-        seen.extend(x.untyped_storage().data_ptr() for x in (q_THK, k_UGK, v_UGK))
-        return reference_kernel(q_THK, k_UGK, v_UGK, run, scale, window)
-
+def test_rows_that_do_not_follow_each_other_reach_the_varlen_kernel_as_views(checked, positions):
     positions_BS = POSITIONS[positions]
-    mask = build_runs(positions_BS, None, 7, torch.device("cpu"))
+    mask = runs_on_cpu(positions_BS, None, 7)
     q, k, v = (x.detach().transpose(0, 1).contiguous().requires_grad_() for x in qkv(2, KEYS, KEYS, 6, 2))
-    out = WithLayout(VarlenAttention(kernel), "sbhd")(q, k, v, mask, scale=0.37)
-    assert set(seen) == {x.untyped_storage().data_ptr() for x in (q, k, v)}
+    out = WithLayout(VarlenAttention("checked"), "sbhd")(q, k, v, mask, scale=0.37)
+    assert set(checked.seen) == {x.untyped_storage().data_ptr() for x in (q, k, v)}
     q_BSHK, k_BSGK, v_BSGK = (x.transpose(0, 1) for x in (q, k, v))
     expected = reference_attention(q_BSHK, k_BSGK, v_BSGK, positions_BS, None, 7, 0.37)
     torch.testing.assert_close(out.transpose(0, 1), expected, rtol=1e-10, atol=1e-10)
@@ -147,10 +153,16 @@ def test_rows_that_do_not_follow_each_other_reach_the_varlen_kernel_as_views(pos
     torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
 
 
-def test_a_batch_without_padding_is_one_varlen_call_and_a_chunk_of_a_row_is_one():
-    cpu = torch.device("cpu")
-    assert len(build_runs(POSITIONS["packed"], None, None, cpu).runs) == 1
-    assert len(build_runs(rows([1, 20, 1, 31]), ((7, 20), (33, 47)), None, cpu).runs) == 2
+def test_a_batch_without_padding_is_one_varlen_call_and_a_chunk_of_a_row_is_one(checked):
+    for positions_BS, queries, calls in (
+        (POSITIONS["packed"], None, 1),
+        (rows([1, 20, 1, 31]), ((7, 20), (33, 47)), 2),
+    ):
+        checked.seen.clear()
+        n_queries = KEYS if queries is None else 27
+        tensors = qkv(len(positions_BS), n_queries, KEYS, 6, 2)
+        VarlenAttention("checked")(*tensors, runs_on_cpu(positions_BS, queries))
+        assert len(checked.seen) == 3 * calls
 
 
 # torch evaluates a block mask on a CPU too, forward only and S x S, and warns of it.
@@ -158,10 +170,10 @@ def test_a_batch_without_padding_is_one_varlen_call_and_a_chunk_of_a_row_is_one(
 @pytest.mark.parametrize("queries", QUERIES)
 @pytest.mark.parametrize("positions", POSITIONS)
 def test_what_the_flex_kernel_is_given_is_the_reference(monkeypatch, positions, queries):
-    monkeypatch.setattr(flex, "_compiled", lambda autotuned: flex.flex_attention)
     positions_BS, chosen = POSITIONS[positions], QUERIES[queries]
     n_queries = KEYS if chosen is None else sum(stop - start for start, stop in chosen)
     inner = Flex().build()
+    monkeypatch.setattr(inner, "attend", flex.flex_attention)
     with torch.no_grad():
         q, k, v = (x.detach() for x in qkv(len(positions_BS), n_queries, KEYS, 6, 2))
         for window in WINDOWS:

@@ -1,6 +1,7 @@
 """What each attention implementation can run, as data for the validator, the documentation and the tests."""
 
-from collections.abc import Callable, Iterable
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import NamedTuple, Protocol
@@ -9,6 +10,7 @@ import torch
 
 FLOATS = ("float64", "float32", "bfloat16", "float16")
 HALVES = ("bfloat16", "float16")
+INSTALL_FA4 = 'pip install "flash-attn-4>=4.0.0b4,<4.0.0b19"'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +22,8 @@ class Capabilities:
     dtypes: tuple[str, ...]
     head_dim_multiple: int = 1
     head_dim_max: int | None = None
+    head_dims_lacking: Mapping[int, range] = dataclasses.field(default_factory=dict)
+    """Head dims below the largest that it has not, by the GPU's major compute capability."""
     sliding_window: bool = True
     deterministic: bool = True
     """Whether its gradients are the same from run to run in torch's deterministic mode."""
@@ -63,6 +67,8 @@ def table(rows: Iterable[Capabilities]) -> list[tuple[str, ...]]:
     for can in rows:
         head_dim = f"multiple of {can.head_dim_multiple}, " * (can.head_dim_multiple > 1)
         head_dim += "any" if can.head_dim_max is None else f"up to {can.head_dim_max}"
+        for major, lacking in can.head_dims_lacking.items():
+            head_dim += f" (on {major}.x up to {lacking[0] - 1}, or {lacking[-1] + 1})"
         window, deterministic = ("yes" if able else "no" for able in (can.sliding_window, can.deterministic))
         devices, dtypes = ", ".join(can.devices), ", ".join(can.dtypes)
         lines.append((can.name, devices, dtypes, head_dim, window, deterministic, can.needs or "nothing"))
@@ -126,6 +132,10 @@ def refusals(
     if can.head_dim_max is not None and head_dim > can.head_dim_max:
         rule = f"is more than {can.head_dim_max}, the most that {can.name} attention has"
         found.append(Refusal("head_dim", head_dim, rule, "use sdpa, or a smaller head_dim"))
+    major = torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else 0
+    if head_dim in can.head_dims_lacking.get(major, ()):
+        rule = f"is not for {can.name} attention on a GPU of compute capability {major}.x"
+        found.append(Refusal("head_dim", head_dim, rule, "use another kernel, sdpa, or another head_dim"))
     if n_heads % n_kv_heads:
         divisors = [n for n in range(1, n_heads + 1) if n_heads % n == 0]
         remedy = f"use {n_kv_heads * (n_heads // n_kv_heads or 1)} heads, or n_kv_heads out of {divisors}"

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, FlexKernelOptions, flex_attention
 
 from torchtitan_lite.attention.block_mask import block_row_tiles, build_block_mask
-from torchtitan_lite.attention.capabilities import FLOATS, HALVES, Capabilities, Refusal
+from torchtitan_lite.attention.capabilities import FLOATS, HALVES, INSTALL_FA4, Capabilities, Refusal
 from torchtitan_lite.attention.mask import Ranges, check_inputs, check_positions
 from torchtitan_lite.attention.tile_kernels import attend
 from torchtitan_lite.attention.tiles import Tiles
+from torchtitan_lite.attention.transfer import to_device
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ class Flex:
             head_dim_max=128,
             packages=("flash_attn.cute",),
             gpu_majors=tuple(FLASH_BLOCKS),
-            install="pip install --pre flash-attn-4",
+            install=INSTALL_FA4,
             deterministic=False,
         ),
     )
@@ -145,9 +146,7 @@ class Flex:
         batch, seq_len = positions_BS.shape
         if device.type == "cpu" and bool((positions_BS == positions_BS[:1]).all()):
             positions_BS = positions_BS[:1]  # equal rows: one batch for every kernel call
-        block_mask = build_block_mask(
-            positions_BS.to(device, non_blocking=True), queries, sliding_window, self.blocks
-        )
+        block_mask = build_block_mask(to_device(positions_BS, device), queries, sliding_window, self.blocks)
         shape = batch, block_mask.seq_lengths[0], seq_len
         if device.type != "cpu":
             return FlexMask(block_mask, None, shape)
@@ -171,7 +170,8 @@ class FlexAttention(nn.Module):
     def __init__(self, kernel_options: dict[str, Any], autotuned: bool) -> None:
         super().__init__()
         self.kernel_options = dict(kernel_options) or None
-        self.autotuned = autotuned
+        # Here and not in the forward, of which torch.compile would trace the cache.
+        self.attend = _compiled(autotuned)
 
     def forward(
         self, q_BQHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: FlexMask, scale: float | None = None
@@ -181,7 +181,7 @@ class FlexAttention(nn.Module):
             return attend(q_BQHK, k_BSGK, v_BSGK, mask.tiles, scale)
         scale = check_inputs(q_BQHK, k_BSGK, v_BSGK, mask.shape, scale)
         q_BHQK, k_BGSK, v_BGSK = (x.transpose(1, 2) for x in (q_BQHK, k_BSGK, v_BSGK))
-        out_BHQK = _compiled(self.autotuned)(
+        out_BHQK = self.attend(
             q_BHQK,
             k_BGSK,
             v_BGSK,

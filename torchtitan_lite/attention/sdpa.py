@@ -3,19 +3,18 @@
 B batch rows, S key tokens, Q query tokens, H query heads, G key/value heads, K head dim.
 """
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from torchtitan_lite.attention.capabilities import FLOATS, Capabilities, Refusal
 from torchtitan_lite.attention.mask import Ranges, check_inputs
+from torchtitan_lite.attention.runs import PackedMask, attend_packed, build_runs
 from torchtitan_lite.attention.tile_kernels import attend, has_cuda_flash
-from torchtitan_lite.attention.tiles import Tiles, document_tiles
+from torchtitan_lite.attention.tiles import document_tiles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,49 +45,47 @@ class Sdpa:
         queries: Ranges | None = None,
         sliding_window: int | None = None,
         device: torch.device | str | None = None,
-    ) -> Tiles:
+    ) -> PackedMask:
         """What may attend to what, for one micro-batch and all layers; see docs/attention.md."""
-        return document_tiles(positions_BS, queries, sliding_window, device)
+        device = torch.device(device) if device is not None else positions_BS.device
+        tiles = document_tiles(positions_BS, queries, sliding_window, device)
+        if device.type == "cpu" or tiles.causal_rows:
+            return PackedMask(tiles, None)
+        # The dtype, which decides whether a GPU's kernel can be used, is not known here: so both plans.
+        return PackedMask(tiles, build_runs(positions_BS, queries, sliding_window, device))
 
 
 class SdpaAttention(nn.Module):
-    """One kernel call for rows of one document each, else a loop over documents."""
+    """One kernel call for rows of one document each, else a loop over documents.
+
+    On a GPU packed rows are one call too, of torch's variable-length FlashAttention, where that takes them.
+    """
 
     def forward(
-        self, q_BQHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: Tiles, scale: float | None = None
+        self, q_BQHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: PackedMask, scale: float | None = None
     ) -> Tensor:
         """Attend; [B, Q, H, K]."""
+        tiles, runs = mask.tiles, mask.runs
+        assert tiles is not None
         # On a CPU the plan's one call is the same kernel, without the random state that torch.compile would
         # keep for it when it is computed again.
-        if not q_BQHK.is_cuda or not mask.causal_rows or _only_quadratic(q_BQHK, k_BSGK, v_BSGK):
-            return attend(q_BQHK, k_BSGK, v_BSGK, mask, scale)
-        scale = check_inputs(q_BQHK, k_BSGK, v_BSGK, mask.shape, scale)
-        return attend_whole_rows(q_BQHK, k_BSGK, v_BSGK, scale, fastest_first(q_BQHK.device))
+        if q_BQHK.is_cuda and tiles.causal_rows and not _only_quadratic(q_BQHK, k_BSGK, v_BSGK):
+            scale = check_inputs(q_BQHK, k_BSGK, v_BSGK, tiles.shape, scale)
+            return attend_whole_rows(q_BQHK, k_BSGK, v_BSGK, scale)
+        if runs is not None and has_cuda_flash(q_BQHK):
+            return attend_packed(q_BQHK, k_BSGK, v_BSGK, runs, scale, "torch")
+        return attend(q_BQHK, k_BSGK, v_BSGK, tiles, scale)
 
 
-def fastest_first(device: torch.device) -> list[SDPBackend] | None:
-    """A GPU's kernels by their speed, the fastest first, where torch's own order is another; else None.
-
-    On Hopper cuDNN's is up to 75 % faster than FlashAttention-2 (https://pytorch.org/blog/pytorch2-5/).
-    """
-    if torch.cuda.get_device_capability(device) == (9, 0):
-        fused = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
-        return [*fused, SDPBackend.MATH]
-    return None
-
-
-def attend_whole_rows(
-    q_BSHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, scale: float, order: list[SDPBackend] | None = None
-) -> Tensor:
+def attend_whole_rows(q_BSHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, scale: float) -> Tensor:
     """Attend in one kernel call, where every row is one document; [B, S, H, K].
 
-    Of torch's kernels the first of `order` that can do it; without one, the first of torch's own order.
+    Which of its kernels runs is torch's choice.
     """
     q_BHSK, k_BGSK, v_BGSK = (x.transpose(1, 2) for x in (q_BSHK, k_BSGK, v_BSGK))
-    with sdpa_kernel(order, set_priority=True) if order else nullcontext():
-        out_BHSK = F.scaled_dot_product_attention(
-            q_BHSK, k_BGSK, v_BGSK, is_causal=True, scale=scale, enable_gqa=q_BHSK.shape[1] != k_BGSK.shape[1]
-        )
+    out_BHSK = F.scaled_dot_product_attention(
+        q_BHSK, k_BGSK, v_BGSK, is_causal=True, scale=scale, enable_gqa=q_BHSK.shape[1] != k_BGSK.shape[1]
+    )
     return out_BHSK.transpose(1, 2)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from torchtitan_lite.attention import native
 from torchtitan_lite.attention.mask import check_inputs
+from torchtitan_lite.attention.strides import laid_out_like, unit_stride
 from torchtitan_lite.attention.tiles import CAUSAL, FULL, ROWS, Tile, Tiles
 
 aten = torch.ops.aten
@@ -72,7 +73,7 @@ class CpuKernel:
             dq, dk, dv = _cpu_flash_backward(*whole, 0.0, causal, attn_mask=mask, scale=scale)
             return dq.to(dtype), dk.to(dtype), dv.to(dtype)
         dq_bnHK = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format)
-        dk_bmGK, dv_bmGK = (native.zeros_for(x.transpose(1, 2), _wide(x.dtype)) for x in (k, v))
+        dk_bmGK, dv_bmGK = (native.zeros_for(x.transpose(1, 2), sum_dtype(x.dtype)) for x in (k, v))
         for rows, keys, diagonal in _causal_blocks(q):
             part = dout[:, :, rows], q[:, :, rows], k[:, :, keys], v[:, :, keys]
             kept = out[:, :, rows], lse[:, :, rows]
@@ -151,7 +152,7 @@ class PlainKernel:
         return torch.cat(outs, 2).to(q.dtype), torch.cat(lses, 2)
 
     def backward(self, dout, q, k, v, out, lse, causal, mask, scale):
-        wide = _wide(q.dtype)
+        wide = sum_dtype(q.dtype)
         dq, dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (q, k, v))
         groups = k.shape[1]
         for rows, n_keys in self._blocks(q, k, causal):
@@ -183,7 +184,7 @@ class PlainKernel:
 
     def _scores(self, q, k, rows: slice, causal: bool, mask: Tensor | None, scale: float) -> Tensor:
         """Scaled, masked scores [b, G, R, n, m] of a slice of the queries."""
-        wide = _wide(q.dtype)
+        wide = sum_dtype(q.dtype)
         q_bGRnK = q.to(wide).unflatten(1, (k.shape[1], -1))
         scores = (q_bGRnK.flatten(2, 3) @ k.to(wide).mT).unflatten(2, q_bGRnK.shape[2:4]) * scale
         if causal:
@@ -192,19 +193,9 @@ class PlainKernel:
         return scores if mask is None else scores + mask[..., rows, : k.shape[2]].unsqueeze(-3)
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which sums over tokens are made: float32 for the halves, else the dtype itself."""
     return torch.float32 if dtype in HALF else dtype
-
-
-def _unit_stride(x: Tensor) -> Tensor:
-    """The fused kernels read the features of a head as neighbours, and do not check that they are."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _laid_out_like(given: Tensor, made: Tensor) -> Tensor:
-    """`made` in the layout that `torch.empty_like(given)` has, which is what torch.compile is told."""
-    layout = torch.empty_like(given, device="meta").stride()
-    return made if made.stride() == layout else torch.empty_like(given).copy_(made)
 
 
 def _finite(lse: Tensor) -> Tensor:
@@ -272,14 +263,14 @@ def _attend_tiles(
     The output has the layout of the queries.
     """
     out_BQHK, lse_BQH = _evaluate(q_BQHK, k_BSGK, v_BSGK, table, masks, scale)
-    return _laid_out_like(q_BQHK, out_BQHK), lse_BQH
+    return laid_out_like(q_BQHK, out_BQHK), lse_BQH
 
 
 def _evaluate(
     q_BQHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, table: Tensor, masks: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     kernel = kernel_for(q_BQHK)
-    q_BQHK, k_BSGK, v_BSGK = (_unit_stride(x) for x in (q_BQHK, k_BSGK, v_BSGK))
+    q_BQHK, k_BSGK, v_BSGK = (unit_stride(x) for x in (q_BQHK, k_BSGK, v_BSGK))
     if native.takes(q_BQHK, table):
         return native.forward(q_BQHK, k_BSGK, v_BSGK, table, scale)
     calls = _calls(table, masks, q_BQHK.dtype)
@@ -289,7 +280,7 @@ def _evaluate(
         out_BQHK, lse_BQH = (x.transpose(1, 2) for x in found)
         return out_BQHK, lse_BQH.contiguous()
     out_BQHK = torch.zeros_like(q_BQHK)
-    lse_BQH = torch.zeros(q_BQHK.shape[:3], dtype=_wide(q_BQHK.dtype), device=q_BQHK.device)
+    lse_BQH = torch.zeros(q_BQHK.shape[:3], dtype=sum_dtype(q_BQHK.dtype), device=q_BQHK.device)
     for call in calls:
         out, lse = kernel.forward(
             call.q(q_BQHK), call.k(k_BSGK), call.k(v_BSGK), call.causal, call.mask, scale
@@ -328,7 +319,7 @@ attend_tiles = torch.library.custom_op("torchtitan_lite::attend_tiles", _attend_
 
 @attend_tiles.register_fake
 def _(q_BQHK, k_BSGK, v_BSGK, table, masks, scale):
-    lse_BQH = torch.empty(q_BQHK.shape[:3], dtype=_wide(q_BQHK.dtype), device=q_BQHK.device)
+    lse_BQH = torch.empty(q_BQHK.shape[:3], dtype=sum_dtype(q_BQHK.dtype), device=q_BQHK.device)
     return torch.empty_like(q_BQHK), lse_BQH
 
 
@@ -338,8 +329,8 @@ def attend_tiles_backward(
     table: Tensor, masks: Tensor, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of `attend_tiles`, contiguous whatever the layouts of q, k and v: torch's are, too."""
-    q_BQHK, k_BSGK, v_BSGK = (_unit_stride(x) for x in (q_BQHK, k_BSGK, v_BSGK))
-    dout_BQHK, out_BQHK = _unit_stride(dout_BQHK), _unit_stride(out_BQHK)
+    q_BQHK, k_BSGK, v_BSGK = (unit_stride(x) for x in (q_BQHK, k_BSGK, v_BSGK))
+    dout_BQHK, out_BQHK = unit_stride(dout_BQHK), unit_stride(out_BQHK)
     if native.takes(q_BQHK, table):
         return native.backward(dout_BQHK, q_BQHK, k_BSGK, v_BSGK, out_BQHK, lse_BQH, table, scale)
     kernel, calls = kernel_for(q_BQHK), _calls(table, masks, q_BQHK.dtype)
@@ -351,7 +342,7 @@ def attend_tiles_backward(
         return dq, dk, dv
     # Tiles that share keys or queries are summed in full precision.
     once = all(call.fresh_queries and call.fresh_keys for call in calls)
-    grads = [native.zeros_for(x, x.dtype if once else _wide(x.dtype)) for x in (q_BQHK, k_BSGK, v_BSGK)]
+    grads = [native.zeros_for(x, x.dtype if once else sum_dtype(x.dtype)) for x in (q_BQHK, k_BSGK, v_BSGK)]
     for call in calls:
         found = kernel.backward(
             call.q(dout_BQHK), call.q(q_BQHK), call.k(k_BSGK), call.k(v_BSGK), call.q(out_BQHK),

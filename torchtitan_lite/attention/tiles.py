@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from torchtitan_lite.attention.mask import Ranges, check_window, of_any_length, query_ranges, segments
+from torchtitan_lite.attention.transfer import to_device
 
 FULL, CAUSAL, ROWS = -1, -2, -3
 """Values of Tile.kind; a value >= 0 is where the tile's mask starts in Tiles.masks. ROWS: there is one for
@@ -72,8 +73,8 @@ def build_tiles(
     table = torch.tensor(rows, dtype=torch.int64).reshape(len(rows), len(Tile._fields) + 2)
     batch, n_queries, seq_len = shape
     causal_rows = n_queries == seq_len and tiles == [Tile(0, batch, 0, seq_len, 0, seq_len, CAUSAL)]
-    masks = flat.to(device, non_blocking=True)
-    return Tiles(of_any_length(table), of_any_length(masks), shape, causal_rows)
+    masks = of_any_length(to_device(flat, device))
+    return Tiles(of_any_length(table), masks, shape, causal_rows)
 
 
 def document_tiles(

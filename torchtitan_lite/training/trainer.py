@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from torchtitan_lite.attention.transfer import to_device
 from torchtitan_lite.checkpoint.patience import patiently
 from torchtitan_lite.checkpoint.randomness import set_random_state
 from torchtitan_lite.checkpoint.restore import Found, load
@@ -283,8 +284,7 @@ class Trainer:
             loss_sum, _ = self.loss_of(batch)
             (loss_sum / n_valid).backward()
             loss = loss + loss_sum.detach() / n_valid
-        flags = loss.new_tensor([self.is_asked(), self.has_failed()])
-        loss_value, norm_value = self.reduce_and_clip(loss, flags)
+        loss_value, norm_value = self.reduce_and_clip(loss)
         sample_ids = [index for batch in micro for index in self.sample_ids(batch)]
         check_finite(step=self.step + 1, loss=loss_value, grad_norm=norm_value, sample_ids=sample_ids)
         lr = self.update()
@@ -310,27 +310,29 @@ class Trainer:
 
     def count_valid(self, micro: list[Batch]) -> Tensor:
         """How many labels of the whole step are valid, over all micro-batches and ranks; at least 1."""
-        counts = torch.stack([(batch.labels_BS != IGNORE).sum() for batch in micro])
-        total = self.world.sum(counts.sum().to(self.device))
+        count = sum(int((batch.labels_BS != IGNORE).sum()) for batch in micro)
+        # Filled in on the device: a copy from the host would wait for all that the device has yet to do.
+        total = self.world.sum(torch.full((), count, device=self.device))
         # The ranks that share a sequence have counted the same rows.
         return (total // (self.degrees.context * self.degrees.tensor)).clamp(min=1)
 
-    def reduce_and_clip(self, loss: Tensor, flags: Tensor) -> tuple[float, float]:
+    def reduce_and_clip(self, loss: Tensor) -> tuple[float, float]:
         """The loss and the gradient norm of all ranks, in one sum; the gradients are scaled to `max_norm`.
 
-        With them go this rank's `flags`: that it was asked to stop, and that its last save has failed.
+        With them goes whether this rank was asked to stop, and whether its last save has failed.
         """
         parameters = list(self.model.parameters())
         sum_partial(parameters)
         squares = squared_norm(parameters, self.world.size).to(loss)
         # The ranks of a tensor-parallel group have the same loss.
-        both = torch.stack([loss / self.degrees.tensor, squares])
-        loss, squares, *flags_ = self.world.sum(torch.cat([both, flags])).unbind()
+        both = loss / self.degrees.tensor, squares
+        flags = (torch.full_like(loss, is_set) for is_set in (self.is_asked(), self.has_failed()))
+        loss, squares, *flags = self.world.sum(torch.stack([*both, *flags])).unbind()
         norm = squares.sqrt()
         if self.job.training.max_norm:
             scale(parameters, (self.job.training.max_norm / (norm + 1e-6)).clamp(max=1.0))
         # The step's one read from the device, at the last moment at which the weights are still untouched.
-        loss_value, norm_value, asked, failed = torch.stack([loss, norm, *flags_]).tolist()
+        loss_value, norm_value, asked, failed = torch.stack([loss, norm, *flags]).tolist()
         self.stop_asked, self.save_failed = asked > 0, failed > 0
         return loss_value, norm_value
 
@@ -345,7 +347,7 @@ class Trainer:
             device=self.device,
         )
         tokens_BS, positions_BS, labels_BS = (
-            self.context.shard(tensor).to(self.device, non_blocking=True)
+            to_device(self.context.shard(tensor), self.device)
             for tensor in (batch.tokens_BS, batch.positions_BS, batch.labels_BS)
         )
         return self.model(tokens_BS, positions_BS, mask, labels_BS)
