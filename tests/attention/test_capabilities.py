@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 import torch
-from attention_cases import POSITIONS, compare
+from attention_cases import POSITIONS, compare, rows
 
-from torchtitan_lite.attention import Flex, Sdpa, Varlen, capabilities, refusals
+from torchtitan_lite.attention import Flex, Sdpa, Varlen, capabilities, reference_attention, refusals, varlen
 
 FLASH = {"BACKEND": "FLASH"}
 CONFIGS = {
@@ -43,36 +43,51 @@ def test_on_a_cpu_every_cell_runs_right_or_is_refused_with_a_remedy(name, dtype)
     compare(CONFIGS[name], POSITIONS["packed"], None, 7, 6, 2, 0.37, tolerance, DTYPES[dtype])
 
 
+# Documents of a row, the queries and the window. A row of one document is one call of torch's fastest kernel, and
+# no kernel has tiles that divide 500 tokens; the chunks are those of a rank of two under context parallel.
+ON_A_GPU = {
+    "packed": ([1, 300, 211], None, None),
+    "packed, window": ([1, 300, 211], None, 100),
+    "one document": ([512], None, None),
+    "one document of 500 tokens": ([500], None, None),
+    "one document, window": ([500], None, 100),
+    "padded": ([-12, 300, 200], None, None),
+    "two chunks": ([1, 300, 211], ((0, 128), (384, 512)), None),
+    "the last one": ([500], ((499, 500),), None),
+}
+GPU_TOLERANCES = {"float64": 1e-10, "float32": 5e-3, "bfloat16": 2e-2, "float16": 5e-3}
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name, dtype", list(itertools.product(CONFIGS, DTYPES)))
 def test_on_a_gpu_every_cell_runs_right_or_is_refused_with_a_remedy(name, dtype):
-    from torchtitan_lite.attention import reference_attention
-
-    config, positions_BS = (
-        CONFIGS[name],
-        torch.cat([torch.arange(n) for n in (1, 300, 211)])[None].repeat(2, 1),
-    )
+    config = CONFIGS[name]
     found = refused(config, "cuda", DTYPES[dtype], n_heads=4)
     if found:
         assert all(refusal.rule and refusal.remedy for refusal in found)
         return
+    inner = config.build()
+    errors = {}
+    for case, (documents, queries, window) in ON_A_GPU.items():
+        positions_BS = rows(documents, documents)
+        mask = config.mask(positions_BS, queries=queries, sliding_window=window, device="cuda")
+        errors[case] = max(gpu_errors(inner, mask, DTYPES[dtype], positions_BS, queries, window))
+    assert max(errors.values()) < GPU_TOLERANCES[dtype], errors
+
+
+def gpu_errors(inner, mask, dtype, positions_BS, queries, window):
+    """How far the output and the gradients of q, k and v are from the reference's, as a part of its norm."""
     g = torch.Generator("cuda").manual_seed(0)
+    n_queries, n_keys = mask.shape[1:]
     q, k, v = (
-        torch.randn(2, 512, heads, 64, generator=g, device="cuda", dtype=DTYPES[dtype]).requires_grad_()
-        for heads in (4, 2, 2)
+        torch.randn(2, n, heads, 64, generator=g, device="cuda", dtype=dtype).requires_grad_()
+        for n, heads in ((n_queries, 4), (n_keys, 2), (n_keys, 2))
     )
-    for window in (None, 100):
-        out = config.build()(
-            q, k, v, config.mask(positions_BS, sliding_window=window, device="cuda"), scale=0.2
-        )
-        expected = reference_attention(q, k, v, positions_BS.cuda(), None, window, 0.2)
-        found, wanted = (torch.autograd.grad(x.square().sum(), (q, k, v)) for x in (out, expected))
-        error = [
-            float((a - b).norm() / b.norm()) for a, b in zip((out, *found), (expected, *wanted), strict=True)
-        ]
-        assert max(error) < {"float64": 1e-10, "float32": 5e-3, "bfloat16": 2e-2, "float16": 5e-3}[dtype], (
-            error
-        )
+    out = inner(q, k, v, mask, scale=0.2)
+    expected = reference_attention(q, k, v, positions_BS.cuda(), queries, window, 0.2)
+    found, wanted = (torch.autograd.grad(x.square().sum(), (q, k, v)) for x in (out, expected))
+    pairs = zip((out, *found), (expected, *wanted), strict=True)
+    return [((a - b).norm() / b.norm()).item() for a, b in pairs]
 
 
 @pytest.mark.parametrize("name", ["varlen_auto", "varlen_torch", "flex_flash"])
@@ -178,14 +193,53 @@ def test_auto_takes_the_best_kernel_that_is_installed_and_fits_the_gpu(monkeypat
     assert Varlen().resolve("cpu") == "documents"
 
 
-def test_auto_passes_over_fa4_where_torch_gives_it_no_causal_window(monkeypatch):
+@pytest.fixture
+def a_hopper_with_fa4(monkeypatch):
+    """A GPU that FlashAttention-4 is for, with that package and a torch that can use it."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(capabilities, "_importable", lambda module: module == "flash_attn.cute")
+    monkeypatch.setattr("torch.nn.attention._fa4._aten_to_fa4_window_size", None, raising=False)
+    monkeypatch.setattr(varlen, "version", lambda name: "4.0.0b18")
+
+
+@pytest.mark.usefixtures("a_hopper_with_fa4")
+def test_auto_passes_over_fa4_where_torch_gives_it_no_causal_window(monkeypatch):
+    assert Varlen().resolve("cuda") == "fa4"
     monkeypatch.delattr("torch.nn.attention._fa4._aten_to_fa4_window_size", raising=False)
     assert Varlen().resolve("cuda") == "torch"
     (refusal,) = refused(Varlen(kernel="fa4"), "cuda", torch.bfloat16)
     assert "causal window" in refusal.rule
+
+
+@pytest.mark.usefixtures("a_hopper_with_fa4")
+@pytest.mark.parametrize("installed", ["4.0.0b19", "4.0.0b36", "4.0.0", "4.1.2"])
+def test_auto_passes_over_a_fa4_whose_results_torch_does_not_take(monkeypatch, installed):
+    monkeypatch.setattr(varlen, "version", lambda name: installed)
+    assert Varlen().resolve("cuda") == "torch"
+    (refusal,) = refused(Varlen(kernel="fa4"), "cuda", torch.bfloat16)
+    assert f"flash-attn-4 {installed}" in refusal.rule and "<4.0.0b19" in refusal.rule
+
+
+@pytest.mark.usefixtures("a_hopper_with_fa4")
+@pytest.mark.parametrize("installed, expected", [("2.6.3", "torch"), ("2.7.0.post2", "flash_attn")])
+def test_auto_passes_over_a_flash_attn_without_the_functions_it_calls(monkeypatch, installed, expected):
+    monkeypatch.setattr(capabilities, "_importable", lambda module: module == "flash_attn.bert_padding")
+    monkeypatch.setattr(varlen, "version", lambda name: installed)
+    assert Varlen().resolve("cuda") == expected
+
+
+@pytest.mark.usefixtures("a_hopper_with_fa4")
+def test_fa4_on_blackwell_has_head_dims_up_to_128_and_256_alone(monkeypatch):
+    fields = {}
+    for gpu in ((9, 0), (10, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_, found=gpu: found)
+        for head_dim in (64, 128, 136, 192, 248, 256):
+            found = refused(Varlen(kernel="fa4"), "cuda", torch.bfloat16, head_dim=head_dim)
+            fields[gpu[0], head_dim] = [refusal.field for refusal in found]
+    refused_ones = [cell for cell, found in fields.items() if found]
+    assert refused_ones == [(10, 136), (10, 192), (10, 248)]
+    assert fields[10, 192] == ["head_dim"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, the kernel may well run")

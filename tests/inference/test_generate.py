@@ -19,10 +19,12 @@ PROMPTS = [[5, 9, 3], [7] * 17, list(range(1, 65)), [100, 200] * 16]
 BACKENDS = pytest.mark.parametrize("attention", [Sdpa(), Flex(), Varlen()], ids=["sdpa", "flex", "varlen"])
 
 
-def model_of(attention: AttentionConfig, **overrides: Any) -> Decoder:
+def model_of(
+    attention: AttentionConfig, compute_dtype: torch.dtype = torch.float32, **overrides: Any
+) -> Decoder:
     """A small model whose weights are large enough for the tokens to differ."""
     sizes = {"n_layers": 2, "dim": 64, "n_heads": 6, "n_kv_heads": 2, "head_dim": 16, "ffn_dim": 96}
-    model = resolve("qwen3", "debugmodel", attention, {**sizes, **overrides}).build()
+    model = resolve("qwen3", "debugmodel", attention, {**sizes, **overrides}).build(compute_dtype)
     torch.manual_seed(0)
     with torch.no_grad():
         for weight in model.parameters():
@@ -49,7 +51,7 @@ def test_greedy_tokens_are_those_of_transformers(name: str, tmp_path: Path) -> N
 def test_logits_from_the_cache_are_those_of_the_whole_forward(
     attention: AttentionConfig, window: int | None
 ) -> None:
-    model = model_of(attention, **({} if window is None else {"sliding_window": window}))
+    model = model_of(attention, sliding_window=window)
     n_rows, longest, n_new = len(PROMPTS), max(map(len, PROMPTS)), 12
     new_BS = torch.randint(1, 500, (n_rows, n_new))
     tokens_BS = torch.zeros(n_rows, longest, dtype=torch.int64)
@@ -80,11 +82,32 @@ def test_a_row_has_the_tokens_that_it_has_alone() -> None:
 
 
 @pytest.mark.gpu
-@BACKENDS
+@pytest.mark.parametrize("attention", [Sdpa(), Flex()], ids=["sdpa", "flex"])
 def test_a_gpu_gives_the_tokens_of_a_cpu(attention: AttentionConfig) -> None:
     model = model_of(attention)
     wanted = generate(model, PROMPTS, max_new_tokens=20, eos_id=None)
     assert generate(model.cuda(), PROMPTS, max_new_tokens=20, eos_id=None) == wanted
+
+
+@pytest.mark.gpu
+@BACKENDS
+def test_a_gpu_gives_the_logits_of_a_cpu_in_bfloat16(attention: AttentionConfig) -> None:
+    """varlen has no float32 there; and in bfloat16 the likeliest of two tokens may be the other one."""
+    longest, n_new = max(map(len, PROMPTS)), 6
+    given = generate(model_of(attention), PROMPTS, max_new_tokens=n_new, eos_id=None)
+    tokens_BS, is_token_BS = torch.zeros(2, len(PROMPTS), longest, dtype=torch.int64)
+    for row, prompt in enumerate(PROMPTS):
+        tokens_BS[row, longest - len(prompt) :] = torch.tensor(prompt)
+        is_token_BS[row, longest - len(prompt) :] = 1
+    found = []
+    for device in ("cpu", "cuda"):
+        model = model_of(attention, compute_dtype=torch.bfloat16).to(device)
+        with Cache(model, len(PROMPTS), longest + n_new) as cache:
+            logits = [cache.step(tokens_BS, is_token_BS.bool())]
+            for tokens_B1 in torch.tensor(given).split(1, dim=1):
+                logits.append(cache.step(tokens_B1, torch.ones_like(tokens_B1, dtype=torch.bool)))
+        found.append(torch.stack(logits).cpu())
+    assert (found[0] - found[1]).norm() / found[0].norm() < 2e-2
 
 
 def test_a_row_that_has_ended_stays_ended_and_changes_no_other() -> None:

@@ -39,21 +39,45 @@ def test_two_micro_batches_of_four_are_one_of_eight(small_run) -> None:
         torch.testing.assert_close(parameters, runs[0][1], rtol=0, atol=1e-6)
 
 
+def on_a_gpu(small_run, attention: str, **overrides: int) -> Trainer:
+    """Of a model with a head_dim that every kernel takes."""
+    sizes = {"n_layers": 2, "dim": 64, "n_heads": 4, "n_kv_heads": 2, "head_dim": 16, "ffn_dim": 64}
+    options = {
+        "job.device": "cuda",
+        "model.attention": attention,
+        "model.overrides": json.dumps({**sizes, **overrides}),
+        "training.global-batch-size": 8,
+        "training.mixed-precision-param": "bfloat16",
+    }
+    return Trainer(job(*small_run, *(word for key, value in options.items() for word in (f"--{key}", value))))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("attention", ["sdpa", "flex", "varlen"])
 def test_a_step_waits_for_the_gpu_once(small_run, attention) -> None:
-    sizes = ("--training.global-batch-size", 8, "--training.mixed-precision-param", "bfloat16")
-    trainer = Trainer(job(*small_run, *sizes, "--job.device", "cuda", "--model.attention", attention))
+    trainer = on_a_gpu(small_run, attention)
     trainer.train_step()
     before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with warnings.catch_warnings(record=True) as found:
-            warnings.simplefilter("always")
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
             trainer.train_step()
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
-    assert len([each for each in found if "synchronizing" in str(each.message)]) == 1
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    waits = [str(each.message) for each in found if "called a synchronizing" in str(each.message)]
+    assert len(waits) == 1, waits
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("attention", ["sdpa", "flex", "varlen"])
+def test_all_that_a_step_copies_to_the_gpu_is_pinned(small_run, attention) -> None:
+    trainer = on_a_gpu(small_run, attention, sliding_window=20)
+    trainer.train_step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        trainer.train_step()
+    copies = [event.name for event in profile.events() or () if event.name.startswith("Memcpy HtoD")]
+    assert copies and all("Pinned" in name for name in copies), copies
 
 
 def test_the_loss_is_the_mean_over_valid_tokens_of_all_micro_batches(small_run, monkeypatch) -> None:
