@@ -41,6 +41,7 @@ FSDP_2, CP_2, TP_2 = (
 )
 
 PORTABLE_VARLEN = "            return attend(q_BQHK, k_BSGK, v_BSGK, mask.tiles, scale)\n"
+EVALUATE = "_evaluate(q_BQHK, k_BSGK, v_BSGK, table, cumulative, scale, window, kernel)"
 HEADS_FIRST = "(x.transpose(1, 2) for x in (q_BSHK, k_BSGK, v_BSGK))"
 REPEATED = HEADS_FIRST.replace(" for", ".repeat_interleave(q_BSHK.shape[2] // x.shape[2], 1) for")
 SUMMED_KEYS = '_reduce_scatter(both_C2BcGK, "sum", 0, ctx.group)'
@@ -56,19 +57,19 @@ MUTANTS = {
         LOOP,
     ),
     "varlen: an extra transpose of the kernel's output, hidden by a view": Mutant(
-        ATTENTION + "varlen.py",
+        ATTENTION + "runs.py",
         "return out_THK.unflatten(0, q_BQHK.shape[:2])",
         "return out_THK.transpose(1, 2).reshape(q_BQHK.shape)",
         VARLEN,
     ),
     "varlen: the scale does not reach the kernel": Mutant(
-        ATTENTION + "varlen.py",
-        "(q, k, v, run, scale, window)",
-        "(q, k, v, run, q.shape[-1] ** -0.5, window)",
+        ATTENTION + "runs.py",
+        EVALUATE,
+        EVALUATE.replace("scale", "q_BQHK.shape[-1] ** -0.5"),
         VARLEN,
     ),
     "varlen: the window does not reach the kernel": Mutant(
-        ATTENTION + "varlen.py", "(q, k, v, run, scale, window)", "(q, k, v, run, scale, None)", VARLEN
+        ATTENTION + "runs.py", EVALUATE, EVALUATE.replace("window", "None"), VARLEN
     ),
     "all backends: the scale that is given is dropped": Mutant(
         ATTENTION + "mask.py", "** -0.5 if scale is None else scale", "** -0.5", WHOLE
@@ -114,8 +115,8 @@ MUTANTS = {
     ),
     "block size of flex dropped on the way to the mask": Mutant(
         ATTENTION + "flex.py",
-        "queries, sliding_window, self.blocks\n",
-        "queries, sliding_window, (128, 128)\n",
+        "queries, sliding_window, self.blocks)",
+        "queries, sliding_window, (128, 128))",
         "tests/attention/test_capabilities.py::test_the_block_size_of_flex_is_that_of_its_mask_and_of_its_tiles",
     ),
     "keys and values repeated to all heads": Mutant(ATTENTION + "sdpa.py", HEADS_FIRST, REPEATED, COPIES),

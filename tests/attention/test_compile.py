@@ -45,7 +45,7 @@ def test_packed_batches_with_other_documents_are_not_compiled_again(backend, que
     if backend == "varlen":
         make_mask, inner = Varlen().mask, Varlen().build()
     if backend == "varlen kernel":
-        make_mask, inner = runs_on_cpu, VarlenAttention("reference")
+        make_mask, inner = runs_on_cpu, VarlenAttention()
     compiled = torch.compile(inner, fullgraph=True, backend="aot_eager")
     batches = [
         [30, 20, 3],
@@ -67,7 +67,7 @@ def test_packed_batches_with_other_documents_are_not_compiled_again(backend, que
 
 
 def runs_on_cpu(positions_BS, queries=None, sliding_window=None):
-    return PackedMask(None, build_runs(positions_BS, queries, sliding_window))
+    return PackedMask(None, build_runs(positions_BS, queries, sliding_window, kernel="reference"))
 
 
 @pytest.mark.parametrize("n", [64, 256, 300, 767, 768])

@@ -128,14 +128,14 @@ def checked(monkeypatch):
 
 
 def runs_on_cpu(positions_BS, queries=None, sliding_window=None):
-    return PackedMask(None, build_runs(positions_BS, queries, sliding_window))
+    return PackedMask(None, build_runs(positions_BS, queries, sliding_window, kernel="checked"))
 
 
 @pytest.mark.parametrize("queries", QUERIES)
 @pytest.mark.parametrize("positions", POSITIONS)
 def test_what_the_varlen_kernels_are_given_adds_up_to_the_reference(checked, positions, queries):
     for window in WINDOWS:
-        backend = runs_on_cpu, VarlenAttention("checked")
+        backend = runs_on_cpu, VarlenAttention()
         compare(backend, POSITIONS[positions], QUERIES[queries], window, 6, 2, 0.37, EXACT)
 
 
@@ -144,7 +144,7 @@ def test_rows_that_do_not_follow_each_other_reach_the_varlen_kernel_as_views(che
     positions_BS = POSITIONS[positions]
     mask = runs_on_cpu(positions_BS, None, 7)
     q, k, v = (x.detach().transpose(0, 1).contiguous().requires_grad_() for x in qkv(2, KEYS, KEYS, 6, 2))
-    out = WithLayout(VarlenAttention("checked"), "sbhd")(q, k, v, mask, scale=0.37)
+    out = WithLayout(VarlenAttention(), "sbhd")(q, k, v, mask, scale=0.37)
     assert set(checked.seen) == {x.untyped_storage().data_ptr() for x in (q, k, v)}
     q_BSHK, k_BSGK, v_BSGK = (x.transpose(0, 1) for x in (q, k, v))
     expected = reference_attention(q_BSHK, k_BSGK, v_BSGK, positions_BS, None, 7, 0.37)
@@ -161,7 +161,7 @@ def test_a_batch_without_padding_is_one_varlen_call_and_a_chunk_of_a_row_is_one(
         checked.seen.clear()
         n_queries = KEYS if queries is None else 27
         tensors = qkv(len(positions_BS), n_queries, KEYS, 6, 2)
-        VarlenAttention("checked")(*tensors, runs_on_cpu(positions_BS, queries))
+        VarlenAttention()(*tensors, runs_on_cpu(positions_BS, queries))
         assert len(checked.seen) == 3 * calls
 
 

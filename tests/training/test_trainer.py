@@ -80,6 +80,21 @@ def test_all_that_a_step_copies_to_the_gpu_is_pinned(small_run, attention) -> No
     assert copies and all("Pinned" in name for name in copies), copies
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "flex", "varlen"])
+def test_a_run_on_a_cpu_leaves_the_gpu_beside_it_alone(small_run, monkeypatch, tmp_path, attention) -> None:
+    def used(*args: object) -> None:
+        raise AssertionError("a GPU is used")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name in ("_lazy_init", "get_device_capability", "get_rng_state", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, used)
+    saves = ("--checkpoint.enable", "--checkpoint.async-mode", "async_with_pinned_mem", "--training.steps", 1)
+    trainer = Trainer(job(*small_run, "--model.attention", attention, *saves))
+    (tmp_path / "run").mkdir()
+    trainer.run(tmp_path / "run")
+    assert (tmp_path / "run/checkpoint/step-1").is_dir()
+
+
 def test_the_loss_is_the_mean_over_valid_tokens_of_all_micro_batches(small_run, monkeypatch) -> None:
     trainer = Trainer(job(*small_run, "--training.global-batch-size", 8))
     micro = [next(trainer.batches) for _ in range(2)]

@@ -43,6 +43,11 @@ class Capabilities:
         parts = [f"compute capability {gpus}" * bool(gpus), self.install]
         return ", ".join(part for part in parts if part)
 
+    def head_dims_lacking_here(self) -> range:
+        """Head dims that it has not on this machine's GPU."""
+        major = torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else 0
+        return self.head_dims_lacking.get(major, range(0))
+
     def missing(self) -> str | None:
         """What this machine and its GPU lack, in words; None if nothing."""
         if "cuda" in self.devices and "cpu" not in self.devices and not torch.cuda.is_available():
@@ -132,9 +137,8 @@ def refusals(
     if can.head_dim_max is not None and head_dim > can.head_dim_max:
         rule = f"is more than {can.head_dim_max}, the most that {can.name} attention has"
         found.append(Refusal("head_dim", head_dim, rule, "use sdpa, or a smaller head_dim"))
-    major = torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else 0
-    if head_dim in can.head_dims_lacking.get(major, ()):
-        rule = f"is not for {can.name} attention on a GPU of compute capability {major}.x"
+    if can.head_dims_lacking and head_dim in can.head_dims_lacking_here():
+        rule = f"is not for {can.name} attention on a GPU of this compute capability"
         found.append(Refusal("head_dim", head_dim, rule, "use another kernel, sdpa, or another head_dim"))
     if n_heads % n_kv_heads:
         divisors = [n for n in range(1, n_heads + 1) if n_heads % n == 0]

@@ -68,6 +68,8 @@ class Runs:
     """How many tokens of its document a query sees, itself included; None: all up to itself."""
     shape: tuple[int, int, int]
     """(B, Q, S) of the micro-batch."""
+    kernel: str
+    """Which of KERNELS computes them."""
 
 
 def build_runs(
@@ -75,6 +77,7 @@ def build_runs(
     queries: Ranges | None = None,
     sliding_window: int | None = None,
     device: torch.device | str | None = None,
+    kernel: str = "torch",
 ) -> Runs:
     """The documents as runs: one for a batch without padding, one a row and range for fewer queries."""
     check_window(sliding_window)
@@ -99,7 +102,8 @@ def build_runs(
     counts.append(torch.zeros(2, dtype=torch.int64))
     table, flat = torch.tensor(rows, dtype=torch.int64), torch.cat(counts).int()
     cumulative = of_any_length(to_device(flat, device))
-    return Runs(of_any_length(table), cumulative, sliding_window, (batch, n_queries, seq_len))
+    shape = batch, n_queries, seq_len
+    return Runs(of_any_length(table), cumulative, sliding_window, shape, kernel)
 
 
 def _cut(spans_N4: Tensor) -> list[Tensor]:
@@ -285,12 +289,10 @@ def _backward(ctx, dout_BQHK, dlse_HT):
 attend_runs.register_autograd(_backward, setup_context=_save)
 
 
-def attend_packed(
-    q_BQHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, runs: Runs, scale: float | None, kernel: str
-) -> Tensor:
-    """Attention by runs, [B, Q, H, K], with one of KERNELS; the scale defaults to 1 / sqrt(K)."""
+def attend_packed(q_BQHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, runs: Runs, scale: float | None) -> Tensor:
+    """Attention by runs, [B, Q, H, K]; the scale defaults to 1 / sqrt(K)."""
     scale = check_inputs(q_BQHK, k_BSGK, v_BSGK, runs.shape, scale)
     # As an operator it is found by autograd, torch.compile and recompute: time that inference need not spend.
     is_plain = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
     act = _attend_runs if is_plain else attend_runs
-    return act(q_BQHK, k_BSGK, v_BSGK, runs.table, runs.cumulative, scale, runs.window, kernel)[0]
+    return act(q_BQHK, k_BSGK, v_BSGK, runs.table, runs.cumulative, scale, runs.window, runs.kernel)[0]

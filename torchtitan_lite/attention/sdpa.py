@@ -73,7 +73,7 @@ class SdpaAttention(nn.Module):
             scale = check_inputs(q_BQHK, k_BSGK, v_BSGK, tiles.shape, scale)
             return attend_whole_rows(q_BQHK, k_BSGK, v_BSGK, scale)
         if runs is not None and has_cuda_flash(q_BQHK):
-            return attend_packed(q_BQHK, k_BSGK, v_BSGK, runs, scale, "torch")
+            return attend_packed(q_BQHK, k_BSGK, v_BSGK, runs, scale)
         return attend(q_BQHK, k_BSGK, v_BSGK, tiles, scale)
 
 

@@ -5,6 +5,7 @@ B batch rows, S key tokens, Q query tokens, H query heads, G key/value heads, K 
 
 import re
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import ClassVar, Literal
 
@@ -135,10 +136,7 @@ class Varlen:
             raise ValueError(
                 f"Varlen(kernel={self.kernel!r}) needs {KERNELS[self.kernel].needs or 'CUDA'}: {lack}"
             )
-        name = self.resolve("cuda" if torch.cuda.is_available() else "cpu")
-        if name in ACTIVATED:
-            activate_flash_attention_impl(ACTIVATED[name])
-        return VarlenAttention("torch" if name in ACTIVATED else name)
+        return VarlenAttention()
 
     def mask(
         self,
@@ -149,17 +147,27 @@ class Varlen:
     ) -> PackedMask:
         """What may attend to what, for one micro-batch and all layers; see docs/attention.md."""
         device = torch.device(device) if device is not None else positions_BS.device
-        if self.resolve(device.type) == "documents":
-            return PackedMask(document_tiles(positions_BS, queries, sliding_window, device), None)
-        return PackedMask(None, build_runs(positions_BS, queries, sliding_window, device))
+        given = positions_BS, queries, sliding_window, device
+        kernel = _ready(self, device.type)
+        if kernel == "documents":
+            return PackedMask(document_tiles(*given), None)
+        return PackedMask(None, build_runs(*given, kernel))
+
+
+@cache
+def _ready(config: Varlen, device: str) -> str:
+    """The kernel that runs on "cpu" or "cuda", switched on if it must be; once, not in every step.
+
+    When the first mask is made: a run on a CPU never asks for the GPU that is there, too.
+    """
+    name = config.resolve(device)
+    if name in ACTIVATED:
+        activate_flash_attention_impl(ACTIVATED[name])
+    return "torch" if name in ACTIVATED else name
 
 
 class VarlenAttention(nn.Module):
     """A kernel call for each run of documents, or the loop over documents where the mask is a plan."""
-
-    def __init__(self, kernel: str) -> None:
-        super().__init__()
-        self.kernel = kernel
 
     def forward(
         self, q_BQHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: PackedMask, scale: float | None = None
@@ -168,4 +176,4 @@ class VarlenAttention(nn.Module):
         if mask.runs is None:
             assert mask.tiles is not None
             return attend(q_BQHK, k_BSGK, v_BSGK, mask.tiles, scale)
-        return attend_packed(q_BQHK, k_BSGK, v_BSGK, mask.runs, scale, self.kernel)
+        return attend_packed(q_BQHK, k_BSGK, v_BSGK, mask.runs, scale)

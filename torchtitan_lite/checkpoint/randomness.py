@@ -9,14 +9,14 @@ import torch
 
 
 def random_state() -> dict[str, Any]:
-    """The states of Python's, numpy's and torch's own generators, of this rank's GPU too if it has one."""
+    """The states of Python's, numpy's and torch's own generators, of this rank's GPU too if it uses one."""
     version, words, spare = random.getstate()
     kind, keys, *rest = np.random.get_state()
     return {
         "python": [version, list(words), spare],
         "numpy": [kind, np.asarray(keys).tolist(), *rest],
         "torch": _text(torch.get_rng_state()),
-        "cuda": _text(torch.cuda.get_rng_state()) if torch.cuda.is_available() else None,
+        "cuda": _text(torch.cuda.get_rng_state()) if torch.cuda.is_initialized() else None,
     }
 
 
@@ -33,7 +33,7 @@ def check_random_state(state: Any) -> None:
 def set_random_state(state: dict[str, Any]) -> None:
     """Put the generators where `random_state` found them."""
     _set(state, random, np.random, torch.default_generator)
-    if state["cuda"] is not None and torch.cuda.is_available():
+    if state["cuda"] is not None and torch.cuda.is_initialized():
         torch.cuda.set_rng_state(_tensor(state["cuda"]))
 
 

@@ -260,7 +260,7 @@ class _Staging:
         """The step as it is now."""
         pieces = snapshot.pieces
         copies = {name: self._copy(name, piece.local.detach()) for name, piece in pieces.items()}
-        if torch.cuda.is_available():
+        if any(piece.local.is_cuda for piece in pieces.values()):
             torch.cuda.current_stream().synchronize()
         copied = {name: replace(piece, local=copies[name]) for name, piece in pieces.items()}
         return replace(snapshot, pieces=copied)
@@ -269,7 +269,7 @@ class _Staging:
         if not self._pinned:
             return x.to("cpu", copy=True)
         if name not in self._kept:
-            self._kept[name] = torch.empty(x.shape, dtype=x.dtype, pin_memory=torch.cuda.is_available())
+            self._kept[name] = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)
         return self._kept[name].copy_(x, non_blocking=True)
 
 
