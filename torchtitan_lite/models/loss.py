@@ -10,10 +10,17 @@ B batch, S sequence, N = B * S rows, C rows of a chunk, D model dim, V vocab, T 
         dweight_VD += logits_CV^T @ x_CD
 
 The gradients are made in the forward pass, where the logits are at hand; the backward pass only scales them.
+
+On CUDA the two lines between the products are the kernels of `models.loss_kernels`, which write the gradient
+in the dtype of the next products, and products of half precision add to float32 without a copy.
 """
 
+import logging
+import subprocess
 from collections.abc import Iterator
-from typing import Any, Literal
+from functools import cache, partial
+from types import ModuleType
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +31,11 @@ IGNORE = -100
 """The label of a token that has nothing to predict."""
 
 _TILE_COLUMNS = 8192
+_ALIGNED_COLUMNS = 16
+"""The rows of the buffer on CUDA start at multiples of this: products are slow where they do not."""
 _LITTLE_BYTES = 8 << 20
 """What may be held without asking how large the logits are: it fits a processor's cache."""
+_LOG = logging.getLogger(__name__)
 
 
 class Vocabulary:
@@ -46,6 +56,28 @@ class Vocabulary:
     def sum(self, x: Tensor) -> Tensor:
         """The sum over all parts of what is known of this one; `x` may be overwritten."""
         return x
+
+
+class Labels(NamedTuple):
+    """The labels of some rows, for a part of the vocabulary."""
+
+    row: Tensor
+    """The row of the weight that is each label's, any row where it is not `here`."""
+    here: Tensor
+    """Whether the row of the weight is at hand."""
+    valid: Tensor
+    """Whether there is a label at all."""
+
+    @classmethod
+    def of(cls, labels_N: Tensor, vocabulary: Vocabulary, n_weights: int) -> "Labels":
+        row_N, here_N = vocabulary.rows(labels_N)
+        if labels_N.is_cuda:  # The kernels do not look, and on a CPU the plain code does.
+            is_row_N = (row_N >= 0) & (row_N < n_weights)
+            torch._assert_async(is_row_N.all(), "a label is out of bounds")  # pyright: ignore[reportPrivateImportUsage]
+        return cls(row_N, here_N, labels_N != IGNORE)
+
+    def part(self, rows: slice) -> "Labels":
+        return Labels(*(each[rows] for each in self))
 
 
 class LinearCrossEntropy(nn.Module):
@@ -82,15 +114,15 @@ def reference_cross_entropy(x_BSD: Tensor, weight_VD: Tensor, labels_BS: Tensor)
 
 
 def chunk_rows(n_rows: int, x: Tensor) -> int:
-    """Rows of a chunk: so many that it takes a sixteenth of the memory of all the logits in the dtype of `x`.
+    """Rows of a chunk: 2048, so that the weight and its gradient are seldom read and written.
 
-    At least 16 rows on a CPU and 512 elsewhere, lest the weight be read too often, and at most 2048, which
-    keep any device busy; more of a vocabulary so small that they are little memory anyhow. docs/models.md has
-    the measurements.
+    On a CPU, where that matters less, so many that the chunk takes a sixteenth of the memory of all the
+    logits in the dtype of `x`, and at least 16. docs/models.md has the measurements.
     """
-    least = 16 if x.device.type == "cpu" else 512
+    if x.device.type != "cpu":
+        return 2048
     share = n_rows * x.dtype.itemsize // (16 * _sum_dtype(x).itemsize)
-    return min(max(share, least), 2048)
+    return min(max(share, 16), 2048)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -107,19 +139,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
         n_rows, sum_dtype = len(x_ND), _sum_dtype(x_ND)
         little = _LITTLE_BYTES // (sum_dtype.itemsize * len(weight_VD))
         rows = min(max(chunk_rows(n_rows, x_ND), little), n_rows)
+        kernels = _kernels(x_ND.device, sum_dtype)
+        cross_entropy_ = _cross_entropy_ if kernels is None else partial(_fused_cross_entropy_, kernels)
         loss = x_ND.new_zeros((), dtype=sum_dtype)
         dx_ND = torch.empty_like(x_ND) if needs_dx else None
         dweight_VD = torch.zeros_like(weight_VD, dtype=sum_dtype) if needs_dweight else None
-        buffer_CV = x_ND.new_empty(rows, len(weight_VD), dtype=sum_dtype)
+        buffer_CV = _buffer(rows, len(weight_VD), x_ND)
         ctx.weight_dtype, weight_VD = weight_VD.dtype, _cast_once(weight_VD, x_ND, buffer_CV.nbytes)
+        labels = Labels.of(labels_N, vocabulary, len(weight_VD))
+        gradient = x_ND.dtype if needs_dx or needs_dweight else None
         for start in range(0, n_rows, max(rows, 1)):
             chunk = slice(start, min(start + rows, n_rows))
             logits_CV = buffer_CV[: chunk.stop - start]
             _project(x_ND[chunk], weight_VD, logits_CV)
-            loss += _cross_entropy_(logits_CV, labels_N[chunk], needs_dx or needs_dweight, vocabulary)
-            if dx_ND is not None or dweight_VD is not None:
+            loss_of_chunk, dlogits_CV = cross_entropy_(logits_CV, labels.part(chunk), gradient, vocabulary)
+            loss += loss_of_chunk
+            if gradient is not None:
                 dx_CD = None if dx_ND is None else dx_ND[chunk]
-                _project_back(logits_CV, x_ND[chunk], weight_VD, dx_CD, dweight_VD)
+                _project_back(dlogits_CV, x_ND[chunk], weight_VD, dx_CD, dweight_VD)
         ctx.gradients = dx_ND, dweight_VD
         return loss
 
@@ -140,18 +177,59 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return dx_ND, None if dweight_VD is None else dweight_VD.to(ctx.weight_dtype), None, None, None, None
 
 
-def _cross_entropy_(logits_CV: Tensor, labels_C: Tensor, gradient: bool, vocabulary: Vocabulary) -> Tensor:
-    """Sum of the losses of a chunk; overwrites its logits, with `gradient` by the gradient of the sum."""
-    valid_C1 = (labels_C != IGNORE)[:, None]
-    label_C1, here_C1 = vocabulary.rows(labels_C[:, None])
+def _cross_entropy_(
+    logits_CV: Tensor, labels: Labels, gradient: torch.dtype | None, vocabulary: Vocabulary
+) -> tuple[Tensor, Tensor]:
+    """Sum of the losses of a chunk, and its gradient if there is a dtype for it; overwrites the logits.
+
+    This is the reference, and its gradient stays in the dtype of the logits.
+    """
+    label_C1, here_C1, valid_C1 = (each[:, None] for each in labels)
     logits_CV -= vocabulary.max(logits_CV.amax(dim=1, keepdim=True))
     label_logit_C1 = torch.where(here_C1, logits_CV.gather(1, label_C1), 0)
     sums_C2 = torch.cat([logits_CV.exp_().sum(dim=1, keepdim=True), label_logit_C1], dim=1)
     total_C1, label_logit_C1 = vocabulary.sum(sums_C2).chunk(2, dim=1)
-    if gradient:
+    if gradient is not None:
         logits_CV.scatter_add_(1, label_C1, torch.where(here_C1, -total_C1, 0))
         logits_CV *= valid_C1 / total_C1
-    return torch.where(valid_C1, total_C1.log() - label_logit_C1, 0).sum()
+    return torch.where(valid_C1, total_C1.log() - label_logit_C1, 0).sum(), logits_CV
+
+
+def _fused_cross_entropy_(
+    kernels: Any, logits_CV: Tensor, labels: Labels, gradient: torch.dtype | None, vocabulary: Vocabulary
+) -> tuple[Tensor, Tensor]:
+    """What `_cross_entropy_` does, with the gradient in the dtype `gradient`."""
+    own_max_C, own_sum_C, label_logit_C = kernels.row_sums(logits_CV, labels)
+    max_C = vocabulary.max(own_max_C.clone())
+    own_sum_C *= (own_max_C - max_C).exp()
+    sums_2C = torch.stack([own_sum_C, torch.where(labels.here, label_logit_C - max_C, 0)])
+    total_C, label_logit_C = vocabulary.sum(sums_2C)
+    loss = torch.where(labels.valid, total_C.log() - label_logit_C, 0).sum()
+    if gradient is None:
+        return loss, logits_CV
+    return loss, kernels.gradient_(logits_CV, labels, max_C, total_C, gradient)
+
+
+@cache
+def _kernels(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
+    """`models.loss_kernels` if it takes such logits; None, with the reason logged, where Triton fails."""
+    if device.type != "cuda" or dtype != torch.float32:
+        return None
+    try:
+        from torchtitan_lite.models import loss_kernels
+
+        # Triton also needs a C compiler and Python's headers, which only a launch tells.
+        loss_kernels.try_on(device)
+    except (ImportError, OSError, RuntimeError, subprocess.CalledProcessError) as error:
+        _LOG.warning("the loss is left to PyTorch's own kernels: %s: %s", type(error).__name__, error)
+        return None
+    return loss_kernels
+
+
+def _buffer(rows: int, columns: int, x: Tensor) -> Tensor:
+    """Room for the logits of so many rows."""
+    stride = -(-columns // _ALIGNED_COLUMNS) * _ALIGNED_COLUMNS if x.is_cuda else columns
+    return x.new_empty(rows, stride, dtype=_sum_dtype(x))[:, :columns]
 
 
 def _cast_once(weight_VD: Tensor, x: Tensor, n_bytes: int) -> Tensor:
@@ -171,8 +249,8 @@ def _project_back(
     dlogits_CV: Tensor, x_CD: Tensor, weight_VD: Tensor, dx_CD: Tensor | None, dweight_VD: Tensor | None
 ) -> None:
     """dx_CD = dlogits_CV @ weight_VD, and dweight_VD += dlogits_CV^T @ x_CD; those that are asked for."""
-    sum_CD = torch.zeros_like(x_CD, dtype=dlogits_CV.dtype)
-    for tile in _tiles(x_CD, weight_VD):
+    sum_CD = torch.zeros_like(x_CD, dtype=_sum_dtype(x_CD))
+    for tile in _tiles(x_CD, weight_VD, dlogits_CV):
         dlogits_CT = dlogits_CV[:, tile].to(x_CD.dtype)
         if dx_CD is not None:
             _matmul_into(sum_CD, dlogits_CT, weight_VD[tile].to(x_CD.dtype), beta=1)
@@ -182,10 +260,11 @@ def _project_back(
         dx_CD.copy_(sum_CD)
 
 
-def _tiles(x_CD: Tensor, weight_VD: Tensor) -> Iterator[slice]:
-    """The vocabulary: in one piece, or in small ones where a copy in another dtype is made of each."""
-    converts = {x_CD.dtype, weight_VD.dtype} != {_sum_dtype(x_CD)}
-    step = _TILE_COLUMNS if converts else len(weight_VD)
+def _tiles(x_CD: Tensor, weight_VD: Tensor, *others: Tensor) -> Iterator[slice]:
+    """The vocabulary: in one piece, or in small ones where a factor or a product is copied to a dtype."""
+    copies_product = x_CD.dtype != _sum_dtype(x_CD) and not x_CD.is_cuda
+    copies = copies_product or any(each.dtype != x_CD.dtype for each in (weight_VD, *others))
+    step = _TILE_COLUMNS if copies else len(weight_VD)
     return (slice(start, start + step) for start in range(0, len(weight_VD), step))
 
 
@@ -193,6 +272,8 @@ def _matmul_into(out: Tensor, a: Tensor, b: Tensor, beta: Literal[0, 1]) -> None
     """out = beta * out + a @ b, the sum in the dtype of `out`."""
     if out.dtype == a.dtype:
         torch.addmm(out, a, b, beta=beta, out=out)
+    elif out.is_cuda:
+        torch.addmm(out, a, b, beta=beta, out_dtype=out.dtype, out=out)
     elif beta == 0:
         out.copy_(a @ b)
     else:

@@ -1,0 +1,129 @@
+"""The elementwise part of the loss on CUDA: two Triton kernels, each of which reads the logits once.
+
+C rows of a chunk, V vocab (or this rank's share of it).
+
+What all ranks know of a row is needed between the two, so that a split vocabulary can use them as well. A
+single kernel would not move fewer bytes: the rows that a GPU has in work at once do not fit its cache.
+`models.loss` computes the same with PyTorch alone; the tests compare them.
+"""
+
+import torch
+import triton  # pyright: ignore[reportMissingImports]
+import triton.language as tl  # pyright: ignore[reportMissingImports]
+from torch import Tensor
+
+from torchtitan_lite.models.loss import Labels
+
+_BLOCK = 4096
+_WARPS = 8
+
+
+def row_sums(logits_CV: Tensor, labels: Labels) -> tuple[Tensor, Tensor, Tensor]:
+    """Maximum of each row, sum of exp(logit - maximum), and the label's logit, 0 where it is not here."""
+    # Apart, as Triton compiles anew for a tensor that is not aligned like the last one.
+    max_C, sum_C, label_logit_C = (logits_CV.new_empty(len(logits_CV)) for _ in range(3))
+    with torch.cuda.device_of(logits_CV):
+        _row_sums[(len(logits_CV),)](  # pyright: ignore[reportIndexIssue]
+            logits_CV,
+            labels.row,
+            labels.here,
+            max_C,
+            sum_C,
+            label_logit_C,
+            logits_CV.stride(0),
+            logits_CV.shape[1],
+            BLOCK=_block(logits_CV),
+            num_warps=_WARPS,
+        )
+    return max_C, sum_C, label_logit_C
+
+
+def gradient_(
+    logits_CV: Tensor, labels: Labels, max_C: Tensor, total_C: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """softmax(logits) - onehot(label) in `dtype`, 0 in rows without a label; overwrites the logits.
+
+    `total_C` is the sum of exp(logit - max_C). The result lies in the logits' memory: the start of each row.
+    """
+    dlogits_CV = logits_CV.view(dtype)[:, : logits_CV.shape[1]]
+    with torch.cuda.device_of(logits_CV):
+        _gradient[(len(logits_CV),)](  # pyright: ignore[reportIndexIssue]
+            logits_CV,
+            dlogits_CV,
+            labels.row,
+            labels.here,
+            labels.valid,
+            max_C,
+            total_C,
+            logits_CV.stride(0),
+            dlogits_CV.stride(0),
+            logits_CV.shape[1],
+            BLOCK=_block(logits_CV),
+            num_warps=_WARPS,
+        )
+    return dlogits_CV
+
+
+def try_on(device: torch.device) -> None:
+    """Compile and launch a kernel, and raise what Triton raises if it cannot."""
+    logits, row = torch.zeros(1, 16, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+    row_sums(logits, Labels(row, row == 0, row == 0))
+
+
+def _block(logits_CV: Tensor) -> int:
+    return min(triton.next_power_of_2(logits_CV.shape[1]), _BLOCK)
+
+
+@triton.jit
+def _row_sums(
+    logits, labels, here, maxima, sums, label_logits, stride, n_columns: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * stride
+    # A maximum and a sum for each lane, so that nothing waits for other lanes before the end.
+    top = tl.full([BLOCK], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, n_columns, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        x = tl.load(logits + columns, mask=columns < n_columns, other=float("-inf"))
+        higher = tl.maximum(top, x)
+        # A lane that has met nothing but -inf: -inf - -inf would be NaN.
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+        total = total * tl.exp(top - base) + tl.exp(x - base)
+        top = higher
+    row_top = tl.max(top, 0)
+    base = tl.where(row_top == float("-inf"), 0.0, row_top)
+    tl.store(maxima + row, row_top)
+    tl.store(sums + row, tl.sum(total * tl.exp(top - base), 0))
+    label_logit = tl.load(logits + tl.load(labels + row), mask=tl.load(here + row), other=0.0)
+    tl.store(label_logits + row, label_logit)
+
+
+@triton.jit
+def _gradient(
+    logits,
+    gradient,
+    labels,
+    here,
+    valid,
+    maxima,
+    totals,
+    stride,
+    gradient_stride,
+    n_columns: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * stride
+    gradient += row * gradient_stride
+    label = tl.where(tl.load(here + row), tl.load(labels + row), -1)
+    is_valid, top, total = tl.load(valid + row), tl.load(maxima + row), tl.load(totals + row)
+    scale = 1.0 / total
+    for start in range(0, n_columns, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        x = tl.exp(tl.load(logits + columns, mask=columns < n_columns, other=0.0) - top)
+        x = tl.where(columns == label, x - total, x) * scale
+        # A narrower gradient lies over logits that other warps are to read: none may write before all have.
+        tl.debug_barrier()
+        x = tl.where(is_valid, x, 0.0).to(gradient.dtype.element_ty)
+        tl.store(gradient + columns, x, mask=columns < n_columns)
