@@ -6,6 +6,10 @@ Milliseconds are of a forward and backward, the median over rounds of the two wa
 peak beyond the hidden states, the weight and the gradients of both: what torch allocates on a GPU; on a CPU
 what the process has resident, each way in a process of its own (Linux). The chunked way's memory is compared
 with that of all logits, in float32 and in the hidden states' dtype. One label in ten is none.
+
+On a GPU also: the kernels that either way launches, as torch's profiler sees them; by formula, what the
+chunked way reads and writes if no cache holds anything from one kernel to the next, what any way must (inputs
+and gradients once), and the TFLOP of the three products.
 """
 
 import argparse
@@ -25,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchtitan_lite.models.loss import IGNORE, linear_cross_entropy, reference_cross_entropy
+from torchtitan_lite.models.loss import IGNORE, chunk_rows, linear_cross_entropy, reference_cross_entropy
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WAYS: dict[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
@@ -103,7 +107,44 @@ def measure(sizes: Sizes, n_rounds: int) -> dict[str, Any]:
         "logits_bytes": logits * itemsize,
         "chunked_of_float32_logits": round(n_bytes["chunked"] / (logits * 4), 4),
         "chunked_of_logits": round(n_bytes["chunked"] / (logits * itemsize), 4),
+        **(on_a_gpu(sizes) if sizes.device == "cuda" else {}),
     }
+
+
+def on_a_gpu(sizes: Sizes) -> dict[str, Any]:
+    """Launches of both ways, and what the chunked one has to do."""
+    inputs = sizes.inputs()
+    return {
+        **{f"{way}_launches": launches(way, *inputs) for way in WAYS},
+        "chunked_moved_bytes": moved_bytes(sizes, chunk_rows(sizes.rows, inputs[0])),
+        "least_moved_bytes": 2 * sum(x.numel() * x.itemsize for x in inputs[:2]),
+        "tflop": round(6 * sizes.rows * sizes.dim * sizes.vocabulary / 1e12, 3),
+    }
+
+
+def launches(way: str, *inputs: Tensor) -> int | None:
+    """Kernels, copies and fills of a forward and a backward; None where the profiler sees no kernel."""
+    compute(way, *inputs)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        compute(way, *inputs)
+        torch.cuda.synchronize()
+    on_device = [event for event in profile.events() or () if event.device_type.name == "CUDA"]
+    return len(on_device) or None
+
+
+def moved_bytes(sizes: Sizes, rows: int) -> int:
+    """What the kernels of the chunked way read and write, in chunks of so many rows of one dtype.
+
+    Logits: written by the product, read for the sums and for the gradient, whose own bytes are written once
+    and read by two products. Weight: copied to the dtype of the products and read by two of them in each
+    chunk; its gradient is zeroed, added to by each chunk, and scaled.
+    """
+    itemsize = DTYPES[sizes.dtype].itemsize
+    logits, weight = sizes.rows * sizes.vocabulary, sizes.vocabulary * sizes.dim
+    n_chunks = -(-sizes.rows // min(rows, sizes.rows))
+    copied = 0 if itemsize == 4 else weight * (4 + itemsize)
+    hidden = sizes.rows * sizes.dim * (2 * itemsize + 4 + 8 + 4 + 3 * itemsize)
+    return logits * (12 + 3 * itemsize) + copied + weight * (n_chunks * (2 * itemsize + 8) + 12) + hidden
 
 
 def compute(way: str, x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> tuple[Tensor, ...]:
