@@ -169,6 +169,22 @@ def test_on_a_gpu_bfloat16_gradients_are_as_exact_as_those_of_one_product():
         assert (ours - truth).norm() < 1.15 * (theirs - truth).norm()
 
 
+@pytest.mark.gpu
+def test_on_a_gpu_the_loss_holds_one_chunk_of_logits_and_a_copy_of_the_weight():
+    vocab = 50_257  # Not a multiple of what rows are aligned to.
+    x, weight, labels = inputs(torch.bfloat16, torch.float32, vocab, dim=32, device="cuda")
+    buffer = loss_module._buffer(2, vocab, x)
+    assert buffer.shape == (2, vocab) and buffer.stride(0) % 16 == 0
+    linear_cross_entropy(x, weight, labels)[0].backward()  # Loads the libraries, which hold memory too.
+    x.grad = weight.grad = None
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    linear_cross_entropy(x, weight, labels)[0].backward()
+    chunk, copy, gradients = 64 * vocab * 4, weight.numel() * 2, x.nbytes + weight.nbytes
+    beyond = torch.cuda.max_memory_allocated() - before - gradients
+    assert chunk + copy <= beyond < 1.05 * (chunk + copy)
+
+
 def test_without_triton_the_loss_is_left_to_pytorch_and_says_so(monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.delitem(sys.modules, "torchtitan_lite.models.loss_kernels", raising=False)

@@ -95,7 +95,8 @@ def linear_cross_entropy(
     """Sum of -log softmax(x @ weight^T)[label] over the labels that are not IGNORE, and how many those are.
 
     The products are computed in the dtype of `x_BSD`, all else in float32 (float64 if that is float64).
-    The sum is a scalar in nats, the count int64. Memory beyond the two gradients: one chunk of logits.
+    The sum is a scalar in nats, the count int64. Memory beyond the two gradients: one chunk of logits, and on
+    CUDA the weight in the dtype of `x_BSD` if it has another.
     Where `weight_VD` is a part of the `vocabulary`, so is the gradient of `x_BSD`: a term of the whole one.
     """
     x_ND, labels_N = x_BSD.flatten(0, -2), labels_BS.flatten()
@@ -198,7 +199,7 @@ def _cross_entropy_(
 def _fused_cross_entropy_(
     kernels: Any, logits_CV: Tensor, labels: Labels, gradient: torch.dtype | None, vocabulary: Vocabulary
 ) -> tuple[Tensor, Tensor]:
-    """What `_cross_entropy_` does, with the gradient in the dtype `gradient`."""
+    """What `_cross_entropy_` does by `models.loss_kernels`, with the gradient in the dtype `gradient`."""
     own_max_C, own_sum_C, label_logit_C = kernels.row_sums(logits_CV, labels)
     max_C = vocabulary.max(own_max_C.clone())
     own_sum_C *= (own_max_C - max_C).exp()
@@ -233,10 +234,9 @@ def _buffer(rows: int, columns: int, x: Tensor) -> Tensor:
 
 
 def _cast_once(weight_VD: Tensor, x: Tensor, n_bytes: int) -> Tensor:
-    """The weight in the dtype of `x`, if that takes little beside a buffer of `n_bytes`; else as it is."""
-    size = weight_VD.numel() * x.dtype.itemsize
-    is_little = size <= max(n_bytes // (4 if x.is_cpu else 1), _LITTLE_BYTES)
-    return weight_VD.to(x.dtype) if is_little else weight_VD
+    """The weight in the dtype of `x`; off CUDA only if that takes little beside a buffer of `n_bytes`."""
+    is_little = weight_VD.numel() * x.dtype.itemsize <= max(n_bytes // 4, _LITTLE_BYTES)
+    return weight_VD.to(x.dtype) if x.is_cuda or is_little else weight_VD
 
 
 def _project(x_CD: Tensor, weight_VD: Tensor, logits_CV: Tensor) -> None:
