@@ -17,6 +17,8 @@ import torch._dynamo
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
+from torchtitan_lite.attention.capabilities import INSTALL_FA4
+
 PAGE = Path(__file__).parents[1] / "docs" / "parallelism.md"
 N_STEPS = 2
 GLOBAL_BATCH = 4
@@ -138,9 +140,9 @@ def _no_kernel(kernel: str, needs: str) -> Refused:
 
 
 _TORCH = _no_kernel("torch", "8.x or 9.x or 10.x or 12.x")
-_FLASH_ATTN = _no_kernel("flash_attn", "8.x or 9.x or 10.x or 12.x, pip install flash-attn")
+_FLASH_ATTN = _no_kernel("flash_attn", '8.x or 9.x or 10.x or 12.x, pip install "flash-attn>=2.7"')
 _FA3 = _no_kernel("fa3", "9.x, FlashAttention-3 from the flash-attention sources")
-_FA4 = _no_kernel("fa4", "9.x or 10.x, pip install --pre flash-attn-4")
+_FA4 = _no_kernel("fa4", f"9.x or 10.x, {INSTALL_FA4}")
 ROWS = (
     Row("sdpa", ("none",)),
     Row("sdpa", ("allgather",)),

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import gpus
 import programs
 import pytest
 import torch
@@ -21,10 +22,18 @@ from torchtitan_lite.attention.native import CXX
 torch.set_num_threads(1)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide GPUs from tests that are not chosen for them."""
+    if gpus.are_hidden(config.option.markexpr):
+        gpus.hide()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skip what needs a GPU or a compiler where there is none, and say so."""
     absent = {}
-    if not torch.cuda.is_available():
+    if gpus.are_hidden(config.option.markexpr):
+        absent["gpu"] = "the tests for a GPU are run by -m gpu; all others see none"
+    elif not torch.cuda.is_available():
         absent["gpu"] = "no CUDA GPU here (torch.cuda.is_available() is False)"
     if not shutil.which(CXX):
         absent["compiler"] = f"no C++ compiler here ({CXX} is not on PATH; CXX names another)"

@@ -36,7 +36,7 @@ def popen(
 subprocess_handler.SubprocessHandler._popen = popen  # pyright: ignore[reportAttributeAccessIssue]
 torch.set_num_threads(1)
 with contextlib.redirect_stdout(None), contextlib.redirect_stderr(None):
-    train.main(["--dry-run"])
+    train.main(["--dry-run", "--job.device", "cpu"])  # to ask for a GPU would keep it from all forks
 # A fork that looks for garbage would otherwise write to, and so copy, every page of what is there now.
 gc.collect()
 gc.freeze()

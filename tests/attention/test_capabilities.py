@@ -255,7 +255,6 @@ def test_a_kernel_that_takes_the_place_of_torchs_is_switched_on_once(monkeypatch
     assert switched == ([name] if name else [])
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, the kernel may well run")
 @pytest.mark.parametrize("kernel", ["fa4", "fa3", "flash_attn", "torch"])
 def test_building_a_named_kernel_without_a_gpu_is_an_error_that_says_so(kernel):
     with pytest.raises(ValueError, match="no CUDA device"):

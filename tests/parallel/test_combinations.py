@@ -167,7 +167,6 @@ def test_what_is_refused_on_a_cpu_says_so(tiny, attention: str) -> None:
             assert refusal([*tiny, *combination.words(), *dtype], combination.size) == [cpu.line]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has a say in what is refused: see test_on_gpus")
 @pytest.mark.parametrize("attention", cases.ATTENTIONS)
 def test_what_is_refused_on_cuda_is_so_without_a_gpu_already(folder: Path, attention: str) -> None:
     tiny = cases.tiny_run(folder / "short.jsonl", folder / "cache", "cuda", half_or_single(attention))
