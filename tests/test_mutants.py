@@ -301,6 +301,12 @@ MUTANTS = {
         "keep = False",
         f"{RECOMPUTE}::test_a_block_computes_again_what_its_mode_does_not_keep",
     ),
+    "a kept product multiplied again": Mutant(
+        PARALLEL + "recompute.py",
+        "        if forward.is_second:\n",
+        "        if False:\n",
+        f"{RECOMPUTE}::test_choosing_by_modules_is_choosing_by_operators[sdpa]",
+    ),
 }
 
 TESTS = sorted({mutant.test for mutant in MUTANTS.values()})

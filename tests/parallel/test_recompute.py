@@ -8,9 +8,11 @@ import torch
 from exchange_cases import Pass
 
 from torchtitan_lite.attention import Flex, Sdpa, Varlen
+from torchtitan_lite.models.decoder import Decoder
+from torchtitan_lite.parallel import apply, recompute
 from torchtitan_lite.parallel.apply import CompileConfig
 from torchtitan_lite.parallel.mesh import Degrees
-from torchtitan_lite.parallel.recompute import ActivationCheckpointConfig
+from torchtitan_lite.parallel.recompute import ActivationCheckpointConfig, Forward, apply_recompute
 
 N_LAYERS = 2
 EAGER, COMPILED = CompileConfig(), CompileConfig(enable=True, backend="aot_eager")
@@ -67,6 +69,69 @@ def test_a_block_computes_again_what_its_mode_does_not_keep(alone: Pass, mode: s
     assert again["mm"] - kept["mm"] == N_LAYERS * MATMULS_AGAIN[mode]
 
 
+@pytest.mark.parametrize("attention", CONFIGS)
+def test_choosing_by_modules_is_choosing_by_operators(
+    alone: Pass, monkeypatch: pytest.MonkeyPatch, attention: str
+) -> None:
+    """The slow way, which looks at every operator, is the reference of the fast one."""
+    mode, config = MODES["selective, op"], CONFIGS[attention]
+    fast = cases.run_pass(mode, EAGER, config=config)
+    by_operator = lambda blocks, config, **_: apply_recompute(blocks, config, by_operator=True)
+    monkeypatch.setattr(apply, "apply_recompute", by_operator)
+    slow = cases.run_pass(mode, EAGER, config=config)
+    assert torch.equal(fast.loss, slow.loss)
+    for name, gradient in slow.gradients.items():
+        assert torch.equal(fast.gradients[name], gradient), name
+    for name in ("mm", ATTENTION, "silu", "_fused_rms_norm"):
+        assert Counter(fast.backward_calls)[name] == Counter(slow.backward_calls)[name], name
+
+
+def test_only_the_operators_of_attention_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, policy = [], recompute._keep_attention
+    monkeypatch.setattr(recompute, "_keep_attention", lambda *a, **k: seen.append(a[1]) or policy(*a, **k))
+    calls = cases.run_pass(MODES["selective, op"], EAGER).forward_calls
+    assert 0 < len(seen) <= 2 * calls.count(ATTENTION)  # in either forward
+
+
+def losses(model: Decoder, *shifts: int) -> list[torch.Tensor]:
+    """Of one forward for each of `shifts`, with tokens that are shifted by so many."""
+    positions_BS = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5, 0, 1]])
+    mask, tokens_BS = model.config.attention.mask(positions_BS), cases.TOKENS_BS
+    return [model(tokens_BS.roll(n, 1), positions_BS, mask, tokens_BS)[0] for n in shifts]
+
+
+def test_kept_is_what_a_gradient_needs_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last product of a block is in no gradient: to keep it would be memory for nothing."""
+    made: list[Forward] = []
+    init = Forward.__init__
+    monkeypatch.setattr(Forward, "__init__", lambda self, n: made.append(self) or init(self, n))
+    model = cases.small_model("qwen3", n_layers=1)
+    apply_recompute(model.blocks, MODES["selective, op"])
+    (loss,) = losses(model, 0)
+    names = ("attention.wq.weight", "attention.wv.weight", "ffn.w1.weight")
+    widths = [model.blocks[0].get_parameter(name).shape[0] for name in names]
+    (forward,) = made
+    assert [kept.shape[-1] for kept in forward.kept] == widths
+    assert all(kept.grad_fn is None for kept in forward.kept), "a kept result holds no graph"
+    loss.backward()
+    assert not forward.kept, "every one was used"
+
+
+def test_several_forwards_may_come_before_their_backwards() -> None:
+    model, plain = (cases.small_model("qwen3") for _ in range(2))
+    apply_recompute(model.blocks, MODES["selective, op"])
+    first, second = losses(model, 0, 3)
+    with torch.no_grad():
+        assert torch.equal(losses(model, 3)[0], second), "as in a validation"
+    first.backward()
+    second.backward()
+    for loss in losses(plain, 0, 3):
+        loss.backward()
+    for wanted, found in zip(plain.parameters(), model.parameters(), strict=True):
+        assert wanted.grad is not None and found.grad is not None
+        assert torch.equal(found.grad, wanted.grad)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_blocks_are_compiled_whole_and_share_a_graph(alone: Pass, mode: str) -> None:
     found = cases.run_pass(MODES[mode], COMPILED)
@@ -96,6 +161,18 @@ def test_blocks_in_shares_are_compiled_whole_too(ranks, alone: Pass, shares: str
     found = ranks(2).run(cases.run_pass, MODES[mode], COMPILED, degrees, method)
     for each in found:
         assert (each.n_graphs, each.graph_breaks) == (1, [])
+    assert_same_in_shares(found, alone, degrees)
+
+
+@pytest.mark.parametrize("shares", SHARES)
+def test_blocks_in_shares_keep_the_same_when_nothing_is_compiled(ranks, alone: Pass, shares: str) -> None:
+    degrees, method = SHARES[shares]
+    found = ranks(2).run(cases.run_pass, MODES["selective, op"], EAGER, degrees, method)
+    assert_same_in_shares(found, alone, degrees)
+
+
+def assert_same_in_shares(found: list[Pass], alone: Pass, degrees: Degrees) -> None:
+    for each in found:
         # The ranks of a tensor-parallel group have the same loss, those of a sequence terms of it.
         loss = each.loss if degrees.tensor == 2 else found[0].loss + found[1].loss
         assert_same(each._replace(loss=loss), alone)

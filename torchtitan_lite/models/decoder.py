@@ -121,6 +121,8 @@ class Linear(nn.Linear):
     """A projection without bias, computed in the dtype of its input."""
 
     weight_for = _cast_weight
+    multiply = staticmethod(F.linear)
+    """Recompute puts its own in the place of this, for a product that it keeps."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
@@ -129,7 +131,7 @@ class Linear(nn.Linear):
         """Nothing: `init_weights` draws every parameter."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input, self.weight_for(input))
+        return self.multiply(input, self.weight_for(input))
 
 
 class RMSNorm(nn.RMSNorm):

@@ -74,7 +74,7 @@ def apply(
             attention.inner = context.wrap(attention.get_submodule("inner"))
     if mesh is not None and mesh.tensor.size() * mesh.context.size() > 1:
         model.register_forward_pre_hook(_refuse_to_predict, with_kwargs=True)
-    apply_recompute(blocks, recompute)
+    apply_recompute(blocks, recompute, by_operator=compile.enable)
     if compile.enable:
         for block in blocks:
             block.compile(backend=compile.backend)
