@@ -5,7 +5,7 @@ import torch
 import torch._dynamo
 
 from torchtitan_lite.config.job import load_job
-from torchtitan_lite.parallel.apply import CompileConfig, apply, compile_for_cpu
+from torchtitan_lite.parallel.apply import CompileConfig, apply, prepare_compile
 from torchtitan_lite.training.trainer import Trainer
 
 
@@ -65,9 +65,19 @@ def test_vector_instructions_are_not_tried_out_unless_someone_wants_it(monkeypat
 
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     with config.patch({"cpp.vec_isa_ok": set_before}):
-        compile_for_cpu(CompileConfig(enable=True), attention="flex", head_dim=16)
+        prepare_compile(CompileConfig(enable=True), device="cpu", attention="flex", head_dim=16)
         assert config.cpp.vec_isa_ok is (set_before is None)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
     with config.patch({"cpp.vec_isa_ok": None}):
-        compile_for_cpu(CompileConfig(enable=True), attention="flex", head_dim=16)
+        prepare_compile(CompileConfig(enable=True), device="cpu", attention="flex", head_dim=16)
         assert config.cpp.vec_isa_ok is None
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_compiled_backward_makes_cheap_inputs_again_on_every_device(device: str) -> None:
+    from torch._functorch import config
+
+    for compile, wanted in ((CompileConfig(), True), (CompileConfig(enable=True), False)):
+        with config.patch({"ban_recompute_materialized_backward": True}):
+            prepare_compile(compile, device=device, attention="flex", head_dim=16)
+            assert config.ban_recompute_materialized_backward is wanted

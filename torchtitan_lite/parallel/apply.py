@@ -89,15 +89,17 @@ def apply(
     return context
 
 
-def compile_for_cpu(config: CompileConfig, *, attention: str, head_dim: int) -> None:
-    """Set up in this process what inductor makes for a CPU, before it makes any of it."""
-    forget_kernels()  # an earlier trainer's, in this process
+def prepare_compile(config: CompileConfig, *, device: str, attention: str, head_dim: int) -> None:
+    """Set up in this process what inductor makes for `device`, "cpu" or "cuda", before it makes any of it."""
+    if device == "cpu":
+        forget_kernels()  # an earlier trainer's, in this process
     if not config.enable or config.backend != "inductor":
         return
-    _trust_the_processor()
     _recompute_what_is_cheap()
-    if attention != "flex":
-        compile_kernel(head_dim)
+    if device == "cpu":
+        _trust_the_processor()
+        if attention != "flex":
+            compile_kernel(head_dim)
 
 
 def _trust_the_processor() -> None:

@@ -21,7 +21,7 @@ from torchtitan_lite.checkpoint.steps import Steps
 from torchtitan_lite.config.job import JobConfig
 from torchtitan_lite.data import IGNORE, Batch, Loader, Samples, Shards, in_order, load_tokenizer, prepare
 from torchtitan_lite.models.init import init_weights
-from torchtitan_lite.parallel.apply import apply, compile_for_cpu
+from torchtitan_lite.parallel.apply import apply, prepare_compile
 from torchtitan_lite.parallel.fsdp import place_shard, sync_gradients
 from torchtitan_lite.parallel.gradients import scale, squared_norm, sum_partial
 from torchtitan_lite.parallel.mesh import build_mesh
@@ -124,8 +124,8 @@ class Trainer:
             compile=job.compile,
             offload=job.training.enable_cpu_offload,
         )
-        if self.device.type == "cpu":
-            compile_for_cpu(job.compile, attention=job.decoder.attention.kind, head_dim=job.decoder.head_dim)
+        kind, head_dim = job.decoder.attention.kind, job.decoder.head_dim
+        prepare_compile(job.compile, device=self.device.type, attention=kind, head_dim=head_dim)
         self.model.to_empty(device="cpu" if job.training.enable_cpu_offload else self.device)
         if draw:
             init_weights(self.model, job.debug.seed, self._place)
