@@ -307,6 +307,41 @@ def run_pass(
     return Pass(loss.detach(), gradients, forward.calls, backward.calls, n_graphs, breaks)
 
 
+# Weights in shards.
+
+
+class Gathers(Watch):
+    """When weights are gathered, among the attentions of blocks, by number, that are computed."""
+
+    def __init__(self, model: Decoder) -> None:
+        super().__init__()
+        self.events: list[str | int] = []
+        for number, block in enumerate(model.blocks):
+            block.get_submodule("attention").register_forward_pre_hook(
+                lambda *_, number=number: self.events.append(number)
+            )
+
+    def __torch_dispatch__(self, func: Any, *rest: Any) -> Any:
+        if func.namespace == "c10d" and "allgather" in func.overloadpacket.__name__:
+            self.events.append("gather")
+        return super().__torch_dispatch__(func, *rest)
+
+
+def gathers_of_a_step(n_layers: int) -> tuple[list[str | int], list[str | int]]:
+    """Forward and backward, with blocks whose weights are dropped after their forward, and computed again."""
+    model = small_model("qwen3", n_layers=n_layers)
+    recompute = ActivationCheckpointConfig(mode="full")
+    mesh = build_mesh(Degrees(shard=dist.get_world_size()), "cpu")
+    apply(model, mesh=mesh, recompute=recompute)
+    positions_BS = torch.arange(8).expand(2, -1)
+    mask = model.config.attention.mask(positions_BS)
+    with Gathers(model) as seen:
+        loss, _ = model(TOKENS_BS, positions_BS, mask, TOKENS_BS)
+        n_forward = len(seen.events)
+        loss.backward()
+    return seen.events[:n_forward], seen.events[n_forward:]
+
+
 # Gradients in shards.
 
 PLACEMENTS: dict[str, tuple[tuple[str, ...], tuple[Placement, ...]]] = {

@@ -1,5 +1,6 @@
 """FSDP2: weights, gradients and optimizer state in shards, each block's weights gathered when it runs."""
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -31,16 +32,21 @@ def apply_fsdp(
         )
     if offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
-    for block in model.get_submodule("blocks").children():
+    groups = [
         fully_shard(block, reshard_after_forward=reshard, mp_policy=precision, **options)
+        for block in model.get_submodule("blocks").children()
+    ]
     # The loss reads the head's weight outside of the head's own forward: these are never dropped in between.
-    fully_shard(model, reshard_after_forward=False, **options)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            # The loss is divided by the global count of tokens, so the ranks have terms of a sum. The factor
-            # alone would ask for a scaling reduction, which gloo does not have.
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
+    groups.insert(0, fully_shard(model, reshard_after_forward=False, **options))
+    for module, following in pairwise(groups):
+        # The gather of a block starts before the compute that hides it. FSDP by itself does so backward, and
+        # forward only while the host is ahead of the device, which it is not after the step's one wait.
+        module.set_modules_to_forward_prefetch([following])
+    for module in groups:
+        # The loss is divided by the global count of tokens, so the ranks have terms of a sum. The factor
+        # alone would ask for a scaling reduction, which gloo does not have.
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
 
 
 def sync_gradients(model: nn.Module, *, last: bool) -> None:
