@@ -1,6 +1,7 @@
 """Text out of a model: what the cache holds gives what the whole forward gives, on every backend."""
 
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,26 @@ def test_a_gpu_gives_the_logits_of_a_cpu_in_bfloat16(attention: AttentionConfig)
                 logits.append(cache.step(tokens_B1, torch.ones_like(tokens_B1, dtype=torch.bool)))
         found.append(torch.stack(logits).cpu())
     assert (found[0] - found[1]).norm() / found[0].norm() < 2e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.0, top_k=5, top_p=0.9)])
+def test_a_gpu_is_waited_for_once_a_token(sampling: Sampling) -> None:
+    model, n_new = model_of(Sdpa(), compute_dtype=torch.bfloat16).cuda(), 5
+    generate(model, PROMPTS[:1], max_new_tokens=2, eos_id=None, sampling=sampling)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        generate(model, PROMPTS[:1], max_new_tokens=n_new, eos_id=None, sampling=sampling)
+        torch.cuda.set_sync_debug_mode("default")
+    waits = [f"{one.filename}:{one.lineno}" for one in seen if "called a synchronizing" in str(one.message)]
+    assert len(waits) == n_new and len(set(waits)) == 1, waits
+
+
+def test_tokens_are_drawn_where_the_logits_are() -> None:
+    """A GPU's logits stay there: of 152 thousand numbers a row, one is read back."""
+    logits_BV = torch.empty(2, 5, device="meta")
+    assert draw(logits_BV, Sampling(), torch.Generator()).device.type == "meta"
 
 
 def test_a_row_that_has_ended_stays_ended_and_changes_no_other() -> None:

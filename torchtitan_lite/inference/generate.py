@@ -13,6 +13,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from torchtitan_lite.attention.transfer import to_device
 from torchtitan_lite.models.decoder import Decoder
 
 
@@ -85,7 +86,7 @@ class Cache:
             sliding_window=config.sliding_window,
             device=self.device,
         )
-        return self.model(tokens_BS.to(self.device), positions_BS.to(self.device), mask)
+        return self.model(to_device(tokens_BS, self.device), to_device(positions_BS, self.device), mask)
 
 
 def generate(
@@ -107,13 +108,14 @@ def generate(
     for row, prompt in enumerate(prompts):
         tokens_BS[row, longest - len(prompt) :] = torch.tensor(prompt)
         is_token_BS[row, longest - len(prompt) :] = True
-    generator = torch.Generator().manual_seed(sampling.seed)
+    generator = torch.Generator(model.embedding.weight.device).manual_seed(sampling.seed)
     found: list[list[int]] = [[] for _ in prompts]
     goes_on_B = torch.ones(len(prompts), dtype=torch.bool)
     ends = torch.tensor([] if eos_id is None else eos_id, dtype=torch.int64)
     with Cache(model, len(prompts), longest + max_new_tokens) as cache:
         for _ in range(max_new_tokens):
-            next_B = draw(cache.step(tokens_BS, is_token_BS), sampling, generator)
+            drawn_B = draw(cache.step(tokens_BS, is_token_BS), sampling, generator)
+            next_B = drawn_B.cpu()  # the token's one wait for the device
             goes_on_B = goes_on_B & ~torch.isin(next_B, ends)
             if not goes_on_B.any():
                 break
@@ -123,13 +125,12 @@ def generate(
             for row, token in enumerate(tokens):
                 found[row] += [] if token is None else [token]
             on_tokens(tokens)
-            tokens_BS, is_token_BS = next_B[:, None], goes_on_B[:, None]
+            tokens_BS, is_token_BS = drawn_B[:, None], goes_on_B[:, None]
     return found
 
 
 def draw(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """A token for each row, on the CPU."""
-    logits_BV = logits_BV.cpu()
+    """A token for each row, on the device of the logits, as `generator` is."""
     if sampling.temperature == 0:
         return logits_BV.argmax(dim=1)
     # Less the largest: what is divided by next to nothing, which float32 has, becomes 0 or impossible.
