@@ -4,6 +4,7 @@ B batch, S tokens, s = S / n of them on each of n ranks; H query heads, G key/va
 D model dim, V vocab.
 """
 
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -35,6 +36,7 @@ from torchtitan_lite.parallel.gradients import squared_norm, sum_partial
 from torchtitan_lite.parallel.mesh import Degrees, ParallelismConfig, build_mesh
 from torchtitan_lite.parallel.recompute import ActivationCheckpointConfig
 from torchtitan_lite.parallel.tensor import OwnShareOfTokens, OwnShareOfVocabulary, apply_tensor_parallel
+from torchtitan_lite.training.optimizer import OptimizerConfig, build_optimizer
 
 SDPA, ALONE = Sdpa(), Degrees()
 
@@ -340,6 +342,39 @@ def gathers_of_a_step(n_layers: int) -> tuple[list[str | int], list[str | int]]:
         n_forward = len(seen.events)
         loss.backward()
     return seen.events[:n_forward], seen.events[n_forward:]
+
+
+def updates(n_steps: int) -> tuple[list[Tensor], list[Tensor], set[type]]:
+    """Weights and state of an uneven shard after so many updates by ours and by torch's AdamW.
+
+    And the types of what ours has updated.
+    """
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    found: list[list[Tensor]] = []
+    seen: set[type] = set()
+    module = sys.modules[torch.optim.Adam.__module__]  # torch.optim hides it
+    update = module.adam
+
+    def watched(*lists: Any, **options: Any) -> None:
+        seen.update(type(x) for x in tree_leaves(lists))
+        update(*lists, **options)
+
+    for is_ours in (True, False):
+        generator = torch.Generator().manual_seed(0)
+        weights = [torch.randn(shape, generator=generator) for shape in ((5, 3), (7,))]
+        parameters = [nn.Parameter(distribute_tensor(x, mesh, [Shard(0)])) for x in weights]
+        optimizer = build_optimizer(zip("ab", parameters, strict=True), OptimizerConfig(lr=0.1))
+        if not is_ours:
+            optimizer = torch.optim.AdamW(optimizer.param_groups)
+        for _ in range(n_steps):
+            for p in parameters:
+                whole_gradient = torch.randn(p.shape, generator=generator)
+                p.grad = distribute_tensor(whole_gradient, mesh, [Shard(0)])
+            with mock.patch.object(module, "adam", watched) if is_ours else nullcontext():
+                optimizer.step()
+        state = [x for p in parameters for x in optimizer.state[p].values()]
+        found.append([whole(x) for x in (*parameters, *state)])
+    return found[0], found[1], seen
 
 
 # Gradients in shards.

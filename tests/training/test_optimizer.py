@@ -1,8 +1,10 @@
 """AdamW: which weights decay, and the same update from every implementation."""
 
+import exchange_cases as cases
 import pytest
 import torch
-from torch import nn
+from ranks import RanksOf
+from torch import Tensor, nn
 
 from torchtitan_lite.training.optimizer import OptimizerConfig, build_optimizer
 
@@ -75,3 +77,9 @@ def test_frozen_weights_are_left_out() -> None:
 def test_a_value_out_of_range_is_a_problem_named_by_its_key(wrong) -> None:
     (problem,) = OptimizerConfig(**wrong).problems("optimizer")
     assert problem.key == f"optimizer.{next(iter(wrong))}"
+
+
+def test_shards_are_updated_as_plain_tensors_to_what_torch_makes_of_them(ranks: RanksOf) -> None:
+    for ours, theirs, updated in ranks(2).run(cases.updates, 3):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+        assert Tensor in updated and updated <= {Tensor, nn.Parameter}, "no DTensor among them"

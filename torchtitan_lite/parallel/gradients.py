@@ -27,6 +27,7 @@ def sum_partial(parameters: Iterable[nn.Parameter]) -> None:
         p.grad = DTensor.from_local(total.view(p.shape), mesh, p.placements, run_check=False)
 
 
+@torch.no_grad()
 def squared_norm(parameters: Iterable[nn.Parameter], world_size: int) -> Tensor:
     """This rank's term of the square of the global norm: over all `world_size` ranks they add up to it.
 
@@ -43,6 +44,7 @@ def squared_norm(parameters: Iterable[nn.Parameter], world_size: int) -> Tensor:
     return torch.stack(norms).square().sum()
 
 
+@torch.no_grad()
 def scale(parameters: Iterable[nn.Parameter], factor: Tensor) -> None:
     """Multiply every gradient, in place."""
     gradients = _local([p.grad for p in parameters if p.grad is not None])
@@ -51,6 +53,8 @@ def scale(parameters: Iterable[nn.Parameter], factor: Tensor) -> None:
 
 
 def _local(gradients: Sequence[Tensor]) -> list[Tensor]:
+    # Where a graph might be made, each of these is a Python function of autograd.
+    assert not torch.is_grad_enabled()
     return [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
 
 

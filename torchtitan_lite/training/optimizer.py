@@ -2,10 +2,11 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from torchtitan_lite.config.load import Problem
 
@@ -45,6 +46,20 @@ class OptimizerConfig:
         ]
 
 
+class LocalAdamW(torch.optim.AdamW):
+    """AdamW that updates each rank's shards as the plain tensors that they are.
+
+    An update is elementwise, and gradients lie as their weights do. DTensor would find that out in Python for
+    each of a model's tensors, while the device waits: the step's one read comes just before.
+    """
+
+    def _init_group(self, group: Any, *lists: list[Tensor]) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
+        has_complex = super()._init_group(group, *lists)
+        for tensors in lists:  # weights, gradients and the state of each
+            tensors[:] = [x.to_local() if isinstance(x, DTensor) else x for x in tensors]
+        return has_complex
+
+
 def build_optimizer(
     named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig
 ) -> torch.optim.Optimizer:
@@ -54,7 +69,7 @@ def build_optimizer(
         {"params": [pair for pair in trained if pair[1].ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [pair for pair in trained if pair[1].ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
+    return LocalAdamW(
         [group for group in groups if group["params"]],
         lr=config.lr,
         betas=(config.beta1, config.beta2),
