@@ -42,6 +42,16 @@ def test_a_step_is_reported_with_the_keys_of_the_peers(words):
     assert measured == {"rest"} if "plain" in words else measured >= {"forward", "loss", "backward", "clip"}
 
 
+def test_what_clipping_and_the_optimizer_move_is_counted():
+    rows = [
+        row for row in benchmark("phases.py", *TINY, "--dtype", "bf16").splitlines() if row.endswith(" P")
+    ]
+    moved = {row.split()[0]: row.rpartition("=")[2].strip() for row in rows}
+    # Adam reads weight, gradient and two means, and writes all but the gradient.
+    assert (moved["clip"], moved["optimizer"]) == ("3.00 P", "7.00 P")
+    assert moved.keys() >= {"forward", "loss", "backward"}
+
+
 def test_a_trainers_step_and_a_plain_one_are_the_same_step():
     ours, plain = (line("step.py", *TINY, "--loop", loop) for loop in ("trainer", "plain"))
     assert ours["loss_first"] == plain["loss_first"]
