@@ -52,7 +52,8 @@ def test_greedy_tokens_are_those_of_transformers(name: str, tmp_path: Path) -> N
 def test_logits_from_the_cache_are_those_of_the_whole_forward(
     attention: AttentionConfig, window: int | None
 ) -> None:
-    model = model_of(attention, sliding_window=window)
+    overrides: dict[str, Any] = {} if window is None else {"sliding_window": window}
+    model = model_of(attention, **overrides)
     n_rows, longest, n_new = len(PROMPTS), max(map(len, PROMPTS)), 12
     new_BS = torch.randint(1, 500, (n_rows, n_new))
     tokens_BS = torch.zeros(n_rows, longest, dtype=torch.int64)

@@ -26,7 +26,7 @@ def test_gradients_are_scaled_in_place() -> None:
     parameters = [nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(1))]
     gradients = [torch.arange(3.0), torch.ones(2)]
     parameters[0].grad, parameters[1].grad = gradients
-    scale(parameters, torch.tensor(0.5))
+    scale(parameters, 0.5)
     assert [gradient.tolist() for gradient in gradients] == [[0.0, 0.5, 1.0], [0.5, 0.5]]
     assert parameters[2].grad is None
 

@@ -45,10 +45,9 @@ def squared_norm(parameters: Iterable[nn.Parameter], world_size: int) -> Tensor:
 
 
 @torch.no_grad()
-def scale(parameters: Iterable[nn.Parameter], factor: Tensor) -> None:
+def scale(parameters: Iterable[nn.Parameter], factor: float) -> None:
     """Multiply every gradient, in place."""
     gradients = _local([p.grad for p in parameters if p.grad is not None])
-    factor = factor.to(gradients[0].device)
     torch._foreach_mul_(gradients, factor)  # pyright: ignore[reportPrivateImportUsage]
 
 

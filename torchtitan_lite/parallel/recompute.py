@@ -52,13 +52,12 @@ class ActivationCheckpointConfig:
 # By name, since most are registered only where their package is.
 _ATTENTION = (
     "torchtitan_lite::attend_tiles",
+    "torchtitan_lite::attend_runs",
     "aten::_scaled_dot_product_flash_attention_for_cpu",
     "aten::_scaled_dot_product_flash_attention",
     "aten::_scaled_dot_product_efficient_attention",
     "aten::_scaled_dot_product_cudnn_attention",
     "aten::_flash_attention_forward",
-    "torch_attn::_varlen_attn",
-    "flash_attn::_flash_attn_varlen_forward",
     "flex_attention",
 )
 _MATMULS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)

@@ -327,14 +327,13 @@ class Trainer:
         # The ranks of a tensor-parallel group have the same loss.
         both = loss / self.degrees.tensor, squares
         flags = (torch.full_like(loss, is_set) for is_set in (self.is_asked(), self.has_failed()))
-        loss, squares, *flags = self.world.sum(torch.stack([*both, *flags])).unbind()
-        norm = squares.sqrt()
-        if self.job.training.max_norm:
-            scale(parameters, (self.job.training.max_norm / (norm + 1e-6)).clamp(max=1.0))
         # The step's one read from the device, at the last moment at which the weights are still untouched.
-        loss_value, norm_value, asked, failed = torch.stack([loss, norm, *flags]).tolist()
+        loss_value, square, asked, failed = self.world.sum(torch.stack([*both, *flags])).tolist()
+        norm, max_norm = square**0.5, self.job.training.max_norm
+        if max_norm and norm > max_norm:  # else all gradients would be moved, to be multiplied by 1
+            scale(parameters, max_norm / norm)
         self.stop_asked, self.save_failed = asked > 0, failed > 0
-        return loss_value, norm_value
+        return loss_value, norm
 
     def loss_of(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Sum of the losses of this rank's tokens of a batch, and count of the valid ones, on the device."""
