@@ -88,6 +88,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--attention", choices=("sdpa", "flex", "flex_flash", "varlen"), default="sdpa")
+    parser.add_argument("--window", type=int, help="tokens of its document that a token sees; default: all")
     parser.add_argument("--recompute", choices=("none", "selective", "full"), default="none")
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
@@ -113,12 +114,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def job_of(args: argparse.Namespace) -> JobConfig:
-    """The run's configuration, checked like any other."""
+def job_of(args: argparse.Namespace, *more: str, world_size: int = 1) -> JobConfig:
+    """The run's configuration, checked like any other; `more` options have the last word."""
     name, flavor, overrides = PRESETS[args.preset]
     overrides = {**overrides, "max_seq_len": max(args.seq, 1 << 17)}
     if args.layers:
         overrides["n_layers"] = args.layers
+    if args.window:
+        overrides["sliding_window"] = args.window
     suffix = "" if args.attention == "sdpa" else f"_{args.attention}"
     return load_job(
         ["--model.name", name, "--model.flavor", flavor + suffix, "--model.overrides", json.dumps(overrides),
@@ -128,7 +131,8 @@ def job_of(args: argparse.Namespace) -> JobConfig:
          "--training.steps", str(args.warmup + args.steps), "--lr-scheduler.warmup-steps", "0",
          "--lr-scheduler.decay-ratio", "0",
          "--optimizer.lr", "3e-4", "--activation-checkpoint.mode", args.recompute,
-         "--compile.enable" if args.compile else "--compile.no-enable"]
+         "--compile.enable" if args.compile else "--compile.no-enable", *more],
+        world_size=world_size,
     ).config  # fmt: skip
 
 
