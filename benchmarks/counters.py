@@ -86,7 +86,7 @@ def by_profiler(act: Callable[[], object]) -> Counts:
     with torch.profiler.profile(activities=activities) as profile:
         with torch.profiler.record_function(_SPAN):
             act()
-        # So that copies at the end are in the trace. This wait, and the profiler's own, are outside of the span.
+        # So that the last copies are in the trace; this wait and the profiler's own are outside of the span.
         torch.cuda.synchronize()
     assert profile.profiler is not None and profile.profiler.kineto_results is not None
     events = [(e.name(), e.start_ns(), e.end_ns()) for e in profile.profiler.kineto_results.events()]
@@ -100,7 +100,7 @@ def counts_of(events: Iterable[tuple[str, int, int]]) -> Counts:
     start = min(start for name, start, _ in events if name == _SPAN)
     end = next(end for name, begin, end in events if name == _SPAN and begin == start)
     calls = Counter(name for name, begin, _ in events if start <= begin <= end)
-    # Copies are counted where the device does them, whose name says from what memory: some after the host's span.
+    # Of copies only the device's part says from what memory: it may follow after the host's span.
     copies = Counter(name for name, begin, _ in events if start <= begin and name.startswith("Memcpy"))
 
     def total(names: Counter[str], is_one: Callable[[str], object]) -> int:

@@ -2,7 +2,7 @@
 
     benchmarks/counts.py                                    # all cells, on a GPU, counted by torch's profiler
     benchmarks/counts.py --cells 'varlen/*/compiled/*' '*/cp-*' --jobs 8 --json
-    benchmarks/counts.py --counter SYMBOL --also SYMBOL     # by functions of a library that counts: counters.py
+    benchmarks/counts.py --counter SYMBOL --also SYMBOL     # by functions of a library: see counters.py
 
 A cell is attention/rows/how/recompute/with, such as varlen/packed/compiled/full/alone; `plain` is no backend
 but the model of plain_model.py. Every cell is a process of its own, or two: cp, tp and fsdp want two GPUs.
@@ -132,7 +132,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--timeout", type=float, default=300, help="seconds of a cell")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="cpu: graphs alone")
     parser.add_argument("--counter", metavar="SYMBOL", help="of a library that counts")
-    parser.add_argument("--also", metavar="SYMBOL", nargs="+", default=[], help="more launches, of its others")
+    parser.add_argument(
+        "--also", metavar="SYMBOL", nargs="+", default=[], help="more launches, of its others"
+    )
     parser.add_argument("--where", action="store_true", help="the lines at which a step waits")
     parser.add_argument("--json", action="store_true", help="a line for each cell")
     return parser.parse_args(argv)
@@ -253,8 +255,8 @@ def table(rows: dict[Cell, dict[str, Any]], args: argparse.Namespace) -> str:
     """In Markdown, with what it is of."""
     way = f"counted by {'a library' if args.counter else 'the profiler'}"
     head = (
-        f"{args.preset}, {args.layers} layers, {args.batch} x {args.seq} tokens, bf16, on {args.device} ({way}), "
-        f"torch {torch.__version__}; packed: documents of {DOCUMENTS[0]} to {DOCUMENTS[1]} tokens; "
+        f"{args.preset}, {args.layers} layers, {args.batch} x {args.seq} tokens, bf16, on {args.device} "
+        f"({way}), torch {torch.__version__}; packed: documents of {DOCUMENTS[0]} to {DOCUMENTS[1]} tokens; "
         f"window: {WINDOW}; {args.steps} steps; ✗ misses a goal"
     )
     lines = [" | ".join(COLUMNS), " | ".join(["---"] * len(COLUMNS))]
@@ -272,7 +274,7 @@ def shown(row: dict[str, Any], name: str) -> str:
     value = row.get(name)
     goal = "launches" if name == "of_plain" else name
     mark = " ✗" if goal in row["missed"] and name != "launches" else ""
-    return "–" if value is None else f"{value:,g}{mark}"
+    return "-" if value is None else f"{value:,g}{mark}"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A decoder of Qwen3's shape and its training step, written out in plain torch: what our launches are compared with.
+"""A decoder of Qwen3's shape and its step, written out in plain torch: what our launches are compared with.
 
 T packed tokens, D model dim, H query heads, G key/value heads, K head dim, V vocab.
 
@@ -59,7 +59,7 @@ class Block(nn.Module):
     def forward(self, *inputs: Any) -> Tensor:
         if self.recompute == "none":
             return self.all(*inputs)
-        more = {"context_fn": keep_some} if self.recompute == "selective" else {}
+        more: dict[str, Any] = {"context_fn": keep_some} if self.recompute == "selective" else {}
         return checkpoint(self.all, *inputs, use_reentrant=False, preserve_rng_state=False, **more)
 
     def all(self, x_TD: Tensor, turns: tuple[Tensor, Tensor], cu: Tensor, longest: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ class Block(nn.Module):
 
 
 def varlen(is_grouped: bool) -> tuple[Callable[..., Any], dict[str, bool]]:
-    """torch's kernel for packed documents, and the word that later versions ask for where heads are grouped."""
+    """torch's kernel for packed documents, and the word that later versions ask for grouped heads."""
     from torch.nn.attention.varlen import varlen_attn
 
     asks = is_grouped and "enable_gqa" in signature(varlen_attn).parameters
@@ -107,7 +107,9 @@ class Model(nn.Module):
         """The mean loss of the valid labels."""
         x_TD = self.embedding(tokens_T).to(self.dtype)
         half = torch.arange(0, self.shape.head_dim, 2, device=x_TD.device, dtype=torch.float32)
-        angle_T1F = positions_T.float()[:, None, None] * self.shape.rope_theta ** (-half / self.shape.head_dim)
+        angle_T1F = positions_T.float()[:, None, None] * self.shape.rope_theta ** (
+            -half / self.shape.head_dim
+        )
         turns = angle_T1F.cos(), angle_T1F.sin()
         for block in self.blocks:
             x_TD = block(x_TD, turns, cu, longest)
@@ -133,7 +135,12 @@ class Training:
     """The model, its optimizer and a step."""
 
     def __init__(
-        self, shape: DecoderConfig, dtype: torch.dtype, device: torch.device, recompute: Recompute, compile: bool
+        self,
+        shape: DecoderConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+        recompute: Recompute,
+        compile: bool,
     ) -> None:
         with torch.device(device):
             self.model = Model(shape, dtype, recompute)

@@ -20,10 +20,10 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import torch
+from clock import Clock
 from synthetic import write_shards
 from torch import Tensor
 
@@ -55,7 +55,6 @@ ROW = (
     "{peer:22} {tokens_per_s_median:>10,.0f} tokens/s {peak_gib:6.2f} GiB, first step {first_step_s:5.1f} s; "
     "we are {times_as_fast:.3f} times as fast, in {memory_ratio:.3f} of the memory; rounds: {rounds}"
 )
-PHASES = ("data", "forward", "loss", "backward", "clip", "optimizer")
 
 
 def main() -> None:
@@ -148,13 +147,14 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     trainer = Trainer(job, shards=shards)
     clock = Clock(trainer.device)
     step = watched_step(trainer, clock) if args.loop == "trainer" else plain_step(trainer)
-    seconds, losses = [], []
+    ticks, losses = [clock.tick()], []
     for number in range(n_steps):
         if number == args.warmup:
             clock.forget()
-        began = clock.wait()
         losses.append(step())
-        seconds.append(clock.wait() - began)
+        clock.wait()  # as the programs do that it is compared with
+        ticks.append(clock.tick())
+    seconds = clock.between(ticks)
     timed = seconds[args.warmup :]
     return {
         **vars_of(args),
@@ -218,43 +218,6 @@ def full_flops_per_token(decoder: DecoderConfig, seq_len: int) -> float:
     """As `flops_per_token`, but as if every token saw all `seq_len` keys: the other convention."""
     half = 6 * decoder.n_layers * decoder.n_heads * decoder.head_dim * seq_len
     return decoder.flops_per_token(seq_len) + half
-
-
-class Clock:
-    """Time by phase: what lies between two marks belongs to the phase that the second one names."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._marks: list[tuple[str, Any]] = []
-
-    def mark(self, phase: str) -> None:
-        """The phase ends here; "" for what belongs to none."""
-        if self.device.type == "cuda":
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self._marks.append((phase, event))
-        else:
-            self._marks.append((phase, perf_counter()))
-
-    def forget(self) -> None:
-        """Count from here."""
-        self._marks.clear()
-
-    def wait(self) -> float:
-        """The time, when the device has done all that it was given."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return perf_counter()
-
-    def shares(self, seconds: float) -> dict[str, float]:
-        """Each phase's share of `seconds`, and what is left."""
-        found: dict[str, float] = dict.fromkeys(PHASES, 0.0)
-        for (_, before), (phase, after) in zip(self._marks, self._marks[1:], strict=False):
-            if phase:
-                is_event = self.device.type == "cuda"
-                found[phase] += before.elapsed_time(after) / 1e3 if is_event else after - before
-        spent = {**found, "rest": seconds - sum(found.values())}
-        return {phase: round(part / seconds, 4) for phase, part in spent.items()}
 
 
 def watched_step(trainer: Trainer, clock: Clock) -> Callable[[], float]:

@@ -1,0 +1,218 @@
+"""Runs what is to be seen on a GPU, each item a process with a time limit; started by gpu.sh.
+
+    gpu.sh check [--items NAME ...]     lanes of items beside each other; fills the compile caches for `speed`
+    gpu.sh speed [COMMAND ...]          one item after the other; the commands run in turns with our step
+
+$OUT (outputs/benchmarks) gets results.jsonl, a line for each item, and logs.tgz, all that the items printed.
+An item that the time left is too short for is skipped, and has not passed. The last line says what passed;
+the exit status is 1 if anything has not.
+
+Read from the environment: SIZE=small and DEVICE=cpu try it out anywhere; SECONDS_IN_ALL (320); LANES, how
+many at a time (half of the cores, 8 at most); CACHE, a folder that outlasts `check` (outputs/gpu-cache);
+PEERS, a folder with other programs; PACKAGES, where gpu.sh has put the wheels.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+from gpu_table import Item, Sizes, items_of
+
+HERE = Path(__file__).resolve().parent
+LEAST_SECONDS = 3
+"""Nothing is begun with less time left."""
+SHOWN = (
+    "tests",
+    "tokens_per_s_median",
+    "step_ms_median",
+    "peak_mem_gib",
+    "peak_rss_gib",
+    "tflops",
+    "gb_per_s",
+)
+_TESTS = re.compile(r"^(?:=+ )?((?:\d+ \w+(?:, )?)+) in [\d.]+s", re.MULTILINE)
+
+
+def main() -> None:
+    args = parse(sys.argv[1:])
+    environment = os.environ
+    sizes = Sizes(
+        device=environment.get("DEVICE", "cuda"),
+        small=environment.get("SIZE") == "small" or environment.get("DEVICE") == "cpu",
+        python=sys.executable,
+        here=HERE,
+        peers=Path(environment["PEERS"]) if environment.get("PEERS") else None,
+        commands=tuple(args.commands),
+    )
+    items = items_of(args.what, sizes)
+    if unknown := sorted(set(args.items) - {item.name for item in items}):
+        sys.exit(f"no such items: {' '.join(unknown)}; there are {' '.join(item.name for item in items)}")
+    items = [item for item in items if item.name in args.items or not args.items]
+    cores = os.cpu_count() or 1
+    n_lanes = int(environment.get("LANES", min(8, max(1, cores // 2)))) if args.what == "check" else 1
+    run = Run(
+        out=Path(environment.get("OUT", "outputs/benchmarks")),
+        seconds=float(environment.get("SECONDS_IN_ALL", 320)),
+        environment=variables(sizes, args.what, cores, n_lanes),
+    )
+    if args.what == "speed":
+        forget_choices(Path(run.environment["TORCHINDUCTOR_CACHE_DIR"]))
+    results = run.all(items, n_lanes)
+    print(last_line(args.what, results), flush=True)
+    sys.exit(0 if all(result["status"] == "passed" for result in results) else 1)
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="gpu.sh", description=__doc__, formatter_class=raw)
+    what = parser.add_subparsers(dest="what", required=True)
+    check, speed = what.add_parser("check"), what.add_parser("speed")
+    speed.add_argument("commands", nargs="*", default=[], metavar="COMMAND", help="another program")
+    for each in (check, speed):
+        each.add_argument("--items", nargs="+", default=[], metavar="NAME", help="these alone")
+    check.set_defaults(commands=[])
+    return parser.parse_args(argv)
+
+
+def variables(sizes: Sizes, what: str, cores: int, n_lanes: int) -> dict[str, str]:
+    """The environment of the items."""
+    cache = Path(os.environ.get("CACHE", "outputs/gpu-cache")).absolute()
+    found = {
+        "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
+        "TRITON_CACHE_DIR": str(cache / "triton"),
+        **os.environ,
+        "PYTHONUNBUFFERED": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TT022": os.environ.get("TT022", os.environ.get("PACKAGES", "")),
+    }
+    if what == "check" and sizes.device == "cuda":
+        threads = str(max(1, cores // n_lanes))
+        found |= {"OMP_NUM_THREADS": threads, "TORCHINDUCTOR_COMPILE_THREADS": threads}
+    return found
+
+
+def forget_choices(cache: Path) -> None:
+    """Have inductor time its variants of a kernel again: `check` has timed them on a GPU that was busy."""
+    for choice in cache.rglob("*.best_config"):
+        choice.unlink()
+
+
+@dataclass
+class Run:
+    """Runs items until the time is up, and keeps what became of them."""
+
+    out: Path
+    seconds: float
+    environment: dict[str, str]
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def all(self, items: Sequence[Item], n_lanes: int) -> list[dict[str, Any]]:
+        """The results of all items, in their order; those of a lane run one after the other."""
+        self.deadline = monotonic() + self.seconds
+        self.out.mkdir(parents=True, exist_ok=True)
+        (self.out / "results.jsonl").write_text("")
+        lanes = {item.lane: [other for other in items if other.lane == item.lane] for item in items}
+        with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(n_lanes) as pool:
+            self.logs = Path(folder)
+            done = pool.map(lambda lane: [self.one(item) for item in lane], lanes.values())
+            results = {result["item"]: result for lane in done for result in lane}
+            with tarfile.open(self.out / "logs.tgz", "w:gz") as archive:
+                archive.add(folder, "logs")
+        return [results[item.name] for item in items]
+
+    def one(self, item: Item) -> dict[str, Any]:
+        """Run an item and write down its result."""
+        left = self.deadline - monotonic()
+        began = monotonic()
+        if left < LEAST_SECONDS:
+            status, figures = "skipped", {"why": "no time left"}
+        else:
+            status, figures = self.outcome(item, min(item.seconds, left))
+        result = {"item": item.name, "status": status, "seconds": round(monotonic() - began, 1)}
+        result["figures"] = figures
+        with self.lock:
+            with (self.out / "results.jsonl").open("a") as file:
+                file.write(json.dumps(result) + "\n")
+            print(described(result), flush=True)
+        return result
+
+    def outcome(self, item: Item, seconds: float) -> tuple[str, dict[str, Any]]:
+        """How an item ended, and its figures; what it prints goes into its log."""
+        log = self.logs / f"{item.name}.log"
+        with log.open("w") as file:
+            file.write(f"$ {' '.join(item.words)}\n")
+            file.flush()
+            options = {"stdout": file, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
+            # A session of its own, so that what it has started ends with it.
+            process = subprocess.Popen(
+                item.words, env=self.environment, cwd=HERE.parent, start_new_session=True, **options
+            )
+            try:
+                status = "passed" if process.wait(seconds) == 0 else "failed"
+            except subprocess.TimeoutExpired:
+                status = "timeout"
+            finally:
+                kill(process)
+        text = log.read_text(errors="replace")
+        figures = figures_of(text)
+        if item.is_tests and status == "passed" and "passed" not in figures.get("tests", ""):
+            status = "failed"  # tests that are all skipped show nothing
+        if status == "failed":
+            figures["why"] = "\n".join(text.strip().splitlines()[-3:])[-600:]
+        return status, figures
+
+
+def kill(process: subprocess.Popen[Any]) -> None:
+    """End a process and all that it has started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def figures_of(text: str) -> dict[str, Any]:
+    """What an item has found: its last line of JSON, or all where there are more, or pytest's last words."""
+    lines = [json.loads(line) for line in text.splitlines() if line.startswith("{") and line.endswith("}")]
+    if lines:
+        return lines[0] if len(lines) == 1 else {"rows": lines}
+    tests = _TESTS.findall(text)
+    return {"tests": tests[-1]} if tests else {}
+
+
+def described(result: dict[str, Any]) -> str:
+    """A line for whoever waits."""
+    figures = result["figures"]
+    shown = [f"{name} {figures[name]}" for name in SHOWN if name in figures]
+    if "why" in figures:
+        shown.append(figures["why"].splitlines()[-1][:160])
+    return (
+        f"{result['item']:<22} {result['status']:<8} {result['seconds']:6.1f} s  {'  '.join(shown)}".rstrip()
+    )
+
+
+def last_line(what: str, results: Sequence[dict[str, Any]]) -> str:
+    """How many items passed, and which have not."""
+    passed = sum(result["status"] == "passed" for result in results)
+    others = {
+        status: [result["item"] for result in results if result["status"] == status]
+        for status in ("failed", "timeout", "skipped")
+    }
+    words = [f"{status}: {' '.join(names)}" for status, names in others.items() if names]
+    return "; ".join([f"{what}: {passed} of {len(results)} passed", *words])
+
+
+if __name__ == "__main__":
+    main()

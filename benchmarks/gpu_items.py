@@ -1,0 +1,204 @@
+"""What gpu.py runs and no other script does: each prints a line of JSON, and ends with 1 if it is wrong.
+
+environment   what is installed, and on what card
+ceilings      the fastest matrix product and copy, by CUDA events: what the other figures are shares of
+curve         the debug model compiled in bfloat16, beside the same training in float32 on the CPU
+ranks         a process group of one rank, and FSDP with its shards in host memory, beside a run without
+large         a step of Llama-3 8B's shape, with as many blocks as the card's memory is good for
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import step
+import torch
+from clock import Clock
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = (
+    "torch", "triton", "numpy", "pydantic", "tyro", "safetensors", "tokenizers", "transformers", "torchtitan",
+)  # fmt: skip
+MOST_APART = 0.05
+"""Nats by which a bfloat16 curve may leave the float32 one in any step; RESULTS.md says how far CPUs' do."""
+MOST_APART_AT_FIRST = 0.01
+"""In the first step, whose weights are the same."""
+MOST_APART_OF_RANKS = 1e-2
+LAYERS = ((120, 24), (70, 14), (40, 6), (0, 2))
+"""From so many GiB of memory on, so many blocks of 8,192 tokens fit."""
+
+
+def main() -> None:
+    args = parse(sys.argv[1:])
+    found = ITEMS[args.item](args)
+    print(json.dumps(found), flush=True)
+    sys.exit(0 if found.get("is_right", True) else 1)
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("item", choices=ITEMS)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
+    parser.add_argument("--small", action="store_true", help="only to see that it runs")
+    return parser.parse_args(argv)
+
+
+def environment(args: argparse.Namespace) -> dict[str, Any]:
+    """What is installed, and on what card; right if torch sees the device."""
+    found: dict[str, Any] = {name: installed(name) for name in PACKAGES}
+    found |= {"python": platform.python_version(), "cores": os.cpu_count(), "cuda": torch.version.cuda}
+    if args.device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        found |= {
+            "card": properties.name,
+            "memory_gib": round(properties.total_memory / 2**30, 1),
+            "capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "cudnn": torch.backends.cudnn.version(),
+            "driver": asked("driver_version"),
+            "clocks": asked("clocks.sm,clocks.mem,temperature.gpu,power.draw"),
+        }
+    return found
+
+
+def installed(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def asked(query: str) -> str | None:
+    """What nvidia-smi says of the first GPU."""
+    words = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "--id=0"]
+    try:
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def ceilings(args: argparse.Namespace) -> dict[str, Any]:
+    """TFLOP/s of a bfloat16 product, GB/s of a copy (read and written): medians."""
+    size, n_bytes, rounds = (256, 1 << 20, 3) if args.small else (8192, 4 << 30, 30)
+    # Random: products of zeros take less power, and are faster.
+    a, b = (torch.randn(size, size, device=args.device).bfloat16() for _ in range(2))
+    out = torch.empty_like(a)
+    source = torch.randint(255, (n_bytes,), dtype=torch.uint8, device=args.device)
+    target = torch.empty_like(source)
+    product = median_seconds(lambda: torch.mm(a, b, out=out), rounds, args.device)
+    copy = median_seconds(lambda: target.copy_(source), rounds, args.device)
+    return {
+        "tflops": round(2 * size**3 / product / 1e12, 1),
+        "gb_per_s": round(2 * n_bytes / copy / 1e9, 1),
+        "product_size": size,
+        "copy_bytes": n_bytes,
+        "rounds": rounds,
+    }
+
+
+def median_seconds(act: Callable[[], object], rounds: int, device: str) -> float:
+    """By CUDA events on a GPU; after three rounds that do not count."""
+    clock = Clock(torch.device(device))
+    for _ in range(3):
+        act()
+    ticks = [clock.tick()]
+    for _ in range(rounds):
+        act()
+        ticks.append(clock.tick())
+    return statistics.median(clock.between(ticks))
+
+
+def curve(args: argparse.Namespace) -> dict[str, Any]:
+    """The debug model's losses, by step, of the device in bfloat16 and of the CPU in float32."""
+    n_steps = 4 if args.small else 60
+    config = ["--config", str(ROOT / "configs" / "debugmodel.toml"), "--training.steps", str(n_steps)]
+    with tempfile.TemporaryDirectory() as folder:
+        began = perf_counter()
+        reference = losses(Path(folder) / "cpu", *config, "--job.device", "cpu")
+        seconds = perf_counter() - began
+        half = ["--training.mixed-precision-param", "bfloat16", "--compile.enable"]
+        found = losses(Path(folder) / "device", *config, *half, "--job.device", args.device)
+    distances = [abs(a - b) for a, b in zip(found, reference, strict=True)]
+    return {
+        "is_right": distances[0] <= MOST_APART_AT_FIRST and max(distances) <= MOST_APART,
+        "first_apart": round(distances[0], 5),
+        "most_apart": round(max(distances), 5),
+        "last": [round(found[-1], 4), round(reference[-1], 4)],
+        "cpu_seconds": round(seconds, 1),
+        "losses": [round(loss, 4) for loss in found],
+    }
+
+
+def ranks(args: argparse.Namespace) -> dict[str, Any]:
+    """The losses of three short runs that must be the same, as far as bfloat16 goes."""
+    config = ["--config", str(ROOT / "configs" / "debugmodel.toml"), "--job.device", args.device]
+    config += ["--training.steps", "5", "--training.mixed-precision-param", "bfloat16"]
+    words = ["RANK=0", "WORLD_SIZE=1", "LOCAL_RANK=0", "LOCAL_WORLD_SIZE=1", "MASTER_ADDR=127.0.0.1"]
+    one_rank = dict(word.split("=") for word in [*words, "MASTER_PORT=0"])
+    offload = "--training.enable-cpu-offload"
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        runs = {
+            "alone": losses(place / "alone", *config),
+            "one_rank": losses(place / "one_rank", *config, **one_rank),
+            "offload": losses(place / "offload", *config, offload),
+            "one_rank_offload": losses(place / "one_rank_offload", *config, offload, **one_rank),
+        }
+    apart = {
+        name: max(abs(a - b) for a, b in zip(found, runs["alone"], strict=True))
+        for name, found in runs.items()
+    }
+    return {"is_right": all(distance <= MOST_APART_OF_RANKS for distance in apart.values()), "apart": apart}
+
+
+def losses(folder: Path, *words: str, **environment: str) -> list[float]:
+    """The loss of each step of a run; raises CalledProcessError if it fails."""
+    options = ["--job.dump-folder", str(folder), "--metrics.log-freq", "1", "--metrics.no-enable-tensorboard"]
+    options += ["--validation.no-enable"]
+    command = [sys.executable, str(ROOT / "torchtitan_lite" / "train.py"), *words, *options]
+    subprocess.run(command, env={**os.environ, **environment}, check=True)
+    lines = (json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def large(args: argparse.Namespace) -> dict[str, Any]:
+    """The report of step.py."""
+    words = ["--preset", "llama3-8b", "--seq", "8192", "--batch", "1", "--warmup", "3", "--steps", "10"]
+    if args.small:
+        words = [
+            "--preset",
+            "tiny",
+            "--layers",
+            "1",
+            "--seq",
+            "256",
+            "--batch",
+            "1",
+            "--warmup",
+            "1",
+            "--steps",
+            "1",
+        ]
+    else:
+        gib = torch.cuda.get_device_properties(0).total_memory / 2**30
+        words += ["--layers", str(next(layers for least, layers in LAYERS if gib >= least))]
+    options = step.parse([*words, "--dtype", "bf16", "--compile", "--device", args.device])
+    with tempfile.TemporaryDirectory() as folder:
+        return {**step.measure(options, Path(folder)), "layers": options.layers}
+
+
+ITEMS = {each.__name__: each for each in (environment, ceilings, curve, ranks, large)}
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""The items of gpu.py: what is run, for how long at most, beside what, and how large."""
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+ROUNDS = 2
+"""How often the programs that are compared run, in turns."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """A command that passes when it ends with status 0."""
+
+    name: str
+    lane: str
+    """Items of a lane run one after the other."""
+    seconds: int
+    """After which it is ended."""
+    words: tuple[str, ...]
+    is_tests: bool = False
+    """Whether it runs tests, of which one at least must pass."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """How large the items are, and on what."""
+
+    device: str
+    small: bool
+    python: str
+    here: Path
+    peers: Path | None = None
+    """A folder with other programs."""
+    commands: tuple[str, ...] = ()
+    """More of them, as command lines."""
+
+    def script(self, name: str, *words: object) -> tuple[str, ...]:
+        """A script of this folder."""
+        return self.python, str(self.here / name), *(str(word) for word in words)
+
+    def step(self, size: str, *words: object, few: bool = False) -> tuple[str, ...]:
+        """step.py at a size; with `few`, only what compiles: two blocks, two steps."""
+        words = *self.shape(size), *words, "--dtype", "bf16", "--device", self.device, "--json"
+        counts = (
+            ("--warmup", 1, "--steps", 1, "--layers", 2)
+            if few or self.small
+            else ("--warmup", 5, "--steps", 15)
+        )
+        return self.script("step.py", *words, *counts)
+
+    def shape(self, size: str) -> tuple[object, ...]:
+        """Preset and tokens, as options of step.py."""
+        if self.small:
+            return "--preset", "tiny", "--seq", 256, "--batch", 2
+        if size == "large":
+            return "--preset", "llama3-8b", "--seq", 8192, "--batch", 1
+        return "--preset", "qwen3-0.6b", "--seq", 4096, "--batch", 4
+
+    @property
+    def rivals(self) -> dict[str, tuple[str, ...]]:
+        """The programs to compare with."""
+        shape = (
+            "--preset tiny --seq 256 --batch 2" if self.small else "--preset qwen3-0.6b --seq 4096 --batch 4"
+        )
+        more = "--warmup 1 --steps 1" if self.small else "--warmup 5 --steps 15"
+        options = shlex.split(f"{shape} {more} --dtype bf16 --compile --device {self.device}")
+        known = {
+            "torchtitan": ("torchtitan022_trainer.py", "--attn", "sdpa"),
+            "transformers": ("hf_trainer.py", "--bare"),
+        }
+        found = {}
+        for name, (script, *words) in known.items():
+            if self.peers and (self.peers / script).is_file():
+                found[name] = (self.python, str(self.peers / script), *words, *options)
+        named = {f"other-{n}": tuple(shlex.split(line)) for n, line in enumerate(self.commands, start=1)}
+        return {**found, **named}
+
+
+PACKED = ("--documents", 16, 700)
+ONE, VARLEN, FLEX = (
+    ("--attention", "sdpa"),
+    ("--attention", "varlen", *PACKED),
+    ("--attention", "flex", *PACKED),
+)
+"""What is compiled in both commands: options of step.py."""
+
+
+def items_of(what: str, sizes: Sizes) -> list[Item]:
+    """The items of `check` or `speed`; on a CPU, those that one can do."""
+    return check(sizes) if what == "check" else speed(sizes)
+
+
+def check(sizes: Sizes) -> list[Item]:
+    """Is it right? The longest lanes first, as there may be more of them than run at a time."""
+    on_gpu = [
+        Item("combinations", "combinations", 300, tests(sizes, "parallel"), is_tests=True),
+        Item("kernels", "kernels", 280, tests(sizes, "attention"), is_tests=True),
+        *cells(sizes),
+        Item("resume", "resume", 200, tests(sizes, "checkpoint"), is_tests=True),
+        Item("one-wait", "tests", 120, tests(sizes, "training"), is_tests=True),
+        Item("generate", "tests", 120, tests(sizes, "inference"), is_tests=True),
+        Item("loss", "tests", 120, tests(sizes, "models"), is_tests=True),
+        Item("ranks", "ranks", 160, seen(sizes, "ranks")),
+    ]
+    anywhere = [
+        Item("environment", "environment", 60, seen(sizes, "environment")),
+        Item("curve", "environment", 200, seen(sizes, "curve")),
+        Item("cache-one", "caches", 150, sizes.step("", *ONE, "--compile", few=True)),
+        Item("cache-varlen", "caches", 150, sizes.step("", *VARLEN, "--compile", few=True)),
+        Item("cache-flex", "caches", 150, sizes.step("", *FLEX, "--compile", few=True)),
+        Item("cache-large", "caches", 150, sizes.step("large", *ONE, "--compile", few=True)),
+        *(Item(f"cache-{name}", "peers", 150, words) for name, words in sizes.rivals.items()),
+    ]
+    return (on_gpu if sizes.device == "cuda" else []) + anywhere
+
+
+def tests(sizes: Sizes, folder: str) -> tuple[str, ...]:
+    """The tests of a folder that need a GPU, on one."""
+    options = "-m gpu -q -ra -p no:cacheprovider --durations 5"
+    return sizes.python, "-m", "pytest", *shlex.split(options), f"tests/{folder}"
+
+
+def cells(sizes: Sizes) -> list[Item]:
+    """Waits, copies, breaks and recompiles of every way to train, by backend."""
+    few = ("--steps", 4, "--seq", 256) if sizes.small else ("--jobs", 4)
+    how = "eager" if sizes.small else "*"
+    return [
+        Item(f"cells-{backend}", f"cells-{backend}", 300, sizes.script(
+            "counts.py", "--json", "--where", *few, "--cells",
+            f"{backend}/packed/{how}/*/alone", f"{backend}/one/{how}/none/alone",
+            f"{backend}/packed/{how}/none/window",
+        ))
+        for backend in ("varlen", "sdpa", "flex")
+    ]  # fmt: skip
+
+
+def seen(sizes: Sizes, name: str) -> tuple[str, ...]:
+    """What gpu_items.py finds out."""
+    return sizes.script("gpu_items.py", name, "--device", sizes.device, *["--small"] * sizes.small)
+
+
+def speed(sizes: Sizes) -> list[Item]:
+    """How fast is it? The first round of the comparison, then each other figure, then the second round.
+
+    The programs are in turns, as a card slows down while it warms up; should the time run out, there is one
+    round, and all other figures.
+    """
+    first, second = ([*rivals_in_turn(sizes, number)] for number in range(1, ROUNDS + 1))
+    loss = ("--vocabularies", 512) if sizes.small else ("--vocabularies", 151936)
+    rows = ("--rows", 256, "--dim", 64) if sizes.small else ("--rows", 16384, "--dim", 1024)
+    between = {
+        "packed-varlen": (45, sizes.step("", *VARLEN, "--compile")),
+        "packed-flex": (45, sizes.step("", *FLEX, "--compile")),
+        "packed-sdpa": (45, sizes.step("", *ONE, *PACKED, "--compile")),
+        "large": (60, seen(sizes, "large")),
+        "loss": (
+            40,
+            sizes.script("loss.py", *loss, *rows, "--dtype", "bf16", "--device", sizes.device, "--json"),
+        ),
+        "eager": (40, sizes.step("", *ONE)),
+    }
+    return [
+        Item("ceilings", "speed", 30, seen(sizes, "ceilings")),
+        *first,
+        *(Item(name, "speed", seconds, words) for name, (seconds, words) in between.items()),
+        *second,
+    ]
+
+
+def rivals_in_turn(sizes: Sizes, number: int) -> list[Item]:
+    """A round of our step and those of the others."""
+    ours = Item(f"ours-{number}", "speed", 45, sizes.step("", *ONE, "--compile"))
+    others = (Item(f"{name}-{number}", "speed", 60, words) for name, words in sizes.rivals.items())
+    return [ours, *others]
