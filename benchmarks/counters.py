@@ -83,14 +83,17 @@ def _function(symbol: str) -> Callable[..., int]:
 def by_profiler(act: Callable[[], object]) -> Counts:
     """Counts of torch's profiler, of the calls that begin within `act`."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
+    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
         with torch.profiler.record_function(_SPAN):
             act()
         # So that the last copies are in the trace; this wait and the profiler's own are outside of the span.
         torch.cuda.synchronize()
     assert profile.profiler is not None and profile.profiler.kineto_results is not None
     events = [(e.name(), e.start_ns(), e.end_ns()) for e in profile.profiler.kineto_results.events()]
-    return counts_of(events)
+    found = counts_of(events)
+    if not found.launches:
+        raise RuntimeError("the profiler saw no launch: CUPTI does not work here")
+    return found
 
 
 def counts_of(events: Iterable[tuple[str, int, int]]) -> Counts:

@@ -2,7 +2,8 @@
 
     benchmarks/counts.py                                    # all cells, on a GPU, counted by torch's profiler
     benchmarks/counts.py --cells 'varlen/*/compiled/*' '*/cp-*' --jobs 8 --json
-    benchmarks/counts.py --counter SYMBOL --also SYMBOL     # by functions of a library: see counters.py
+    benchmarks/counts.py --counter SYMBOL --also SYMBOL     # by functions of a library (counters.py), which
+                                                            # COUNTERS in the environment names as well
 
 A cell is attention/rows/how/recompute/with, such as varlen/packed/compiled/full/alone; `plain` is no backend
 but the model of plain_model.py. Every cell is a process of its own, or two: cp, tp and fsdp want two GPUs.
@@ -107,7 +108,8 @@ def main() -> None:
     args = parse(sys.argv[1:])
     chosen = [c for c in all_cells() if any(fnmatchcase(c.name, pattern) for pattern in args.cells)]
     # What a cell is held against is counted too.
-    cells = [cell for cell in all_cells() if cell in {*chosen, *(c.plain for c in chosen)}]
+    plain = {cell.plain for cell in chosen if args.device == "cuda"}
+    cells = [cell for cell in all_cells() if cell in {*chosen, *plain}]
     rows: dict[Cell, dict[str, Any]] = {}
     with ThreadPoolExecutor(args.jobs) as pool:
         for cell, row in zip(cells, pool.map(lambda cell: measure(cell, args), cells), strict=True):
@@ -116,7 +118,9 @@ def main() -> None:
             print(json.dumps(rows[cell]) if args.json else progress(rows[cell]), flush=True)
     if not args.json:
         print(table(rows, args))
-    sys.exit(1 if any(row["missed"] for row in rows.values()) else 0)
+    missing = [f"{row['cell']} ({', '.join(row['missed'])})" for row in rows.values() if row["missed"]]
+    print(f"{len(rows)} cells, {len(missing)} miss a goal: {', '.join(missing)}", file=sys.stderr)
+    sys.exit(1 if missing else 0)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -131,9 +135,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=1, help="cells at the same time")
     parser.add_argument("--timeout", type=float, default=300, help="seconds of a cell")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="cpu: graphs alone")
-    parser.add_argument("--counter", metavar="SYMBOL", help="of a library that counts")
+    named = os.environ.get("COUNTERS", "").split()
+    parser.add_argument("--counter", metavar="SYMBOL", default=next(iter(named), None), help="of a library")
     parser.add_argument(
-        "--also", metavar="SYMBOL", nargs="+", default=[], help="more launches, of its others"
+        "--also", metavar="SYMBOL", nargs="+", default=named[1:], help="others of it, of launches"
     )
     parser.add_argument("--where", action="store_true", help="the lines at which a step waits")
     parser.add_argument("--json", action="store_true", help="a line for each cell")
@@ -160,6 +165,7 @@ def measure(cell: Cell, args: argparse.Namespace) -> dict[str, Any]:
     except EOFError:
         found = {"error": "died"}
     for rank in ranks:
+        rank.join(0 if "error" in found else 10)  # what has not ended by then waits for a rank that has
         rank.kill()
         rank.join()
     return {"cell": cell.name, **found}

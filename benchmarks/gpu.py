@@ -7,7 +7,7 @@ $OUT (outputs/benchmarks) gets results.jsonl, a line for each item, and logs.tgz
 An item that the time left is too short for is skipped, and has not passed. The last line says what passed;
 the exit status is 1 if anything has not.
 
-Read from the environment: SIZE=small and DEVICE=cpu try it out anywhere; SECONDS_IN_ALL (320); LANES, how
+Read from the environment: SIZE=small and DEVICE=cpu try it out anywhere; SECONDS_IN_ALL (310); LANES, how
 many at a time (half of the cores, 8 at most); CACHE, a folder that outlasts `check` (outputs/gpu-cache);
 PEERS, a folder with other programs; PACKAGES, where gpu.sh has put the wheels.
 """
@@ -66,7 +66,7 @@ def main() -> None:
     n_lanes = int(environment.get("LANES", min(8, max(1, cores // 2)))) if args.what == "check" else 1
     run = Run(
         out=Path(environment.get("OUT", "outputs/benchmarks")),
-        seconds=float(environment.get("SECONDS_IN_ALL", 320)),
+        seconds=float(environment.get("SECONDS_IN_ALL", 310)),
         environment=variables(sizes, args.what, cores, n_lanes),
     )
     if args.what == "speed":

@@ -154,6 +154,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         losses.append(step())
         clock.wait()  # as the programs do that it is compared with
         ticks.append(clock.tick())
+    peak = peak_memory_gib(trainer.device)  # before the device's speed is measured
     seconds = clock.between(ticks)
     timed = seconds[args.warmup :]
     return {
@@ -163,9 +164,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "first_step_s": round(seconds[0], 3),
         "loss_first": round(losses[0], 4),
         "loss_last": round(losses[-1], 4),
-        "peak_mem_gib" if args.device == "cuda" else "peak_rss_gib": round(
-            peak_memory_gib(trainer.device), 3
-        ),
+        "peak_mem_gib" if args.device == "cuda" else "peak_rss_gib": round(peak, 3),
         "phases": clock.shares(sum(timed)),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

@@ -1,12 +1,23 @@
 """The benchmarks run, and print what those who compare with them rely on."""
 
+import importlib
 import json
+import os
+import re
 import subprocess
 import sys
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import programs
 import pytest
+import torch
+
+from torchtitan_lite.attention import Sdpa
+from torchtitan_lite.models.qwen3 import PRESETS
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 TINY = ("--layers", "1", "--seq", "64", "--batch", "2", "--warmup", "1", "--steps", "3", "--device", "cpu")
@@ -21,6 +32,17 @@ def benchmark(script: str, *words: str) -> str:
     done = programs.run([BENCHMARKS / script, *words])
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+@pytest.fixture
+def scripts(monkeypatch) -> Iterator[Callable[[str], Any]]:
+    """`scripts("gpu")` is benchmarks/gpu.py as a module."""
+    before = set(sys.modules)
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    yield importlib.import_module
+    for name in set(sys.modules) - before:
+        if Path(getattr(sys.modules[name], "__file__", None) or "").parent == BENCHMARKS:
+            del sys.modules[name]
 
 
 def line(script: str, *words: str):
@@ -131,30 +153,185 @@ def test_starts_are_timed():
 @pytest.mark.slow
 @pytest.mark.compiler
 @pytest.mark.timeout(900)
-def test_what_is_run_on_a_gpu_runs_on_a_cpu_too(tmp_path):
+@pytest.mark.parametrize("words", [("check", "--items", "environment", "curve", "cache-one"), ("speed",)])
+def test_what_is_run_on_a_gpu_runs_on_a_cpu_too(words, tmp_path):
     done = subprocess.run(
-        [str(BENCHMARKS / "cuda.sh")],
+        [str(BENCHMARKS / "gpu.sh"), *words],
         env={
             "PATH": "/usr/bin:/bin",
             "HOME": str(tmp_path),
             "DEVICE": "cpu",
             "PYTHON": sys.executable,
             "OUT": str(tmp_path / "out"),
+            "CACHE": str(tmp_path / "cache"),
+            "WHEELS": str(tmp_path / "none"),
+            "SECONDS_IN_ALL": "800",
         },
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
-    made = {path.stem for path in (tmp_path / "out").glob("*.json") if path.stat().st_size}
-    assert made >= {
-        "step-sdpa",
-        "step-varlen",
-        "step-flex",
-        "packed-sdpa",
-        "step-eager",
-        "large-1",
-        "attention-sdpa",
-        "attention-flex",
-        "loss",
-    }
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = [json.loads(result) for result in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    assert done.stdout.splitlines()[-1] == f"{words[0]}: {len(results)} of {len(results)} passed"
+    figures = {result["item"]: result["figures"] for result in results}
+    if words[0] == "speed":
+        assert figures.keys() >= {
+            "ceilings",
+            "ours-1",
+            "packed-varlen",
+            "packed-flex",
+            "eager",
+            "large",
+            "loss",
+        }
+        assert figures["ours-2"]["tokens_per_s_median"] > 0 and figures["ceilings"]["tflops"] > 0
+    else:
+        assert 0 < figures["curve"]["most_apart"] < 0.05
+
+
+NAMES = {"passes": "print('{\"x\": 1}')", "fails": "print(1); 1/0", "hangs": "import signal; signal.pause()"}
+
+
+def test_an_item_passes_fails_or_is_ended_and_the_rest_is_skipped_without_time(scripts, tmp_path):
+    gpu, table = scripts("gpu"), scripts("gpu_table")
+    items = [
+        table.Item(name, "lane", 0.3 if name == "hangs" else 60, (sys.executable, "-c", code))
+        for name, code in NAMES.items()
+    ]
+    run = gpu.Run(out=tmp_path, seconds=100, environment=dict(os.environ))
+    results = run.all(items, 1)
+    assert [result["status"] for result in results] == ["passed", "failed", "timeout"]
+    assert results[0]["figures"] == {"x": 1} and "ZeroDivisionError" in results[1]["figures"]["why"]
+    skipped = gpu.Run(out=tmp_path / "late", seconds=0, environment={}).all(items[:1], 1)
+    assert gpu.last_line("check", [*results, *skipped]) == (
+        "check: 1 of 4 passed; failed: fails; timeout: hangs; skipped: passes"
+    )
+    written = (tmp_path / "results.jsonl").read_text().splitlines()
+    assert [json.loads(result) for result in written] == results
+    with tarfile.open(tmp_path / "logs.tgz") as logs:
+        assert {f"logs/{name}.log" for name in NAMES} < set(logs.getnames())
+
+
+STARTED = """
+import os, signal, sys
+os.write(os.open(sys.argv[1], os.O_WRONLY), b"x")
+print("up", flush=True)
+signal.pause()
+"""
+STARTS = """
+import subprocess, sys
+started = subprocess.Popen([sys.executable, "-c", sys.argv[1], sys.argv[2]], stdout=subprocess.PIPE)
+started.stdout.readline()
+"""
+
+
+def test_what_an_item_has_started_ends_with_it(scripts, tmp_path):
+    gpu, table = scripts("gpu"), scripts("gpu_table")
+    os.mkfifo(tmp_path / "fifo")
+    reader = os.open(tmp_path / "fifo", os.O_RDONLY | os.O_NONBLOCK)
+    words = (sys.executable, "-c", STARTS, STARTED, str(tmp_path / "fifo"))
+    run = gpu.Run(out=tmp_path, seconds=100, environment=dict(os.environ))
+    assert run.all([table.Item("starts", "lane", 60, words)], 1)[0]["status"] == "passed"
+    os.set_blocking(reader, True)
+    assert os.read(reader, 2) == b"x" and os.read(reader, 1) == b""  # the end: nobody has it open any more
+    os.close(reader)
+
+
+def test_tests_that_are_all_skipped_have_not_passed(scripts, tmp_path):
+    gpu, table = scripts("gpu"), scripts("gpu_table")
+    for words, status in (("2 passed, 1 skipped in 3.2s", "passed"), ("3 skipped in 0.1s", "failed")):
+        command = (sys.executable, "-c", f"print('==== {words} ====')")
+        run = gpu.Run(out=tmp_path, seconds=100, environment=dict(os.environ))
+        (result,) = run.all([table.Item("tests", "lane", 60, command, is_tests=True)], 1)
+        assert (result["status"], result["figures"]["tests"]) == (status, words.partition(" in ")[0])
+
+
+def test_items_have_names_of_their_own_and_other_programs_are_in_turns(scripts, tmp_path):
+    table = scripts("gpu_table")
+    (tmp_path / "hf_trainer.py").touch()
+    parts = {"python": "python", "here": BENCHMARKS, "peers": tmp_path, "commands": ("other --fast",)}
+    for device, small in (("cuda", False), ("cuda", True), ("cpu", True)):
+        sizes = table.Sizes(device=device, small=small, **parts)
+        for what in ("check", "speed"):
+            names = [item.name for item in table.items_of(what, sizes)]
+            assert len(set(names)) == len(names)
+    first, second = (names.index(f"ours-{number}") for number in (1, 2))
+    assert names[first : first + 3] == ["ours-1", "transformers-1", "other-1-1"]
+    assert names[second : second + 3] == ["ours-2", "transformers-2", "other-1-2"]
+
+
+def test_the_wheels_for_a_gpu_are_the_versions_that_are_tested():
+    def pins(file: Path) -> dict[str, str]:
+        lines = (text.partition("#")[0].strip() for text in file.read_text().splitlines())
+        names = (text.split("==") for text in lines if text)
+        return {name.replace("_", "-").lower(): number for name, number in names}
+
+    wheels, tested = pins(BENCHMARKS / "gpu-wheels.txt"), pins(BENCHMARKS.parent / "constraints.txt")
+    assert wheels.keys() - tested.keys() == {"torchtitan", "torchdata"}
+    assert {name: tested.get(name, number) for name, number in wheels.items()} == wheels
+
+
+# As torch's profiler names them on a GPU; (name, start, end) in nanoseconds.
+TRACE = (
+    ("cudaLaunchKernel", 1, 2), ("the steps that count", 10, 100), ("the steps that count", 12, 130),
+    ("cudaLaunchKernel", 20, 21), ("cuLaunchKernelEx", 22, 23), ("cudaLaunchKernelExC", 24, 25),
+    ("void at::native::kernel", 26, 27), ("cudaMemcpyAsync", 30, 31), ("cudaMemcpyAsync", 32, 33),
+    ("Memcpy HtoD (Pageable -> Device)", 40, 41), ("Memcpy HtoD (Pinned -> Device)", 42, 43),
+    ("Memcpy DtoD (Device -> Device)", 44, 45), ("cudaStreamSynchronize", 50, 60), ("cudaEventQuery", 61, 62),
+    ("cudaMemsetAsync", 70, 71), ("Memcpy DtoH (Device -> Pinned)", 105, 106),
+    ("cudaDeviceSynchronize", 110, 120),
+)  # fmt: skip
+
+
+def test_a_trace_is_counted_within_the_steps(scripts):
+    counted = scripts("counters").counts_of(TRACE)
+    assert vars(counted) == {"launches": 3, "waits": 1, "to_device": 2, "pageable": 1, "to_host": 1}
+
+
+def test_what_misses_a_goal_is_marked(scripts):
+    counts = scripts("counts")
+    row = {"cell": "a", "launches": 112.0, "waits": 2.0, "pageable": 1.0, "breaks": 0, "recompiles": 3}
+    judged = counts.judged(row, 100.0)
+    assert judged["of_plain"] == 1.12 and judged["missed"] == ["launches", "waits", "pageable", "recompiles"]
+    assert (
+        counts.judged({**row, "launches": 110.0, "waits": 1.0, "pageable": 0, "recompiles": 0}, 100.0)[
+            "missed"
+        ]
+        == []
+    )
+    assert counts.judged({"cell": "a", "error": "died"}, 100.0)["missed"] == ["error"]
+
+
+def test_graphs_are_counted_on_a_cpu():
+    words = ("--device", "cpu", "--cells", "sdpa/packed/eager/none/alone", "--steps", "3", "--seq", "64")
+    row = line("counts.py", *words)
+    assert (row["graphs"], row["breaks"], row["recompiles"], row["missed"]) == (0, 0, 0, [])
+
+
+def test_the_plain_model_is_our_model(scripts, monkeypatch):
+    plain = scripts("plain_model")
+    config = replace(PRESETS["debugmodel"], n_layers=2, vocab_size=64, sliding_window=5)
+    decoder = config.build()
+
+    def attend(q_THK, k_TGK, v_TGK, cu, *_: object, window_size):
+        positions_BS = torch.cat([torch.arange(n) for n in cu.diff().tolist()])[None]
+        mask = Sdpa().mask(positions_BS, sliding_window=window_size[0] + 1)
+        return Sdpa().build()(q_THK[None], k_TGK[None], v_TGK[None], mask)[0]
+
+    monkeypatch.setattr(plain, "varlen", lambda _: (attend, {}))
+    model = plain.Model(config, torch.float32, "none")
+    names = {"embedding": "embedding", "norm": "norm", "attention_norm": "norms.0", "ffn_norm": "norms.1"}
+    ours = {re.sub(r"\.(attention|ffn)\.", ".", name): p for name, p in decoder.named_parameters()}
+    ours = {re.sub(r"(attention|ffn)_norm", lambda m: names[m[0]], name): p for name, p in ours.items()}
+    model.load_state_dict({**ours, "head.weight": decoder.head_weight_VD})
+    lengths = [9, 2, 13]
+    positions_T = torch.cat([torch.arange(n) for n in lengths])
+    tokens_T, labels_T = torch.randint(64, (2, 24), generator=torch.Generator().manual_seed(0))
+    labels_T[::5] = -100
+    cu = torch.tensor([0, 9, 11, 24], dtype=torch.int32)
+    found = model(tokens_T, positions_T, labels_T, cu, torch.empty(13, 0))
+    mask = Sdpa().mask(positions_T[None], sliding_window=5)
+    loss_sum, count = decoder(tokens_T[None], positions_T[None], mask, labels_T[None])
+    torch.testing.assert_close(found, loss_sum / count)
+    assert sum(p.numel() for p in model.parameters()) == config.n_params
