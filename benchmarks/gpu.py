@@ -8,7 +8,7 @@ An item that the time left is too short for is skipped, and has not passed. The 
 the exit status is 1 if anything has not.
 
 Read from the environment: SIZE=small and DEVICE=cpu try it out anywhere; SECONDS_IN_ALL (310); LANES, how
-many at a time (half of the cores, 8 at most); CACHE, a folder that outlasts `check` (outputs/gpu-cache);
+many at a time (three to four cores); CACHE, a folder that outlasts `check` (outputs/gpu-cache);
 PEERS, a folder with other programs; PACKAGES, where gpu.sh has put the wheels.
 """
 
@@ -63,7 +63,7 @@ def main() -> None:
         sys.exit(f"no such items: {' '.join(unknown)}; there are {' '.join(item.name for item in items)}")
     items = [item for item in items if item.name in args.items or not args.items]
     cores = os.cpu_count() or 1
-    n_lanes = int(environment.get("LANES", min(8, max(1, cores // 2)))) if args.what == "check" else 1
+    n_lanes = int(environment.get("LANES", max(1, cores * 3 // 4))) if args.what == "check" else 1
     run = Run(
         out=Path(environment.get("OUT", "outputs/benchmarks")),
         seconds=float(environment.get("SECONDS_IN_ALL", 310)),

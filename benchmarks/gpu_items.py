@@ -35,6 +35,7 @@ MOST_APART = 0.05
 MOST_APART_AT_FIRST = 0.01
 """In the first step, whose weights are the same."""
 MOST_APART_OF_RANKS, N_STEPS_OF_RANKS = 1e-2, 5
+NO_CURVE = 1e9
 LAYERS = ((120, 24), (70, 14), (40, 6), (0, 2))
 """From so many GiB of memory on, so many blocks of 8,192 tokens fit."""
 
@@ -163,11 +164,11 @@ def ranks(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def apart(found: list[float], expected: list[float]) -> float:
-    """The largest distance of two curves in any step; infinite where one is shorter or has no number."""
+    """The largest distance of two curves in any step; NO_CURVE where one is shorter or has no number."""
     if len(found) != len(expected):
-        return math.inf
+        return NO_CURVE
     distances = [abs(a - b) for a, b in zip(found, expected, strict=True)]
-    return math.inf if any(map(math.isnan, distances)) else max(distances)
+    return max(distances) if all(map(math.isfinite, distances)) else NO_CURVE
 
 
 def losses(folder: Path, *words: str, **environment: str) -> list[float]:

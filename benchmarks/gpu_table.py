@@ -37,13 +37,11 @@ class Sizes:
         return self.python, str(self.here / name), *(str(word) for word in words)
 
     def step(self, size: str, *words: object, few: bool = False) -> tuple[str, ...]:
-        """step.py at a size; with `few`, only what compiles: two blocks, two steps."""
+        """step.py at a size; with `few`, only what compiles: a block, two steps."""
         words = *self.shape(size), *words, "--dtype", "bf16", "--device", self.device, "--json"
-        counts = (
-            ("--warmup", 1, "--steps", 1, "--layers", 2)
-            if few or self.small
-            else ("--warmup", 5, "--steps", 15)
-        )
+        counts = ("--warmup", 5, "--steps", 15)
+        if few or self.small:
+            counts = ("--warmup", 1, "--steps", 1, "--layers", 1)
         return self.script("step.py", *words, *counts)
 
     def shape(self, size: str) -> tuple[object, ...]:
@@ -91,13 +89,16 @@ def items_of(what: str, sizes: Sizes) -> list[Item]:
 def check(sizes: Sizes) -> list[Item]:
     """Is it right? The longest lanes first, as there may be more of them than run at a time."""
     on_gpu = [
-        Item("combinations", "combinations", 300, tests(sizes, "parallel"), is_tests=True),
-        Item("kernels", "kernels", 280, tests(sizes, "attention"), is_tests=True),
-        *cells(sizes),
-        Item("resume", "resume", 200, tests(sizes, "checkpoint"), is_tests=True),
-        Item("one-wait", "tests", 120, tests(sizes, "training"), is_tests=True),
-        Item("generate", "tests", 120, tests(sizes, "inference"), is_tests=True),
-        Item("loss", "tests", 120, tests(sizes, "models"), is_tests=True),
+        *(
+            Item(f"combinations-{kind}", f"combinations-{kind}", 300, tests(sizes, "parallel", kind), True)
+            for kind in ("varlen", "sdpa", "flex")
+        ),
+        Item("cells", "cells", 300, cells(sizes)),
+        Item("kernels", "kernels", 280, tests(sizes, "attention"), True),
+        Item("resume", "resume", 200, tests(sizes, "checkpoint"), True),
+        Item("one-wait", "tests", 120, tests(sizes, "training"), True),
+        Item("generate", "tests", 120, tests(sizes, "inference"), True),
+        Item("loss", "tests", 120, tests(sizes, "models"), True),
         Item("ranks", "ranks", 160, seen(sizes, "ranks")),
     ]
     anywhere = [
@@ -107,29 +108,24 @@ def check(sizes: Sizes) -> list[Item]:
         Item("cache-varlen", "caches", 150, sizes.step("", *VARLEN, "--compile", few=True)),
         Item("cache-flex", "caches", 150, sizes.step("", *FLEX, "--compile", few=True)),
         Item("cache-large", "caches", 150, sizes.step("large", *ONE, "--compile", few=True)),
-        *(Item(f"cache-{name}", f"cache-{name}", 290, words) for name, words in sizes.rivals.items()),
+        # One after the other, as each takes half of the GPU's memory.
+        *(Item(f"cache-{name}", "peers", 290, words) for name, words in sizes.rivals.items()),
     ]
     return (on_gpu if sizes.device == "cuda" else []) + anywhere
 
 
-def tests(sizes: Sizes, folder: str) -> tuple[str, ...]:
-    """The tests of a folder that need a GPU, on one."""
-    options = "-m gpu -q -ra -p no:cacheprovider --durations 5"
-    return sizes.python, "-m", "pytest", *shlex.split(options), f"tests/{folder}"
+def tests(sizes: Sizes, folder: str, name: str = "") -> tuple[str, ...]:
+    """The tests of a folder that need a GPU; with `name`, those that have it in theirs."""
+    options = shlex.split("-m gpu -q -ra -p no:cacheprovider --durations 5")
+    return sizes.python, "-m", "pytest", *options, *(["-k", name] if name else []), f"tests/{folder}"
 
 
-def cells(sizes: Sizes) -> list[Item]:
-    """Waits, copies, breaks and recompiles of every way to train, by backend."""
-    few = ("--steps", 4, "--seq", 256) if sizes.small else ("--jobs", 4)
+def cells(sizes: Sizes) -> tuple[str, ...]:
+    """Waits, copies, breaks and recompiles of each backend, with each kind of recompute, and compiled."""
+    few = ("--steps", 4, "--seq", 256) if sizes.small else ("--jobs", 8)
     how = "eager" if sizes.small else "*"
-    return [
-        Item(f"cells-{backend}", f"cells-{backend}", 300, sizes.script(
-            "counts.py", "--json", "--where", *few, "--cells",
-            f"{backend}/packed/{how}/*/alone", f"{backend}/one/{how}/none/alone",
-            f"{backend}/packed/{how}/none/window",
-        ))
-        for backend in ("varlen", "sdpa", "flex")
-    ]  # fmt: skip
+    names = f"*/packed/{how}/*/alone", f"*/one/{how}/none/alone", f"*/packed/{how}/none/window"
+    return sizes.script("counts.py", "--json", "--where", *few, "--cells", *names)
 
 
 def seen(sizes: Sizes, name: str) -> tuple[str, ...]:

@@ -23,10 +23,10 @@ from ctypes import CDLL
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import torch
+from clock import Clock
 from torch import Tensor
 
 from torchtitan_lite.models.loss import IGNORE, chunk_rows, linear_cross_entropy, reference_cross_entropy
@@ -155,21 +155,16 @@ def compute(way: str, x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> tupl
 
 def milliseconds(sizes: Sizes, n_rounds: int) -> dict[str, float]:
     """The median of each way, in turns."""
-    inputs = sizes.inputs()
+    inputs, clock = sizes.inputs(), Clock(torch.device(sizes.device))
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     for _ in range(n_rounds + 1):
         for way in WAYS:
-            began = time_on(sizes.device)
+            clock.wait()
+            ticks = [clock.tick()]
             compute(way, *inputs)
-            seconds[way].append(time_on(sizes.device) - began)
+            clock.wait()
+            seconds[way] += clock.between([*ticks, clock.tick()])
     return {way: statistics.median(found[1:]) * 1e3 for way, found in seconds.items()}
-
-
-def time_on(device: str) -> float:
-    """The time, when the device has done all that it was given."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return perf_counter()
 
 
 def extra_bytes(sizes: Sizes, way: str) -> int:
