@@ -107,9 +107,9 @@ def check(sizes: Sizes) -> list[Item]:
         Item("cache-one", "caches", 150, sizes.step("", *ONE, "--compile", few=True)),
         Item("cache-varlen", "caches", 150, sizes.step("", *VARLEN, "--compile", few=True)),
         Item("cache-flex", "caches", 150, sizes.step("", *FLEX, "--compile", few=True)),
-        Item("cache-large", "caches", 150, sizes.step("large", *ONE, "--compile", few=True)),
-        # One after the other, as each takes half of the GPU's memory.
-        *(Item(f"cache-{name}", "peers", 290, words) for name, words in sizes.rivals.items()),
+        # One after the other, as each takes a third of the GPU's memory or more.
+        *(Item(f"cache-{name}", "large", 290, words) for name, words in sizes.rivals.items()),
+        Item("cache-large", "large", 150, sizes.step("large", *ONE, "--compile", few=True)),
     ]
     return (on_gpu if sizes.device == "cuda" else []) + anywhere
 
