@@ -55,7 +55,7 @@ def main() -> None:
         small=environment.get("SIZE") == "small" or environment.get("DEVICE") == "cpu",
         python=sys.executable,
         here=HERE,
-        peers=Path(environment["PEERS"]) if environment.get("PEERS") else None,
+        peers=Path(environment["PEERS"]).absolute() if environment.get("PEERS") else None,
         commands=tuple(args.commands),
     )
     items = items_of(args.what, sizes)

@@ -72,13 +72,9 @@ class Sizes:
         return {**found, **named}
 
 
-PACKED = ("--documents", 16, 700)
-ONE, VARLEN, FLEX = (
-    ("--attention", "sdpa"),
-    ("--attention", "varlen", *PACKED),
-    ("--attention", "flex", *PACKED),
-)
-"""What is compiled in both commands: options of step.py."""
+ONE = ("--attention", "sdpa")
+"""Each sample one document."""
+PACKED = {kind: ("--attention", kind, "--documents", 16, 700) for kind in ("varlen", "flex", "sdpa")}
 
 
 def items_of(what: str, sizes: Sizes) -> list[Item]:
@@ -105,8 +101,10 @@ def check(sizes: Sizes) -> list[Item]:
         Item("environment", "environment", 60, seen(sizes, "environment")),
         Item("curve", "environment", 200, seen(sizes, "curve")),
         Item("cache-one", "caches", 150, sizes.step("", *ONE, "--compile", few=True)),
-        Item("cache-varlen", "caches", 150, sizes.step("", *VARLEN, "--compile", few=True)),
-        Item("cache-flex", "caches", 150, sizes.step("", *FLEX, "--compile", few=True)),
+        *(
+            Item(f"cache-{kind}", "caches", 150, sizes.step("", *options, "--compile", few=True))
+            for kind, options in PACKED.items()
+        ),
         # One after the other, as each takes a third of the GPU's memory or more.
         *(Item(f"cache-{name}", "large", 290, words) for name, words in sizes.rivals.items()),
         Item("cache-large", "large", 150, sizes.step("large", *ONE, "--compile", few=True)),
@@ -146,11 +144,11 @@ def speed(sizes: Sizes) -> list[Item]:
         Item("ceilings", "speed", 30, seen(sizes, "ceilings")),
         *first,
         Item("loss", "speed", 40, sizes.script("loss.py", *loss, "--device", sizes.device)),
-        Item("packed-varlen", "speed", 45, sizes.step("", *VARLEN, "--compile")),
+        Item("packed-varlen", "speed", 45, sizes.step("", *PACKED["varlen"], "--compile")),
         Item("large", "speed", 60, seen(sizes, "large")),
         *second,
-        Item("packed-flex", "speed", 45, sizes.step("", *FLEX, "--compile")),
-        Item("packed-sdpa", "speed", 45, sizes.step("", *ONE, *PACKED, "--compile")),
+        Item("packed-flex", "speed", 45, sizes.step("", *PACKED["flex"], "--compile")),
+        Item("packed-sdpa", "speed", 45, sizes.step("", *PACKED["sdpa"], "--compile")),
         Item("eager", "speed", 40, sizes.step("", *ONE)),
     ]
 
