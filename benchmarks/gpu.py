@@ -100,8 +100,7 @@ def variables(sizes: Sizes, what: str, cores: int, n_lanes: int) -> dict[str, st
         "TT022": os.environ.get("TT022", os.environ.get("PACKAGES", "")),
     }
     if what == "check" and sizes.device == "cuda":
-        threads = str(max(1, cores // n_lanes))
-        found |= {"OMP_NUM_THREADS": threads, "TORCHINDUCTOR_COMPILE_THREADS": threads}
+        found |= {"OMP_NUM_THREADS": str(max(1, cores // n_lanes)), "TORCHINDUCTOR_COMPILE_THREADS": "4"}
     return found
 
 

@@ -8,6 +8,7 @@ large         a step of Llama-3 8B's shape, with as many blocks as the card's me
 """
 
 import argparse
+import gc
 import json
 import math
 import os
@@ -192,27 +193,26 @@ def losses(folder: Path, *words: str, **environment: str) -> list[float]:
 def large(args: argparse.Namespace) -> dict[str, Any]:
     """The report of step.py."""
     words = ["--preset", "llama3-8b", "--seq", "8192", "--batch", "1", "--warmup", "3", "--steps", "10"]
+    layers = 1
     if args.small:
-        words = [
-            "--preset",
-            "tiny",
-            "--layers",
-            "1",
-            "--seq",
-            "256",
-            "--batch",
-            "1",
-            "--warmup",
-            "1",
-            "--steps",
-            "1",
-        ]
-    else:
+        words = ["--preset", "tiny", "--seq", "256", "--batch", "1", "--warmup", "1", "--steps", "1"]
+    elif args.device == "cuda":
         gib = torch.cuda.get_device_properties(0).total_memory / 2**30
-        words += ["--layers", str(next(layers for least, layers in LAYERS if gib >= least))]
+        layers = next(layers for least, layers in LAYERS if gib >= least)
     options = step.parse([*words, "--dtype", "bf16", "--compile", "--device", args.device])
-    with tempfile.TemporaryDirectory() as folder:
-        return {**step.measure(options, Path(folder)), "layers": options.layers}
+    refused = []
+    while True:
+        options.layers = layers
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                return {**step.measure(options, Path(folder)), "layers": layers, "too_many_layers": refused}
+            except torch.OutOfMemoryError:
+                if layers <= 2:
+                    raise
+        refused.append(layers)
+        layers -= 2
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 ITEMS = {each.__name__: each for each in (environment, ceilings, curve, ranks, large)}
