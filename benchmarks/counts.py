@@ -254,7 +254,11 @@ def judged(row: dict[str, Any], of_plain: float | None) -> dict[str, Any]:
 
 def progress(row: dict[str, Any]) -> str:
     """A line for whoever waits."""
-    why = row.get("error") or row.get("skipped") or f"misses {', '.join(row['missed']) or 'nothing'}"
+    names = ("launches", "of_plain", "waits", "pageable", "graphs", "breaks", "recompiles", "peak_gib")
+    numbers = "  ".join(f"{name} {row[name]:g}" for name in names if row.get(name) is not None)
+    why = (
+        row.get("error") or row.get("skipped") or f"{numbers}  misses {', '.join(row['missed']) or 'nothing'}"
+    )
     return "\n  ".join([f"{row['cell']}: {why}", *row.get("where", [])])
 
 
