@@ -17,6 +17,8 @@ def hide() -> None:
     A machine with one must not change what the tests of CPU runs find: two ranks with one GPU, say, or a
     package that only a GPU needs. Must run before torch looks for a GPU.
     """
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ["CUDA_VISIBLE_DEVICES"] = (
+        "-1"  # an empty variable would not reach all programs that tests start
+    )
     # torch then reads that variable, and need not start the driver, which no process could do after a fork.
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"

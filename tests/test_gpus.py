@@ -1,6 +1,7 @@
 """The tests of CPU runs see no GPU, whatever machine they are on."""
 
 import gpus
+import programs
 import pytest
 import torch
 
@@ -15,5 +16,6 @@ def test_gpus_are_there_for_tests_that_are(chosen):
     assert not gpus.are_hidden(chosen)
 
 
-def test_this_test_sees_none():
+def test_neither_this_test_nor_a_program_that_it_starts_sees_one():
     assert not torch.cuda.is_available()
+    assert programs.environment()["CUDA_VISIBLE_DEVICES"] == "-1"

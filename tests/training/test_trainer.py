@@ -86,7 +86,7 @@ def test_a_run_on_a_cpu_leaves_the_gpu_beside_it_alone(small_run, monkeypatch, t
         raise AssertionError("a GPU is used")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for name in ("_lazy_init", "get_device_capability", "get_rng_state", "current_stream"):
+    for name in ("get_device_capability", "get_rng_state", "current_stream", "synchronize"):
         monkeypatch.setattr(torch.cuda, name, used)
     saves = ("--checkpoint.enable", "--checkpoint.async-mode", "async_with_pinned_mem", "--training.steps", 1)
     trainer = Trainer(job(*small_run, "--model.attention", attention, *saves))
