@@ -76,7 +76,7 @@ def test_variables_that_make_no_sense_are_a_line(changed, line: str, environment
 
 
 def test_more_ranks_than_gpus_are_a_line(environment, monkeypatch: pytest.MonkeyPatch) -> None:
-    environment()
+    environment(CUDA_VISIBLE_DEVICES=None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(
         ConfigError, match=r"^LOCAL_WORLD_SIZE = 2 is more ranks than .* GPUs, which is 1: use "
