@@ -1,6 +1,6 @@
 """Tensor parallel with sequence parallel: each rank has a share of every matrix, and of the tokens between.
 
-B batch, S tokens of this rank's context share, s = S / tp, D model dim, V vocab.
+B batch, S tokens of this rank's context share, s = S / n on each of n ranks, D model dim, V vocab.
 
 The residual stream is split along the sequence; attention and feed-forward gather it before their column-wise
 projections and scatter the sum of their row-wise ones (https://arxiv.org/abs/2205.05198). Every parameter
@@ -129,13 +129,22 @@ def _waited(x: Tensor) -> Tensor:
     return x.wait() if isinstance(x, collectives.AsyncCollectiveTensor) else x
 
 
+def _of_all_ranks(x_BsD: Tensor, group: Any) -> Tensor:
+    """The tokens of all ranks, [B, S, D], from this rank's.
+
+    Gathered along the first dim: to put them in order along another one, torch 2.11 breaks the graph.
+    """
+    gathered_nBsD = _waited(_all_gather(x_BsD.contiguous(), 0, group)).unflatten(0, (-1, len(x_BsD)))
+    return gathered_nBsD.movedim(0, 1).flatten(1, 2)
+
+
 class _Gather(torch.autograd.Function):
     """The tokens of all ranks; backward, each rank gets the sum for its own."""
 
     @staticmethod
     def forward(ctx: Any, x_BsD: Tensor, group: Any) -> Tensor:
         ctx.group = group
-        return _waited(_all_gather(x_BsD.contiguous(), 1, group))
+        return _of_all_ranks(x_BsD, group)
 
     @staticmethod
     def backward(ctx: Any, dx_BSD: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -152,7 +161,7 @@ class _ScatterSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dx_BsD: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _waited(_all_gather(dx_BsD.contiguous(), 1, ctx.group)), None
+        return _of_all_ranks(dx_BsD, ctx.group), None
 
 
 class OwnShareOfVocabulary(nn.Module):
