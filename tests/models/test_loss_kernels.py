@@ -79,6 +79,8 @@ def test_the_loss_around_the_kernels_equals_the_reference(monkeypatch, dtype, we
 class Known(Vocabulary):
     """Some columns of the vocabulary, where the others' answers are known; notes what was told of these."""
 
+    is_whole = False
+
     def __init__(self, columns: slice, max_C: Tensor, sums_2C: Tensor) -> None:
         self.columns, self.max_C, self.sums_2C = columns, max_C, sums_2C
         self.told: list[Tensor] = []

@@ -44,6 +44,8 @@ class Vocabulary:
     One that is only a part asks those who have the others for the maximum and the sum over all.
     """
 
+    is_whole = True
+
     def rows(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The row of each label, any row where it has none here, and whether it has one."""
         here = labels != IGNORE
@@ -200,11 +202,14 @@ def _fused_cross_entropy_(
     kernels: Any, logits_CV: Tensor, labels: Labels, gradient: torch.dtype | None, vocabulary: Vocabulary
 ) -> tuple[Tensor, Tensor]:
     """What `_cross_entropy_` does by `models.loss_kernels`, with the gradient in the dtype `gradient`."""
-    own_max_C, own_sum_C, label_logit_C = kernels.row_sums(logits_CV, labels)
-    max_C = vocabulary.max(own_max_C.clone())
-    own_sum_C *= (own_max_C - max_C).exp()
-    sums_2C = torch.stack([own_sum_C, torch.where(labels.here, label_logit_C - max_C, 0)])
-    total_C, label_logit_C = vocabulary.sum(sums_2C)
+    max_C, total_C, label_logit_C = kernels.row_sums(logits_CV, labels)
+    if not vocabulary.is_whole:
+        own_max_C, max_C = max_C, vocabulary.max(max_C.clone())
+        total_C *= (own_max_C - max_C).exp()
+        sums_2C = torch.stack([total_C, torch.where(labels.here, label_logit_C - max_C, 0)])
+        total_C, label_logit_C = vocabulary.sum(sums_2C)
+    else:
+        label_logit_C -= max_C
     loss = torch.where(labels.valid, total_C.log() - label_logit_C, 0).sum()
     if gradient is None:
         return loss, logits_CV
@@ -249,11 +254,12 @@ def _project_back(
     dlogits_CV: Tensor, x_CD: Tensor, weight_VD: Tensor, dx_CD: Tensor | None, dweight_VD: Tensor | None
 ) -> None:
     """dx_CD = dlogits_CV @ weight_VD, and dweight_VD += dlogits_CV^T @ x_CD; those that are asked for."""
-    sum_CD = torch.zeros_like(x_CD, dtype=_sum_dtype(x_CD))
+    sum_CD = torch.empty_like(x_CD, dtype=_sum_dtype(x_CD))
     for tile in _tiles(x_CD, weight_VD, dlogits_CV):
         dlogits_CT = dlogits_CV[:, tile].to(x_CD.dtype)
         if dx_CD is not None:
-            _matmul_into(sum_CD, dlogits_CT, weight_VD[tile].to(x_CD.dtype), beta=1)
+            beta = 1 if tile.start else 0
+            _matmul_into(sum_CD, dlogits_CT, weight_VD[tile].to(x_CD.dtype), beta=beta)
         if dweight_VD is not None:
             _matmul_into(dweight_VD[tile], dlogits_CT.t(), x_CD, beta=1)
     if dx_CD is not None:

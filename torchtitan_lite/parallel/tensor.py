@@ -195,6 +195,8 @@ class LogitsOfAll(nn.Module):
 class VocabularyShare:
     """What `models.loss.Vocabulary` is on one rank, for `n_rows` of the rows of the weight."""
 
+    is_whole = False
+
     def __init__(self, mesh: DeviceMesh, n_rows: int) -> None:
         self.group, self.n_rows = mesh.get_group(), n_rows
         self.start = mesh.get_local_rank() * n_rows
