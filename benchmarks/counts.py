@@ -12,8 +12,8 @@ breaks and peak memory are of all steps, and recompiles are graphs made after th
 
 The goals: one wait a step, no copy from pageable memory, no break, no recompile, and at most 1.1 times the
 launches of `plain` with the same recompute, eager or compiled, with the trainer's settings of inductor, which
-trade launches for memory. What misses a goal is marked ✗, and the exit status is then 1. The model is small (--layers, --preset): the counts of a layer are those of a large one, and
-what a step does once weighs more.
+trade launches for memory. What misses a goal is marked ✗, and the exit status is then 1. The model is small
+(--layers, --preset): the counts of a layer are those of a large one, and what a step does once weighs more.
 """
 
 import argparse
