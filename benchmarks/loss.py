@@ -143,7 +143,7 @@ def moved_bytes(sizes: Sizes, rows: int) -> int:
     logits, weight = sizes.rows * sizes.vocabulary, sizes.vocabulary * sizes.dim
     n_chunks = -(-sizes.rows // min(rows, sizes.rows))
     copied = 0 if itemsize == 4 else weight * (4 + itemsize)
-    hidden = sizes.rows * sizes.dim * (2 * itemsize + 4 + 8 + 4 + 3 * itemsize)
+    hidden = sizes.rows * sizes.dim * (2 * itemsize + 4 + 4 + 3 * itemsize)
     return logits * (12 + 3 * itemsize) + copied + weight * (n_chunks * (2 * itemsize + 8) + 12) + hidden
 
 
