@@ -115,8 +115,8 @@ MUTANTS = {
     ),
     "block size of flex dropped on the way to the mask": Mutant(
         ATTENTION + "flex.py",
-        "queries, sliding_window, self.blocks)",
-        "queries, sliding_window, (128, 128))",
+        "queries, sliding_window, self.blocks, device)",
+        "queries, sliding_window, (128, 128), device)",
         "tests/attention/test_capabilities.py::test_the_block_size_of_flex_is_that_of_its_mask_and_of_its_tiles",
     ),
     "keys and values repeated to all heads": Mutant(ATTENTION + "sdpa.py", HEADS_FIRST, REPEATED, COPIES),

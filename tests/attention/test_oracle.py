@@ -177,7 +177,7 @@ def test_what_the_flex_kernel_is_given_is_the_reference(monkeypatch, positions, 
     with torch.no_grad():
         q, k, v = (x.detach() for x in qkv(len(positions_BS), n_queries, KEYS, 6, 2))
         for window in WINDOWS:
-            block_mask = build_block_mask(positions_BS, chosen, window, (16, 16))
+            block_mask = build_block_mask(positions_BS, chosen, window, (16, 16), torch.device("cpu"))
             out = inner(q, k, v, flex.FlexMask(block_mask, None, (len(q), n_queries, KEYS)), scale=0.37)
             expected = reference_attention(q, k, v, positions_BS, chosen, window, 0.37)
             torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)

@@ -12,14 +12,20 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from torchtitan_lite.attention.mask import Ranges, intervals
 from torchtitan_lite.attention.tiles import FULL, Tile, Tiles, build_tiles
+from torchtitan_lite.attention.transfer import to_device
 
 
 def build_block_mask(
-    positions_BS: Tensor, queries: Ranges | None, sliding_window: int | None, blocks: tuple[int, int]
+    positions_BS: Tensor,
+    queries: Ranges | None,
+    sliding_window: int | None,
+    blocks: tuple[int, int],
+    device: torch.device,
 ) -> BlockMask:
     """The block mask of documents, straight from the interval of keys that each query sees.
 
-    Neither a tensor of Q x S (which `create_block_mask` makes when not compiled) nor a wait for the device.
+    Made where the positions are and then moved to `device`: on a GPU it would be sixty small kernels. There is
+    neither a tensor of Q x S (which `create_block_mask` makes when not compiled) nor a wait for the device.
     A block is full when the latest start and the earliest end of its queries' intervals enclose its keys,
     and touched when the earliest start and the latest end meet them.
     """
@@ -34,18 +40,22 @@ def build_block_mask(
     full_BMN = (first_BMq.amax(-1)[..., None] <= key_N) & (last_Mq.amin(-1)[:, None] >= key_N + blocks[1] - 1)
     partial_BMN = touched_BMN & ~full_BMN
 
-    first_BQ, last_Q = first_BQ.int(), last_Q.int()
+    first_BQ, last_Q = (to_device(x.int(), device) for x in (first_BQ, last_Q))
 
     def sees(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         return (kv >= first_BQ[b, q]) & (kv <= last_Q[q])
 
-    return BlockMask.from_kv_blocks(
+    block_mask = BlockMask.from_kv_blocks(
         *_block_list(partial_BMN),
         *_block_list(full_BMN),
         BLOCK_SIZE=blocks,
         mask_mod=sees,
         seq_lengths=(n_queries, seq_len),
     )
+    for name, value in list(vars(block_mask).items()):
+        if isinstance(value, Tensor):
+            setattr(block_mask, name, to_device(value, device))
+    return block_mask
 
 
 def _blocked(x_Q: Tensor, size: int, fill: int) -> Tensor:

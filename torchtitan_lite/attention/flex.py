@@ -18,7 +18,6 @@ from torchtitan_lite.attention.capabilities import FLOATS, HALVES, INSTALL_FA4, 
 from torchtitan_lite.attention.mask import Ranges, check_inputs, check_positions
 from torchtitan_lite.attention.tile_kernels import attend
 from torchtitan_lite.attention.tiles import Tiles
-from torchtitan_lite.attention.transfer import to_device
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +145,7 @@ class Flex:
         batch, seq_len = positions_BS.shape
         if device.type == "cpu" and bool((positions_BS == positions_BS[:1]).all()):
             positions_BS = positions_BS[:1]  # equal rows: one batch for every kernel call
-        block_mask = build_block_mask(to_device(positions_BS, device), queries, sliding_window, self.blocks)
+        block_mask = build_block_mask(positions_BS, queries, sliding_window, self.blocks, device)
         shape = batch, block_mask.seq_lengths[0], seq_len
         if device.type != "cpu":
             return FlexMask(block_mask, None, shape)
