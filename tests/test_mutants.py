@@ -230,7 +230,7 @@ MUTANTS = {
         FSDP_2,
     ),
     "gradients of shards averaged over ranks": Mutant(
-        PARALLEL + "fsdp.py", "            module.set_gradient_divide_factor(1.0)\n", "", FSDP_2
+        PARALLEL + "fsdp.py", "        module.set_gradient_divide_factor(1.0)\n", "", FSDP_2
     ),
     "gradients of norms not summed over tensor parallel": Mutant(
         TRAINER, "        sum_partial(parameters)\n", "", TP_2
@@ -243,8 +243,8 @@ MUTANTS = {
     ),
     "the gradient norm of a rank's own shard": Mutant(
         TRAINER,
-        "norm = squares.sqrt()",
-        "norm = squared_norm(parameters, self.world.size).to(loss).sqrt()",
+        "norm, max_norm = square**0.5,",
+        "norm, max_norm = squares.item() ** 0.5,",
         FSDP_2,
     ),
     "copies of a gradient counted as shards of it": Mutant(

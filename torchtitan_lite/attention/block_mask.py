@@ -24,7 +24,7 @@ def build_block_mask(
 ) -> BlockMask:
     """The block mask of documents, straight from the interval of keys that each query sees.
 
-    Made where the positions are and then moved to `device`: on a GPU it would be sixty small kernels. There is
+    Made where the positions are, then moved to `device`: on a GPU it would be sixty small kernels. There is
     neither a tensor of Q x S (which `create_block_mask` makes when not compiled) nor a wait for the device.
     A block is full when the latest start and the earliest end of its queries' intervals enclose its keys,
     and touched when the earliest start and the latest end meet them.
