@@ -69,7 +69,7 @@ def main() -> None:
         seconds=float(environment.get("SECONDS_IN_ALL", 310)),
         environment=variables(sizes, args.what, cores, n_lanes),
     )
-    if args.what == "speed":
+    if args.what == "speed" and "TORCHINDUCTOR_CACHE_DIR" not in environment:  # else it is the user's
         forget_choices(Path(run.environment["TORCHINDUCTOR_CACHE_DIR"]))
     results = run.all(items, n_lanes)
     print(last_line(args.what, results), flush=True)
@@ -96,6 +96,7 @@ def variables(sizes: Sizes, what: str, cores: int, n_lanes: int) -> dict[str, st
         "TRITON_CACHE_DIR": str(cache / "triton"),
         **os.environ,
         "PYTHONUNBUFFERED": "1",
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # another machine's may warn, and warnings are errors
         "HF_HUB_OFFLINE": "1",
         "TT022": os.environ.get("TT022", os.environ.get("PACKAGES", "")),
     }
@@ -127,10 +128,12 @@ class Run:
         lanes = {item.lane: [other for other in items if other.lane == item.lane] for item in items}
         with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(n_lanes) as pool:
             self.logs = Path(folder)
-            done = pool.map(lambda lane: [self.one(item) for item in lane], lanes.values())
-            results = {result["item"]: result for lane in done for result in lane}
-            with tarfile.open(self.out / "logs.tgz", "w:gz") as archive:
-                archive.add(folder, "logs")
+            try:
+                done = pool.map(lambda lane: [self.one(item) for item in lane], lanes.values())
+                results = {result["item"]: result for lane in done for result in lane}
+            finally:
+                with tarfile.open(self.out / "logs.tgz", "w:gz") as archive:
+                    archive.add(folder, "logs")
         return [results[item.name] for item in items]
 
     def one(self, item: Item) -> dict[str, Any]:
@@ -184,11 +187,20 @@ def kill(process: subprocess.Popen[Any]) -> None:
 
 def figures_of(text: str) -> dict[str, Any]:
     """What an item has found: its last line of JSON, or all where there are more, or pytest's last words."""
-    lines = [json.loads(line) for line in text.splitlines() if line.startswith("{") and line.endswith("}")]
+    lines = [found for line in text.splitlines() if (found := table_of(line))]
     if lines:
         return lines[0] if len(lines) == 1 else {"rows": lines}
     tests = _TESTS.findall(text)
     return {"tests": tests[-1]} if tests else {}
+
+
+def table_of(line: str) -> dict[str, Any] | None:
+    """The JSON object that a line is; None for any other line, such as what Python prints of a dict."""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def described(result: dict[str, Any]) -> str:

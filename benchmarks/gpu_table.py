@@ -106,15 +106,15 @@ def check(sizes: Sizes) -> list[Item]:
             for kind, options in PACKED.items()
         ),
         # One after the other, as each takes a third of the GPU's memory or more.
-        *(Item(f"cache-{name}", "large", 290, words) for name, words in sizes.rivals.items()),
         Item("cache-large", "large", 150, sizes.step("large", *ONE, "--compile", few=True)),
+        *(Item(f"cache-{name}", "large", 290, words) for name, words in sizes.rivals.items()),
     ]
     return (on_gpu if sizes.device == "cuda" else []) + anywhere
 
 
 def tests(sizes: Sizes, folder: str, name: str = "") -> tuple[str, ...]:
     """The tests of a folder that need a GPU; with `name`, those that have it in theirs."""
-    options = shlex.split("-m gpu -q -ra -p no:cacheprovider --durations 5")
+    options = shlex.split("-m gpu -q -ra -p no:cacheprovider -p pytest_timeout --durations 5")
     return sizes.python, "-m", "pytest", *options, *(["-k", name] if name else []), f"tests/{folder}"
 
 

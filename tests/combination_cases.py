@@ -268,7 +268,9 @@ def curves_on_gpus(runs: Sequence[Sequence[str]]) -> list[Curve]:
 
 def _meet_again(backend: str, store: Store) -> None:
     rank, size = dist.get_rank(), dist.get_world_size()
-    dist.barrier()  # a rank that leaves cuts off another that is still joining
+    # A rank that leaves cuts off another that is still joining.
+    on_gpus = dist.get_backend() == "nccl"
+    dist.barrier(device_ids=[torch.cuda.current_device()] if on_gpus else None)
     dist.destroy_process_group()
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
 

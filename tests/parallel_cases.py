@@ -32,6 +32,11 @@ from torchtitan_lite.training.step import TrainingConfig
 from torchtitan_lite.training.trainer import Trainer
 
 
+def device_of_a_tensor_on_a_gpu() -> str:
+    """Of one that this rank makes."""
+    return str(torch.zeros(2, device="cuda").device)
+
+
 def sum_over_ranks(value: int) -> tuple[int, int, float]:
     """This rank, the number of ranks, and the sum of value + rank over them."""
     total = torch.tensor(float(value + dist.get_rank()))

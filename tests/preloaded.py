@@ -2,6 +2,10 @@
 
 import contextlib
 import gc
+import os
+
+# torch 2.11 looks for a GPU when it imports its benchmarker, after which no fork could use one.
+os.environ["TORCHINDUCTOR_USE_EXPERIMENTAL_BENCHMARKER"] = "0"
 
 from programs import RankOfTorchrun, exit_functions_noted
 

@@ -243,7 +243,7 @@ MUTANTS = {
     ),
     "the gradient norm of a rank's own shard": Mutant(
         TRAINER,
-        "norm, max_norm = square**0.5,",
+        "norm, max_norm = max(square, 0.0) ** 0.5,",
         "norm, max_norm = squares.item() ** 0.5,",
         FSDP_2,
     ),

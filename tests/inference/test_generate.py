@@ -120,8 +120,10 @@ def test_a_gpu_is_waited_for_once_a_token(sampling: Sampling) -> None:
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
-        generate(model, PROMPTS[:1], max_new_tokens=n_new, eos_id=None, sampling=sampling)
-        torch.cuda.set_sync_debug_mode("default")
+        try:
+            generate(model, PROMPTS[:1], max_new_tokens=n_new, eos_id=None, sampling=sampling)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
     waits = [f"{one.filename}:{one.lineno}" for one in seen if "called a synchronizing" in str(one.message)]
     assert len(waits) == n_new and len(set(waits)) == 1, waits
 

@@ -18,6 +18,12 @@ from ranks import RankFailed
 TESTS = Path(__file__).parents[1]
 
 
+@pytest.mark.gpu
+def test_a_rank_can_use_a_gpu(ranks) -> None:
+    """Of a process that has looked for one, no fork can: torch must not look when it is imported."""
+    assert ranks(1).run(cases.device_of_a_tensor_on_a_gpu) == ["cuda:0"]
+
+
 def test_results_come_in_rank_order_from_one_process_group(ranks) -> None:
     assert ranks(2).run(cases.sum_over_ranks, 10) == [(0, 2, 21.0), (1, 2, 21.0)]
 

@@ -74,7 +74,9 @@ def test_a_step_waits_for_the_gpu_once(small_run, attention) -> None:
 def test_all_that_a_step_copies_to_the_gpu_is_pinned(small_run, attention) -> None:
     trainer = on_a_gpu(small_run, attention, sliding_window=20)
     trainer.train_step()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True
+    ) as profile:
         trainer.train_step()
     copies = [event.name for event in profile.events() or () if event.name.startswith("Memcpy HtoD")]
     assert copies and all("Pinned" in name for name in copies), copies

@@ -252,7 +252,10 @@ def _put_together(
     k_BSGK: Tensor,
     v_BSGK: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of all tokens, from those of each run; keys that runs share get the sum."""
+    """The gradients of all tokens, from those of each run; keys that runs share get the sum.
+
+    Of two terms in the dtype of the keys: this rank's chunks are two runs at most.
+    """
     if _is_whole(calls, q_BQHK, k_BSGK):
         (found,) = gradients
         dq, dk, dv = (
@@ -277,11 +280,14 @@ def _(dout_BQHK, q_BQHK, k_BSGK, v_BSGK, out_BQHK, lse_HT, table, cumulative, sc
 
 def _save(ctx, inputs, output) -> None:
     q_BQHK, k_BSGK, v_BSGK, table, cumulative, *ctx.options = inputs
+    ctx.set_materialize_grads(False)  # no zeros for the log-sum-exp, of which there is no gradient
     ctx.save_for_backward(q_BQHK, k_BSGK, v_BSGK, *output)
     ctx.runs = table, cumulative  # shared by every layer of the micro-batch: not this layer's to count
 
 
 def _backward(ctx, dout_BQHK, dlse_HT):
+    if dout_BQHK is None:
+        return (None,) * 8
     grads = attend_runs_backward(dout_BQHK, *ctx.saved_tensors, *ctx.runs, *ctx.options)
     return *grads, None, None, None, None, None
 

@@ -119,7 +119,8 @@ def _gradient(
     label = tl.where(tl.load(here + row), tl.load(labels + row), -1)
     is_valid, top, total = tl.load(valid + row), tl.load(maxima + row), tl.load(totals + row)
     scale = 1.0 / total
-    for start in range(0, n_columns, BLOCK):
+    # One stage: no load of a later turn may come before the store of this one.
+    for start in tl.range(0, n_columns, BLOCK, num_stages=1):
         columns = start + tl.arange(0, BLOCK)
         x = tl.exp(tl.load(logits + columns, mask=columns < n_columns, other=0.0) - top)
         x = tl.where(columns == label, x - total, x) * scale

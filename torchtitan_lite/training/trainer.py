@@ -329,7 +329,7 @@ class Trainer:
         flags = (torch.full_like(loss, is_set) for is_set in (self.is_asked(), self.has_failed()))
         # The step's one read from the device, at the last moment at which the weights are still untouched.
         loss_value, square, asked, failed = self.world.sum(torch.stack([*both, *flags])).tolist()
-        norm, max_norm = square**0.5, self.job.training.max_norm
+        norm, max_norm = max(square, 0.0) ** 0.5, self.job.training.max_norm
         if max_norm and norm > max_norm:  # else all gradients would be moved, to be multiplied by 1
             scale(parameters, max_norm / norm)
         self.stop_asked, self.save_failed = asked > 0, failed > 0
