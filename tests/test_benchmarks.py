@@ -190,7 +190,11 @@ def test_what_is_run_on_a_gpu_runs_on_a_cpu_too(words, tmp_path):
         assert 0 < figures["curve"]["most_apart"] < 0.05
 
 
-NAMES = {"passes": "print('{\"x\": 1}')", "fails": "print(1); 1/0", "hangs": "import signal; signal.pause()"}
+NAMES = {
+    "passes": "print({'no': 'JSON'}); print('{\"x\": 1}')",
+    "fails": "print(1); 1/0",
+    "hangs": "import signal; signal.pause()",
+}
 
 
 def test_an_item_passes_fails_or_is_ended_and_the_rest_is_skipped_without_time(scripts, tmp_path):
