@@ -38,7 +38,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not shutil.which(CXX):
         absent["compiler"] = f"no C++ compiler here ({CXX} is not on PATH; CXX names another)"
     for item in items:
-        for marker in absent.keys() & item.keywords.keys():
+        for marker in filter(item.get_closest_marker, absent):
             item.add_marker(pytest.mark.skip(reason=absent[marker]))
 
 

@@ -49,7 +49,10 @@ SOON = ("--comm.train-timeout-seconds", 5)
 
 
 def wrong_run(folder: Path, action: str, where: str, rank: int, options: Sequence[str]) -> list[object]:
-    """The words of a run in which `rank` (-1: each) does `action` in place of its third step."""
+    """The words of a run in which `rank` (-1: each) does `action` in its third step.
+
+    In a method of the trainer: by `reduce_and_clip` the ranks have met, so that all are in their third step.
+    """
     (folder / "wrong.py").write_text(WRONG.format(action=action))
     return ["wrong.py", where, rank, *options, *TIMEOUTS]
 
@@ -62,7 +65,7 @@ def wrong(tmp_path: Path, small_run):
         action: str,
         *options: object,
         rank: int = 1,
-        where: str = "train_step",
+        where: str = "reduce_and_clip",
         processes: int = 2,
         fresh: bool = False,
     ) -> AbstractContextManager[Launched]:
