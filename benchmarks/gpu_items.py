@@ -102,7 +102,7 @@ def ceilings(args: argparse.Namespace) -> dict[str, Any]:
     product = median_seconds(lambda: torch.mm(a, b, out=out), rounds, args.device)
     copy = median_seconds(lambda: target.copy_(source), rounds, args.device)
     return {
-        "tflops": round(2 * size**3 / product / 1e12, 1),
+        "tflops": round(2 * size**3 / product / 1e12, 3),
         "gb_per_s": round(2 * n_bytes / copy / 1e9, 1),
         "product_size": size,
         "copy_bytes": n_bytes,
