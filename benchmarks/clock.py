@@ -1,4 +1,4 @@
-"""Moments on a device, by CUDA events where there is a GPU, and the time by phase."""
+"""Measures time on a device, by CUDA events on a GPU, and the time of each phase of a step."""
 
 from itertools import pairwise
 from time import perf_counter
@@ -10,27 +10,27 @@ PHASES = ("data", "forward", "loss", "backward", "clip", "optimizer")
 
 
 class Clock:
-    """Time by phase: what lies between two marks belongs to the phase that the second one names."""
+    """Time by phase: the time between two marks belongs to the phase that the second mark names."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._marks: list[tuple[str, Any]] = []
 
     def mark(self, phase: str) -> None:
-        """The phase ends here; "" for what belongs to none."""
+        """End a phase here; "" ends a time that belongs to no phase."""
         self._marks.append((phase, self.tick()))
 
     def forget(self) -> None:
-        """Count from here."""
+        """Drop all marks."""
         self._marks.clear()
 
     def wait(self) -> None:
-        """Until the device has done all that it was given."""
+        """Wait until the device has finished all its work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
     def tick(self) -> Any:
-        """A moment: on a GPU, that at which it has done all that it was given so far."""
+        """A moment. On a GPU: when the device has finished all the work that it has been given so far."""
         if self.device.type == "cpu":
             return perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -45,7 +45,7 @@ class Clock:
         return [before.elapsed_time(after) / 1e3 for before, after in pairwise(ticks)]
 
     def shares(self, seconds: float) -> dict[str, float]:
-        """Each phase's share of `seconds`, and what is left."""
+        """Each phase's share of `seconds`, and the rest."""
         found: dict[str, float] = dict.fromkeys(PHASES, 0.0)
         phases, ticks = [phase for phase, _ in self._marks], [tick for _, tick in self._marks]
         for phase, spent in zip(phases[1:], self.between(ticks), strict=False):

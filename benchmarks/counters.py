@@ -1,10 +1,12 @@
-"""What steps ask of a GPU, counted: by torch's profiler, or by functions of a library that counts for us.
+"""Counts what training steps ask of a GPU: with torch's profiler, or with a counting library.
 
-A library that is loaded before CUDA's runtime, and passes calls on or does nothing, can count them without
-a GPU. Such a library exports `long SYMBOL(int)`, whose argument says of what the count is: `_PLACES` below.
+A counting library is loaded before CUDA's runtime and takes its calls. If the library does nothing else with
+them, no GPU is needed. It exports `long SYMBOL(int what)`; `_PLACES` lists the values of `what`.
 """
 
+import argparse
 import ctypes
+import os
 import re
 import traceback
 import warnings
@@ -17,7 +19,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-# Product is a call of cuBLAS, which such a library does not let come to a launch.
+# "products" are calls of cuBLAS: the library takes them whole, so their launches are not seen.
 _PLACES = {"launches": 0, "waits": 1, "to_device": 2, "to_host": 3, "products": 5, "pageable": 9}
 _SPAN = "the steps that count"
 _LAUNCH = re.compile(r"(cudaLaunch(Cooperative)?Kernel|cuLaunch(Cooperative)?Kernel|cudaGraphLaunch)")
@@ -26,45 +28,65 @@ _WAIT = re.compile(r"(cuda(Device|Stream|Event)Synchronize|cu(Ctx|Stream|Event)S
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """Of all steps that were counted."""
+    """Totals over all counted steps."""
 
     launches: int
-    """Kernels, matrix products included."""
+    """Kernel launches, matrix products included."""
     waits: int
-    """Calls that return when the device has done something."""
+    """Calls that block the host until the device has finished some work."""
     to_device: int
-    """Copies from the host."""
+    """Copies from host to device."""
     pageable: int
-    """Those of them whose source is not pinned."""
+    """Copies from host to device whose source is not pinned."""
     to_host: int
-    """Copies to the host."""
+    """Copies from device to host."""
 
     def per_step(self, n_steps: int) -> dict[str, float]:
-        """Each count by step."""
+        """Each count divided by the number of steps."""
         return {name: round(count / n_steps, 2) for name, count in vars(self).items()}
 
 
 Counting = Callable[[Callable[[], object]], Counts]
-"""Does what it is given, and counts what that asks of the device."""
+"""Calls a function and counts what the function asks of the device."""
 
 
-def by_symbols(symbol: str, also: Iterable[str] = ()) -> Counting:
-    """Counts of a library in this process; `also` are functions `long SYMBOL(void)`, all of launches.
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add --counter and --also, which name the functions of a counting library.
 
-    They are looked for in the driver's library too, which Triton calls without the runtime.
+    COUNTERS="SYMBOL SYMBOL ..." in the environment gives their defaults.
+    """
+    first, *others = os.environ.get("COUNTERS", "").split() or [None]
+    parser.add_argument("--counter", metavar="SYMBOL", default=first, help="the counter of a library")
+    parser.add_argument(
+        "--also", metavar="SYMBOL", nargs="+", default=others, help="its further counters of launches"
+    )
+
+
+def reader(symbol: str, also: Iterable[str] = ()) -> Callable[[], Counts]:
+    """What a library that is loaded in this process has counted so far.
+
+    `symbol` names its counter. `also` names functions `long SYMBOL(void)` that count further launches: Triton
+    calls the driver without the runtime, so the driver's library is searched too.
     """
     counter = _function(symbol)
     others = [_function(name) for name in also]
 
-    def read() -> dict[str, int]:
+    def read() -> Counts:
         found = {name: counter(place) for name, place in _PLACES.items()}
         found["launches"] += found.pop("products") + sum(other() for other in others)
-        return found
+        return Counts(**found)
+
+    return read
+
+
+def by_symbols(symbol: str, also: Iterable[str] = ()) -> Counting:
+    """Count with a library: see `reader`."""
+    read = reader(symbol, also)
 
     def counting(act: Callable[[], object]) -> Counts:
-        before = read()
+        before = vars(read())
         act()
-        return Counts(**{name: count - before[name] for name, count in read().items()})
+        return Counts(**{name: count - before[name] for name, count in vars(read()).items()})
 
     return counting
 
@@ -81,12 +103,12 @@ def _function(symbol: str) -> Callable[..., int]:
 
 
 def by_profiler(act: Callable[[], object]) -> Counts:
-    """Counts of torch's profiler, of the calls that begin within `act`."""
+    """Count the calls that begin within `act`, with torch's profiler."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities, acc_events=True) as profile:
         with torch.profiler.record_function(_SPAN):
             act()
-        # So that the last copies are in the trace; this wait and the profiler's own are outside of the span.
+        # Without this wait the trace lacks the last copies. The wait lies outside of the span: not counted.
         torch.cuda.synchronize()
     assert profile.profiler is not None and profile.profiler.kineto_results is not None
     events = [(e.name(), e.start_ns(), e.end_ns()) for e in profile.profiler.kineto_results.events()]
@@ -97,13 +119,13 @@ def by_profiler(act: Callable[[], object]) -> Counts:
 
 
 def counts_of(events: Iterable[tuple[str, int, int]]) -> Counts:
-    """The counts of a trace, (name, start, end) each, of which one is the span."""
+    """The counts of a trace of (name, start, end); the calls to count lie within the event _SPAN."""
     events = list(events)
-    # The span is in the trace twice: as the host's, and as the device's, which may begin later.
+    # The trace has the span twice: on the host, and on the device, where it may begin later.
     start = min(start for name, start, _ in events if name == _SPAN)
     end = next(end for name, begin, end in events if name == _SPAN and begin == start)
     calls = Counter(name for name, begin, _ in events if start <= begin <= end)
-    # Of copies only the device's part says from what memory: it may follow after the host's span.
+    # Only a copy's event on the device names the kind of memory. It may begin after the host's span.
     copies = Counter(name for name, begin, _ in events if start <= begin and name.startswith("Memcpy"))
 
     def total(names: Counter[str], is_one: Callable[[str], object]) -> int:
@@ -119,7 +141,7 @@ def counts_of(events: Iterable[tuple[str, int, int]]) -> Counts:
 
 
 def waits_of(act: Callable[[], object]) -> list[str]:
-    """The lines of the repository at which `act` waits for the device, as torch sees it."""
+    """The lines of the repository at which `act` waits for the device, by torch's sync debug mode."""
     found: list[str] = []
 
     def note(message: Warning | str, *_: Any) -> None:
@@ -139,7 +161,7 @@ def waits_of(act: Callable[[], object]) -> list[str]:
 
 
 def _where() -> str:
-    """The innermost line of the repository that is being run, apart from this file's."""
+    """The innermost line of the repository on the stack; lines of this file do not count."""
     ours = [
         frame
         for frame in traceback.extract_stack()
@@ -150,7 +172,7 @@ def _where() -> str:
 
 
 def graphs() -> dict[str, int]:
-    """How many graphs torch.compile has made in this process, and at how many places it broke one off."""
+    """How many graphs torch.compile has made in this process, and how many graph breaks it met."""
     counters = torch._dynamo.utils.counters
     return {
         "graphs": counters["stats"]["unique_graphs"],

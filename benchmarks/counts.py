@@ -1,19 +1,22 @@
-"""What a step asks of a GPU, by the trainer's own step: launches, waits, copies, graphs, memory; as a table.
+"""Counts what the trainer's step asks of a GPU (launches, waits, copies, graphs, memory), and prints a table.
 
     benchmarks/counts.py                                    # all cells, on a GPU, counted by torch's profiler
     benchmarks/counts.py --cells 'varlen/*/compiled/*' '*/cp-*' --jobs 8 --json
-    benchmarks/counts.py --counter SYMBOL --also SYMBOL     # by functions of a library (counters.py), which
-                                                            # COUNTERS in the environment names as well
+    benchmarks/counts.py --counter SYMBOL --also SYMBOL     # counted by a library: see counters.py
 
-A cell is attention/rows/how/recompute/with, such as varlen/packed/compiled/full/alone; `plain` is no backend
-but the model of plain_model.py. Every cell is a process of its own, or two: cp, tp and fsdp want two GPUs.
-Every step has other documents. The first two steps are left out of the counts, which are by step; graphs,
-breaks and peak memory are of all steps, and recompiles are graphs made after the second.
+A cell is one way to train, attention/rows/how/recompute/with: varlen/packed/compiled/full/alone, for example.
+`plain` is not a backend, but the model of plain_model.py. Each cell runs in a process of its own; cells with
+cp, tp or fsdp run in two and need two GPUs. Every step gets other documents. Counts are per step, without the
+first two steps. Graphs, breaks and peak memory are those of all steps; recompiles are graphs that were made
+after the second step.
 
-The goals: one wait a step, no copy from pageable memory, no break, no recompile, and at most 1.1 times the
-launches of `plain` with the same recompute, eager or compiled, with the trainer's settings of inductor, which
-trade launches for memory. What misses a goal is marked ✗, and the exit status is then 1. The model is small
-(--layers, --preset): the counts of a layer are those of a large one, and what a step does once weighs more.
+The goals: one wait per step, no copy from pageable memory, no graph break, no recompile, and at most 1.1
+times the launches of `plain`, which has the same recompute, is eager or compiled likewise, and uses the
+trainer's settings of inductor (these trade launches for memory). A missed goal is marked ✗, and the exit
+status is 1. The model is small (--layers, --preset): a layer has as many launches as a large one, but what a
+step does only once has a larger share.
+
+The symbols of --counter and --also can also be given in the environment, as COUNTERS="SYMBOL SYMBOL ...".
 """
 
 import argparse
@@ -68,7 +71,7 @@ class Cell:
     how: str
     recompute: str
     beside: str
-    """A window, or how two ranks share the work."""
+    """"alone", "window" for a sliding window, or the way in which two ranks share the work."""
 
     @property
     def name(self) -> str:
@@ -80,12 +83,12 @@ class Cell:
 
     @property
     def plain(self) -> "Cell | None":
-        """The cell whose launches this one's are held against; two ranks have none."""
+        """The cell to compare launches with; there is none for two ranks."""
         alone = Cell("plain", "packed", self.how, self.recompute, "alone")
         return alone if self.n_ranks == 1 and self.attention != "plain" else None
 
     def options(self, args: argparse.Namespace) -> argparse.Namespace:
-        """As those of step.py."""
+        """The options of step.py for this cell."""
         words = ["--preset", args.preset, "--layers", args.layers, "--seq", args.seq, "--batch", args.batch]
         words += ["--attention", self.attention if self.attention != "plain" else "varlen"]
         words += ["--recompute", self.recompute, "--dtype", "bf16", "--device", args.device]
@@ -110,7 +113,7 @@ def all_cells() -> list[Cell]:
 def main() -> None:
     args = parse(sys.argv[1:])
     chosen = [c for c in all_cells() if any(fnmatchcase(c.name, pattern) for pattern in args.cells)]
-    # What a cell is held against is counted too.
+    # The cells to compare with are counted too.
     plain = {cell.plain for cell in chosen if args.device == "cuda"}
     cells = [cell for cell in all_cells() if cell in {*chosen, *plain}]
     rows: dict[Cell, dict[str, Any]] = {}
@@ -129,28 +132,24 @@ def main() -> None:
 def parse(argv: list[str]) -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--cells", nargs="+", default=["*"], help="patterns of names, as of files")
+    parser.add_argument("--cells", nargs="+", default=["*"], help="patterns, as a shell has for files")
     parser.add_argument("--preset", choices=step.PRESETS, default="tiny")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--seq", type=int, default=1024)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--steps", type=int, default=20, help="each with other documents")
-    parser.add_argument("--jobs", type=int, default=1, help="cells at the same time")
-    parser.add_argument("--timeout", type=float, default=300, help="seconds of a cell")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="cpu: graphs alone")
-    named = os.environ.get("COUNTERS", "").split()
-    parser.add_argument("--counter", metavar="SYMBOL", default=next(iter(named), None), help="of a library")
-    parser.add_argument(
-        "--also", metavar="SYMBOL", nargs="+", default=named[1:], help="others of it, of launches"
-    )
-    parser.add_argument("--where", action="store_true", help="the lines at which a step waits")
-    parser.add_argument("--json", action="store_true", help="a line for each cell")
+    parser.add_argument("--jobs", type=int, default=1, help="cells to run at the same time")
+    parser.add_argument("--timeout", type=float, default=300, help="seconds for a cell")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="cpu counts graphs only")
+    counters.add_options(parser)
+    parser.add_argument("--where", action="store_true", help="print the lines at which a step waits")
+    parser.add_argument("--json", action="store_true", help="print a line of JSON for each cell")
     return parser.parse_args(argv)
 
 
 def measure(cell: Cell, args: argparse.Namespace) -> dict[str, Any]:
-    """The figures of a cell from processes of its own, or why there are none."""
-    # Forks of one process with torch imported, which has not used a GPU: an import takes as long as a cell.
+    """The figures of a cell, measured in new processes, or the reason why there are none."""
+    # Importing torch takes as long as a cell, so cells are forks of a process that has it and uses no GPU.
     context = get_context("forkserver")
     context.set_forkserver_preload(["counts"])
     ours, theirs = context.Pipe(duplex=False)
@@ -168,14 +167,14 @@ def measure(cell: Cell, args: argparse.Namespace) -> dict[str, Any]:
     except EOFError:
         found = {"error": "died"}
     for rank in ranks:
-        rank.join(0 if "error" in found else 10)  # what has not ended by then waits for a rank that has
+        rank.join(0 if "error" in found else 10)  # a rank that is left waits for one that has ended
         rank.kill()
         rank.join()
     return {"cell": cell.name, **found}
 
 
 def serve(cell: Cell, args: argparse.Namespace, rank: int, port: int, results: Connection) -> None:
-    """Measure as one rank; the first reports, and any that fails."""
+    """Measure on one rank. The first rank reports the figures; a rank that fails reports its error."""
     try:
         if cell.n_ranks > 1 and args.device == "cuda" and torch.cuda.device_count() < cell.n_ranks:
             results.send({"skipped": f"wants {cell.n_ranks} GPUs"})
@@ -196,13 +195,13 @@ def serve(cell: Cell, args: argparse.Namespace, rank: int, port: int, results: C
 
 
 def figures(cell: Cell, args: argparse.Namespace, world: World, folder: Path) -> dict[str, Any]:
-    """Train for the steps of one rank and count."""
+    """Train on one rank and count."""
     options = cell.options(args)
     axis = [f"--parallelism.{word}" for word in TWO_RANKS.get(cell.beside, ())]
     job = step.job_of(options, *axis, world_size=world.size)
     n_samples = args.batch * args.steps * (2 if cell.beside == "fsdp" else 1) + args.batch
     shards = write_shards(folder, job.decoder.vocab_size, n_samples, args.seq, options.documents)
-    if args.counter:  # such a library may compute nothing, and what is read back then may be no number
+    if args.counter:  # with a library that computes nothing, losses are garbage, and may be NaN
         training.check_finite = lambda **_: None
     act = plain_step(job, options, shards) if cell.attention == "plain" else ours(job, world, shards)
     for _ in range(N_FIRST):
@@ -222,7 +221,7 @@ def figures(cell: Cell, args: argparse.Namespace, world: World, folder: Path) ->
 
 
 def counting(args: argparse.Namespace) -> counters.Counting:
-    """The way of counting that was asked for."""
+    """The chosen way of counting."""
     return counters.by_symbols(args.counter, args.also) if args.counter else counters.by_profiler
 
 
@@ -237,14 +236,14 @@ def plain_step(job: JobConfig, options: argparse.Namespace, shards: Shards) -> C
     batches = iter(Loader(Samples(shards.train, options.seq), job.debug.seed, options.batch, 0, 1))
     shape, dtype = job.decoder, job.training.compute_dtype
     device = torch.device(job.device)
-    # Of inductor, for the whole process: the trainer does so too.
+    # The trainer's settings of inductor, which are the whole process's.
     prepare_compile(job.compile, device=device.type, attention="varlen", head_dim=shape.head_dim)
     plain = plain_model.Training(shape, dtype, device, options.recompute, options.compile)
     return lambda: plain.step(next(batches))
 
 
 def judged(row: dict[str, Any], of_plain: float | None) -> dict[str, Any]:
-    """The row with its launches as times of the plain model's, and the goals that it misses."""
+    """The row, with the ratio of its launches to the plain model's and the goals that it misses."""
     times = row["launches"] / of_plain if of_plain and "launches" in row else None
     goals = {
         "launches": times is None or times <= MOST_LAUNCHES,
@@ -259,7 +258,7 @@ def judged(row: dict[str, Any], of_plain: float | None) -> dict[str, Any]:
 
 
 def progress(row: dict[str, Any]) -> str:
-    """A line for whoever waits."""
+    """A line to print when a cell is done."""
     names = ("launches", "of_plain", "waits", "pageable", "graphs", "breaks", "recompiles", "peak_gib")
     numbers = "  ".join(f"{name} {row[name]:g}" for name in names if row.get(name) is not None)
     why = (
@@ -269,7 +268,7 @@ def progress(row: dict[str, Any]) -> str:
 
 
 def table(rows: dict[Cell, dict[str, Any]], args: argparse.Namespace) -> str:
-    """In Markdown, with what it is of."""
+    """All rows in Markdown, under a line that says how they were counted."""
     way = "graphs alone" if args.device == "cpu" else f"by {'a library' if args.counter else 'the profiler'}"
     head = (
         f"{args.preset}, {args.layers} layers, {args.batch} x {args.seq} tokens, bf16, on {args.device} "
@@ -287,7 +286,7 @@ def table(rows: dict[Cell, dict[str, Any]], args: argparse.Namespace) -> str:
 
 
 def shown(row: dict[str, Any], name: str) -> str:
-    """A figure of the table."""
+    """A figure as the table shows it."""
     value = row.get(name)
     goal = "launches" if name == "of_plain" else name
     mark = " ✗" if goal in row["missed"] and name != "launches" else ""

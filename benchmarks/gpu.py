@@ -1,15 +1,19 @@
-"""Runs what is to be seen on a GPU, each item a process with a time limit; started by gpu.sh.
+"""Runs the items of `gpu.sh check` and `gpu.sh speed`: each item is a process with a time limit.
 
-    gpu.sh check [--items NAME ...]     lanes of items beside each other; fills the compile caches for `speed`
-    gpu.sh speed [COMMAND ...]          one item after the other; the commands run in turns with our step
+    gpu.sh check [--items NAME ...]     several items at a time; fills the compile caches for `speed`
+    gpu.sh speed [COMMAND ...]          one item after the other; the commands take turns with our step
 
-$OUT (outputs/benchmarks) gets results.jsonl, a line for each item, and logs.tgz, all that the items printed.
-An item that the time left is too short for is skipped, and has not passed. The last line says what passed;
-the exit status is 1 if anything has not.
+Writes two files to the folder OUT: results.jsonl has a line for each item, logs.tgz all that the items
+printed. When the time is up, the items that are left are skipped. The last line says what passed; the exit
+status is 1 if an item failed or was skipped.
 
-Read from the environment: SIZE=small and DEVICE=cpu try it out anywhere; SECONDS_IN_ALL (310); LANES, how
-many at a time (three to four cores); CACHE, a folder that outlasts `check` (outputs/gpu-cache);
-PEERS, a folder with other programs; PACKAGES, where gpu.sh has put the wheels.
+Environment variables, with their defaults:
+    OUT             outputs/benchmarks
+    CACHE           outputs/gpu-cache: a folder for what is compiled, the same for `check` and `speed`
+    PEERS           no default: a folder with other trainers
+    LANES           items at a time in `check`: three for each four cores
+    SECONDS_IN_ALL  310
+    SIZE, DEVICE    SIZE=small makes the items tiny, DEVICE=cpu needs no GPU: for trying the script out
 """
 
 import argparse
@@ -34,7 +38,7 @@ from gpu_table import Item, Sizes, items_of
 
 HERE = Path(__file__).resolve().parent
 LEAST_SECONDS = 3
-"""Nothing is begun with less time left."""
+"""An item is not started with less time left."""
 SHOWN = (
     "tests",
     "tokens_per_s_median",
@@ -62,7 +66,7 @@ def main() -> None:
     if unknown := sorted(set(args.items) - {item.name for item in items}):
         sys.exit(f"no such items: {' '.join(unknown)}; there are {' '.join(item.name for item in items)}")
     items = [item for item in items if item.name in args.items or not args.items]
-    if sizes.small:  # tried out, on a machine that may be slow and busy
+    if sizes.small:  # a trial, perhaps on a slow and busy machine
         items = [replace(item, seconds=4 * item.seconds) for item in items]
     cores = os.cpu_count() or 1
     n_lanes = int(environment.get("LANES", max(1, cores * 3 // 4))) if args.what == "check" else 1
@@ -71,7 +75,8 @@ def main() -> None:
         seconds=float(environment.get("SECONDS_IN_ALL", 310)),
         environment=variables(sizes, args.what, cores, n_lanes),
     )
-    if args.what == "speed" and "TORCHINDUCTOR_CACHE_DIR" not in environment:  # else it is the user's
+    # A cache that the user named is left alone.
+    if args.what == "speed" and "TORCHINDUCTOR_CACHE_DIR" not in environment:
         forget_choices(Path(run.environment["TORCHINDUCTOR_CACHE_DIR"]))
     results = run.all(items, n_lanes)
     print(last_line(args.what, results), flush=True)
@@ -83,22 +88,22 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="gpu.sh", description=__doc__, formatter_class=raw)
     what = parser.add_subparsers(dest="what", required=True)
     check, speed = what.add_parser("check"), what.add_parser("speed")
-    speed.add_argument("commands", nargs="*", default=[], metavar="COMMAND", help="another program")
+    speed.add_argument("commands", nargs="*", default=[], metavar="COMMAND", help="runs another program")
     for each in (check, speed):
-        each.add_argument("--items", nargs="+", default=[], metavar="NAME", help="these alone")
+        each.add_argument("--items", nargs="+", default=[], metavar="NAME", help="run only these items")
     check.set_defaults(commands=[])
     return parser.parse_args(argv)
 
 
 def variables(sizes: Sizes, what: str, cores: int, n_lanes: int) -> dict[str, str]:
-    """The environment of the items."""
+    """The environment variables of the items."""
     cache = Path(os.environ.get("CACHE", "outputs/gpu-cache")).absolute()
     found = {
         "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
         "TRITON_CACHE_DIR": str(cache / "triton"),
         **os.environ,
         "PYTHONUNBUFFERED": "1",
-        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # another machine's may warn, and warnings are errors
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # unknown plugins may warn, and warnings are errors
         "HF_HUB_OFFLINE": "1",
         "TT022": os.environ.get("TT022", os.environ.get("PACKAGES", "")),
     }
@@ -108,14 +113,14 @@ def variables(sizes: Sizes, what: str, cores: int, n_lanes: int) -> dict[str, st
 
 
 def forget_choices(cache: Path) -> None:
-    """Have inductor time its variants of a kernel again: `check` has timed them on a GPU that was busy."""
+    """Make inductor time its variants of a kernel again: `check` timed them on a busy GPU."""
     for choice in cache.rglob("*.best_config"):
         choice.unlink()
 
 
 @dataclass
 class Run:
-    """Runs items until the time is up, and keeps what became of them."""
+    """Runs items until the time is up, and records their results."""
 
     out: Path
     seconds: float
@@ -123,7 +128,7 @@ class Run:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def all(self, items: Sequence[Item], n_lanes: int) -> list[dict[str, Any]]:
-        """The results of all items, in their order; those of a lane run one after the other."""
+        """Run all items, those of one lane one after the other. Returns the results in the items' order."""
         self.deadline = monotonic() + self.seconds
         self.out.mkdir(parents=True, exist_ok=True)
         (self.out / "results.jsonl").write_text("")
@@ -139,7 +144,7 @@ class Run:
         return [results[item.name] for item in items]
 
     def one(self, item: Item) -> dict[str, Any]:
-        """Run an item and write down its result."""
+        """Run an item, and record its result."""
         left = self.deadline - monotonic()
         began = monotonic()
         if left < LEAST_SECONDS:
@@ -155,13 +160,13 @@ class Run:
         return result
 
     def outcome(self, item: Item, seconds: float) -> tuple[str, dict[str, Any]]:
-        """How an item ended, and its figures; what it prints goes into its log."""
+        """Run an item with its output in its log. Returns its status and its figures."""
         log = self.logs / f"{item.name}.log"
         with log.open("w") as file:
             file.write(f"$ {' '.join(item.words)}\n")
             file.flush()
             options = {"stdout": file, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
-            # A session of its own, so that what it has started ends with it.
+            # In a session of its own, so that its children can be ended with it.
             process = subprocess.Popen(
                 item.words, env=self.environment, cwd=HERE.parent, start_new_session=True, **options
             )
@@ -181,14 +186,14 @@ class Run:
 
 
 def kill(process: subprocess.Popen[Any]) -> None:
-    """End a process and all that it has started."""
+    """End a process and its children."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
 def figures_of(text: str) -> dict[str, Any]:
-    """What an item has found: its last line of JSON, or all where there are more, or pytest's last words."""
+    """The figures in an item's output: its line of JSON, or all such lines as rows, or pytest's summary."""
     lines = [found for line in text.splitlines() if (found := table_of(line))]
     if lines:
         return lines[0] if len(lines) == 1 else {"rows": lines}
@@ -197,7 +202,7 @@ def figures_of(text: str) -> dict[str, Any]:
 
 
 def table_of(line: str) -> dict[str, Any] | None:
-    """The JSON object that a line is; None for any other line, such as what Python prints of a dict."""
+    """The JSON object on a line, or None if the line is something else, such as a Python dict."""
     try:
         found = json.loads(line)
     except ValueError:
@@ -206,7 +211,7 @@ def table_of(line: str) -> dict[str, Any] | None:
 
 
 def described(result: dict[str, Any]) -> str:
-    """A line for whoever waits."""
+    """A line to print when an item is done."""
     figures = result["figures"]
     shown = [f"{name} {figures[name]}" for name in SHOWN if name in figures]
     if "why" in figures:
@@ -217,7 +222,7 @@ def described(result: dict[str, Any]) -> str:
 
 
 def last_line(what: str, results: Sequence[dict[str, Any]]) -> str:
-    """How many items passed, and which have not."""
+    """How many items passed, and the names of the others."""
     passed = sum(result["status"] == "passed" for result in results)
     others = {
         status: [result["item"] for result in results if result["status"] == status]

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# What is to be seen on a GPU, in two commands of at most 330 seconds each; README.md in this folder says more.
+# Checks and measures the trainer on a GPU, in two commands of at most 330 seconds each. README.md here says more.
 #   benchmarks/gpu.sh check     # is it right?
-#   benchmarks/gpu.sh speed ["command of another program" ...]     # how fast is it? alone on the GPU, after check
-# WHEELS: a folder with the packages of gpu-wheels.txt (.whl), if there is one; PYTHON: what to run them with;
-# OUT, CACHE, PEERS, DEVICE, SIZE, SECONDS, LANES: see gpu.py.
+#   benchmarks/gpu.sh speed ["command of another program" ...]     # how fast is it? After check, alone on the GPU
+# WHEELS (.whl): a folder with the packages of gpu-wheels.txt, installed if it exists. PYTHON: the Python to use.
+# The other variables are those of gpu.py: see `benchmarks/gpu.sh check --help`.
 set -euo pipefail
 
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)

@@ -1,10 +1,10 @@
-"""What gpu.py runs and no other script does: each prints a line of JSON, and ends with 1 if it is wrong.
+"""Items of gpu.py that no other script has. Each prints a line of JSON; exit status 1 means a wrong result.
 
-environment   what is installed, and on what card
-ceilings      the fastest matrix product and copy, by CUDA events: what the other figures are shares of
-curve         the debug model compiled in bfloat16, beside the same training in float32 on the CPU
-ranks         a process group of one rank, and FSDP with its shards in host memory, beside a run without
-large         a step of Llama-3 8B's shape, with as many blocks as the card's memory is good for
+environment   the card, and the versions of what is installed
+ceilings      the speeds of a large matrix product and of a large copy: what a step can reach at most
+curve         losses of the debug model, compiled in bfloat16, against the same training in float32 on the CPU
+ranks         losses with a process group of one rank, and with shards in host memory, against a plain run
+large         a step of Llama-3 8B's shape, with as many blocks as fit the card's memory
 """
 
 import argparse
@@ -32,13 +32,13 @@ PACKAGES = (
     "torch", "triton", "numpy", "pydantic", "tyro", "safetensors", "tokenizers", "transformers", "torchtitan",
 )  # fmt: skip
 MOST_APART_AT_FIRST, N_FIRST = 0.01, 5
-"""Nats by which a bfloat16 curve may leave the float32 one in each of the first steps: rounding alone."""
+"""Largest distance in nats in each of the first steps, which differ by rounding only."""
 MOST_APART, WINDOW = 0.05, 10
-"""And later, in the mean of so many steps: by then a single step may differ by twice that on any device."""
+"""Largest distance of the means of WINDOW steps. By then single steps differ by twice that on any device."""
 MOST_APART_OF_RANKS, N_STEPS_OF_RANKS = 1e-2, 5
 NO_CURVE = 1e9
 LAYERS = ((120, 24), (70, 14), (40, 6), (0, 2))
-"""From so many GiB of memory on, so many blocks of 8,192 tokens fit."""
+"""(GiB of memory, number of blocks that fit with 8,192 tokens)."""
 
 
 def main() -> None:
@@ -53,12 +53,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("item", choices=ITEMS)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
-    parser.add_argument("--small", action="store_true", help="only to see that it runs")
+    parser.add_argument("--small", action="store_true", help="tiny sizes, to see that it runs")
     return parser.parse_args(argv)
 
 
 def environment(args: argparse.Namespace) -> dict[str, Any]:
-    """What is installed, and on what card; right if torch sees the device."""
+    """The card, and the versions of what is installed. Raises if torch does not see the device."""
     found: dict[str, Any] = {name: installed(name) for name in PACKAGES}
     found |= {"python": platform.python_version(), "cores": os.cpu_count(), "cuda": torch.version.cuda}
     if args.device == "cuda":
@@ -83,7 +83,7 @@ def installed(name: str) -> str | None:
 
 
 def asked(query: str) -> str | None:
-    """What nvidia-smi says of the first GPU."""
+    """A property of the first GPU, by nvidia-smi."""
     words = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "--id=0"]
     try:
         return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
@@ -92,9 +92,9 @@ def asked(query: str) -> str | None:
 
 
 def ceilings(args: argparse.Namespace) -> dict[str, Any]:
-    """TFLOP/s of a bfloat16 product, GB/s of a copy (read and written): medians."""
+    """TFLOP/s of a bfloat16 matrix product, and GB/s of a copy (bytes read plus bytes written): medians."""
     size, n_bytes, rounds = (256, 1 << 20, 3) if args.small else (8192, 4 << 30, 30)
-    # Random: products of zeros take less power, and are faster.
+    # Random values: a product of zeros takes less power and is faster.
     a, b = (torch.randn(size, size, device=args.device).bfloat16() for _ in range(2))
     out = torch.empty_like(a)
     source = torch.randint(255, (n_bytes,), dtype=torch.uint8, device=args.device)
@@ -111,7 +111,7 @@ def ceilings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def median_seconds(act: Callable[[], object], rounds: int, device: str) -> float:
-    """By CUDA events on a GPU; after three rounds that do not count."""
+    """Median over `rounds`, by CUDA events on a GPU, after three rounds of warm-up."""
     clock = Clock(torch.device(device))
     for _ in range(3):
         act()
@@ -123,7 +123,7 @@ def median_seconds(act: Callable[[], object], rounds: int, device: str) -> float
 
 
 def curve(args: argparse.Namespace) -> dict[str, Any]:
-    """The debug model's losses, by step, of the device in bfloat16 and of the CPU in float32."""
+    """The debug model's losses by step, in bfloat16 on the device and in float32 on the CPU."""
     n_steps = 4 if args.small else 60
     config = ["--config", str(ROOT / "configs" / "debugmodel.toml"), "--training.steps", str(n_steps)]
     with tempfile.TemporaryDirectory() as folder:
@@ -145,7 +145,7 @@ def curve(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def ranks(args: argparse.Namespace) -> dict[str, Any]:
-    """The losses of three short runs that must be the same, as far as bfloat16 goes."""
+    """The losses of four short runs, which must be the same up to the rounding of bfloat16."""
     config = ["--config", str(ROOT / "configs" / "debugmodel.toml"), "--job.device", args.device]
     config += ["--training.steps", str(N_STEPS_OF_RANKS), "--training.mixed-precision-param", "bfloat16"]
     words = ["RANK=0", "WORLD_SIZE=1", "LOCAL_RANK=0", "LOCAL_WORLD_SIZE=1", "MASTER_ADDR=127.0.0.1"]
@@ -166,7 +166,7 @@ def ranks(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def apart(found: list[float], expected: list[float]) -> float:
-    """The largest distance of two curves in any step; NO_CURVE where one is shorter or has no number."""
+    """The largest distance in a step; NO_CURVE if the lengths differ or a loss is not finite."""
     if len(found) != len(expected):
         return NO_CURVE
     distances = [abs(a - b) for a, b in zip(found, expected, strict=True)]
@@ -174,24 +174,24 @@ def apart(found: list[float], expected: list[float]) -> float:
 
 
 def means(curve: list[float]) -> list[float]:
-    """The mean of every WINDOW steps."""
+    """The means of each WINDOW steps."""
     return [statistics.mean(curve[start : start + WINDOW]) for start in range(0, len(curve), WINDOW)]
 
 
 def losses(folder: Path, *words: str, **environment: str) -> list[float]:
-    """The loss of each step of a run; raises CalledProcessError if it fails."""
+    """Train, and return the loss of each step. Raises CalledProcessError if the run fails."""
     options = ["--job.dump-folder", str(folder), "--metrics.log-freq", "1", "--metrics.no-enable-tensorboard"]
     options += ["--validation.no-enable"]
     command = [sys.executable, str(ROOT / "torchtitan_lite" / "train.py"), *words, *options]
     status = subprocess.run(command, env={**os.environ, **environment}, check=False).returncode
-    if status not in (0, 75):  # 75: stopped, by what it read from the device; its curve is short
+    if status not in (0, 75):  # 75: stopped early, so its curve is short
         raise subprocess.CalledProcessError(status, command)
     lines = (json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
     return [line["loss"] for line in lines if "loss" in line]
 
 
 def large(args: argparse.Namespace) -> dict[str, Any]:
-    """The report of step.py."""
+    """The report of step.py, and the number of blocks."""
     words = ["--preset", "llama3-8b", "--seq", "8192", "--batch", "1", "--warmup", "3", "--steps", "10"]
     layers = 1
     if args.small:

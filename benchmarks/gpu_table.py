@@ -1,4 +1,4 @@
-"""The items of gpu.py: what is run, for how long at most, beside what, and how large."""
+"""The items of gpu.py: their commands, time limits, lanes and sizes."""
 
 import shlex
 from dataclasses import dataclass
@@ -11,33 +11,33 @@ class Item:
 
     name: str
     lane: str
-    """Items of a lane run one after the other."""
+    """Items of one lane run one after the other."""
     seconds: int
-    """After which it is ended."""
+    """Time limit."""
     words: tuple[str, ...]
     is_tests: bool = False
-    """Whether it runs tests, of which one at least must pass."""
+    """Whether the item runs tests; at least one of them must pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """How large the items are, and on what."""
+    """The sizes of the items, and the places of programs."""
 
     device: str
     small: bool
     python: str
     here: Path
     peers: Path | None = None
-    """A folder with other programs."""
+    """A folder with other trainers."""
     commands: tuple[str, ...] = ()
-    """More of them, as command lines."""
+    """Command lines of further programs."""
 
     def script(self, name: str, *words: object) -> tuple[str, ...]:
-        """A script of this folder."""
+        """The command of a script in this folder."""
         return self.python, str(self.here / name), *(str(word) for word in words)
 
     def step(self, size: str, *words: object, few: bool = False) -> tuple[str, ...]:
-        """step.py at a size; with `few`, only what compiles: a block, two steps."""
+        """The command of step.py at a size. `few`: one block, two steps, enough to fill the compile cache."""
         words = *self.shape(size), *words, "--dtype", "bf16", "--device", self.device, "--json"
         counts = ("--warmup", 5, "--steps", 15)
         if few or self.small:
@@ -45,7 +45,7 @@ class Sizes:
         return self.script("step.py", *words, *counts)
 
     def shape(self, size: str) -> tuple[object, ...]:
-        """Preset and tokens, as options of step.py."""
+        """The options of step.py for preset and tokens."""
         if self.small:
             return "--preset", "tiny", "--seq", 256, "--batch", 2
         if size == "large":
@@ -54,7 +54,7 @@ class Sizes:
 
     @property
     def rivals(self) -> dict[str, tuple[str, ...]]:
-        """The programs to compare with."""
+        """The commands of the programs to compare with."""
         shape = (
             "--preset tiny --seq 256 --batch 2" if self.small else "--preset qwen3-0.6b --seq 4096 --batch 4"
         )
@@ -73,17 +73,17 @@ class Sizes:
 
 
 ONE = ("--attention", "sdpa")
-"""Each sample one document."""
+"""Each row is one document."""
 PACKED = {kind: ("--attention", kind, "--documents", 16, 700) for kind in ("varlen", "flex", "sdpa")}
 
 
 def items_of(what: str, sizes: Sizes) -> list[Item]:
-    """The items of `check` or `speed`; on a CPU, those that one can do."""
+    """The items of `check` or `speed`; on a CPU, those that need no GPU."""
     return check(sizes) if what == "check" else speed(sizes)
 
 
 def check(sizes: Sizes) -> list[Item]:
-    """Is it right? The longest lanes first, as there may be more of them than run at a time."""
+    """Is it right? The longest lanes come first, since not all may run at the same time."""
     on_gpu = [
         *(
             Item(f"combinations-{kind}", f"combinations-{kind}", 300, tests(sizes, "parallel", kind), True)
@@ -105,7 +105,7 @@ def check(sizes: Sizes) -> list[Item]:
             Item(f"cache-{kind}", "caches", 150, sizes.step("", *options, "--compile", few=True))
             for kind, options in PACKED.items()
         ),
-        # One after the other, as each takes a third of the GPU's memory or more.
+        # In one lane, since each takes a third of the GPU's memory or more.
         Item("cache-large", "large", 150, sizes.step("large", *ONE, "--compile", few=True)),
         *(Item(f"cache-{name}", "large", 290, words) for name, words in sizes.rivals.items()),
     ]
@@ -113,13 +113,13 @@ def check(sizes: Sizes) -> list[Item]:
 
 
 def tests(sizes: Sizes, folder: str, name: str = "") -> tuple[str, ...]:
-    """The tests of a folder that need a GPU; with `name`, those that have it in theirs."""
+    """The command of a folder's tests for a GPU; with `name`, of those whose names contain it."""
     options = shlex.split("-m gpu -q -ra -p no:cacheprovider -p pytest_timeout --durations 5")
     return sizes.python, "-m", "pytest", *options, *(["-k", name] if name else []), f"tests/{folder}"
 
 
 def cells(sizes: Sizes) -> tuple[str, ...]:
-    """Waits, copies, breaks and recompiles of each backend, with each kind of recompute, and compiled."""
+    """The command that counts the steps of each backend, eager and compiled, with each kind of recompute."""
     few = ("--steps", 4, "--seq", 256) if sizes.small else ("--jobs", 8)
     how = "eager" if sizes.small else "*"
     names = f"*/packed/{how}/*/alone", f"*/one/{how}/none/alone", f"*/packed/{how}/none/window"
@@ -127,15 +127,15 @@ def cells(sizes: Sizes) -> tuple[str, ...]:
 
 
 def seen(sizes: Sizes, name: str) -> tuple[str, ...]:
-    """What gpu_items.py finds out."""
+    """The command of an item of gpu_items.py."""
     return sizes.script("gpu_items.py", name, "--device", sizes.device, *["--small"] * sizes.small)
 
 
 def speed(sizes: Sizes) -> list[Item]:
-    """How fast is it? What matters most comes first, in case that the time runs out.
+    """How fast is it? What matters most comes first, in case the time runs out.
 
-    The two rounds of the comparison are in turns (A B C A B C), with others between: a card slows down as it
-    warms up.
+    A card slows down as it warms up, so the comparison has two rounds in turns (A B C ... A B C), with other
+    items between them.
     """
     first, second = (rivals_in_turn(sizes, number) for number in (1, 2))
     vocabulary, rows, dim = (512, 256, 64) if sizes.small else (151936, 16384, 1024)
@@ -154,7 +154,7 @@ def speed(sizes: Sizes) -> list[Item]:
 
 
 def rivals_in_turn(sizes: Sizes, number: int) -> list[Item]:
-    """A round of our step and those of the others."""
+    """A round of the comparison: our step, then those of the others."""
     ours = Item(f"ours-{number}", "speed", 45, sizes.step("", *ONE, "--compile"))
     others = (Item(f"{name}-{number}", "speed", 75, words) for name, words in sizes.rivals.items())
     return [ours, *others]

@@ -1,21 +1,27 @@
-"""What each phase of a step computes and moves, counted as torch dispatches it: no clock, no need for a GPU.
+"""Counts the operators, bytes and launches of each phase of a step. Measures no time and needs no GPU.
 
     benchmarks/phases.py --preset tiny --dtype bf16
+    benchmarks/phases.py --device cuda --dtype bf16 --compile --counter SYMBOL     # launches: see counters.py
 
-Takes the options of step.py, without --compile: what is compiled is not dispatched. An operator that only
-makes a view counts for nothing; any other reads each tensor that it is given once, all of it, and writes each
-that it returns or changes once. Prints a line for each phase: operators, bytes read and written, and these
-bytes in units of the parameters as float32 (P).
+Takes the options of step.py. Operators and bytes are counted as torch dispatches them, so not with --compile:
+the operators of a compiled block are not dispatched one by one. An operator that only makes a view is not
+counted. Any other operator counts as reading each of its tensors once, and as writing each tensor that it
+returns or changes once. Prints a line for each phase: operators, bytes read and written, and the bytes in
+units of P, the size of all parameters in float32. With a counter, prints a line of launches for each phase.
 """
 
+import argparse
 import sys
 import tempfile
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import counters
+import step
 import torch
-from step import Clock, job_of, parse, watched_step
+from clock import Clock
 from synthetic import write_shards
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,11 +31,11 @@ from torchtitan_lite.training.trainer import Trainer
 
 
 class Traffic(TorchDispatchMode):
-    """Operators that compute, and the bytes that they are given and make."""
+    """Counts the operators that compute, and the bytes that they read and write."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.counts = 0, 0, 0
+        self.counts: tuple[int, ...] = 0, 0, 0
         """Operators, bytes read, bytes written."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -55,49 +61,78 @@ class Traffic(TorchDispatchMode):
 _FREE = ("detach", "empty", "new_empty", "lift_fresh", "_unsafe_view", "_record_function")
 _ONLY_WRITE = ("zero_", "fill_", "zeros_like", "new_zeros")
 _UNCHANGED = (("_fused_adamw_", "grads"),)
-"""What an operator says that it changes, for a loss that was scaled, and does not in our use."""
+"""Arguments that the schema says are changed, and are not: AdamW unscales gradients only with a scaler."""
 
 
 def n_bytes(these: list[Tensor]) -> int:
-    """Of all of them."""
+    """The size of all tensors together."""
     return sum(x.nbytes for x in these)
 
 
 def tensors(tree: Any) -> list[Tensor]:
-    """Those in `tree`, each once."""
+    """The tensors in `tree`, each once."""
     return list({id(x): x for x in tree_leaves(tree) if isinstance(x, Tensor)}.values())
 
 
 class Counter(Clock):
-    """Counts by phase instead of time."""
+    """A clock that counts instead of measuring time."""
 
-    def __init__(self, device: torch.device, traffic: Traffic) -> None:
+    def __init__(self, device: torch.device, read: Callable[[], tuple[int, ...]]) -> None:
         super().__init__(device)
-        self.traffic, self.before = traffic, traffic.counts
-        self.found: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
+        self.read, self.before = read, read()
+        self.found: dict[str, list[int]] = defaultdict(lambda: [0] * len(self.before))
 
     def mark(self, phase: str) -> None:
-        now = self.traffic.counts
+        now = self.read()
         for number, (a, b) in enumerate(zip(self.before, now, strict=True)):
             self.found[phase or "rest"][number] += b - a
         self.before = now
 
 
 def main() -> None:
-    args = parse(sys.argv[1:])
-    assert not args.compile, "what is compiled is not dispatched"
+    args, own = parse(sys.argv[1:])
+    if args.compile and not own.counter:
+        sys.exit("--compile wants --counter: compiled operators are not dispatched, so launches are counted")
     with tempfile.TemporaryDirectory() as folder:
-        job = job_of(args)
-        shards = write_shards(Path(folder), job.decoder.vocab_size, args.batch * 2, args.seq, args.documents)
+        job = step.job_of(args)
+        shards = write_shards(Path(folder), job.decoder.vocab_size, args.batch * 4, args.seq, args.documents)
         trainer = Trainer(job, shards=shards)
-        trainer.train_step()
-        with Traffic() as traffic:
-            counter = Counter(trainer.device, traffic)
-            watched_step(trainer, counter)()
-            counter.mark("")
-    p = 4 * job.decoder.n_params
+        for _ in range(2):
+            trainer.train_step()
+        if own.counter:
+            read = counters.reader(own.counter, own.also)
+            print_launches(count(trainer, lambda: (read().launches,)))
+        if not args.compile:
+            with Traffic() as traffic:
+                print_traffic(count(trainer, lambda: traffic.counts), 4 * job.decoder.n_params)
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, argparse.Namespace]:
+    """The options of step.py, and those of this script."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    counters.add_options(parser)
+    own, others = parser.parse_known_args(argv)
+    return step.parse(others), own
+
+
+def count(trainer: Trainer, read: Callable[[], tuple[int, ...]]) -> dict[str, list[int]]:
+    """By phase of one step, how much what `read` returns has grown."""
+    counter = Counter(trainer.device, read)
+    step.watched_step(trainer, counter)()
+    counter.mark("")
+    return counter.found
+
+
+def print_launches(found: dict[str, list[int]]) -> None:
+    for phase, (n,) in found.items():
+        print(f"{phase:10} {n:6} launches")
+
+
+def print_traffic(found: dict[str, list[int]], p: int) -> None:
     print(f"P = {p:,} bytes")
-    for phase, (n, n_read, n_written) in counter.found.items():
+    for phase, (n, n_read, n_written) in found.items():
         units = f"{n_read / p:8.2f} + {n_written / p:.2f} = {(n_read + n_written) / p:.2f} P"
         print(f"{phase:10} {n:6} operators {n_read:>16,} read {n_written:>16,} written {units}")
 

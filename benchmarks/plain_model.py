@@ -1,10 +1,10 @@
-"""A decoder of Qwen3's shape and its step, written out in plain torch: what our launches are compared with.
+"""A decoder of Qwen3's shape and its training step in plain torch, to compare our launches with.
 
 T packed tokens, D model dim, H query heads, G key/value heads, K head dim, V vocab.
 
-It has what anyone would write who knows torch's `varlen_attn`, fused AdamW and pinned copies: float32 weights
-that are cast where they are used, all logits at once, one read from the device a step. Nothing of our package
-but the shape and the batches.
+Someone who knows torch would write it like this: `varlen_attn`, fused AdamW, pinned copies, float32 weights
+that are cast where they are used, all logits at once, one read from the device per step. It takes only the
+shape and the batches from our package.
 """
 
 from collections.abc import Callable
@@ -23,21 +23,21 @@ Recompute = Literal["none", "selective", "full"]
 
 
 class Linear(nn.Linear):
-    """Without bias, in the dtype of its input."""
+    """A linear layer that computes in the dtype of its input."""
 
     def forward(self, input: Tensor) -> Tensor:
         return F.linear(input, self.weight.to(input.dtype))
 
 
 class Norm(nn.RMSNorm):
-    """In the dtype of its input."""
+    """An RMSNorm that computes in the dtype of its input."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 class Block(nn.Module):
-    """Attention and SwiGLU, each normed before and added."""
+    """Attention and SwiGLU, each with a norm before and a residual connection."""
 
     def __init__(self, shape: DecoderConfig, recompute: Recompute) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class Block(nn.Module):
         return checkpoint(self.all, *inputs, use_reentrant=False, preserve_rng_state=False, **more)
 
     def all(self, x_TD: Tensor, turns: tuple[Tensor, Tensor], cu: Tensor, longest: Tensor) -> Tensor:
-        """The block itself."""
+        """The block without recompute."""
         normed = self.norms[0](x_TD)
         q, k, v = (w(normed).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
         q_THK, k_TGK = turned(self.q_norm(q), *turns), turned(self.k_norm(k), *turns)
@@ -75,7 +75,7 @@ class Block(nn.Module):
 
 
 def varlen(is_grouped: bool) -> tuple[Callable[..., Any], dict[str, bool]]:
-    """torch's kernel for packed documents, and the word that later versions ask for grouped heads."""
+    """torch's kernel for packed documents, and its option for grouped heads, which torch 2.11 lacks."""
     from torch.nn.attention.varlen import varlen_attn
 
     asks = is_grouped and "enable_gqa" in signature(varlen_attn).parameters
@@ -83,13 +83,13 @@ def varlen(is_grouped: bool) -> tuple[Callable[..., Any], dict[str, bool]]:
 
 
 def turned(x_THK: Tensor, cos_T1F: Tensor, sin_T1F: Tensor) -> Tensor:
-    """Rotary embedding, in float32."""
+    """Rotary embedding, computed in float32."""
     a, b = x_THK.chunk(2, dim=-1)
     return torch.cat((a * cos_T1F - b * sin_T1F, b * cos_T1F + a * sin_T1F), dim=-1).to(x_THK.dtype)
 
 
 class Model(nn.Module):
-    """Embedding, blocks, norm, all logits and their loss."""
+    """Embedding, blocks, norm, logits and loss."""
 
     def __init__(self, shape: DecoderConfig, dtype: torch.dtype, recompute: Recompute) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ class Model(nn.Module):
 
 
 def keep_some() -> Any:
-    """Contexts that keep attention and every second product, as our selective recompute does."""
+    """Contexts for checkpoint that keep attention and every second product, like our selective recompute."""
     counts = {False: 0, True: 0}
 
     def policy(context: Any, op: Any, *_: Any, **__: Any) -> CheckpointPolicy:
@@ -155,7 +155,7 @@ class Training:
         positions_T = batch.positions_BS.flatten()
         starts = (positions_T == 0).nonzero().flatten()
         cu = torch.cat([starts, starts.new_tensor([len(positions_T)])])
-        # Of the size of a tensor, and not a number, torch.compile makes no constant.
+        # A number would become a constant of the compiled graph; the size of a tensor does not.
         longest = torch.empty(int(cu.diff().max()), 0)
         tensors = batch.tokens_BS.flatten(), positions_T, batch.labels_BS.flatten(), cu.int()
         tokens_T, positions_T, labels_T, cu = (
