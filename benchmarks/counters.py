@@ -165,8 +165,12 @@ def _where() -> str:
     ours = [
         frame
         for frame in traceback.extract_stack()
-        if Path(frame.filename).is_relative_to(ROOT) and frame.filename != __file__
+        if Path(frame.filename).is_relative_to(ROOT)
+        and frame.filename != __file__
+        and "site-packages" not in frame.filename  # the environment may lie in the repository
     ]
+    if not ours:
+        return "outside of the repository"
     frame = ours[-1]
     return f"{Path(frame.filename).relative_to(ROOT)}:{frame.lineno} {frame.line}"
 

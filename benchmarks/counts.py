@@ -32,6 +32,7 @@ from fnmatch import fnmatchcase
 from itertools import product
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -147,11 +148,20 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def measure(cell: Cell, args: argparse.Namespace) -> dict[str, Any]:
-    """The figures of a cell, measured in new processes, or the reason why there are none."""
-    # Importing torch takes as long as a cell, so cells are forks of a process that has it and uses no GPU.
+def forks() -> ForkServerContext:
+    """Where cells run: forks of a process that has torch, since importing torch takes as long as a cell."""
+    # The server of forks is a new Python, which finds this module by the environment alone.
+    here, path = str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")
+    if here not in path.split(os.pathsep):
+        os.environ["PYTHONPATH"] = os.pathsep.join([here, path] if path else [here])
     context = get_context("forkserver")
     context.set_forkserver_preload(["counts"])
+    return context
+
+
+def measure(cell: Cell, args: argparse.Namespace) -> dict[str, Any]:
+    """The figures of a cell, measured in new processes, or the reason why there are none."""
+    context = forks()
     ours, theirs = context.Pipe(duplex=False)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -190,7 +200,8 @@ def serve(cell: Cell, args: argparse.Namespace, rank: int, port: int, results: C
         if world.is_first:
             results.send(found)
     except BaseException as error:
-        results.send({"error": f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"[:300]})
+        first_line = str(error).strip().partition("\n")[0]
+        results.send({"error": f"{type(error).__name__}: {first_line}"[:300]})
         raise
 
 

@@ -87,7 +87,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="gpu.sh", description=__doc__, formatter_class=raw)
     what = parser.add_subparsers(dest="what", required=True)
-    check, speed = what.add_parser("check"), what.add_parser("speed")
+    check, speed = (
+        what.add_parser(name, description=__doc__, formatter_class=raw) for name in ("check", "speed")
+    )
     speed.add_argument("commands", nargs="*", default=[], metavar="COMMAND", help="runs another program")
     for each in (check, speed):
         each.add_argument("--items", nargs="+", default=[], metavar="NAME", help="run only these items")

@@ -95,6 +95,7 @@ def check(sizes: Sizes) -> list[Item]:
         Item("one-wait", "tests", 120, tests(sizes, "training"), True),
         Item("generate", "tests", 120, tests(sizes, "inference"), True),
         Item("loss", "tests", 120, tests(sizes, "models"), True),
+        Item("forks", "tests", 60, tests(sizes, "parallel", "a_rank_can_use"), True),
         Item("ranks", "ranks", 160, seen(sizes, "ranks")),
     ]
     anywhere = [

@@ -29,7 +29,12 @@ import torch
 from clock import Clock
 from torch import Tensor
 
-from torchtitan_lite.models.loss import IGNORE, chunk_rows, linear_cross_entropy, reference_cross_entropy
+from torchtitan_lite.models.loss import (
+    IGNORE,
+    linear_cross_entropy,
+    reference_cross_entropy,
+    rows_of_chunks,
+)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WAYS: dict[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
@@ -116,7 +121,7 @@ def on_a_gpu(sizes: Sizes) -> dict[str, Any]:
     inputs = sizes.inputs()
     return {
         **{f"{way}_launches": launches(way, *inputs) for way in WAYS},
-        "chunked_moved_bytes": moved_bytes(sizes, chunk_rows(sizes.rows, inputs[0])),
+        "chunked_moved_bytes": moved_bytes(sizes, rows_of_chunks(sizes.rows, sizes.vocabulary, inputs[0])),
         "least_moved_bytes": 2 * sum(x.numel() * x.itemsize for x in inputs[:2]),
         "tflop": round(6 * sizes.rows * sizes.dim * sizes.vocabulary / 1e12, 3),
     }
@@ -141,7 +146,7 @@ def moved_bytes(sizes: Sizes, rows: int) -> int:
     """
     itemsize = DTYPES[sizes.dtype].itemsize
     logits, weight = sizes.rows * sizes.vocabulary, sizes.vocabulary * sizes.dim
-    n_chunks = -(-sizes.rows // min(rows, sizes.rows))
+    n_chunks = -(-sizes.rows // rows)
     copied = 0 if itemsize == 4 else weight * (4 + itemsize)
     hidden = sizes.rows * sizes.dim * (2 * itemsize + 4 + 4 + 3 * itemsize)
     return logits * (12 + 3 * itemsize) + copied + weight * (n_chunks * (2 * itemsize + 8) + 12) + hidden

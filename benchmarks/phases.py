@@ -3,11 +3,12 @@
     benchmarks/phases.py --preset tiny --dtype bf16
     benchmarks/phases.py --device cuda --dtype bf16 --compile --counter SYMBOL     # launches: see counters.py
 
-Takes the options of step.py. Operators and bytes are counted as torch dispatches them, so not with --compile:
-the operators of a compiled block are not dispatched one by one. An operator that only makes a view is not
-counted. Any other operator counts as reading each of its tensors once, and as writing each tensor that it
-returns or changes once. Prints a line for each phase: operators, bytes read and written, and the bytes in
-units of P, the size of all parameters in float32. With a counter, prints a line of launches for each phase.
+Takes the options of step.py too (step.py --help). Operators and bytes are counted as torch dispatches them,
+so not with --compile: the operators of a compiled block are not dispatched one by one. An operator that only
+makes a view is not counted. Any other operator counts as reading each of its tensors once, and as writing
+each tensor that it returns or changes once. Prints a line for each phase: operators, bytes read and written,
+and the bytes in units of P, the size of all parameters in float32. With a counter, prints the launches of
+each phase.
 """
 
 import argparse
@@ -109,9 +110,8 @@ def main() -> None:
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, argparse.Namespace]:
     """The options of step.py, and those of this script."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     counters.add_options(parser)
     own, others = parser.parse_known_args(argv)
     return step.parse(others), own

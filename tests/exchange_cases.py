@@ -45,7 +45,7 @@ _WAITING = ("wait_tensor", "_wrap_tensor_autograd")
 
 
 class Watch(TorchDispatchMode):
-    """What operators send to other ranks, and the most elements that one of them returns."""
+    """Records what operators send to other ranks, and the size of the largest tensor that one returns."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class Watch(TorchDispatchMode):
         return sum(n_bytes for _, n_bytes in self.sent)
 
 
-# Attention to a sequence of which each rank has a part.
+# Attention with the sequence split over ranks.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +96,7 @@ class Attention:
 
 
 class Part(NamedTuple):
-    """A rank's part of what an attention comes to."""
+    """One rank's part of the results of an attention."""
 
     out: Tensor
     dq: Tensor
@@ -153,7 +153,7 @@ def block_sizes_of_masks(argv: Sequence[str]) -> set[tuple[int, int]]:
 
 
 class Loss(NamedTuple):
-    """What a loss comes to, its gradients whole."""
+    """A loss, and its gradients, whole."""
 
     value: Tensor
     n_valid: Tensor
@@ -162,7 +162,7 @@ class Loss(NamedTuple):
 
 
 SCALE = 0.3
-"""Of the loss, before it is differentiated."""
+"""The factor on the loss before it is differentiated."""
 
 
 def loss_inputs(batch: int, seq_len: int, dim: int, vocab: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -313,7 +313,7 @@ def run_pass(
 
 
 class Gathers(Watch):
-    """When weights are gathered, among the attentions of blocks, by number, that are computed."""
+    """Records the order of events: "gather", or the number of a block whose attention begins."""
 
     def __init__(self, model: Decoder) -> None:
         super().__init__()
@@ -330,7 +330,7 @@ class Gathers(Watch):
 
 
 def gathers_of_a_step(n_layers: int) -> tuple[list[str | int], list[str | int]]:
-    """Forward and backward, with blocks whose weights are dropped after their forward, and computed again."""
+    """The events of a forward and of a backward, with full recompute."""
     model = small_model("qwen3", n_layers=n_layers)
     recompute = ActivationCheckpointConfig(mode="full")
     mesh = build_mesh(Degrees(shard=dist.get_world_size()), "cpu")
@@ -345,14 +345,14 @@ def gathers_of_a_step(n_layers: int) -> tuple[list[str | int], list[str | int]]:
 
 
 def updates(n_steps: int) -> tuple[list[Tensor], list[Tensor], set[type]]:
-    """Weights and state of an uneven shard after so many updates by ours and by torch's AdamW.
+    """Weights and state of uneven shards after `n_steps`, by our AdamW and by torch's.
 
-    And the types of what ours has updated.
+    The third result is the types of the tensors that ours updates.
     """
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     found: list[list[Tensor]] = []
     seen: set[type] = set()
-    module = sys.modules[torch.optim.Adam.__module__]  # torch.optim hides it
+    module = sys.modules[torch.optim.Adam.__module__]  # torch.optim has a function of the same name
     update = module.adam
 
     def watched(*lists: Any, **options: Any) -> None:
@@ -398,7 +398,7 @@ def gradient_of(name: str) -> Tensor:
 
 
 def squared_norms(names: Sequence[str]) -> float:
-    """The square of the norm of all gradients, summed over ranks; one of no DTensor is among them."""
+    """The square of the norm of all gradients, summed over ranks; one gradient is a plain tensor."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
     parameters = [nn.Parameter(torch.zeros(3, dtype=torch.float64)), nn.Parameter(torch.zeros(1))]
     parameters[0].grad = torch.ones(3, dtype=torch.float64)  # the other has none
@@ -413,7 +413,7 @@ def squared_norms(names: Sequence[str]) -> float:
 
 
 def summed() -> tuple[list[Tensor], list[tuple[str, int]]]:
-    """The gradients of two whole weights of which ranks have terms, and of a sharded one; what was sent."""
+    """Gradients of two whole weights, which ranks have terms of, and of a sharded one; and what was sent."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
     parameters = []
     whole_in_terms, sharded = (Replicate(), Partial()), (Shard(0), Shard(0))

@@ -4,21 +4,21 @@ import os
 import re
 
 _ASKED_FOR = re.compile(r"(?<!\bnot )\bgpu\b")
+_MAY_CHOOSE_OTHERS = re.compile(r"\bor\b|\bnot *\(")
 
 
 def are_hidden(mark_expression: str) -> bool:
-    """Whether tests that are chosen by this (pytest's -m) see no GPU: unless they are chosen for one."""
-    return not _ASKED_FOR.search(mark_expression)
+    """True unless pytest's -m chooses tests marked gpu, and no others."""
+    return not _ASKED_FOR.search(mark_expression) or bool(_MAY_CHOOSE_OTHERS.search(mark_expression))
 
 
 def hide() -> None:
-    """Let this process and those that it starts see no GPU.
+    """Hide all GPUs from this process and its children.
 
-    A machine with one must not change what the tests of CPU runs find: two ranks with one GPU, say, or a
-    package that only a GPU needs. Must run before torch looks for a GPU.
+    What CPU tests find must not depend on a GPU: two ranks may find only one, or a kernel may ask for a
+    package. Call it before torch looks for a GPU.
     """
-    os.environ["CUDA_VISIBLE_DEVICES"] = (
-        "-1"  # an empty variable would not reach all programs that tests start
-    )
-    # torch then reads that variable, and need not start the driver, which no process could do after a fork.
+    # Not an empty variable: some programs that tests start drop empty ones.
+    os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
+    # torch then counts GPUs without starting the driver; once it is started, no fork could use a GPU.
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"

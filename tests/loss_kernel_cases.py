@@ -1,4 +1,4 @@
-"""What the two kernels of the loss must do, for the tests and for Triton's interpreter.
+"""Inputs and references for the two kernels of the loss: for the tests, and for Triton's interpreter.
 
 TRITON_INTERPRET=1 python -c "import loss_kernel_cases; loss_kernel_cases.check_kernels('cpu')"
 """
@@ -30,7 +30,7 @@ class PlainKernels:
 
 
 def case(vocab: int, device: str) -> tuple[Tensor, Labels]:
-    """Six rows of logits that lie 16 numbers apart or a multiple; labels first, last, none, and not here."""
+    """Six rows of logits, which start at multiples of 16 numbers; labels first, last, none, and not here."""
     generator = torch.Generator().manual_seed(0)
     room_CV = torch.randn(6, (vocab // 16 + 1) * 16, generator=generator).mul_(5)
     logits_CV = room_CV[:, :vocab]
@@ -45,7 +45,7 @@ def case(vocab: int, device: str) -> tuple[Tensor, Labels]:
 
 
 def check_kernels(device: str) -> None:
-    """Compare the kernels with PlainKernels: vocabularies of a part of a block up to more than two."""
+    """Compare the kernels with PlainKernels, for a part of a block to more than two blocks."""
     from torchtitan_lite.models import loss_kernels
 
     for vocab in (17, 300, 4096, 9001):

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tarfile
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -307,10 +308,33 @@ def test_what_misses_a_goal_is_marked(scripts):
     assert counts.judged({"cell": "a", "error": "died"}, 100.0)["missed"] == ["error"]
 
 
+@pytest.mark.compiler
 def test_graphs_are_counted_on_a_cpu():
-    words = ("--device", "cpu", "--cells", "sdpa/packed/eager/none/alone", "--steps", "3", "--seq", "64")
-    row = line("counts.py", *words)
-    assert (row["graphs"], row["breaks"], row["recompiles"], row["missed"]) == (0, 0, 0, [])
+    words = ("--device", "cpu", "--cells", "sdpa/packed/compiled/none/alone", "--steps", "4", "--seq", "64")
+    row = line("counts.py", *words, "--layers", "2")
+    assert (row["graphs"], row["breaks"], row["recompiles"], row["missed"]) == (1, 0, 0, [])
+
+
+def test_a_break_of_a_graph_is_counted(scripts):
+    def broken(x):
+        torch._dynamo.graph_break()
+        return x + 1
+
+    torch._dynamo.reset()
+    before = scripts("counters").graphs()
+    torch.compile(broken, backend="eager")(torch.ones(2))
+    after = scripts("counters").graphs()
+    assert (after["graphs"] - before["graphs"], after["breaks"] - before["breaks"]) == (1, 1)
+
+
+def test_a_line_of_ours_is_named_and_none_of_a_library(scripts, monkeypatch):
+    counters = scripts("counters")
+    frames = [traceback.FrameSummary(str(counters.ROOT / name), 7, "f") for name in ("benchmarks/step.py",)]
+    library = traceback.FrameSummary(str(counters.ROOT / ".venv/lib/site-packages/torch/x.py"), 9, "g")
+    monkeypatch.setattr(traceback, "extract_stack", lambda: [*frames, library])
+    assert counters._where().startswith("benchmarks/step.py:7")
+    monkeypatch.setattr(traceback, "extract_stack", lambda: [library])
+    assert counters._where() == "outside of the repository"
 
 
 def test_the_plain_model_is_our_model(scripts, monkeypatch):

@@ -6,7 +6,18 @@ import pytest
 import torch
 
 
-@pytest.mark.parametrize("chosen", ["", "not slow", "not gpu", "slow or not slow", "not slow and not gpu"])
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        "",
+        "not slow",
+        "not gpu",
+        "slow or not slow",
+        "not slow and not gpu",
+        "gpu or slow",
+        "not (gpu or slow)",
+    ],
+)
 def test_gpus_are_hidden_from_tests_that_are_not_chosen_for_them(chosen):
     assert gpus.are_hidden(chosen)
 

@@ -173,7 +173,7 @@ def test_what_the_flex_kernel_is_given_is_the_reference(monkeypatch, positions, 
     positions_BS, chosen = POSITIONS[positions], QUERIES[queries]
     n_queries = KEYS if chosen is None else sum(stop - start for start, stop in chosen)
     inner = Flex().build()
-    monkeypatch.setattr(inner, "attend", flex.flex_attention)
+    monkeypatch.setattr(inner, "flex_attention", flex.flex_attention)
     with torch.no_grad():
         q, k, v = (x.detach() for x in qkv(len(positions_BS), n_queries, KEYS, 6, 2))
         for window in WINDOWS:

@@ -1,9 +1,13 @@
 """The loss by kernels equals the plain one: on a CPU with their references, by an interpreter, on a GPU."""
 
 import importlib.util
+import itertools
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
+from types import ModuleType
+from unittest import mock
 
 import pytest
 import torch
@@ -11,6 +15,7 @@ from loss_kernel_cases import PlainKernels, case, check_kernels
 from programs import environment
 from torch import Tensor
 
+from torchtitan_lite import models
 from torchtitan_lite.models import loss as loss_module
 from torchtitan_lite.models.loss import (
     IGNORE,
@@ -50,7 +55,7 @@ def results(loss: Loss, x: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tens
 
 
 def exact_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss of these very inputs, where `reference_cross_entropy` would round the logits of bfloat16."""
+    """The exact loss of these inputs; `reference_cross_entropy` would round the logits of bfloat16."""
     return reference_cross_entropy(x.double(), weight.to(x.dtype).double(), labels)
 
 
@@ -77,9 +82,9 @@ def test_the_loss_around_the_kernels_equals_the_reference(monkeypatch, dtype, we
 
 
 class Known(Vocabulary):
-    """Some columns of the vocabulary, where the others' answers are known; notes what was told of these."""
+    """Half of the vocabulary, with known answers of the other half; records what it is told."""
 
-    is_whole = False
+    n_parts = 2
 
     def __init__(self, columns: slice, max_C: Tensor, sums_2C: Tensor) -> None:
         self.columns, self.max_C, self.sums_2C = columns, max_C, sums_2C
@@ -110,16 +115,25 @@ def test_the_kernels_serve_a_part_of_the_vocabulary():
     label_logit_C[4] = 0
     sums_2C = torch.stack([(logits_CV - max_C[:, None]).exp().sum(dim=1), label_logit_C])
     parts = [Known(slice(start, start + 45), max_C, sums_2C) for start in (0, 45)]
-    for part in parts:
-        own_CV = logits_CV[:, part.columns].contiguous()
-        own_loss, own_gradient_CV = loss_module._fused_cross_entropy_(
-            PlainKernels, own_CV, Labels.of(labels_C, part, 45), torch.float32, part
-        )
-        torch.testing.assert_close(own_loss, loss)
-        torch.testing.assert_close(own_gradient_CV, gradient_CV[:, part.columns])
-    maxima, sums = zip(*(part.told for part in parts), strict=True)
-    assert torch.equal(torch.maximum(*maxima), max_C)
-    torch.testing.assert_close(sums[0] + sums[1], sums_2C)
+    # One rank may have the kernels, and another one do without: what they exchange must fit together.
+    ways = partial(loss_module._fused_cross_entropy_, PlainKernels), loss_module._cross_entropy_
+    for first, second in itertools.product(ways, ways):
+        for way, part in zip((first, second), parts, strict=True):
+            part.told.clear()
+            own_CV = logits_CV[:, part.columns].contiguous()
+            own_loss, own_gradient_CV = way(own_CV, Labels.of(labels_C, part, 45), torch.float32, part)
+            torch.testing.assert_close(own_loss, loss)
+            torch.testing.assert_close(own_gradient_CV, gradient_CV[:, part.columns])
+        maxima, sums = zip(*(part.told for part in parts), strict=True)
+        assert torch.equal(torch.maximum(*maxima), max_C)
+        torch.testing.assert_close(sums[0] + sums[1], sums_2C)
+
+
+@pytest.mark.parametrize("label", [-1, 90, IGNORE + 1])
+def test_a_label_out_of_bounds_is_no_label_of_another_part(label: int):
+    part = Known(slice(0, 45), torch.zeros(2), torch.zeros(2, 2))
+    with pytest.raises(RuntimeError, match="a label is out of bounds"):
+        Labels.of(torch.tensor([3, label]), part, 45)
 
 
 def test_the_references_of_the_kernels_equal_the_plain_loss():
@@ -193,3 +207,16 @@ def test_without_triton_the_loss_is_left_to_pytorch_and_says_so(monkeypatch, cap
     found = loss_module._kernels.__wrapped__(torch.device("cuda", 0), torch.float32)
     assert found is None
     assert "the loss is left to PyTorch's own kernels: ModuleNotFoundError" in caplog.text
+
+
+class NoSuchCard(Exception):
+    """As Triton's errors, no RuntimeError."""
+
+
+def test_where_triton_cannot_compile_the_loss_is_left_to_pytorch_too(monkeypatch, caplog):
+    kernels = ModuleType("torchtitan_lite.models.loss_kernels")
+    monkeypatch.setattr(kernels, "try_on", mock.Mock(side_effect=NoSuchCard("sm_999")), raising=False)
+    monkeypatch.setitem(sys.modules, kernels.__name__, kernels)
+    monkeypatch.setattr(models, "loss_kernels", kernels, raising=False)
+    assert loss_module._kernels.__wrapped__(torch.device("cuda", 0), torch.float32) is None
+    assert "the loss is left to PyTorch's own kernels: NoSuchCard: sm_999" in caplog.text

@@ -12,7 +12,7 @@ from torchtitan_lite.models.decoder import Decoder
 from torchtitan_lite.parallel import apply, recompute
 from torchtitan_lite.parallel.apply import CompileConfig
 from torchtitan_lite.parallel.mesh import Degrees
-from torchtitan_lite.parallel.recompute import ActivationCheckpointConfig, Forward, apply_recompute
+from torchtitan_lite.parallel.recompute import ActivationCheckpointConfig, Kept, apply_recompute
 
 N_LAYERS = 2
 EAGER, COMPILED = CompileConfig(), CompileConfig(enable=True, backend="aot_eager")
@@ -102,19 +102,28 @@ def losses(model: Decoder, *shifts: int) -> list[torch.Tensor]:
 
 def test_kept_is_what_a_gradient_needs_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     """The last product of a block is in no gradient: to keep it would be memory for nothing."""
-    made: list[Forward] = []
-    init = Forward.__init__
-    monkeypatch.setattr(Forward, "__init__", lambda self, n: made.append(self) or init(self, n))
+    made: list[Kept] = []
+    init = Kept.__init__
+    monkeypatch.setattr(Kept, "__init__", lambda self, n: made.append(self) or init(self, n))
     model = cases.small_model("qwen3", n_layers=1)
     apply_recompute(model.blocks, MODES["selective, op"])
     (loss,) = losses(model, 0)
     names = ("attention.wq.weight", "attention.wv.weight", "ffn.w1.weight")
     widths = [model.blocks[0].get_parameter(name).shape[0] for name in names]
-    (forward,) = made
-    assert [kept.shape[-1] for kept in forward.kept] == widths
-    assert all(kept.grad_fn is None for kept in forward.kept), "a kept result holds no graph"
+    (kept,) = made
+    assert [result.shape[-1] for result in kept.results] == widths
+    assert all(result.grad_fn is None for result in kept.results), "a kept result holds no graph"
     loss.backward()
-    assert not forward.kept, "every one was used"
+    assert not kept.results, "every one was used"
+
+
+def test_a_second_backward_says_that_results_are_kept_for_one() -> None:
+    model = cases.small_model("qwen3", n_layers=1)
+    apply_recompute(model.blocks, MODES["selective, op"])
+    (loss,) = losses(model, 0)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="this block was differentiated before"):
+        loss.backward()
 
 
 def test_several_forwards_may_come_before_their_backwards() -> None:

@@ -24,8 +24,8 @@ def build_block_mask(
 ) -> BlockMask:
     """The block mask of documents, straight from the interval of keys that each query sees.
 
-    Made where the positions are, then moved to `device`: on a GPU it would be sixty small kernels. There is
-    neither a tensor of Q x S (which `create_block_mask` makes when not compiled) nor a wait for the device.
+    It is built where the positions are and then moved to `device`: on a GPU, sixty small kernels would build
+    it. It needs no tensor of Q x S, as `create_block_mask` does uncompiled, and no wait for the device.
     A block is full when the latest start and the earliest end of its queries' intervals enclose its keys,
     and touched when the earliest start and the latest end meet them.
     """

@@ -23,7 +23,7 @@ class Capabilities:
     head_dim_multiple: int = 1
     head_dim_max: int | None = None
     head_dims_lacking: Mapping[int, range] = dataclasses.field(default_factory=dict)
-    """Head dims below the largest that it has not, by the GPU's major compute capability."""
+    """Head dims below `head_dim_max` that it does not support, by the GPU's major compute capability."""
     sliding_window: bool = True
     deterministic: bool = True
     """Whether its gradients are the same from run to run in torch's deterministic mode."""
@@ -44,7 +44,7 @@ class Capabilities:
         return ", ".join(part for part in parts if part)
 
     def head_dims_lacking_here(self) -> range:
-        """Head dims that it has not on this machine's GPU."""
+        """Head dims that it does not support on this machine's GPU."""
         major = torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else 0
         return self.head_dims_lacking.get(major, range(0))
 

@@ -169,8 +169,8 @@ class FlexAttention(nn.Module):
     def __init__(self, kernel_options: dict[str, Any], autotuned: bool) -> None:
         super().__init__()
         self.kernel_options = dict(kernel_options) or None
-        # Here and not in the forward, of which torch.compile would trace the cache.
-        self.attend = _compiled(autotuned)
+        # Not in the forward: torch.compile would trace the cache.
+        self.flex_attention = _compiled(autotuned)
 
     def forward(
         self, q_BQHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: FlexMask, scale: float | None = None
@@ -180,7 +180,7 @@ class FlexAttention(nn.Module):
             return attend(q_BQHK, k_BSGK, v_BSGK, mask.tiles, scale)
         scale = check_inputs(q_BQHK, k_BSGK, v_BSGK, mask.shape, scale)
         q_BHQK, k_BGSK, v_BGSK = (x.transpose(1, 2) for x in (q_BQHK, k_BSGK, v_BSGK))
-        out_BHQK = self.attend(
+        out_BHQK = self.flex_attention(
             q_BHQK,
             k_BGSK,
             v_BGSK,

@@ -46,7 +46,7 @@ def _left(window: int | None) -> int:
 
 
 class TorchFlash:
-    """torch's own FlashAttention-2, or what `activate_flash_attention_impl` has put in its place.
+    """torch's FlashAttention-2, or FlashAttention-3 or -4 once `activate_flash_attention_impl` has chosen it.
 
     These operators are what torch's `varlen_attn` calls (torch/nn/attention/varlen.py).
     """
@@ -59,7 +59,7 @@ class TorchFlash:
         return out, lse
 
     def backward(self, dout, q, k, v, out, lse, documents, scale, window):
-        # The random state serves dropout alone, of which there is none.
+        # There is no dropout, so the random state is never read.
         seed, unused = (torch.empty(n, dtype=torch.uint64, device=q.device) for n in (2, 0))
         return aten._flash_attention_backward(
             dout, q, k, v, out, lse, *documents, 0.0, window is None, seed, unused,
@@ -93,7 +93,7 @@ class FlashAttnPackage:
 
 
 class DocumentByDocument:
-    """`PlainKernel` under an explicit mask, a document at a time: slow, the other kernels' reference."""
+    """`PlainKernel` under an explicit mask, one document at a time: slow, the reference for the others."""
 
     def forward(self, q, k, v, documents, scale, window):
         found = [

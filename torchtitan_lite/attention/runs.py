@@ -4,10 +4,10 @@ B batch rows, S key tokens, Q query tokens, H query heads, G key/value heads, K 
 T = B * Q and U = B * S packed query and key tokens, D documents of a run, n runs.
 
 A run is a stretch of documents whose queries and whose keys follow each other in memory. A batch without
-padding is one run; padding, and queries that are some chunks of the sequence, cut it into more.
+padding is one run. Padding splits it, and so do queries that are only some chunks of the sequence.
 
-A registered operator, so that torch.compile sees one node however many runs there are, and however long they
-are. Autograd keeps q, k, v, the output and its log-sum-exp. `run_kernels.py` has the kernels.
+One registered operator evaluates all runs, so torch.compile sees one node for any number and length of runs.
+Autograd keeps q, k, v, the output and its log-sum-exp. `run_kernels.py` has the kernels.
 """
 
 from dataclasses import dataclass
@@ -61,7 +61,7 @@ class Runs:
     """The runs of one micro-batch: the same for every layer, and nothing in them waits for a device."""
 
     table: Tensor
-    """[n, 9] int64 on the CPU, a Run a row: those of all rows, then those of each row by itself."""
+    """[n, 9] int64 on the CPU, a Run a row: first the runs over all batch rows, then those of each one."""
     cumulative: Tensor
     """[...] int32: cumulative counts of queries [D + 1], then of keys [D + 1], of one run after the other."""
     window: int | None
@@ -79,7 +79,7 @@ def build_runs(
     device: torch.device | str | None = None,
     kernel: str = "torch",
 ) -> Runs:
-    """The documents as runs: one for a batch without padding, one a row and range for fewer queries."""
+    """Build the runs: one for a batch without padding, one for each row and range if `queries` are given."""
     check_window(sliding_window)
     device = torch.device(device) if device is not None else positions_BS.device
     segments_N5 = segments(positions_BS.cpu(), queries)
@@ -88,7 +88,7 @@ def build_runs(
     row_N, spans_N4 = segments_N5[:, 0], segments_N5[:, 1:]
     before_N4 = row_N[:, None] * torch.tensor([n_queries, n_queries, seq_len, seq_len])
     rows, counts = [], [torch.zeros(0, dtype=torch.int64)]
-    # The rows one by one are for tensors whose rows do not follow each other in memory.
+    # Runs of single rows are for tensors whose rows do not follow each other in memory.
     parts = [(ALL_ROWS, spans_N4 + before_N4)]
     parts += [(row, spans_N4[row_N == row]) for row in range(batch) if batch > 1]
     for row, spans in parts:
@@ -97,7 +97,7 @@ def build_runs(
             run, cumulative = _run(row, part, first)
             rows.append(run)
             counts += cumulative
-    # Of a length of 0 or 1 torch.compile would make a constant.
+    # torch.compile would make a constant of a length of 0 or 1.
     rows += [_NOTHING] * max(0, 2 - len(rows))
     counts.append(torch.zeros(2, dtype=torch.int64))
     table, flat = torch.tensor(rows, dtype=torch.int64), torch.cat(counts).int()
@@ -162,9 +162,10 @@ def _tokens(x_BSHK: Tensor, row: int) -> Tensor:
 
 
 def _calls(table: Tensor, cumulative: Tensor, *tensors: Tensor) -> list[_Call]:
-    """The runs of all rows or, where rows of a tensor do not follow each other in memory, of each row.
+    """The kernel calls: one for each run over all rows.
 
-    Packing such rows would copy the tensor.
+    If the rows of a tensor do not follow each other in memory, one for each run of each row: to pack such
+    rows would copy the tensor.
     """
     packed = all(are_packed(x) for x in tensors)
     calls = []
@@ -177,7 +178,7 @@ def _calls(table: Tensor, cumulative: Tensor, *tensors: Tensor) -> list[_Call]:
 
 
 def _is_whole(calls: list[_Call], q_BQHK: Tensor, k_BSGK: Tensor) -> bool:
-    """Whether one call has all queries and all keys, so that nothing is left to be put together."""
+    """True if one call has all queries and all keys, so that its results are those of all tokens."""
     whole = (ALL_ROWS, 0, q_BQHK.shape[:2].numel(), 0, k_BSGK.shape[:2].numel())
     return len(calls) == 1 and calls[0].run[:5] == whole
 
@@ -252,9 +253,9 @@ def _put_together(
     k_BSGK: Tensor,
     v_BSGK: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of all tokens, from those of each run; keys that runs share get the sum.
+    """The gradients of all tokens, from those of each run; a key that runs share gets their sum.
 
-    Of two terms in the dtype of the keys: this rank's chunks are two runs at most.
+    The sum is made in the dtype of the keys: under context parallel at most two runs share a key.
     """
     if _is_whole(calls, q_BQHK, k_BSGK):
         (found,) = gradients
@@ -280,9 +281,9 @@ def _(dout_BQHK, q_BQHK, k_BSGK, v_BSGK, out_BQHK, lse_HT, table, cumulative, sc
 
 def _save(ctx, inputs, output) -> None:
     q_BQHK, k_BSGK, v_BSGK, table, cumulative, *ctx.options = inputs
-    ctx.set_materialize_grads(False)  # no zeros for the log-sum-exp, of which there is no gradient
+    ctx.set_materialize_grads(False)  # the log-sum-exp has no gradient: make no zeros for it
     ctx.save_for_backward(q_BQHK, k_BSGK, v_BSGK, *output)
-    ctx.runs = table, cumulative  # shared by every layer of the micro-batch: not this layer's to count
+    ctx.runs = table, cumulative  # all layers share these: not counted as kept by each
 
 
 def _backward(ctx, dout_BQHK, dlse_HT):
@@ -298,7 +299,7 @@ attend_runs.register_autograd(_backward, setup_context=_save)
 def attend_packed(q_BQHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, runs: Runs, scale: float | None) -> Tensor:
     """Attention by runs, [B, Q, H, K]; the scale defaults to 1 / sqrt(K)."""
     scale = check_inputs(q_BQHK, k_BSGK, v_BSGK, runs.shape, scale)
-    # As an operator it is found by autograd, torch.compile and recompute: time that inference need not spend.
+    # Autograd, torch.compile and recompute need the operator. Inference does without its overhead.
     is_plain = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
     act = _attend_runs if is_plain else attend_runs
     return act(q_BQHK, k_BSGK, v_BSGK, runs.table, runs.cumulative, scale, runs.window, runs.kernel)[0]

@@ -19,7 +19,7 @@ from torchtitan_lite.attention.tiles import document_tiles
 
 @dataclass(frozen=True, kw_only=True)
 class Sdpa:
-    """torch's scaled_dot_product_attention, a document at a time where they are packed: runs everywhere."""
+    """torch's scaled_dot_product_attention; packed documents in one call (CUDA, half precision) or a loop."""
 
     kind: Literal["sdpa"] = "sdpa"
 
@@ -48,17 +48,19 @@ class Sdpa:
     ) -> PackedMask:
         """What may attend to what, for one micro-batch and all layers; see docs/attention.md."""
         device = torch.device(device) if device is not None else positions_BS.device
+        positions_BS = positions_BS.cpu()  # once, for both plans
         tiles = document_tiles(positions_BS, queries, sliding_window, device)
         if device.type == "cpu" or tiles.causal_rows:
             return PackedMask(tiles, None)
-        # The dtype, which decides whether a GPU's kernel can be used, is not known here: so both plans.
+        # Both plans: the dtype is not known here, and decides whether the GPU's kernel can be used.
         return PackedMask(tiles, build_runs(positions_BS, queries, sliding_window, device))
 
 
 class SdpaAttention(nn.Module):
     """One kernel call for rows of one document each, else a loop over documents.
 
-    On a GPU packed rows are one call too, of torch's variable-length FlashAttention, where that takes them.
+    On a GPU packed rows are one call too, of torch's variable-length FlashAttention, if it takes the dtype
+    and the head_dim.
     """
 
     def forward(
@@ -67,8 +69,8 @@ class SdpaAttention(nn.Module):
         """Attend; [B, Q, H, K]."""
         tiles, runs = mask.tiles, mask.runs
         assert tiles is not None
-        # On a CPU the plan's one call is the same kernel, without the random state that torch.compile would
-        # keep for it when it is computed again.
+        # On a CPU the plan makes the same kernel call, without a random state that torch.compile would keep
+        # for the recompute.
         if q_BQHK.is_cuda and tiles.causal_rows and not _only_quadratic(q_BQHK, k_BSGK, v_BSGK):
             scale = check_inputs(q_BQHK, k_BSGK, v_BSGK, tiles.shape, scale)
             return attend_whole_rows(q_BQHK, k_BSGK, v_BSGK, scale)
@@ -80,7 +82,7 @@ class SdpaAttention(nn.Module):
 def attend_whole_rows(q_BSHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, scale: float) -> Tensor:
     """Attend in one kernel call, where every row is one document; [B, S, H, K].
 
-    Which of its kernels runs is torch's choice.
+    torch chooses the kernel.
     """
     q_BHSK, k_BGSK, v_BGSK = (x.transpose(1, 2) for x in (q_BSHK, k_BSGK, v_BSGK))
     out_BHSK = F.scaled_dot_product_attention(
@@ -90,10 +92,10 @@ def attend_whole_rows(q_BSHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, scale: flo
 
 
 def _only_quadratic(q_BQHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor) -> bool:
-    """Whether torch would repeat the keys and make the scores of S x S.
+    """True if torch would fall back to its quadratic kernel.
 
-    So where the features of a head are no neighbours, and where neither FlashAttention nor the
-    memory-efficient kernel can be used: that one takes no grouped heads and no float64.
+    Torch does so if the features of a head are not adjacent in memory, or if neither FlashAttention nor the
+    memory-efficient kernel can run: the latter takes no grouped heads and no float64.
     """
     if q_BQHK.stride(-1) != 1 or k_BSGK.stride(-1) != 1 or v_BSGK.stride(-1) != 1:
         return True

@@ -384,7 +384,7 @@ attend_tiles.register_autograd(_backward, setup_context=_save)
 def attend(q_BQHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, tiles: Tiles, scale: float | None) -> Tensor:
     """Attention by a plan, [B, Q, H, K]; the scale defaults to 1 / sqrt(K)."""
     scale = check_inputs(q_BQHK, k_BSGK, v_BSGK, tiles.shape, scale)
-    # As an operator it is found by autograd, torch.compile and recompute: time that inference need not spend.
+    # Autograd, torch.compile and recompute need the operator. Inference does without its overhead.
     is_plain = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
     act = _attend_tiles if is_plain else attend_tiles
     return act(q_BQHK, k_BSGK, v_BSGK, tiles.table, tiles.masks, scale)[0]

@@ -67,7 +67,7 @@ def build_tiles(
             group, q_end, k_end = tile.row0, 0, 0
         rows.append((*tile, tile.q0 >= q_end, tile.k0 >= k_end))
         q_end, k_end = max(q_end, tile.q1), max(k_end, tile.k1)
-    # Of a length of 0 or 1 torch.compile would make a constant.
+    # torch.compile would make a constant of a length of 0 or 1.
     rows += [_NOTHING] * max(0, 2 - len(rows))
     flat = torch.cat([mask.flatten() for mask in found]) if found else torch.zeros(2, dtype=torch.bool)
     table = torch.tensor(rows, dtype=torch.int64).reshape(len(rows), len(Tile._fields) + 2)

@@ -12,6 +12,6 @@ def to_device(x: Tensor, device: torch.device | str) -> Tensor:
     """
     device = torch.device(device)
     if x.is_cpu and device.type == "cuda":
-        # Contiguous: of another layout torch would make a copy first, which is not pinned.
+        # Contiguous first: of another layout torch would make a copy on the way, which is not pinned.
         x = x.contiguous().pin_memory()
     return x.to(device, non_blocking=True)

@@ -20,18 +20,18 @@ from torchtitan_lite.attention.tile_kernels import attend
 from torchtitan_lite.attention.tiles import document_tiles
 
 FA4_BEFORE = 19
-"""torch takes two results of FlashAttention-4; from its beta of this number on the package returns four."""
+"""The first beta of flash-attn-4 that torch cannot use: it returns four results, and torch expects two."""
 
 
 def _fa4_lacks() -> str | None:
     from torch.nn.attention import _fa4
 
-    # Causal attention is a window of its operators, and torch 2.11 hands it to FlashAttention-4 as it stands.
+    # Causal attention is passed as a window, which torch 2.11 does not translate for FlashAttention-4.
     if not hasattr(_fa4, "_aten_to_fa4_window_size"):
         return "this torch's FlashAttention-4 takes no causal window"
     try:
         installed = version("flash-attn-4")
-    except PackageNotFoundError:  # made from its sources, without a record of its version
+    except PackageNotFoundError:  # built from source: no version is recorded
         return None
     beta = re.match(r"4\.0\.0b(\d+)", installed)
     if beta and int(beta[1]) < FA4_BEFORE:
@@ -70,7 +70,7 @@ KERNELS = {
         (9, 10),
         "flash_attn.cute",
         INSTALL_FA4,
-        # Of flash_attn/cute/interface.py: up to 128, and a kernel of its own for 256.
+        # flash_attn/cute/interface.py has head dims up to 128, and 256.
         head_dims_lacking={10: range(129, 256)},
         also_missing=_fa4_lacks,
     ),
@@ -89,7 +89,7 @@ KERNELS = {
 
 
 ACTIVATED: dict[str, Literal["FA3", "FA4"]] = {"fa3": "FA3", "fa4": "FA4"}
-"""Kernels that take the place of torch's own FlashAttention, for the whole process, by torch's names."""
+"""Kernels that replace torch's FlashAttention for the whole process, with torch's names for them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,9 +156,9 @@ class Varlen:
 
 @cache
 def _ready(config: Varlen, device: str) -> str:
-    """The kernel that runs on "cpu" or "cuda", switched on if it must be; once, not in every step.
+    """The kernel that runs on "cpu" or "cuda"; activates it if necessary, once.
 
-    When the first mask is made: a run on a CPU never asks for the GPU that is there, too.
+    Called for the first mask, when the device is known, so that a run on a CPU never touches a GPU.
     """
     name = config.resolve(device)
     if name in ACTIVATED:
@@ -167,7 +167,7 @@ def _ready(config: Varlen, device: str) -> str:
 
 
 class VarlenAttention(nn.Module):
-    """A kernel call for each run of documents, or the loop over documents where the mask is a plan."""
+    """One kernel call for each run of documents, or the loop over documents if the mask has no runs."""
 
     def forward(
         self, q_BQHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: PackedMask, scale: float | None = None

@@ -122,7 +122,7 @@ class Linear(nn.Linear):
 
     weight_for = _cast_weight
     multiply = staticmethod(F.linear)
-    """Recompute puts its own in the place of this, for a product that it keeps."""
+    """Selective recompute replaces this function to keep a product."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)

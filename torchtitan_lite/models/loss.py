@@ -16,7 +16,6 @@ in the dtype of the next products, and products of half precision add to float32
 """
 
 import logging
-import subprocess
 from collections.abc import Iterator
 from functools import cache, partial
 from types import ModuleType
@@ -34,20 +33,21 @@ _TILE_COLUMNS = 8192
 _ALIGNED_COLUMNS = 16
 """The rows of the buffer on CUDA start at multiples of this: products are slow where they do not."""
 _LITTLE_BYTES = 8 << 20
-"""What may be held without asking how large the logits are: it fits a processor's cache."""
+"""A chunk may always take this much memory: it fits a processor's cache."""
 _LOG = logging.getLogger(__name__)
 
 
 class Vocabulary:
     """The part of the vocabulary whose rows of the weight are at hand: here all of it.
 
-    One that is only a part asks those who have the others for the maximum and the sum over all.
+    A class for a smaller part exchanges maxima and sums with those who hold the other parts.
     """
 
-    is_whole = True
+    n_parts = 1
+    """Into how many equal parts the vocabulary is split."""
 
     def rows(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The row of each label, any row where it has none here, and whether it has one."""
+        """The row of the weight for each label, and whether it is here; if not, the row is arbitrary."""
         here = labels != IGNORE
         return torch.where(here, labels, 0), here
 
@@ -64,7 +64,7 @@ class Labels(NamedTuple):
     """The labels of some rows, for a part of the vocabulary."""
 
     row: Tensor
-    """The row of the weight that is each label's, any row where it is not `here`."""
+    """The row of the weight for each label; arbitrary where it is not `here`."""
     here: Tensor
     """Whether the row of the weight is at hand."""
     valid: Tensor
@@ -72,18 +72,19 @@ class Labels(NamedTuple):
 
     @classmethod
     def of(cls, labels_N: Tensor, vocabulary: Vocabulary, n_weights: int) -> "Labels":
-        row_N, here_N = vocabulary.rows(labels_N)
-        if labels_N.is_cuda:  # The kernels do not look, and on a CPU the plain code does.
-            is_row_N = (row_N >= 0) & (row_N < n_weights)
-            torch._assert_async(is_row_N.all(), "a label is out of bounds")  # pyright: ignore[reportPrivateImportUsage]
-        return cls(row_N, here_N, labels_N != IGNORE)
+        is_valid_N = labels_N != IGNORE
+        # The kernels do not check bounds, and a part takes a label that it lacks for another part's.
+        if labels_N.is_cuda or vocabulary.n_parts > 1:
+            is_known_N = (labels_N >= 0) & (labels_N < n_weights * vocabulary.n_parts)
+            torch._assert_async((is_known_N | ~is_valid_N).all(), "a label is out of bounds")  # pyright: ignore[reportPrivateImportUsage]
+        return cls(*vocabulary.rows(labels_N), is_valid_N)
 
     def part(self, rows: slice) -> "Labels":
         return Labels(*(each[rows] for each in self))
 
 
 class LinearCrossEntropy(nn.Module):
-    """`linear_cross_entropy` as a part of the model, so that tensor parallel can exchange it from outside."""
+    """`linear_cross_entropy` as a part of the model, so that tensor parallel can replace it from outside."""
 
     def forward(
         self, x_BSD: Tensor, weight_VD: Tensor, labels_BS: Tensor, vocabulary: Vocabulary | None = None
@@ -109,7 +110,7 @@ def linear_cross_entropy(
 
 
 def reference_cross_entropy(x_BSD: Tensor, weight_VD: Tensor, labels_BS: Tensor) -> tuple[Tensor, Tensor]:
-    """What `linear_cross_entropy` must equal, with all the logits at once: for tests and measurements."""
+    """The reference for `linear_cross_entropy`, with all the logits at once: for tests and measurements."""
     logits_BSV = F.linear(x_BSD, weight_VD.to(x_BSD.dtype)).to(_sum_dtype(x_BSD))
     logits_NV, labels_N = logits_BSV.flatten(0, -2), labels_BS.flatten()
     loss = F.cross_entropy(logits_NV, labels_N, ignore_index=IGNORE, reduction="sum")
@@ -117,15 +118,22 @@ def reference_cross_entropy(x_BSD: Tensor, weight_VD: Tensor, labels_BS: Tensor)
 
 
 def chunk_rows(n_rows: int, x: Tensor) -> int:
-    """Rows of a chunk: 2048, so that the weight and its gradient are seldom read and written.
+    """Rows of a chunk for a large vocabulary.
 
-    On a CPU, where that matters less, so many that the chunk takes a sixteenth of the memory of all the
-    logits in the dtype of `x`, and at least 16. docs/models.md has the measurements.
+    On a GPU 2048, so that the weight and its gradient are seldom read and written. On a CPU, where that
+    matters less, so many that the chunk takes a sixteenth of the memory of all the logits in the dtype of
+    `x`, between 16 and 2048. docs/models.md has the measurements.
     """
     if x.device.type != "cpu":
         return 2048
     share = n_rows * x.dtype.itemsize // (16 * _sum_dtype(x).itemsize)
     return min(max(share, 16), 2048)
+
+
+def rows_of_chunks(n_rows: int, n_columns: int, x: Tensor) -> int:
+    """Rows of a chunk: those of `chunk_rows`, or more if they fit _LITTLE_BYTES; at most all."""
+    little = _LITTLE_BYTES // (_sum_dtype(x).itemsize * n_columns)
+    return min(max(chunk_rows(n_rows, x), little), n_rows)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -140,8 +148,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         vocabulary: Vocabulary,
     ) -> Tensor:
         n_rows, sum_dtype = len(x_ND), _sum_dtype(x_ND)
-        little = _LITTLE_BYTES // (sum_dtype.itemsize * len(weight_VD))
-        rows = min(max(chunk_rows(n_rows, x_ND), little), n_rows)
+        rows = rows_of_chunks(n_rows, len(weight_VD), x_ND)
         kernels = _kernels(x_ND.device, sum_dtype)
         cross_entropy_ = _cross_entropy_ if kernels is None else partial(_fused_cross_entropy_, kernels)
         loss = x_ND.new_zeros((), dtype=sum_dtype)
@@ -172,7 +179,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if _graph_is_kept():
             dx_ND, dweight_VD = (None if each is None else each * dloss for each in (dx_ND, dweight_VD))
         else:
-            # Handed over for good: scaled in place, and free to become the parameter's .grad without a copy.
+            # The gradient is given away: it is scaled in place and becomes `.grad` without a copy.
             ctx.gradients = None
             for each in (dx_ND, dweight_VD):
                 if each is not None:
@@ -183,15 +190,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def _cross_entropy_(
     logits_CV: Tensor, labels: Labels, gradient: torch.dtype | None, vocabulary: Vocabulary
 ) -> tuple[Tensor, Tensor]:
-    """Sum of the losses of a chunk, and its gradient if there is a dtype for it; overwrites the logits.
+    """The sum of a chunk's losses, and the gradient if `gradient` is not None; overwrites the logits.
 
-    This is the reference, and its gradient stays in the dtype of the logits.
+    The reference for `_fused_cross_entropy_`. Its gradient keeps the dtype of the logits.
     """
     label_C1, here_C1, valid_C1 = (each[:, None] for each in labels)
-    logits_CV -= vocabulary.max(logits_CV.amax(dim=1, keepdim=True))
+    logits_CV -= vocabulary.max(logits_CV.amax(dim=1))[:, None]
     label_logit_C1 = torch.where(here_C1, logits_CV.gather(1, label_C1), 0)
-    sums_C2 = torch.cat([logits_CV.exp_().sum(dim=1, keepdim=True), label_logit_C1], dim=1)
-    total_C1, label_logit_C1 = vocabulary.sum(sums_C2).chunk(2, dim=1)
+    # Laid out as the kernels have it: ranks that share the vocabulary may differ in what they use.
+    sums_2C = torch.stack([logits_CV.exp_().sum(dim=1), label_logit_C1[:, 0]])
+    total_C1, label_logit_C1 = (each[:, None] for each in vocabulary.sum(sums_2C))
     if gradient is not None:
         logits_CV.scatter_add_(1, label_C1, torch.where(here_C1, -total_C1, 0))
         logits_CV *= valid_C1 / total_C1
@@ -201,9 +209,9 @@ def _cross_entropy_(
 def _fused_cross_entropy_(
     kernels: Any, logits_CV: Tensor, labels: Labels, gradient: torch.dtype | None, vocabulary: Vocabulary
 ) -> tuple[Tensor, Tensor]:
-    """What `_cross_entropy_` does by `models.loss_kernels`, with the gradient in the dtype `gradient`."""
+    """`_cross_entropy_` with the kernels of `models.loss_kernels`; the gradient has the dtype `gradient`."""
     max_C, total_C, label_logit_C = kernels.row_sums(logits_CV, labels)
-    if not vocabulary.is_whole:
+    if vocabulary.n_parts > 1:
         own_max_C, max_C = max_C, vocabulary.max(max_C.clone())
         total_C *= (own_max_C - max_C).exp()
         sums_2C = torch.stack([total_C, torch.where(labels.here, label_logit_C - max_C, 0)])
@@ -224,9 +232,9 @@ def _kernels(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
     try:
         from torchtitan_lite.models import loss_kernels
 
-        # Triton also needs a C compiler and Python's headers, which only a launch tells.
+        # Triton also needs a C compiler and Python's headers; only a launch shows whether they are there.
         loss_kernels.try_on(device)
-    except (ImportError, OSError, RuntimeError, subprocess.CalledProcessError) as error:
+    except Exception as error:  # noqa: BLE001 (whatever Triton raises, torch's own kernels can do it)
         _LOG.warning("the loss is left to PyTorch's own kernels: %s: %s", type(error).__name__, error)
         return None
     return loss_kernels
@@ -239,7 +247,7 @@ def _buffer(rows: int, columns: int, x: Tensor) -> Tensor:
 
 
 def _cast_once(weight_VD: Tensor, x: Tensor, n_bytes: int) -> Tensor:
-    """The weight in the dtype of `x`; off CUDA only if that takes little beside a buffer of `n_bytes`."""
+    """The weight in the dtype of `x`; on a CPU only if the copy is small beside a buffer of `n_bytes`."""
     is_little = weight_VD.numel() * x.dtype.itemsize <= max(n_bytes // 4, _LITTLE_BYTES)
     return weight_VD.to(x.dtype) if x.is_cuda or is_little else weight_VD
 
@@ -267,7 +275,7 @@ def _project_back(
 
 
 def _tiles(x_CD: Tensor, weight_VD: Tensor, *others: Tensor) -> Iterator[slice]:
-    """The vocabulary: in one piece, or in small ones where a factor or a product is copied to a dtype."""
+    """Slices of the vocabulary: one, or small ones if a factor or a product is copied to another dtype."""
     copies_product = x_CD.dtype != _sum_dtype(x_CD) and not x_CD.is_cuda
     copies = copies_product or any(each.dtype != x_CD.dtype for each in (weight_VD, *others))
     step = _TILE_COLUMNS if copies else len(weight_VD)
@@ -291,6 +299,6 @@ def _sum_dtype(x: Tensor) -> torch.dtype:
 
 
 def _graph_is_kept() -> bool:
-    """Whether the running backward pass may be run again; yes where torch cannot tell."""
+    """True if the running backward pass keeps its graph, or if torch cannot tell."""
     tell = getattr(getattr(torch._C, "_autograd", None), "_get_current_graph_task_keep_graph", None)
     return tell is None or tell()

@@ -2,14 +2,18 @@
 
 C rows of a chunk, V vocab (or this rank's share of it).
 
-What all ranks know of a row is needed between the two, so that a split vocabulary can use them as well. A
-single kernel would not move fewer bytes: the rows that a GPU has in work at once do not fit its cache.
+There are two kernels because a split vocabulary exchanges the rows' maxima and sums between them. A single
+kernel would not move fewer bytes: the rows that a GPU has in work at once do not fit its cache.
 `models.loss` computes the same with PyTorch alone; the tests compare them.
 """
 
+# Pyright takes Triton's language for Python, and Triton is not installed everywhere.
+# pyright: reportMissingImports=false, reportCallIssue=false, reportIndexIssue=false
+# pyright: reportReturnType=false, reportGeneralTypeIssues=false
+
 import torch
-import triton  # pyright: ignore[reportMissingImports]
-import triton.language as tl  # pyright: ignore[reportMissingImports]
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from torchtitan_lite.models.loss import Labels
@@ -20,10 +24,10 @@ _WARPS = 8
 
 def row_sums(logits_CV: Tensor, labels: Labels) -> tuple[Tensor, Tensor, Tensor]:
     """Maximum of each row, sum of exp(logit - maximum), and the label's logit, 0 where it is not here."""
-    # Apart, as Triton compiles anew for a tensor that is not aligned like the last one.
+    # Separate tensors: Triton compiles again if the alignment of an argument changes.
     max_C, sum_C, label_logit_C = (logits_CV.new_empty(len(logits_CV)) for _ in range(3))
     with torch.cuda.device_of(logits_CV):
-        _row_sums[(len(logits_CV),)](  # pyright: ignore[reportIndexIssue]
+        _row_sums[(len(logits_CV),)](
             logits_CV,
             labels.row,
             labels.here,
@@ -43,11 +47,11 @@ def gradient_(
 ) -> Tensor:
     """softmax(logits) - onehot(label) in `dtype`, 0 in rows without a label; overwrites the logits.
 
-    `total_C` is the sum of exp(logit - max_C). The result lies in the logits' memory: the start of each row.
+    `total_C` is the sum of exp(logit - max_C). The result lies at the start of each row of the logits.
     """
     dlogits_CV = logits_CV.view(dtype)[:, : logits_CV.shape[1]]
     with torch.cuda.device_of(logits_CV):
-        _gradient[(len(logits_CV),)](  # pyright: ignore[reportIndexIssue]
+        _gradient[(len(logits_CV),)](
             logits_CV,
             dlogits_CV,
             labels.row,
@@ -65,7 +69,7 @@ def gradient_(
 
 
 def try_on(device: torch.device) -> None:
-    """Compile and launch a kernel, and raise what Triton raises if it cannot."""
+    """Compile and launch a kernel. Raises what Triton raises if it cannot."""
     logits, row = torch.zeros(1, 16, device=device), torch.zeros(1, dtype=torch.int64, device=device)
     row_sums(logits, Labels(row, row == 0, row == 0))
 
@@ -80,7 +84,7 @@ def _row_sums(
 ):
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
-    # A maximum and a sum for each lane, so that nothing waits for other lanes before the end.
+    # A maximum and a sum for each lane: lanes are combined only at the end.
     top = tl.full([BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, n_columns, BLOCK):
@@ -119,12 +123,12 @@ def _gradient(
     label = tl.where(tl.load(here + row), tl.load(labels + row), -1)
     is_valid, top, total = tl.load(valid + row), tl.load(maxima + row), tl.load(totals + row)
     scale = 1.0 / total
-    # One stage: no load of a later turn may come before the store of this one.
+    # One stage: the loads of the next turn must not come before the store of this one.
     for start in tl.range(0, n_columns, BLOCK, num_stages=1):
         columns = start + tl.arange(0, BLOCK)
         x = tl.exp(tl.load(logits + columns, mask=columns < n_columns, other=0.0) - top)
         x = tl.where(columns == label, x - total, x) * scale
-        # A narrower gradient lies over logits that other warps are to read: none may write before all have.
+        # A narrower gradient overwrites logits that other warps still have to read: all load, then all store.
         tl.debug_barrier()
         x = tl.where(is_valid, x, 0.0).to(gradient.dtype.element_ty)
         tl.store(gradient + columns, x, mask=columns < n_columns)

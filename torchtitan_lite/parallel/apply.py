@@ -114,9 +114,9 @@ def _trust_the_processor() -> None:
 
 
 def _recompute_what_is_cheap() -> None:
-    """Have a compiled backward make the normalised and gated inputs of a block's products again.
+    """Let a compiled backward recompute the normalised and gated inputs of a block's products.
 
-    They are more than a quarter of what a block would keep, and elementwise from what it keeps anyway.
+    They are more than a quarter of what a block would keep, and elementwise functions of what it keeps.
     """
     from torch._functorch import config
 

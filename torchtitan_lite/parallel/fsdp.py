@@ -39,8 +39,8 @@ def apply_fsdp(
     # The loss reads the head's weight outside of the head's own forward: these are never dropped in between.
     groups.insert(0, fully_shard(model, reshard_after_forward=False, **options))
     for module, following in pairwise(groups):
-        # The gather of a block starts before the compute that hides it. FSDP by itself does so backward, and
-        # forward only while the host is ahead of the device, which it is not after the step's one wait.
+        # The gather of the next block starts before this block is computed. FSDP does so by itself in the
+        # backward, but in the forward only while the host is ahead, and after the step's one wait it is not.
         module.set_modules_to_forward_prefetch([following])
     for module in groups:
         # The loss is divided by the global count of tokens, so the ranks have terms of a sum. The factor

@@ -52,7 +52,7 @@ def scale(parameters: Iterable[nn.Parameter], factor: float) -> None:
 
 
 def _local(gradients: Sequence[Tensor]) -> list[Tensor]:
-    # Where a graph might be made, each of these is a Python function of autograd.
+    # With gradients enabled, each `to_local` would be an autograd function in Python.
     assert not torch.is_grad_enabled()
     return [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
 

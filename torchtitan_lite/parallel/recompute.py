@@ -2,8 +2,8 @@
 
 import re
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -49,7 +49,7 @@ class ActivationCheckpointConfig:
         return "selective (op)" if option == "op" else f"full in one block out of {option}"
 
 
-# By name, since most are registered only where their package is.
+# By name: most are registered only if their package is installed.
 _ATTENTION = (
     "torchtitan_lite::attend_tiles",
     "torchtitan_lite::attend_runs",
@@ -69,19 +69,19 @@ def apply_recompute(
     """Make `blocks`, in place, compute again in the backward pass what `config` does not keep.
 
     Args:
-        by_operator: choose what to keep by looking at every operator, as torch.compile can while it traces;
-            else by the modules of a block, which says the same and costs an eager step far less.
+        by_operator: choose what to keep by looking at every operator, which is free while torch.compile
+            traces. Otherwise choose by the modules of a block: the same choice, and much cheaper when eager.
     """
     every = 1
     if config.mode == "none":
         return
-    by_op = config.mode == "selective" and config.selective_ac_option == "op"
-    if config.mode == "selective" and not by_op:
+    keeps_some = config.mode == "selective" and config.selective_ac_option == "op"
+    if config.mode == "selective" and not keeps_some:
         every = int(config.selective_ac_option)
     for number, block in enumerate(blocks, start=1):
-        if by_op and by_operator:
+        if keeps_some and by_operator:
             _recompute(block, _keep_attention_and_every_second_matmul)
-        elif by_op:
+        elif keeps_some:
             _recompute(block, Keeper(block).contexts)
         elif number % every == 0:
             _recompute(block, None)
@@ -126,14 +126,14 @@ def _qualified(op: Any) -> str:
     return op._schema.name if isinstance(op, torch._ops.OpOverload) else str(op)
 
 
-class Forward:
-    """One forward of a block and the second one that follows it: what the first keeps for the second."""
+class Kept:
+    """What one forward of a block keeps for its recompute."""
 
     def __init__(self, n_products: int) -> None:
         self.n_products, self.products = n_products, 0
-        self.kept: deque[Tensor] = deque()
+        self.results: deque[Tensor] = deque()
         self.is_second = False
-        # torch's, which look at each operator under them: here at those of the attention alone.
+        # torch's modes look at every operator that runs under them: here only those of the attention.
         self.attention_modes = create_selective_checkpoint_contexts(_keep_attention)
 
     def begin(self, is_second: bool) -> None:
@@ -141,7 +141,7 @@ class Forward:
         self.is_second, self.products = is_second, 0
 
     def keeps_next(self) -> bool:
-        """Whether the coming product is kept: every second one, but for the last: no gradient needs it."""
+        """True if the next product is kept: every second one, except the last, which no gradient needs."""
         self.products += 1
         return self.products % 2 == 1 and self.products < self.n_products
 
@@ -149,13 +149,13 @@ class Forward:
 class Keeper:
     """Keeps attention and every second matmul of a block for its second forward, by the block's modules.
 
-    A dispatch mode around a whole block calls Python for each of its operators, twice, which takes longer
-    than to start their kernels. So only the attention runs under one, and a kept product is a function of
-    its own: both forwards save the same for its backward, and the second one multiplies nothing.
+    A dispatch mode around the whole block would call Python for each operator, in both forwards, which takes
+    longer than launching the kernels. So only the attention runs under a mode. A kept product is an autograd
+    function: both forwards save the same tensors, and the second returns the kept result.
     """
 
     def __init__(self, block: nn.Module) -> None:
-        self.now: Forward | None = None
+        self.now: Kept | None = None
         products = [module for module in block.modules() if isinstance(module, nn.Linear)]
         self.n_products = len(products)
         for module in products:
@@ -164,21 +164,12 @@ class Keeper:
         inner.forward = self._attending(inner.forward)
 
     def contexts(self) -> tuple[Any, Any]:
-        """Of one forward and of its second one."""
-        forward = Forward(self.n_products)
-        return self._during(forward, is_second=False), self._during(forward, is_second=True)
-
-    @contextmanager
-    def _during(self, forward: Forward, is_second: bool) -> Iterator[None]:
-        forward.begin(is_second)
-        self.now = forward
-        try:
-            yield
-        finally:
-            self.now = None
+        """The contexts of a forward and of its recompute."""
+        kept = Kept(self.n_products)
+        return _Running(self, kept, is_second=False), _Running(self, kept, is_second=True)
 
     def multiply(self, x: Tensor, weight: Tensor) -> Tensor:
-        """As F.linear, kept or not."""
+        """F.linear, or a kept product."""
         if self.now is None or not self.now.keeps_next():
             return F.linear(x, weight)
         return _KeptProduct.apply(x, weight, self.now)
@@ -193,16 +184,34 @@ class Keeper:
         return kept
 
 
+class _Running(AbstractContextManager[None]):
+    """While a block's forward or its recompute runs."""
+
+    def __init__(self, keeper: Keeper, kept: Kept, is_second: bool) -> None:
+        self.keeper, self.kept, self.is_second = keeper, kept, is_second
+
+    def __enter__(self) -> None:
+        if self.is_second and self.kept.is_second:
+            raise RuntimeError(
+                "this block was differentiated before: selective recompute keeps its results for one backward"
+            )
+        self.kept.begin(self.is_second)
+        self.keeper.now = self.kept
+
+    def __exit__(self, *_: object) -> None:
+        self.keeper.now = None
+
+
 class _KeptProduct(torch.autograd.Function):
-    """F.linear without a bias, with the products of its own backward; a second forward takes what is kept."""
+    """F.linear without bias, with its own backward; the second forward returns the kept result."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, forward: Forward) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, kept: Kept) -> Tensor:
         ctx.save_for_backward(x, weight)
-        if forward.is_second:
-            return forward.kept.popleft()
+        if kept.is_second:
+            return kept.results.popleft()
         out = F.linear(x, weight)
-        forward.kept.append(out.detach())  # not `out` itself: its graph holds `forward`
+        kept.results.append(out.detach())  # not `out` itself: its graph holds `kept`
         return out
 
     @staticmethod

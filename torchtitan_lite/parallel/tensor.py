@@ -195,14 +195,12 @@ class LogitsOfAll(nn.Module):
 class VocabularyShare:
     """What `models.loss.Vocabulary` is on one rank, for `n_rows` of the rows of the weight."""
 
-    is_whole = False
-
     def __init__(self, mesh: DeviceMesh, n_rows: int) -> None:
-        self.group, self.n_rows = mesh.get_group(), n_rows
+        self.group, self.n_parts, self.n_rows = mesh.get_group(), mesh.size(), n_rows
         self.start = mesh.get_local_rank() * n_rows
 
     def rows(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The row of each label, any row where it has none here, and whether it has one."""
+        """The row of the weight for each label, and whether it is here; if not, the row is arbitrary."""
         row = labels - self.start
         here = (row >= 0) & (row < self.n_rows)
         return torch.where(here, row, 0), here

@@ -49,8 +49,9 @@ class OptimizerConfig:
 class LocalAdamW(torch.optim.AdamW):
     """AdamW that updates each rank's shards as the plain tensors that they are.
 
-    An update is elementwise, and gradients lie as their weights do. DTensor would find that out in Python for
-    each of a model's tensors, while the device waits: the step's one read comes just before.
+    The update is elementwise, and gradients are sharded like their weights, so the shards can be updated
+    directly. Through DTensor each tensor would cost time in Python, while the device is idle: the step's one
+    read comes just before.
     """
 
     def _init_group(self, group: Any, *lists: list[Tensor]) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -311,7 +311,7 @@ class Trainer:
     def count_valid(self, micro: list[Batch]) -> Tensor:
         """How many labels of the whole step are valid, over all micro-batches and ranks; at least 1."""
         count = sum(int((batch.labels_BS != IGNORE).sum()) for batch in micro)
-        # Filled in on the device: a copy from the host would wait for all that the device has yet to do.
+        # Made on the device: a copy from the host would wait for all the work that the device has left.
         total = self.world.sum(torch.full((), count, device=self.device))
         # The ranks that share a sequence have counted the same rows.
         return (total // (self.degrees.context * self.degrees.tensor)).clamp(min=1)
@@ -319,7 +319,7 @@ class Trainer:
     def reduce_and_clip(self, loss: Tensor) -> tuple[float, float]:
         """The loss and the gradient norm of all ranks, in one sum; the gradients are scaled to `max_norm`.
 
-        With them goes whether this rank was asked to stop, and whether its last save has failed.
+        The same sum carries two flags: this rank was asked to stop, and its last save has failed.
         """
         parameters = list(self.model.parameters())
         sum_partial(parameters)
