@@ -66,6 +66,7 @@ def test_on_a_gpu_every_cell_runs_right_or_is_refused_with_a_remedy(name, dtype)
     if found:
         assert all(refusal.rule and refusal.remedy for refusal in found)
         return
+    torch.compiler.reset()  # what other tests have compiled counts against the limit of this one
     inner = config.build()
     errors = {}
     # Blocks of 64 have torch try dozens of kernels for each shape: minutes for all of them.
@@ -279,3 +280,20 @@ def test_the_block_size_of_flex_is_that_of_its_mask_and_of_its_tiles():
         assert Flex(block_size=block_size).blocks == mask.block_mask.BLOCK_SIZE
         assert mask.tiles is not None
         assert len(mask.tiles.table) == n_tiles
+
+
+@pytest.mark.parametrize(
+    ("block_size", "options", "tile"),
+    [
+        (128, {}, None),
+        (64, {}, (64, 64)),
+        (32, {}, (32, 32)),
+        ((32, 128), {}, (32, 64)),
+        (32, {"BLOCK_M": 16}, (16, 32)),
+        ((128, 128), FLASH, None),
+    ],
+)
+def test_a_block_holds_whole_tiles_of_the_forward_kernel(block_size, options, tile):
+    """Autotuning tries no tile below 64, so that a smaller block would have no kernel."""
+    given = vars(Flex(block_size=block_size, kernel_options=options).build())["kernel_options"] or {}
+    assert (given.get("BLOCK_M"), given.get("BLOCK_N")) == (tile or (None, None))

@@ -184,14 +184,15 @@ def test_on_gpus(ranks, folder: Path, attention: str, size: int) -> None:
     """On a GPU for each rank; refused is only what lacks a package, or another GPU."""
     if torch.cuda.device_count() < size:
         pytest.skip(f"{torch.cuda.device_count()} GPUs here, and {size} ranks want one each")
+    words = ["--model.attention", *cases.ATTENTIONS[attention], "--job.device", "cuda"]
+    if refused := refusal(words, 1):
+        assert all(re.match(r"model\.attention\.(kernel|block_size)", line) for line in refused)
+        pytest.skip(refused[0])
     works = [c for c, cuda in ON_CUDA.items() if isinstance(cuda, Works)]
     combinations = [c for c in works if (c.attention, c.size) == (attention, size)]
     dtype = half_or_single(attention)
     tiny = cases.tiny_run(folder / "short.jsonl", folder / "cache", "cuda", dtype)
     runs = [[*tiny, *combination.words("inductor")] for combination in combinations]
-    if refused := refusal(runs[0], size):
-        assert all(re.match(r"model\.attention\.(kernel|block_size)", line) for line in refused)
-        pytest.skip(refused[0])
     (one,) = ranks(1).run(cases.curves_on_gpus, [[*tiny, *alone(combinations[0]).words()]], timeout=100)
     bound = 1e-4 if dtype == "float32" else 2e-2
     for curves in ranks(size).run(cases.curves_on_gpus, runs, timeout=250):

@@ -25,7 +25,10 @@ FLASH_BLOCKS = {9: (128, 128), 10: (256, 128)}
 """The block size that the FLASH backend takes, by major compute capability: Hopper and Blackwell."""
 
 TRITON_BLOCKS = (32, 128)
-"""A block holds whole tiles of the Triton kernels: the smallest in autotuning, the largest default."""
+"""A block holds whole tiles of the Triton kernels: the smallest of the backward, and the largest default."""
+
+AUTOTUNED_TILE = 64
+"""The smallest tile that torch's autotuning tries in the forward (get_flex_attn_fwd_configs of inductor)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +101,14 @@ class Flex:
             found.append(Refusal("kernel_options", self.kernel_options, rule, "use another BACKEND"))
         return found
 
+    @property
+    def _tiles(self) -> dict[str, int]:
+        """The forward kernel's tile where its default may exceed a block: autotuning tries no small ones."""
+        if not self.autotuned:
+            return {}
+        size_q, size_k = self.blocks
+        return {"BLOCK_M": min(size_q, AUTOTUNED_TILE), "BLOCK_N": min(size_k, AUTOTUNED_TILE)}
+
     def _block_refusals(self, device: str) -> Iterator[Refusal]:
         if any(size < 16 or size & (size - 1) for size in self.blocks):
             yield Refusal("block_size", self.block_size, "must be powers of two from 16 up", "use 128")
@@ -129,7 +140,7 @@ class Flex:
 
     def build(self) -> nn.Module:
         """The inner attention."""
-        return FlexAttention(self.kernel_options, self.autotuned)
+        return FlexAttention({**self._tiles, **self.kernel_options}, self.autotuned)
 
     def mask(
         self,
