@@ -303,7 +303,7 @@ MUTANTS = {
     ),
     "a kept product multiplied again": Mutant(
         PARALLEL + "recompute.py",
-        "        if forward.is_second:\n",
+        "        if kept.is_second:\n",
         "        if False:\n",
         f"{RECOMPUTE}::test_choosing_by_modules_is_choosing_by_operators[sdpa]",
     ),
