@@ -308,11 +308,14 @@ def test_what_misses_a_goal_is_marked(scripts):
     assert counts.judged({"cell": "a", "error": "died"}, 100.0)["missed"] == ["error"]
 
 
-@pytest.mark.compiler
-def test_graphs_are_counted_on_a_cpu():
-    words = ("--device", "cpu", "--cells", "sdpa/packed/compiled/none/alone", "--steps", "4", "--seq", "64")
+@pytest.mark.parametrize(
+    ("how", "n_graphs"),
+    [("eager", 0), pytest.param("compiled", 1, marks=[pytest.mark.slow, pytest.mark.compiler])],
+)
+def test_graphs_are_counted_on_a_cpu(how: str, n_graphs: int):
+    words = ("--device", "cpu", "--cells", f"sdpa/packed/{how}/none/alone", "--steps", "4", "--seq", "64")
     row = line("counts.py", *words, "--layers", "2")
-    assert (row["graphs"], row["breaks"], row["recompiles"], row["missed"]) == (1, 0, 0, [])
+    assert (row["graphs"], row["breaks"], row["recompiles"], row["missed"]) == (n_graphs, 0, 0, [])
 
 
 def test_a_break_of_a_graph_is_counted(scripts):
