@@ -63,7 +63,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def reader(symbol: str, also: Iterable[str] = ()) -> Callable[[], Counts]:
-    """What a library that is loaded in this process has counted so far.
+    """Returns a function that reads the counts of a library, which is loaded in this process.
 
     `symbol` names its counter. `also` names functions `long SYMBOL(void)` that count further launches: Triton
     calls the driver without the runtime, so the driver's library is searched too.

@@ -15,8 +15,8 @@ def are_hidden(mark_expression: str) -> bool:
 def hide() -> None:
     """Hide all GPUs from this process and its children.
 
-    What CPU tests find must not depend on a GPU: two ranks may find only one, or a kernel may ask for a
-    package. Call it before torch looks for a GPU.
+    The results of CPU tests must not depend on a GPU: two ranks may find only one GPU, or a kernel may ask
+    for a package. Call this before torch looks for a GPU.
     """
     # Not an empty variable: some programs that tests start drop empty ones.
     os.environ["CUDA_VISIBLE_DEVICES"] = "-1"

@@ -1,5 +1,6 @@
 """The capability data: every cell of the table is tried, those that are refused too."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -50,6 +51,7 @@ ON_A_GPU = {
     "packed, window": ([1, 300, 211], None, 100),
     "one document": ([512], None, None),
     "one document of 500 tokens": ([500], None, None),
+    "one document of 100 tokens": ([100], None, None),
     "one document, window": ([500], None, 100),
     "padded": ([-12, 300, 200], None, None),
     "two chunks": ([1, 300, 211], ((0, 128), (384, 512)), None),
@@ -295,5 +297,31 @@ def test_the_block_size_of_flex_is_that_of_its_mask_and_of_its_tiles():
 )
 def test_a_block_holds_whole_tiles_of_the_forward_kernel(block_size, options, tile):
     """Autotuning tries no tile below 64, so that a smaller block would have no kernel."""
-    given = vars(Flex(block_size=block_size, kernel_options=options).build())["kernel_options"] or {}
+    given = options_given(Flex(block_size=block_size, kernel_options=options), n_queries=2)
     assert (given.get("BLOCK_M"), given.get("BLOCK_N")) == (tile or (None, None))
+
+
+@pytest.mark.parametrize(
+    ("options", "of_one", "of_several"),
+    [
+        ({}, {}, {"BACKEND": "TRITON"}),
+        ({"num_stages": 2}, {"num_stages": 2}, {"BACKEND": "TRITON", "num_stages": 2}),
+        (FLASH, FLASH, FLASH),
+        *[({"FORCE_USE_FLEX_ATTENTION": True},) * 3],
+    ],
+)
+def test_torchs_kernel_for_decoding_gets_single_queries_alone(options, of_one, of_several):
+    """With more of them, it raises where the query heads of a key head do not fit a block of the mask."""
+    config = Flex(kernel_options=options)
+    assert options_given(config, n_queries=1) == of_one
+    assert options_given(config, n_queries=2) == options_given(config, n_queries=300) == of_several
+
+
+def options_given(config, n_queries):
+    """The options that FlexAttention's kernel gets."""
+    inner, seen = config.build(), []
+    inner.flex_attention = lambda q, *_, kernel_options, **__: seen.append(kernel_options) or q
+    mask = config.mask(torch.arange(300)[None], queries=((300 - n_queries, 300),))
+    q, k = (torch.zeros(1, n, 2, 16) for n in (n_queries, 300))
+    inner(q, k, k, dataclasses.replace(mask, tiles=None))
+    return seen[0]

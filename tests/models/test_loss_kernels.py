@@ -194,7 +194,7 @@ def test_on_a_gpu_the_loss_holds_one_chunk_of_logits_and_a_copy_of_the_weight():
     linear_cross_entropy(x, weight, labels)[0].backward()  # Loads the libraries, which hold memory too.
     x.grad = weight.grad = None
     torch.cuda.reset_peak_memory_stats()
-    # What is asked for: the allocator may give a block that is up to a MiB larger.
+    # Requested bytes, since the allocator may hand out a block that is up to a MiB larger.
     before = torch.cuda.memory_stats()["requested_bytes.all.current"]
     linear_cross_entropy(x, weight, labels)[0].backward()
     chunk, copy, gradients = 64 * vocab * 4, weight.numel() * 2, x.nbytes + weight.nbytes

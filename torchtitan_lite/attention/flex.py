@@ -179,7 +179,11 @@ class FlexAttention(nn.Module):
 
     def __init__(self, kernel_options: dict[str, Any], autotuned: bool) -> None:
         super().__init__()
-        self.kernel_options = dict(kernel_options) or None
+        self.kernel_options = dict(kernel_options)
+        # For fewer than 128 queries torch takes its decoding kernel, and raises unless all queries of a key
+        # head fit one block of the mask. So only single queries may take that kernel.
+        is_chosen = {"BACKEND", "FORCE_USE_FLEX_ATTENTION"} & kernel_options.keys()
+        self.options_of_several = {**({} if is_chosen else {"BACKEND": "TRITON"}), **kernel_options}
         # Not in the forward: torch.compile would trace the cache.
         self.flex_attention = _compiled(autotuned)
 
@@ -198,7 +202,7 @@ class FlexAttention(nn.Module):
             block_mask=mask.block_mask,
             scale=scale,
             enable_gqa=q_BHQK.shape[1] != k_BGSK.shape[1],
-            kernel_options=self.kernel_options,
+            kernel_options=self.kernel_options if q_BHQK.shape[2] == 1 else self.options_of_several,
         )
         return out_BHQK.transpose(1, 2)
 

@@ -127,7 +127,7 @@ def _qualified(op: Any) -> str:
 
 
 class Kept:
-    """What one forward of a block keeps for its recompute."""
+    """The results that one forward of a block keeps for its recompute."""
 
     def __init__(self, n_products: int) -> None:
         self.n_products, self.products = n_products, 0
