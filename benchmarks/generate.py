@@ -20,7 +20,7 @@ import torch
 from torchtitan_lite.inference.generate import generate
 from torchtitan_lite.inference.trained import lay_out_for_text
 from torchtitan_lite.models.decoder import Decoder, DecoderConfig
-from torchtitan_lite.models.huggingface import config_json, their_name
+from torchtitan_lite.models.huggingface import config_json
 from torchtitan_lite.models.registry import resolve
 
 
@@ -79,7 +79,7 @@ def models(config: DecoderConfig) -> tuple[Decoder, Any]:
         for name, weight in ours.named_parameters():
             # Large enough for attention to choose, so that the tokens differ.
             weight.normal_(1.0 if weight.ndim == 1 else 0.0, 0.1)
-            weights[their_name(name)].copy_(weight)
+            weights[config.parameters.hub_name(name)].copy_(weight)
     return ours, theirs
 
 

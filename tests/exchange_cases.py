@@ -24,14 +24,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from torchtitan_lite.attention import AttentionConfig, Sdpa
-from torchtitan_lite.models import loss
+from torchtitan_lite.models import init, loss
 from torchtitan_lite.models.decoder import Decoder
 from torchtitan_lite.models.init import init_weights
 from torchtitan_lite.models.loss import IGNORE, LinearCrossEntropy
 from torchtitan_lite.models.registry import resolve
 from torchtitan_lite.parallel.apply import CompileConfig, apply
 from torchtitan_lite.parallel.context import ContextParallel, Split
-from torchtitan_lite.parallel.fsdp import place_shard
+from torchtitan_lite.parallel.fsdp import own_shard
 from torchtitan_lite.parallel.gradients import squared_norm, sum_partial
 from torchtitan_lite.parallel.mesh import Degrees, ParallelismConfig, build_mesh
 from torchtitan_lite.parallel.recompute import ActivationCheckpointConfig
@@ -226,7 +226,7 @@ def look_up(upstream_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """This rank's tokens' vectors, its rows of the embedding's gradient, and the whole gradient."""
     model = small_model("llama3")
     mesh = build_mesh(Degrees(tensor=dist.get_world_size()), "cpu").tensor
-    apply_tensor_parallel(model, mesh, loss_parallel=True)
+    apply_tensor_parallel(model, mesh, model.config.shard_dims, loss_parallel=True)
     x_BsD = model.embedding(TOKENS_BS)
     x_BsD.backward(upstream_BSD.chunk(mesh.size(), dim=1)[mesh.get_local_rank()])
     gradient = model.embedding.weight.grad
@@ -239,7 +239,7 @@ def local_shapes(family: str) -> dict[str, tuple[torch.Size, torch.Size]]:
     """The whole and the local shape of every parameter under tensor parallel."""
     model = small_model(family)
     mesh = build_mesh(Degrees(tensor=dist.get_world_size()), "cpu").tensor
-    apply_tensor_parallel(model, mesh, loss_parallel=True)
+    apply_tensor_parallel(model, mesh, model.config.shard_dims, loss_parallel=True)
     return {
         name: (p.shape, p.to_local().shape)
         for name, p in model.named_parameters()
@@ -247,14 +247,20 @@ def local_shapes(family: str) -> dict[str, tuple[torch.Size, torch.Size]]:
     }
 
 
-def initial_weights(family: str, overrides: Mapping[str, Any], degrees: Degrees) -> dict[str, Tensor]:
-    """Whole ones, of a model that was made in shards."""
+def initial_weights(
+    family: str, overrides: Mapping[str, Any], degrees: Degrees
+) -> tuple[dict[str, Tensor], int, int]:
+    """The whole weights of a model that was made in shards; how many numbers this rank drew, and holds."""
     with torch.device("meta"):
         model = resolve(family, "debugmodel", overrides=overrides).build()
     apply(model, mesh=build_mesh(degrees, "cpu"))
     model.to_empty(device="cpu")
-    init_weights(model, 3, place_shard)
-    return {name: whole(parameter) for name, parameter in model.named_parameters()}
+    with mock.patch.object(init, "fill_normal", wraps=init.fill_normal) as fill:
+        init_weights(model, 3, own_shard)
+    n_drawn = sum(call.args[0].numel() for call in fill.call_args_list)
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    n_held = sum(own_shard(p)[0].numel() for p in matrices)
+    return {name: whole(parameter) for name, parameter in model.named_parameters()}, n_drawn, n_held
 
 
 # Recompute and compile.

@@ -18,9 +18,9 @@ from torchtitan_lite.attention import Sdpa
 from torchtitan_lite.config.load import ConfigError
 from torchtitan_lite.inference.generate import Cache, generate
 from torchtitan_lite.models.decoder import Decoder, DecoderConfig
-from torchtitan_lite.models.huggingface import config_json, their_name
+from torchtitan_lite.models.huggingface import config_json
 from torchtitan_lite.models.registry import families, resolve
-from torchtitan_lite.parallel.fsdp import place_shard
+from torchtitan_lite.parallel.fsdp import own_shard
 from torchtitan_lite.parallel.tensor import apply_tensor_parallel_to_predict
 
 ORIGINAL = 64
@@ -69,7 +69,7 @@ def ours(config: DecoderConfig, model: Any) -> Decoder:
     weights, own = model.state_dict(), config.build()
     with torch.no_grad():
         for name, weight in own.named_parameters():
-            weight.copy_(weights[their_name(name)])
+            weight.copy_(weights[config.parameters.hub_name(name)])
     return own
 
 
@@ -95,10 +95,12 @@ def tokens_of_ranks(attention: str, tied: bool, prompts: list[list[int]]) -> lis
     if dist.get_world_size() > 1:
         with torch.device("meta"):
             model = config.build()
-        apply_tensor_parallel_to_predict(model, init_device_mesh("cpu", (dist.get_world_size(),)))
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        apply_tensor_parallel_to_predict(model, mesh, config.shard_dims)
         model.to_empty(device="cpu")
         for name, weight in model.named_parameters():
-            place_shard(weight, weights[name])
+            share, box = own_shard(weight)
+            share.copy_(weights[name][tuple(slice(start, start + n) for start, n in box)])
     return generate(model, prompts, max_new_tokens=20, eos_id=None)
 
 

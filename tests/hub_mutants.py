@@ -11,15 +11,14 @@ FILES = "tests/checkpoint/test_weights.py"
 EXCHANGE = "tests/training/test_hub.py"
 TEXT = "tests/inference/test_generate.py"
 CACHE = f"{TEXT}::test_logits_from_the_cache_are_those_of_the_whole_forward[7-sdpa]"
-GATE, UP = ('    "ffn.w1": "mlp.gate_proj",\n', '    "ffn.w3": "mlp.up_proj",\n')
-DOWN = '    "ffn.w2": "mlp.down_proj",\n'
+GATE, UP, SPLIT = ('"ffn.w1", "mlp.gate_proj"', '"ffn.w3", "mlp.up_proj"', 'shard_dim=0, split_by="ffn_dim"')
 BOX = "piece.local.copy_(self.box(name, piece.offsets, piece.local.shape))"
 
 MUTANTS = {
     "hub: gate and up change places": Mutant(
-        NAMES,
-        GATE + DOWN + UP,
-        GATE.replace("gate", "up") + DOWN + UP.replace("up_", "gate_"),
+        "torchtitan_lite/models/decoder.py",
+        f"{GATE}, {SPLIT}),\n        _in_block({UP}",
+        f"{GATE.replace('gate', 'up')}, {SPLIT}),\n        _in_block({UP.replace('up_', 'gate_')}",
         f"{PARITY}::test_logits_are_theirs_beyond_the_original_context",
     ),
     "hub: a scaling of the rotary base is passed over": Mutant(
@@ -73,7 +72,7 @@ MUTANTS = {
     ),
     "hub: a head of its own is taken for a tied one": Mutant(
         HUB,
-        "if tied and HEAD in weights.places and",
+        "if name in weights.places and embedding and",
         "if False and",
         f"{EXCHANGE}::test_a_tied_head_that_is_stored_a_second_time_has_to_be_the_same",
     ),

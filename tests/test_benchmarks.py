@@ -65,6 +65,14 @@ def test_a_step_is_reported_with_the_keys_of_the_peers(words):
     assert measured == {"rest"} if "plain" in words else measured >= {"forward", "loss", "backward", "clip"}
 
 
+@pytest.mark.slow
+def test_every_rank_draws_its_share_of_the_initial_weights():
+    words = ("--model", "qwen3", "debugmodel", "--layers", "1", "--ranks", "1", "2")
+    one, two = line("initialise.py", *words)["rows"]
+    assert two["numbers_per_rank"] == one["numbers_per_rank"] / 2
+    assert one["processor_s"] > 0 and one["shared"] == 1
+
+
 def test_what_clipping_and_the_optimizer_move_is_counted():
     rows = [
         row for row in benchmark("phases.py", *TINY, "--dtype", "bf16").splitlines() if row.endswith(" P")

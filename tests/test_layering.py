@@ -1,10 +1,17 @@
-"""Imports point one way: the rule, held against every module, and proof that it finds what it forbids."""
+"""Imports point one way, and the model alone spells its names: both rules, and proof of what each finds."""
 
 import ast
+import re
 import sys
+from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
+
+from torchtitan_lite.models.decoder import PARAMETERS
+from torchtitan_lite.models.registry import families
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "torchtitan_lite"
@@ -193,3 +200,126 @@ def _known(name: str, modules) -> str:
     while parts and ".".join(parts) not in modules:
         parts.pop()
     return ".".join(parts)
+
+
+# A rule of imports that strings walk around is no rule: who may not know the model may not spell its names.
+
+MAY_SPELL = ("models.decoder", "models.layers")
+"""Where the model's modules and its table stand."""
+BY_NAME = {"get_submodule", "get_parameter", "getattr", "setattr", "hasattr", "delattr"}
+ALSO_WORDS = {"attention", "blocks", "embedding", "head", "inner", "logits", "loss", "norm", "weight"}
+"""Names in the model that mean other things elsewhere: only what is read or written of a model counts."""
+ALIASES = {"block": "blocks", "layer": "blocks"}
+"""What a variable may be called that holds a module of that name."""
+
+
+def model_parts() -> dict[str, set[str]]:
+    """The names of the children and parameters of each module; "model" is the root."""
+    found: dict[str, set[str]] = {}
+    for config in (families["llama3"]["debugmodel"], families["qwen3"]["debugmodel"]):
+        with torch.device("meta"):
+            model = config.build()
+        paths = [name for name, _ in (*model.named_modules(), *model.named_parameters()) if name]
+        for path in paths:
+            parts = ["model", *(part for part in path.split(".") if not part.isdigit())]
+            for owner, child in pairwise(parts):
+                found.setdefault(owner, set()).add(child)
+    return found
+
+
+PARTS = model_parts()
+NAMES = set.union(*PARTS.values())
+ON_THE_HUB = {part for row in PARAMETERS for part in (row.hub or "").split(".")}
+UNMISTAKABLE = (NAMES | ON_THE_HUB) - ALSO_WORDS - {"model", "layers", "mlp", "{}"}
+SIZES = set(PARAMETERS.splits)
+
+
+def test_the_model_alone_spells_the_names_of_its_parameters() -> None:
+    assert spelled(package_sources()) == []
+
+
+FORMERLY = [
+    ("parallel.tensor", 'BY_ROWS = ("wo", "w2")'),
+    ("parallel.tensor", 'WHOLE = ("norm", "attention_norm", "ffn_norm", "q_norm", "k_norm")'),
+    ("parallel.tensor", 'embedding = model.get_submodule("embedding")'),
+    ("parallel.tensor", 'model.loss = loss(model.get_submodule("loss"), mesh)'),
+    ("parallel.tensor", "model.loss = loss"),
+    ("parallel.tensor", 'model.logits = LogitsOfAll(model.get_submodule("logits"), mesh)'),
+    ("parallel.tensor", 'for block in model.get_submodule("blocks").children(): pass'),
+    ("parallel.tensor", '(block.get_submodule("attention"), block.get_submodule("ffn"))'),
+    ("parallel.apply", 'blocks = list(model.get_submodule("blocks").children())'),
+    ("parallel.apply", 'attention = block.get_submodule("attention")'),
+    ("parallel.apply", "attention.inner = context.wrap(x)"),
+    ("parallel.apply", 'f"wq wk wv w1 w3 by columns, wo w2 by rows, norms by tokens (tp {tp})"'),
+    ("parallel.fsdp", 'model.get_submodule("blocks").children()'),
+    ("parallel.recompute", 'inner = block.get_submodule("attention.inner")'),
+    ("models.init", '_RESIDUAL_OUTPUTS = (".attention.wo.weight", ".ffn.w2.weight")'),
+    ("models.init", 'model.get_submodule("blocks")'),
+    ("models.huggingface", 'HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"'),
+    ("models.huggingface", '{"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}'),
+    ("models.huggingface", '{"attention.wq": "self_attn.q_proj"}'),
+    ("config.division", 'TENSOR_DIVIDES = ("n_heads", "n_kv_heads", "ffn_dim", "vocab_size")'),
+    ("config.division", 'self.sizes.get("n_kv_heads", 0)'),
+    ("config.division", 'self.undivided == ["vocab_size"]'),
+    ("config.job", '_REFUSED_KEYS = {"n_heads": "model.overrides.n_heads"}'),
+    ("inference.commands", 'for name in ("n_heads", "n_kv_heads", "ffn_dim", "vocab_size"): pass'),
+    ("inference.generate", "model.embedding.weight.device"),
+    ("inference.generate", "[block for block in model.blocks]"),
+    ("inference.generate", 'attention.get_submodule("inner.inner")'),
+    ("inference.evaluate", "model.embedding"),
+]
+"""Lines that stood in these modules."""
+
+
+@pytest.mark.parametrize(("module", "line"), FORMERLY)
+def test_a_name_of_the_model_is_found_wherever_it_is_spelled(module: str, line: str) -> None:
+    assert spelled({module: line})
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        ("models.decoder", 'Parameter(pattern="blocks.*.attention.wo.weight")'),
+        ("parallel.tensor", '"""Each rank has rows of wo and w2."""'),
+        ("parallel.tensor", "self.loss = loss"),
+        ("training.metrics", "stats.loss"),
+        ("config.job", "self.model.attention.kind"),
+        ("config.job", 'f"the model\'s vocab_size is {n}"'),
+        ("attention.capabilities", 'Refusal("n_heads", n_heads, rule, remedy)'),
+        ("training.optimizer", 'group == "embedding"'),
+    ],
+)
+def test_a_word_that_is_no_name_of_the_model_is_left_alone(module: str, line: str) -> None:
+    assert spelled({module: line}) == []
+
+
+def spelled(sources: dict[str, str]) -> list[str]:
+    """Where a module that may not spell a name of the model does, and which."""
+    return [
+        f"{module}:{line} spells {name}"
+        for module, source in sources.items()
+        if module not in MAY_SPELL
+        for line, name in _spelled_in(ast.parse(source), knows_sizes=unit(module) in ("models", "attention"))
+    ]
+
+
+def _spelled_in(tree: ast.Module, knows_sizes: bool) -> Iterator[tuple[int, str]]:
+    prose = {node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and _is_of_the_model(node):
+            yield node.lineno, node.attr
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in prose:
+            words = re.findall(r"\w+", node.value)
+            yield from ((node.lineno, word) for word in words if word in UNMISTAKABLE)
+            if node.value in SIZES and not knows_sizes:
+                yield node.lineno, node.value
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in BY_NAME:
+            texts = [arg.value for arg in node.args if isinstance(arg, ast.Constant)]
+            names = [part for text in texts if isinstance(text, str) for part in text.split(".")]
+            yield from ((node.lineno, name) for name in names if name in NAMES)
+
+
+def _is_of_the_model(node: ast.Attribute) -> bool:
+    """Whether it reads or writes a child of what is called like the model or one of its modules."""
+    owner = node.value.attr if isinstance(node.value, ast.Attribute) else getattr(node.value, "id", "")
+    return node.attr in PARTS.get(ALIASES.get(owner, owner), ()) and owner != "self"

@@ -10,6 +10,7 @@ import torch
 from torchtitan_lite.config.division import Division
 from torchtitan_lite.config.job import load_job
 from torchtitan_lite.config.load import ConfigError
+from torchtitan_lite.models.decoder import DecoderConfig
 from torchtitan_lite.parallel.mesh import ParallelismConfig
 from torchtitan_lite.train import main
 
@@ -232,7 +233,13 @@ def is_allowed(
 def left_over(world_size: int, seq_len: int, parallelism: ParallelismConfig) -> list[str]:
     """The problems that the debug model has with a mesh."""
     division = Division(
-        parallelism=parallelism, world_size=world_size, seq_len=seq_len, max_seq_len=2048, sizes=SIZES
+        parallelism=parallelism,
+        world_size=world_size,
+        seq_len=seq_len,
+        max_seq_len=2048,
+        sizes=SIZES,
+        dealt_by_ulysses=DecoderConfig.dealt_by_ulysses,
+        extensible=DecoderConfig.extensible,
     )
     return [str(p) for p in (*parallelism.problems("parallelism", world_size), *division.problems())]
 

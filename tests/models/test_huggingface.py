@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from torchtitan_lite.models.decoder import DecoderConfig
-from torchtitan_lite.models.huggingface import config_json, differences, read_config, their_name
+from torchtitan_lite.models.decoder import PARAMETERS, DecoderConfig
+from torchtitan_lite.models.huggingface import config_json, differences, read_config
 from torchtitan_lite.models.registry import families, resolve
 
 # One of each kind: plain, scaled and tied; with and without norms of queries and keys.
@@ -73,7 +73,7 @@ def test_the_loss_and_every_gradient_are_theirs(kind: str, tmp_path: Path) -> No
     gradients = {name: weight.grad for name, weight in their.named_parameters()}
     assert len(gradients) == len(list(own.parameters()))
     for name, weight in own.named_parameters():
-        theirs = gradients[their_name(name)]
+        theirs = gradients[PARAMETERS.hub_name(name)]
         assert weight.grad is not None and theirs is not None
         assert (weight.grad - theirs).abs().max() <= 1e-5 * theirs.abs().max(), name
 

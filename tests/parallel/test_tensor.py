@@ -13,7 +13,6 @@ from torchtitan_lite.models.init import init_weights
 from torchtitan_lite.models.loss import IGNORE, chunk_rows, linear_cross_entropy
 from torchtitan_lite.models.registry import resolve
 from torchtitan_lite.parallel.mesh import Degrees
-from torchtitan_lite.parallel.tensor import shard_dim
 
 assert_equal = partial(torch.testing.assert_close, rtol=1e-12, atol=1e-12)
 VOCAB, BATCH, SEQ_LEN, DIM = 28, 2, 36, 5
@@ -93,11 +92,11 @@ def test_an_embedding_by_rows_equals_the_whole_one(ranks, n_ranks: int) -> None:
 
 @pytest.mark.parametrize("family", ["llama3", "qwen3"])
 def test_every_parameter_is_split_as_it_says_and_all_are_known(ranks, family: str) -> None:
-    names = [name for name, _ in cases.small_model(family).named_parameters()]
+    dims = cases.small_model(family).config.shard_dims
     for shapes in ranks(2).run(cases.local_shapes, family):
-        assert sorted(shapes) == sorted(names)
+        assert sorted(shapes) == sorted(dims)
         for name, (whole, local) in shapes.items():
-            halved, dim = list(whole), shard_dim(name)
+            halved, dim = list(whole), dims[name]
             assert (dim is None) == (len(whole) == 1), "norms are whole, and nothing else is"
             if dim is not None:
                 halved[dim] //= 2
@@ -106,13 +105,13 @@ def test_every_parameter_is_split_as_it_says_and_all_are_known(ranks, family: st
 
 def test_projections_are_split_by_heads_and_by_hidden_features() -> None:
     """By columns into a head or a feature, by rows out of it: nothing in between needs the others'."""
-    dims = {name.split(".")[-2]: shard_dim(name) for name, _ in cases.small_model("qwen3").named_parameters()}
+    rows = cases.small_model("qwen3").config.parameters
+    dims = {row.pattern.split(".")[-2]: row.shard_dim for row in rows}
     assert dims == {
-        **dict.fromkeys(["embedding", "wq", "wk", "wv", "w1", "w3"], 0),
+        **dict.fromkeys(["embedding", "head", "wq", "wk", "wv", "w1", "w3"], 0),
         **dict.fromkeys(["wo", "w2"], 1),
         **dict.fromkeys(["norm", "attention_norm", "ffn_norm", "q_norm", "k_norm"], None),
     }
-    assert shard_dim("head.weight") == 0
 
 
 UNEVEN = {**SMALL, "dim": 6, "n_heads": 3, "n_kv_heads": 3, "head_dim": 2, "ffn_dim": 10}
@@ -121,7 +120,11 @@ MESHES = {
     "tp 2": (Degrees(tensor=2), SMALL),
     "cp 2": (Degrees(context=2), SMALL),
     "fsdp 2 x tp 2": (Degrees(shard=2, tensor=2), SMALL),
+    "cp 2 x tp 2": (Degrees(context=2, tensor=2), SMALL),
+    "fsdp 2 x cp 2": (Degrees(shard=2, context=2), SMALL),
     "hsdp 2x2": (Degrees(replicate=2, shard=2), SMALL),
+    "replicate 2 x cp 2": (Degrees(replicate=2, context=2), SMALL),
+    "replicate 2 x tp 2": (Degrees(replicate=2, tensor=2), SMALL),
     "fsdp 4, uneven": (Degrees(shard=4), UNEVEN),
 }
 
@@ -133,6 +136,7 @@ def test_initial_weights_are_those_of_one_rank(ranks, mesh: str, family: str) ->
     model = resolve(family, "debugmodel", overrides=overrides).build()
     init_weights(model, 3)
     wanted = dict(model.named_parameters())
-    for found in ranks(degrees.world).run(cases.initial_weights, family, overrides, degrees):
+    for found, n_drawn, n_held in ranks(degrees.world).run(cases.initial_weights, family, overrides, degrees):
+        assert n_drawn == n_held, "a rank draws its own shards, and nothing else"
         assert found.keys() == wanted.keys()
         assert [name for name in found if not torch.equal(found[name], wanted[name])] == []

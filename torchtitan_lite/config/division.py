@@ -7,9 +7,6 @@ from typing import Any, Protocol
 
 from torchtitan_lite.config.problem import Problem
 
-TENSOR_DIVIDES = ("n_heads", "n_kv_heads", "ffn_dim", "vocab_size")
-"""The fields of a decoder of which each rank of tensor parallel has an equal share."""
-
 _MOST_TRIED = 1024
 
 
@@ -41,7 +38,11 @@ class Division:
     max_seq_len: int | None
     """Longest sequence of the model; None where that is not known."""
     sizes: dict[str, int]
-    """Those of TENSOR_DIVIDES that are known."""
+    """What tensor parallel divides, by the decoder's field; without fields that are not known."""
+    dealt_by_ulysses: str
+    """The one of these fields that counts the heads which Ulysses deals out."""
+    extensible: str
+    """The one of these fields that may be larger than the data needs."""
 
     def problems(self) -> list[Problem]:
         """What is left over, for degrees that are in range and any number of ranks."""
@@ -72,7 +73,7 @@ class Division:
     @property
     def heads(self) -> int:
         """Key and value heads of a rank, which Ulysses deals out; 0 where they are not known."""
-        return self.sizes.get("n_kv_heads", 0) // self.tensor
+        return self.sizes.get(self.dealt_by_ulysses, 0) // self.tensor
 
     @property
     def heads_left(self) -> int:
@@ -95,14 +96,14 @@ class Division:
     def _tensor_problems(self) -> list[Problem]:
         whole = either([f"model.{name} = {self.sizes[name]}" for name in self.undivided])
         remedy = self._better("tensor_parallel_degree", gcd(*self.sizes.values()))
-        if self.undivided == ["vocab_size"]:
+        if self.undivided == [self.extensible]:
             degree = self.parallelism.tensor_parallel_degree
-            enough = -(-self.sizes["vocab_size"] // degree) * degree
-            remedy += f", or model.overrides.vocab_size = {enough}"
+            enough = -(-self.sizes[self.extensible] // degree) * degree
+            remedy += f", or model.overrides.{self.extensible} = {enough}"
         return [self._problem("tensor_parallel_degree", whole, remedy)]
 
     def _heads_problems(self) -> list[Problem]:
-        whole = f"model.n_kv_heads = {self.sizes['n_kv_heads']}"
+        whole = f"model.{self.dealt_by_ulysses} = {self.sizes[self.dealt_by_ulysses]}"
         if self.tensor > 1:
             whole += f" / parallelism.tensor_parallel_degree = {self.tensor}"
         remedy = self._better("context_parallel_degree", self.heads)

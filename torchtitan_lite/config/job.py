@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,7 +11,7 @@ import torch
 
 from torchtitan_lite.attention import AttentionConfig, Flex, Sdpa, refusals
 from torchtitan_lite.checkpoint import CheckpointConfig
-from torchtitan_lite.config.division import TENSOR_DIVIDES, Division
+from torchtitan_lite.config.division import Division
 from torchtitan_lite.config.load import (
     Afresh,
     ConfigError,
@@ -39,14 +40,16 @@ from torchtitan_lite.training.schedule import LRSchedulerConfig
 from torchtitan_lite.training.step import TrainingConfig
 from torchtitan_lite.training.validation import ValidationConfig
 
+_OVERRIDES = "model.overrides."
 _REFUSED_KEYS = {
     "device": "job.device",
     "dtype": "training.mixed_precision_param",
-    "head_dim": "model.overrides.head_dim",
-    "n_heads": "model.overrides.n_heads",
-    "n_kv_heads": "model.overrides.n_kv_heads",
-    "sliding_window": "model.overrides.sliding_window",
     "deterministic": "debug.deterministic",
+    **{
+        field.name: _OVERRIDES + field.name
+        for field in fields(DecoderConfig)
+        if field.name in signature(refusals).parameters
+    },
 }
 """The keys that set what an attention backend was checked against, where they are not its own."""
 
@@ -131,12 +134,9 @@ class JobConfig:
 
     def plan(self, world_size: int) -> list[str]:
         """How the run is spread over `world_size` ranks, in a few lines; needs no ranks."""
-        with torch.device("meta"):
-            parameters = self.decoder.build().named_parameters()
         return plan(
-            {name: parameter.shape for name, parameter in parameters},
+            self.decoder,
             self.parallelism.degrees(world_size),
-            attention=self.model.attention.kind,
             parallelism=self.parallelism,
             recompute=self.activation_checkpoint,
             compile=self.compile,
@@ -197,7 +197,7 @@ class JobConfig:
             rule = f"is more than the {decoder.max_seq_len} tokens that the model is meant for"
             remedy = f"use at most {decoder.max_seq_len}, or raise model.overrides.max_seq_len"
             found.append(Problem("training.seq_len", self.training.seq_len, rule, remedy))
-        unsound = {problem.key.removeprefix("model.overrides.") for problem in wrong}
+        unsound = {problem.key.removeprefix(_OVERRIDES) for problem in wrong}
         found += self._division_problems(decoder, unsound, world_size)
         if decoder is not None:
             found += self.activation_checkpoint.block_problems("activation_checkpoint", decoder.n_layers)
@@ -212,13 +212,15 @@ class JobConfig:
         wrong = self.parallelism.problems("parallelism", world_size)
         if self.training.seq_len < 1 or any(problem.key != "WORLD_SIZE" for problem in wrong):
             return []
-        sizes = {} if decoder is None else {name: getattr(decoder, name) for name in TENSOR_DIVIDES}
+        kind, sizes = (DecoderConfig, {}) if decoder is None else (type(decoder), decoder.splits)
         return Division(
             parallelism=self.parallelism,
             world_size=world_size,
             seq_len=self.training.seq_len,
             max_seq_len=None if decoder is None or "max_seq_len" in unsound else decoder.max_seq_len,
             sizes={name: size for name, size in sizes.items() if name not in unsound},
+            dealt_by_ulysses=kind.dealt_by_ulysses,
+            extensible=kind.extensible,
         ).problems()
 
     def _attention_problems(self, decoder: DecoderConfig | None) -> list[Problem]:

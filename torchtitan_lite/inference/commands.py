@@ -296,10 +296,9 @@ def _mesh(config: DecoderConfig, device: torch.device, n_ranks: int) -> DeviceMe
     """All ranks that torchrun has started, as one tensor-parallel group."""
     if n_ranks == 1 or not dist.is_initialized():
         return None
-    sizes = {name: getattr(config, name) for name in ("n_heads", "n_kv_heads", "ffn_dim", "vocab_size")}
-    wrong = [name for name, size in sizes.items() if size % n_ranks]
+    wrong = [name for name, size in config.splits.items() if size % n_ranks]
     if wrong:
-        rule = f"does not divide the model's {wrong[0]} = {sizes[wrong[0]]}"
+        rule = f"does not divide the model's {wrong[0]} = {config.splits[wrong[0]]}"
         remedy = "start a number of ranks that divides it"
         raise ConfigError([Problem("WORLD_SIZE", n_ranks, rule, remedy)])
     return init_device_mesh(device.type, (n_ranks,))

@@ -40,7 +40,7 @@ def evaluate(model: Decoder, split: Split, *, seq_len: int, batch_size: int, res
     Text is cut into samples of `seq_len` tokens, of which the first see nothing of the sample before. The
     `rest`, too short for another, is one too; without it, the loss is what validation in training measures.
     """
-    config, device = model.config, model.embedding.weight.device
+    config, device = model.config, model.device
 
     def loss_of(batch: Batch) -> tuple[Tensor, Tensor]:
         mask = config.attention.mask(batch.positions_BS, sliding_window=config.sliding_window, device=device)

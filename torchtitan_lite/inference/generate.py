@@ -33,9 +33,9 @@ class Sampling:
 class Cached(nn.Module):
     """An inner attention whose keys and values stay for the forwards to come."""
 
-    def __init__(self, inner: nn.Module, n_tokens: int) -> None:
+    def __init__(self, attend: nn.Module, n_tokens: int) -> None:
         super().__init__()
-        self.inner, self.n_tokens, self.n_kept = inner, n_tokens, 0
+        self.attend, self.n_tokens, self.n_kept = attend, n_tokens, 0
         self.keys = self.values = torch.empty(0)
 
     def forward(
@@ -48,7 +48,7 @@ class Cached(nn.Module):
         self.keys[:, self.n_kept : end] = k_BSGK
         self.values[:, self.n_kept : end] = v_BSGK
         self.n_kept = end
-        return self.inner(q_BSHK, self.keys[:, :end], self.values[:, :end], mask, scale)
+        return self.attend(q_BSHK, self.keys[:, :end], self.values[:, :end], mask, scale)
 
 
 class Cache:
@@ -56,19 +56,16 @@ class Cache:
 
     def __init__(self, model: Decoder, n_rows: int, n_tokens: int) -> None:
         self.model, self.n_tokens, self.n_so_far = model, n_tokens, 0
-        self.device = model.embedding.weight.device
+        self.device = model.device
         self.positions_BT = torch.full((n_rows, n_tokens), -1)
         self.next_B = torch.zeros(n_rows, dtype=torch.int64)
-        self._attentions = [block.get_submodule("attention") for block in model.blocks]
 
     def __enter__(self) -> Self:
-        for attention in self._attentions:
-            attention.inner = Cached(attention.get_submodule("inner"), self.n_tokens)
+        self.model.wrap_attention(lambda attend: Cached(attend, self.n_tokens))
         return self
 
     def __exit__(self, *_: object) -> None:
-        for attention in self._attentions:
-            attention.inner = attention.get_submodule("inner.inner")
+        self.model.wrap_attention(lambda cached: cached.get_submodule("attend"))
 
     @torch.inference_mode()
     def step(self, tokens_BS: Tensor, is_token_BS: Tensor) -> Tensor:
@@ -108,7 +105,7 @@ def generate(
     for row, prompt in enumerate(prompts):
         tokens_BS[row, longest - len(prompt) :] = torch.tensor(prompt)
         is_token_BS[row, longest - len(prompt) :] = True
-    generator = torch.Generator(model.embedding.weight.device).manual_seed(sampling.seed)
+    generator = torch.Generator(model.device).manual_seed(sampling.seed)
     found: list[list[int]] = [[] for _ in prompts]
     goes_on_B = torch.ones(len(prompts), dtype=torch.bool)
     ends = torch.tensor([] if eos_id is None else eos_id, dtype=torch.int64)

@@ -107,7 +107,7 @@ def build(
     if len(stored) == 1:
         model.to(stored.pop())  # a last step may hold the model alone, in another precision
     if tensor is not None:
-        apply_tensor_parallel_to_predict(model, tensor)
+        apply_tensor_parallel_to_predict(model, tensor, model.config.shard_dims)
     model.to_empty(device=device).requires_grad_(False).eval()
     load(trained.found, pieces(dict(model.named_parameters())), ranks, KEY)
     return model.to(dtype)

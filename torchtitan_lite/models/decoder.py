@@ -2,12 +2,14 @@
 
 B batch, S sequence, D model dim, H query heads, G key/value heads, K head dim, V vocab.
 
-Mixed precision without autocast: parameters stay as they were made (float32 master weights), the embedding
-casts its output to the compute dtype once, and every layer after it casts its own weight to the dtype of its
-input. Gradients arrive in the float32 parameters.
+The embedding casts its output to the compute dtype once; every layer after it computes in the dtype of its
+input (`layers`).
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +18,48 @@ from torch.nn import functional as F
 from torchtitan_lite.attention import AttentionConfig, Sdpa
 from torchtitan_lite.config.load import Problem
 from torchtitan_lite.models.init import init_weights
+from torchtitan_lite.models.layers import Embedding, Linear, Logits, RMSNorm
 from torchtitan_lite.models.loss import LinearCrossEntropy
+from torchtitan_lite.models.parameters import Parameter, Table
 from torchtitan_lite.models.rope import RopeScaling, Rotation, rotate, rotation
 
 _POSITIVE = (
     "vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "max_seq_len",
     "norm_eps", "rope_theta", "sliding_window",
 )  # fmt: skip
+
+
+def _in_block(ours: str, theirs: str, **facts: Any) -> Parameter:
+    return Parameter(pattern=f"blocks.*.{ours}.weight", hub=f"model.layers.{{}}.{theirs}.weight", **facts)
+
+
+PARAMETERS = Table(
+    [
+        _in_block("attention_norm", "input_layernorm", init="ones", group="vector"),
+        _in_block("attention.wq", "self_attn.q_proj", shard_dim=0, split_by="n_heads"),
+        _in_block("attention.wk", "self_attn.k_proj", shard_dim=0, split_by="n_kv_heads"),
+        _in_block("attention.wv", "self_attn.v_proj", shard_dim=0, split_by="n_kv_heads"),
+        _in_block("attention.q_norm", "self_attn.q_norm", init="ones", group="vector"),
+        _in_block("attention.k_norm", "self_attn.k_norm", init="ones", group="vector"),
+        _in_block("attention.wo", "self_attn.o_proj", shard_dim=1, split_by="n_heads", init="residual"),
+        _in_block("ffn_norm", "post_attention_layernorm", init="ones", group="vector"),
+        _in_block("ffn.w1", "mlp.gate_proj", shard_dim=0, split_by="ffn_dim"),
+        _in_block("ffn.w3", "mlp.up_proj", shard_dim=0, split_by="ffn_dim"),
+        _in_block("ffn.w2", "mlp.down_proj", shard_dim=1, split_by="ffn_dim", init="residual"),
+        Parameter(pattern="norm.weight", hub="model.norm.weight", init="ones", group="vector"),
+        Parameter(
+            pattern="embedding.weight",
+            hub="model.embed_tokens.weight",
+            shard_dim=0,
+            split_by="vocab_size",
+            group="embedding",
+        ),
+        Parameter(
+            pattern="head.weight", hub="lm_head.weight", shard_dim=0, split_by="vocab_size", group="head"
+        ),
+    ]
+)
+"""The parameters of every decoder here; the families' weights have the same names on the Hub."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +97,15 @@ class DecoderConfig:
     attention: AttentionConfig = field(default_factory=Sdpa)
     """The attention backend: how the mask is evaluated, never what it allows."""
 
+    architecture: ClassVar[str] = "decoder"
+    """What a checkpoint knows the model by. A family with another forward has a subclass of another name."""
+    parameters: ClassVar[Table] = PARAMETERS
+    """A row for every parameter. A family with others has a subclass with a table of its own."""
+    dealt_by_ulysses: ClassVar[str] = "n_kv_heads"
+    """The field that counts the heads which Ulysses deals out among the ranks that share a sequence."""
+    extensible: ClassVar[str] = "vocab_size"
+    """The field that may be larger than the data needs: a row that no token uses does no harm."""
+
     def problems(self, key: str) -> list[Problem]:
         """Values out of range, and heads that do not divide."""
         found = [
@@ -83,16 +129,40 @@ class DecoderConfig:
         From meta: `model.to_empty(device=...)`, then `init_weights(model, seed)`.
         """
         model = Decoder(self, compute_dtype)
-        if not model.embedding.weight.is_meta:
+        self.parameters.rows_of((name for name, _ in model.named_parameters()), type(self).__name__)
+        if model.device.type != "meta":
             init_weights(model, seed=0)
         return model
+
+    def build_block(self) -> "Block":
+        """One of the model's blocks; a family with another block has a subclass that builds it."""
+        return Block(self)
+
+    @cached_property
+    def shapes(self) -> Mapping[str, torch.Size]:
+        """The shape of every parameter; a tied embedding is one parameter."""
+        with torch.device("meta"):
+            return {name: weight.shape for name, weight in self.build().named_parameters()}
+
+    @cached_property
+    def rows(self) -> Mapping[str, Parameter]:
+        """The row of every parameter in the table."""
+        return self.parameters.rows_of(self.shapes, type(self).__name__)
+
+    @property
+    def shard_dims(self) -> Mapping[str, int | None]:
+        """For every parameter the dim that tensor parallel splits; None: every rank has it whole."""
+        return {name: row.shard_dim for name, row in self.rows.items()}
+
+    @property
+    def splits(self) -> dict[str, int]:
+        """The sizes that tensor parallel must divide, by the field that sets them."""
+        return {name: getattr(self, name) for name in self.parameters.splits}
 
     @property
     def n_params(self) -> int:
         """Number of parameters; a tied embedding counts once."""
-        norms_per_block = 2 * self.dim + (2 * self.head_dim if self.qk_norm else 0)
-        embedding = 0 if self.tie_embeddings else self.vocab_size * self.dim
-        return self._n_matmul_params + embedding + self.n_layers * norms_per_block + self.dim
+        return sum(shape.numel() for shape in self.shapes.values())
 
     def flops_per_token(self, seq_len: int) -> float:
         """Floating-point operations of a training step per token of one causal document of `seq_len` tokens.
@@ -103,61 +173,16 @@ class DecoderConfig:
         window = min(seq_len, self.sliding_window or seq_len)
         mean_visible_keys = window * (1 - window / (2 * seq_len))
         attention = 12 * self.n_layers * self.n_heads * self.head_dim * mean_visible_keys
-        return 6 * self._n_matmul_params + attention
+        return 6 * self._n_multiplied + attention
 
     @property
-    def _n_matmul_params(self) -> int:
-        attention = 2 * self.dim * self.head_dim * (self.n_heads + self.n_kv_heads)
-        return self.n_layers * (attention + 3 * self.dim * self.ffn_dim) + self.vocab_size * self.dim
-
-
-def _cast_weight(self: nn.Linear | nn.RMSNorm, x: Tensor) -> Tensor:
-    """The weight for the input `x`; tensor parallel puts its own in the place of this, for a rank's share."""
-    weight = self.weight
-    return weight if weight.dtype == x.dtype else weight.to(x.dtype)
-
-
-class Linear(nn.Linear):
-    """A projection without bias, computed in the dtype of its input."""
-
-    weight_for = _cast_weight
-    multiply = staticmethod(F.linear)
-    """Selective recompute replaces this function to keep a product."""
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features, bias=False)
-
-    def reset_parameters(self) -> None:
-        """Nothing: `init_weights` draws every parameter."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return self.multiply(input, self.weight_for(input))
-
-
-class RMSNorm(nn.RMSNorm):
-    """Root mean square norm over the last dim, computed in the dtype of its input."""
-
-    weight_for = _cast_weight
-
-    def reset_parameters(self) -> None:
-        """Nothing: `init_weights` draws every parameter."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.normalized_shape, self.weight_for(x), self.eps)
-
-
-class Embedding(nn.Embedding):
-    """A table of token vectors, handed out in the compute dtype."""
-
-    def __init__(self, vocab_size: int, dim: int, compute_dtype: torch.dtype) -> None:
-        super().__init__(vocab_size, dim)
-        self.compute_dtype = compute_dtype
-
-    def reset_parameters(self) -> None:
-        """Nothing: `init_weights` draws every parameter."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input).to(self.compute_dtype)
+    def _n_multiplied(self) -> int:
+        """Parameters that every token is multiplied with; a tied embedding is the head as well."""
+        looked_up = () if self.tie_embeddings else ("embedding",)
+        groups = {name: row.group for name, row in self.rows.items()}
+        return sum(
+            shape.numel() for name, shape in self.shapes.items() if groups[name] not in ("vector", *looked_up)
+        )
 
 
 class Attention(nn.Module):
@@ -212,12 +237,14 @@ class Block(nn.Module):
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rotation, mask)
         return x_BSD + self.ffn(self.ffn_norm(x_BSD))
 
+    def wrap_attention(self, wrap: Callable[[nn.Module], nn.Module]) -> None:
+        """Put `wrap(inner)` in the place of the inner attention."""
+        self.attention.inner = wrap(self.attention.inner)
 
-class Logits(nn.Module):
-    """The output projection as a part of the model, so that tensor parallel can exchange it from outside."""
-
-    def forward(self, x_BD: Tensor, weight_VD: Tensor) -> Tensor:
-        return F.linear(x_BD, weight_VD.to(x_BD.dtype)).float()
+    @property
+    def sums(self) -> tuple[nn.Module, ...]:
+        """The modules whose output, of a share of their weights, is a term of the whole output."""
+        return self.attention, self.ffn
 
 
 class Decoder(nn.Module):
@@ -227,11 +254,46 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = Embedding(config.vocab_size, config.dim, compute_dtype)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.blocks = nn.ModuleList(config.build_block() for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         # A tied head owns no parameter: `to_empty` would make two of one that is registered twice.
         self.head = None if config.tie_embeddings else Linear(config.dim, config.vocab_size)
         self.loss, self.logits = LinearCrossEntropy(), Logits()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    # What parallelism, recompute and generation change about a finished model they reach by these.
+
+    @property
+    def layers(self) -> list[Block]:
+        """The blocks, in order."""
+        return cast("list[Block]", list(self.blocks))
+
+    @property
+    def token_vectors(self) -> Embedding:
+        """What gives each token its vector."""
+        return self.embedding
+
+    @property
+    def sums(self) -> list[nn.Module]:
+        """The modules whose output, of a share of their weights, is a term of the whole output."""
+        return [part for block in self.layers for part in block.sums]
+
+    def wrap_attention(self, wrap: Callable[[nn.Module], nn.Module]) -> None:
+        """Put `wrap(inner)` in the place of every inner attention."""
+        for block in self.layers:
+            block.wrap_attention(wrap)
+
+    def wrap_loss(self, wrap: Callable[[nn.Module], nn.Module]) -> None:
+        """Put `wrap(loss)` in the place of the loss: (x_BSD, weight_VD, labels_BS) to (sum, count)."""
+        self.loss = wrap(self.loss)
+
+    def wrap_logits(self, wrap: Callable[[nn.Module], nn.Module]) -> None:
+        """Put `wrap(logits)` in the place of the output projection: (x_BD, weight_VD) to logits_BV."""
+        self.logits = wrap(self.logits)
 
     @property
     def head_weight_VD(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""A decoder in the terms of Hugging Face: its config.json, and the names of its weights.
+"""A decoder in the terms of Hugging Face: its config.json. The table of parameters has the names of weights.
 
 Llama and Qwen3, dense, as transformers has them
 (https://github.com/huggingface/transformers/tree/main/src/transformers/models/llama, .../qwen3).
@@ -16,7 +16,6 @@ from torchtitan_lite.models.decoder import DecoderConfig
 from torchtitan_lite.models.rope import RopeScaling
 
 CONFIG = "config.json"
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 _FIELDS = {
     "vocab_size": "vocab_size",
@@ -68,34 +67,6 @@ _MUST_BE: dict[str, tuple[object, ...]] = {
     "quantization_config": (None,),
 }
 """What this decoder computes, for keys that may say otherwise; None: the key is not there."""
-
-_MODULES = {
-    "embedding": "model.embed_tokens",
-    "norm": "model.norm",
-    "head": "lm_head",
-}
-_PARTS = {
-    "attention_norm": "input_layernorm",
-    "attention.wq": "self_attn.q_proj",
-    "attention.wk": "self_attn.k_proj",
-    "attention.wv": "self_attn.v_proj",
-    "attention.wo": "self_attn.o_proj",
-    "attention.q_norm": "self_attn.q_norm",
-    "attention.k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn.w1": "mlp.gate_proj",
-    "ffn.w2": "mlp.down_proj",
-    "ffn.w3": "mlp.up_proj",
-}
-
-
-def their_name(name: str) -> str:
-    """What the weight that we call `name` is called there: blocks.3.ffn.w1.weight is a gate_proj."""
-    module, _, kind = name.rpartition(".")
-    if module in _MODULES:
-        return f"{_MODULES[module]}.{kind}"
-    _, number, part = module.split(".", 2)
-    return f"model.layers.{number}.{_PARTS[part]}.{kind}"
 
 
 def read_config(folder: Path) -> tuple[DecoderConfig | None, list[Problem]]:
@@ -220,6 +191,9 @@ class _Reading:
 def differences(found: DecoderConfig, config: DecoderConfig, path: str) -> list[Problem]:
     """A problem for each field in which `found`, read from `path`, is not `config`; not for the backend."""
     remedy = "choose the model that the weights are of, or --model.name hf --model.flavor with their folder"
+    if found.architecture != config.architecture:
+        rule = f"is {json.dumps(found.architecture)} in {path}"
+        return [Problem("model.architecture", config.architecture, rule, remedy)]
     return [
         Problem(f"model.overrides.{field.name}", ours, f"is {_said(theirs)} in {path}", remedy)
         for field in fields(config)
@@ -234,6 +208,9 @@ def _said(value: object) -> str:
 
 def export_problems(config: DecoderConfig, key: str) -> list[Problem]:
     """What transformers has no model with."""
+    if config.architecture != DecoderConfig.architecture:
+        rule = "is an architecture that has no config.json for transformers here"
+        return [Problem(f"{key}.architecture", config.architecture, rule, "leave out the export")]
     if config.sliding_window is None or config.qk_norm:
         return []
     rule = "has no model in transformers: Llama, without qk_norm, has no window there"

@@ -2,20 +2,19 @@
 
 import math
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from torchtitan_lite.attention.native import CXX, compile_kernel, forget_kernels
 from torchtitan_lite.config.load import Problem, near
+from torchtitan_lite.models.decoder import Decoder, DecoderConfig
 from torchtitan_lite.parallel.context import ContextParallel, Split
 from torchtitan_lite.parallel.fsdp import apply_fsdp
 from torchtitan_lite.parallel.mesh import AXES, Degrees, Mesh, ParallelismConfig
 from torchtitan_lite.parallel.recompute import ActivationCheckpointConfig, apply_recompute
-from torchtitan_lite.parallel.tensor import apply_tensor_parallel, shard_dim
+from torchtitan_lite.parallel.tensor import apply_tensor_parallel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +44,7 @@ _ALONE, _KEEP_ALL, _EAGER = ParallelismConfig(), ActivationCheckpointConfig(), C
 
 
 def apply(
-    model: nn.Module,
+    model: Decoder,
     *,
     mesh: Mesh | None = None,
     compute_dtype: torch.dtype = torch.float32,
@@ -63,24 +62,23 @@ def apply(
        all blocks share one graph and the head's chunked loss stays eager.
     5. FSDP acts around a block's call and shards what tensor parallel has left of each weight.
     """
-    blocks = list(model.get_submodule("blocks").children())
     context = ContextParallel()
     if mesh is not None and mesh.tensor.size() > 1:
-        apply_tensor_parallel(model, mesh.tensor, loss_parallel=not parallelism.disable_loss_parallel)
+        loss_parallel = not parallelism.disable_loss_parallel
+        apply_tensor_parallel(model, mesh.tensor, model.config.shard_dims, loss_parallel=loss_parallel)
     if mesh is not None and mesh.context.size() > 1:
         context = _context(mesh.context, parallelism)
-        for block in blocks:
-            attention = block.get_submodule("attention")
-            attention.inner = context.wrap(attention.get_submodule("inner"))
+        model.wrap_attention(context.wrap)
     if mesh is not None and mesh.tensor.size() * mesh.context.size() > 1:
         model.register_forward_pre_hook(_refuse_to_predict, with_kwargs=True)
-    apply_recompute(blocks, recompute, by_operator=compile.enable)
+    apply_recompute(model.layers, recompute, by_operator=compile.enable)
     if compile.enable:
-        for block in blocks:
-            block.compile(backend=compile.backend)
+        for layer in model.layers:
+            layer.compile(backend=compile.backend)
     if mesh is not None and (mesh.weights.size() > 1 or offload):
         apply_fsdp(
             model,
+            model.layers,
             mesh.weights,
             compute_dtype=compute_dtype,
             reshard=parallelism.fsdp_reshard_after_forward != "never",
@@ -124,25 +122,26 @@ def _recompute_what_is_cheap() -> None:
 
 
 def plan(
-    shapes: Mapping[str, torch.Size],
+    model: DecoderConfig,
     degrees: Degrees,
     *,
-    attention: str,
     parallelism: ParallelismConfig = _ALONE,
     recompute: ActivationCheckpointConfig = _KEEP_ALL,
     compile: CompileConfig = _EAGER,
     offload: bool = False,
 ) -> list[str]:
-    """What `apply` does to a model with parameters of these `shapes`, in a few lines; needs no ranks."""
+    """What `apply` does to a `model`, in a few lines; needs no ranks."""
     axes = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, degrees.sizes, strict=True))
-    total = sum(shape.numel() for shape in shapes.values())
-    largest = sum(_largest_shard(name, shape, degrees) for name, shape in shapes.items())
+    total = model.n_params
+    largest = sum(
+        _largest_shard(shape, model.shard_dims[name], degrees) for name, shape in model.shapes.items()
+    )
     tp, is_sharded = degrees.tensor, degrees.replicate * degrees.fsdp > 1 or offload
     rows = {
         "mesh": [f"{degrees.world} rank{'s' * (degrees.world > 1)} = {axes}"],
         "parameters": [f"{total:,} in all, {largest:,} per rank ({largest / total:.1%})"],
-        "projections": [f"wq wk wv w1 w3 by columns, wo w2 by rows, norms by tokens (tp {tp})"] * (tp > 1),
-        "attention": [attention, *_context_words(degrees, parallelism)],
+        "projections": [f"{_projection_words(model)}, norms by tokens (tp {tp})"] * (tp > 1),
+        "attention": [model.attention.kind, *_context_words(degrees, parallelism)],
         "blocks": [
             f"recompute {recompute.described()}",
             *[f"compiled by {compile.backend}"] * compile.enable,
@@ -157,10 +156,19 @@ def plan(
     return [f"{part}: {'; '.join(words)}" for part, words in rows.items() if words]
 
 
-def _largest_shard(name: str, shape: torch.Size, degrees: Degrees) -> int:
-    """The parameters of `name` on the rank that has most of them."""
+def _projection_words(model: DecoderConfig) -> str:
+    """Which matrices tensor parallel splits by columns of the product, and which by rows."""
+    words = []
+    for dim, way in ((0, "by columns"), (1, "by rows")):
+        rows = [row for row in model.rows.values() if row.group == "matrix" and row.shard_dim == dim]
+        names = dict.fromkeys(row.pattern.split(".")[-2] for row in rows)
+        words += [f"{' '.join(names)} {way}"] if names else []
+    return ", ".join(words)
+
+
+def _largest_shard(shape: torch.Size, dim: int | None, degrees: Degrees) -> int:
+    """How much of a parameter, split along `dim`, the rank has that has most of it."""
     sizes = list(shape)
-    dim = shard_dim(name)
     if dim is not None:
         sizes[dim] //= degrees.tensor
     sizes[0] = -(-sizes[0] // degrees.fsdp)
@@ -198,7 +206,7 @@ def _context(mesh: DeviceMesh, parallelism: ParallelismConfig) -> ContextParalle
     return ContextParallel(method=method, split=split, rank=mesh.get_local_rank(), group=mesh.get_group())
 
 
-def _refuse_to_predict(model: nn.Module, args: tuple, kwargs: dict) -> None:
+def _refuse_to_predict(model: torch.nn.Module, args: tuple, kwargs: dict) -> None:
     """A row's last token is on one rank, and so are no more than a share of its logits."""
     labels = args[3] if len(args) > 3 else kwargs.get("labels_BS")
     assert labels is not None, "a model split by tp or cp has a loss, and no logits"

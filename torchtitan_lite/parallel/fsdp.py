@@ -1,5 +1,6 @@
 """FSDP2: weights, gradients and optimizer state in shards, each block's weights gathered when it runs."""
 
+from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any
 
@@ -11,14 +12,21 @@ from torch.distributed.tensor import DTensor
 
 
 def apply_fsdp(
-    model: nn.Module, mesh: DeviceMesh, *, compute_dtype: torch.dtype, reshard: bool, offload: bool
+    model: nn.Module,
+    layers: Iterable[nn.Module],
+    mesh: DeviceMesh,
+    *,
+    compute_dtype: torch.dtype,
+    reshard: bool,
+    offload: bool,
 ) -> None:
-    """Shard `model`, in place, block by block; the rest (embedding, norm, head) is one group of its own.
+    """Shard `model`, in place, layer by layer; the rest (embedding, norm, head) is one group of its own.
 
     That group is gathered in the weights' own dtype: the gradient of an embedding adds up thousands of rows
     for a token, in the dtype of the weight that they are read from.
 
     Args:
+        layers: the blocks of the model, in the order in which they run.
         mesh: one axis, or two, of which the first holds copies of the shards (HSDP).
         compute_dtype: the blocks' weights are gathered in it where it is not the weights' own.
         reshard: drop a block's gathered weights after its forward and gather them again for its backward.
@@ -33,8 +41,7 @@ def apply_fsdp(
     if offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
     groups = [
-        fully_shard(block, reshard_after_forward=reshard, mp_policy=precision, **options)
-        for block in model.get_submodule("blocks").children()
+        fully_shard(layer, reshard_after_forward=reshard, mp_policy=precision, **options) for layer in layers
     ]
     # The loss reads the head's weight outside of the head's own forward: these are never dropped in between.
     groups.insert(0, fully_shard(model, reshard_after_forward=False, **options))
@@ -57,9 +64,9 @@ def sync_gradients(model: nn.Module, *, last: bool) -> None:
         model.set_reshard_after_backward(last)
 
 
-def place_shard(parameter: Tensor, whole: Tensor) -> None:
-    """Put this rank's shard of `whole` into `parameter`."""
-    local_shard(parameter).copy_(whole[tuple(slice(start, start + n) for start, n in shard_box(parameter))])
+def own_shard(x: Tensor) -> tuple[Tensor, list[tuple[int, int]]]:
+    """This rank's shard of `x`, in the same memory, and where it lies in the whole (`shard_box`)."""
+    return local_shard(x), shard_box(x)
 
 
 def shard_box(x: Tensor) -> list[tuple[int, int]]:

@@ -154,14 +154,14 @@ class Keeper:
     function: both forwards save the same tensors, and the second returns the kept result.
     """
 
-    def __init__(self, block: nn.Module) -> None:
+    def __init__(self, block: Any) -> None:
+        """`block` is a module with `wrap_attention`, as the decoder's blocks have it."""
         self.now: Kept | None = None
         products = [module for module in block.modules() if isinstance(module, nn.Linear)]
         self.n_products = len(products)
         for module in products:
             setattr(module, "multiply", self.multiply)  # noqa: B010
-        inner = block.get_submodule("attention.inner")
-        inner.forward = self._attending(inner.forward)
+        block.wrap_attention(self._attending)
 
     def contexts(self) -> tuple[Any, Any]:
         """The contexts of a forward and of its recompute."""
@@ -174,14 +174,17 @@ class Keeper:
             return F.linear(x, weight)
         return _KeptProduct.apply(x, weight, self.now)
 
-    def _attending(self, attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def _attending(self, inner: nn.Module) -> nn.Module:
+        attend = inner.forward
+
         def kept(*args: Any, **kwargs: Any) -> Tensor:
             if self.now is None:
                 return attend(*args, **kwargs)
             with self.now.attention_modes[self.now.is_second]:
                 return attend(*args, **kwargs)
 
-        return kept
+        inner.forward = kept
+        return inner
 
 
 class _Running(AbstractContextManager[None]):

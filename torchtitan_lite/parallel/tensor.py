@@ -8,9 +8,8 @@ becomes a DTensor, the norms too, since one optimizer serves them all; activatio
 tensors, which costs less than DTensors do and leaves torch.compile nothing but tensors to see.
 """
 
-from collections.abc import Callable, Iterator
-from types import MethodType
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -20,70 +19,75 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.nn import functional as F
 
-BY_ROWS = ("wo", "w2")
-"""Projections whose input is split: they have a share of each row of the weight."""
-WHOLE = ("norm", "attention_norm", "ffn_norm", "q_norm", "k_norm")
-"""Modules whose weight every rank has, and uses for its own tokens or heads."""
-
 # torch.compile sees these as operators, unlike those of torch.distributed. Renamed after torch 2.11.
 _all_gather = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor
 _reduce_scatter = getattr(collectives, "reduce_scatter_single", None) or collectives.reduce_scatter_tensor
 
 
-def shard_dim(name: str) -> int | None:
-    """Which dim of the parameter `name` is split; None for one that every rank has whole."""
-    module = name.split(".")[-2]
-    if module in WHOLE:
-        return None
-    return 1 if module in BY_ROWS else 0
+class Splittable(Protocol):
+    """What tensor parallel changes about a model."""
+
+    @property
+    def token_vectors(self) -> Any:
+        """The embedding, whose `look_up(tokens, weight)` reads the vectors."""
+        ...
+
+    @property
+    def sums(self) -> list[nn.Module]:
+        """The modules whose output, of a share of their weights, is a term of the whole output."""
+        ...
+
+    def wrap_loss(self, wrap: Callable[[nn.Module], nn.Module]) -> None: ...
+
+    def wrap_logits(self, wrap: Callable[[nn.Module], nn.Module]) -> None: ...
 
 
-def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh, *, loss_parallel: bool) -> None:
+def apply_tensor_parallel(
+    model: Splittable, mesh: DeviceMesh, shard_dims: Mapping[str, int | None], *, loss_parallel: bool
+) -> None:
     """Split `model`, in place, over the one axis of `mesh`.
 
-    With `loss_parallel` each rank projects all tokens onto its share of the vocabulary, else its own tokens
-    onto all of it.
+    Args:
+        shard_dims: for the name of every parameter the dim that is split; None: every rank has it whole.
+        loss_parallel: each rank projects all tokens onto its share of the vocabulary, else its own tokens
+            onto all of it.
     """
-    _split_weights(model, mesh)
-    embedding = model.get_submodule("embedding")
-    embedding.forward = _by_rows(embedding, mesh)
-    for part in _parts(model):
-        part.forward = _on_all_tokens(part.forward, mesh)
+    _split_weights(model, mesh, shard_dims)
+    for part in (model.token_vectors, *model.sums):
+        # The embedding takes the tokens themselves, which every rank has.
+        scatter = _scattered if part is model.token_vectors else _on_all_tokens
+        part.forward = scatter(part.forward, mesh)
     loss = OwnShareOfVocabulary if loss_parallel else OwnShareOfTokens
-    model.loss = loss(model.get_submodule("loss"), mesh)
+    model.wrap_loss(lambda inner: loss(inner, mesh))
 
 
-def apply_tensor_parallel_to_predict(model: nn.Module, mesh: DeviceMesh) -> None:
+def apply_tensor_parallel_to_predict(
+    model: Splittable, mesh: DeviceMesh, shard_dims: Mapping[str, int | None]
+) -> None:
     """Split `model`, in place, to give logits: every rank has all tokens, of which there may be one alone."""
-    _split_weights(model, mesh)
-    embedding, group = model.get_submodule("embedding"), mesh.get_group()
-    embedding.forward = _summed(_share_of_rows(embedding, mesh), group)
-    for part in _parts(model):
-        part.forward = _summed(part.forward, group)
-    model.logits = LogitsOfAll(model.get_submodule("logits"), mesh)
+    _split_weights(model, mesh, shard_dims)
+    for part in (model.token_vectors, *model.sums):
+        part.forward = _summed(part.forward, mesh.get_group())
+    model.wrap_logits(lambda inner: LogitsOfAll(inner, mesh))
 
 
-def _split_weights(model: nn.Module, mesh: DeviceMesh) -> None:
+def _split_weights(model: Any, mesh: DeviceMesh, shard_dims: Mapping[str, int | None]) -> None:
     for name, parameter in list(model.named_parameters()):
-        module, dim = model.get_submodule(name.rpartition(".")[0]), shard_dim(name)
+        owner, _, own_name = name.rpartition(".")
+        module, dim = model.get_submodule(owner), shard_dims[name]
         placement = Replicate() if dim is None else Shard(dim)
-        module.weight = nn.Parameter(distribute_tensor(parameter, mesh, [placement]))
-        setattr(module, "weight_for", MethodType(_own_share if dim is not None else _whole, module))  # noqa: B010
+        setattr(module, own_name, nn.Parameter(distribute_tensor(parameter, mesh, [placement])))
+        module.weight_for = _whole if dim is None else _own_share
+    model.token_vectors.look_up = _share_of_rows(mesh)
 
 
-def _parts(model: nn.Module) -> Iterator[nn.Module]:
-    """What sums over its rank's share of heads or features."""
-    for block in model.get_submodule("blocks").children():
-        yield from (block.get_submodule("attention"), block.get_submodule("ffn"))
+def _own_share(weight: Any, x: Tensor) -> Tensor:
+    return weight.to_local().to(x.dtype)
 
 
-def _own_share(self: Any, x: Tensor) -> Tensor:
-    return self.weight.to_local().to(x.dtype)
-
-
-def _whole(self: Any, x: Tensor) -> Tensor:
+def _whole(weight: Any, x: Tensor) -> Tensor:
     # The gradient is the term of this rank's tokens or heads.
-    return self.weight.to_local(grad_placements=[Partial()]).to(x.dtype)
+    return weight.to_local(grad_placements=[Partial()]).to(x.dtype)
 
 
 def _on_all_tokens(forward: Callable[..., Tensor], mesh: DeviceMesh) -> Callable[..., Tensor]:
@@ -96,19 +100,19 @@ def _on_all_tokens(forward: Callable[..., Tensor], mesh: DeviceMesh) -> Callable
     return gathered_and_scattered
 
 
-def _by_rows(embedding: Any, mesh: DeviceMesh) -> Callable[[Tensor], Tensor]:
-    """The forward of an embedding of which each rank has a share of the rows: its own tokens' vectors."""
-    group, look_up = mesh.get_group().group_name, _share_of_rows(embedding, mesh)
-    return lambda tokens_BS: _ScatterSum.apply(look_up(tokens_BS), group)
+def _scattered(forward: Callable[..., Tensor], mesh: DeviceMesh) -> Callable[..., Tensor]:
+    """`forward`, which sums over its rank's share of all tokens, to all ranks' sum of this rank's tokens."""
+    group = mesh.get_group().group_name
+    return lambda *args: _ScatterSum.apply(forward(*args), group)
 
 
-def _share_of_rows(embedding: Any, mesh: DeviceMesh) -> Callable[[Tensor], Tensor]:
+def _share_of_rows(mesh: DeviceMesh) -> Callable[[Tensor, Any], Tensor]:
     """The vectors of the tokens that this rank has a row for; zeros for the others."""
 
-    def look_up(tokens_BS: Tensor) -> Tensor:
-        share_VD = embedding.weight.to_local()
+    def look_up(tokens_BS: Tensor, weight_VD: DTensor) -> Tensor:
+        share_VD = weight_VD.to_local()
         row_BS, here_BS = VocabularyShare(mesh, len(share_VD)).rows(tokens_BS)
-        return F.embedding(row_BS, share_VD).to(embedding.compute_dtype) * here_BS[..., None]
+        return F.embedding(row_BS, share_VD) * here_BS[..., None]
 
     return look_up
 

@@ -26,14 +26,12 @@ from torchtitan_lite.data import Tokenizer, load_tokenizer
 from torchtitan_lite.models.decoder import DecoderConfig
 from torchtitan_lite.models.huggingface import (
     CONFIG,
-    EMBEDDING,
-    HEAD,
     config_json,
     differences,
     export_problems,
     read_config,
-    their_name,
 )
+from torchtitan_lite.models.registry import config_class
 from torchtitan_lite.training.outputs import free_folder
 
 _MODEL = "model."
@@ -75,7 +73,7 @@ def load_weights(
 
     def act() -> None:
         with _opened(folder, config) as weights:
-            weights.read({their_name(name): piece for name, piece in pieces.items()})
+            weights.read({config.parameters.hub_name(name): piece for name, piece in pieces.items()})
 
     ranks.together(lambda: _told_of(key, folder, act))
 
@@ -91,24 +89,19 @@ def _told_of(key: str, folder: Path, act: Callable[[], None]) -> None:
 @contextmanager
 def _opened(folder: Path, config: DecoderConfig) -> Iterator[Weights]:
     """The weights in `folder`, which are those of a model of `config`; else raises Damaged."""
-    tied = config.tie_embeddings
+    table = config.parameters
+    shapes = {table.hub_name(name): shape for name, shape in config.shapes.items()}
+    # Some files hold a tied head a second time.
+    head, embedding = table.of_group("head").hub, table.of_group("embedding").hub
+    ignored = [head] if head and head not in shapes else []
     with Weights(folder) as weights:
-        # Some files hold a tied head a second time.
-        ignored = [HEAD] if tied else []
-        if lines := weights.differences(
-            {their_name(name): shape for name, shape in _shapes(config).items()}, ignored
-        ):
+        if lines := weights.differences(shapes, ignored):
             more = [f"and {len(lines) - _MOST_LINES} more"] if len(lines) > _MOST_LINES else []
             raise Damaged("; ".join([*lines[:_MOST_LINES], *more]))
-        if tied and HEAD in weights.places and not weights.are_equal(HEAD, EMBEDDING):
-            raise Damaged(f"{HEAD} is not {EMBEDDING}, and config.json says that they are one")
+        for name in ignored:
+            if name in weights.places and embedding and not weights.are_equal(name, embedding):
+                raise Damaged(f"{name} is not {embedding}, and config.json says that they are one")
         yield weights
-
-
-def _shapes(config: DecoderConfig) -> dict[str, torch.Size]:
-    """The shape of each weight, by our names."""
-    with torch.device("meta"):
-        return {name: weight.shape for name, weight in config.build().named_parameters()}
 
 
 def tokenizer_fingerprint(folder: Path) -> str | None:
@@ -125,9 +118,12 @@ def decoder_of(identity: Mapping[str, Any]) -> DecoderConfig:
     own = {key.removeprefix(_MODEL): value for key, value in identity.items() if key.startswith(_MODEL)}
     scaling = {key.partition(".")[2]: value for key, value in own.items() if key.startswith("rope_scaling.")}
     values = {key: value for key, value in own.items() if "." not in key}
+    architecture = values.pop("architecture", None)
+    if (cls := config_class(architecture)) is None:
+        raise Damaged(f"it is of a model that is not known here ({architecture}); a plugin may have it")
     try:
         table = {"rope_scaling": scaling} if scaling else {}
-        config = TypeAdapter(DecoderConfig).validate_json(json.dumps({**values, **table}), strict=True)
+        config = TypeAdapter(cls).validate_json(json.dumps({**values, **table}), strict=True)
     except ValidationError as error:
         what = error.errors()[0]
         raise Damaged(f"it says of no model ({'.'.join(map(str, what['loc']))}: {what['msg']})") from None
@@ -142,7 +138,7 @@ def identity_of(config: DecoderConfig) -> dict[str, Any]:
     """What a step says of its decoder, which is all but the backend: that gives the same numbers."""
     fields = asdict(config)
     del fields["attention"]
-    return flat({"model": json.loads(json.dumps(fields))})
+    return flat({"model": {"architecture": config.architecture, **json.loads(json.dumps(fields))}})
 
 
 def check_vocabulary(tokenizer: Tokenizer, config: DecoderConfig, key: str, value: str) -> None:
@@ -169,7 +165,7 @@ def export(
     ours = {
         name.removeprefix(_MODEL): stored for name, stored in found.index.items() if name.startswith(_MODEL)
     }
-    names = {their_name(name): name for name in ours}
+    names = {config.parameters.hub_name(name): name for name in ours}
 
     def read(some: Sequence[str]) -> dict[str, Tensor]:
         pieces = {}
@@ -227,7 +223,7 @@ def import_(folder: Path, out: Path, tokenizer: Tokenizer | None) -> None:
         check_vocabulary(tokenizer, config, "PATH", str(folder))
     pieces = {
         name: Piece(local=torch.empty(shape), shape=shape, offsets=torch.Size([0] * len(shape)))
-        for name, shape in _shapes(config).items()
+        for name, shape in config.shapes.items()
     }
     load_weights(folder, config, pieces, Ranks(), "PATH")
     identity = identity_of(config)

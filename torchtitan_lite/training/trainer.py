@@ -22,7 +22,7 @@ from torchtitan_lite.config.job import JobConfig
 from torchtitan_lite.data import IGNORE, Batch, Loader, Samples, Shards, in_order, load_tokenizer, prepare
 from torchtitan_lite.models.init import init_weights
 from torchtitan_lite.parallel.apply import apply, prepare_compile
-from torchtitan_lite.parallel.fsdp import place_shard, sync_gradients
+from torchtitan_lite.parallel.fsdp import own_shard, sync_gradients
 from torchtitan_lite.parallel.gradients import scale, squared_norm, sum_partial
 from torchtitan_lite.parallel.mesh import build_mesh
 from torchtitan_lite.parallel.signals import StopRequest
@@ -108,7 +108,7 @@ class Trainer:
         return self.degrees.data_rank(self.world.rank), self.degrees.data
 
     def _build_model(self, draw: bool) -> None:
-        """A decoder with float32 weights: a rank holds its shards, and one whole while that is drawn.
+        """A decoder with float32 weights, of which a rank holds and draws its shards.
 
         Without `draw` its weights are yet to come.
         """
@@ -128,11 +128,11 @@ class Trainer:
         prepare_compile(job.compile, device=self.device.type, attention=kind, head_dim=head_dim)
         self.model.to_empty(device="cpu" if job.training.enable_cpu_offload else self.device)
         if draw:
-            init_weights(self.model, job.debug.seed, self._place)
+            init_weights(self.model, job.debug.seed, self._own_shard)
 
-    def _place(self, parameter: Tensor, whole: Tensor) -> None:
-        place_shard(parameter, whole)
+    def _own_shard(self, parameter: Tensor) -> tuple[Tensor, list[tuple[int, int]]]:
         self.alive()
+        return own_shard(parameter)
 
     def _go_on(self, found: Found) -> None:
         """Take over a step: weights, optimizer, position and generators; not the weights of an end."""

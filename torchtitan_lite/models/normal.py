@@ -1,0 +1,107 @@
+"""Normal numbers as a function of a key and of their place, so that any part of a tensor can be drawn alone.
+
+R rows, P pairs of neighbouring columns, C columns.
+
+A counter-based generator: the 64 bits of a pair are splitmix64's output at the pair's place
+(https://prng.di.unimi.it/splitmix64.c), 32 for each of the two columns. One bit is the sign. The other 31 are
+the probability that a normal number is at least as far from zero; its inverse is read from a table of
+straight lines, 256 for every power of two.
+
+All that is computed is integer arithmetic, one look-up, one product and one sum of float32, each correctly
+rounded wherever it runs. So the numbers are equal bit for bit on every device, mesh and number of threads,
+which logarithms and cosines are not.
+"""
+
+from functools import cache
+from math import prod
+
+import torch
+from torch import Tensor
+
+Box = list[tuple[int, int]]
+"""A part of a tensor: its start and its length in each dim."""
+
+# https://prng.di.unimi.it/splitmix64.c, as signed numbers, which torch multiplies modulo 2**64 too.
+_GOLDEN, _MIX1, _MIX2 = (
+    number - 2**64 for number in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+)
+_SIGN = -(2**31)
+_LINE_BITS = 8
+"""2**8 lines for every power of two of the probability."""
+_REST_BITS = 23 - _LINE_BITS
+"""The other bits of a float32's fraction say where on the line."""
+_ONE = 127 << _LINE_BITS
+"""The line of the float32 number 1."""
+_MOST = {"cpu": 1 << 16, "cuda": 1 << 24}
+"""Numbers drawn at a time: those that fit a processor's cache, or keep a GPU busy."""
+
+
+@torch.no_grad()
+def fill_normal(out: Tensor, key: int, shape: torch.Size, box: Box, std: float) -> None:
+    """Fill `out`, which is the part `box` of a tensor of `shape`, with normal numbers.
+
+    Args:
+        key: any whole number of 64 bits; another one gives unrelated numbers.
+    """
+    if out.numel() == 0:
+        return
+    start, n_columns = box[-1]
+    n_pairs = (start + n_columns + 1) // 2 - start // 2
+    row_R = _rows(shape, box, out.device)
+    is_direct = out.dtype == torch.float32 and out.is_contiguous()
+    drawn = out if is_direct else torch.empty(out.shape, dtype=torch.float32, device=out.device)
+    flat_RC = drawn.view(len(row_R), n_columns)
+    pair_P = torch.arange(start // 2, start // 2 + n_pairs, device=out.device)
+    step = max(1, _MOST.get(out.device.type, 1 << 16) // (2 * n_pairs))
+    for first in range(0, len(row_R), step):
+        # An even number of places for every row, so that a pair never belongs to two.
+        place_RP = row_R[first : first + step, None] * -(-shape[-1] // 2) + pair_P
+        normal_RC = _normal(_splitmix(place_RP, key)).view(len(place_RP), -1)
+        torch.mul(normal_RC[:, start % 2 :][:, :n_columns], std, out=flat_RC[first : first + step])
+    if not is_direct:
+        out.copy_(drawn)
+
+
+def _rows(shape: torch.Size, box: Box, device: torch.device) -> Tensor:
+    """The number of each row that the box has a part of, all dims but the last counted as one."""
+    row = torch.zeros(1, dtype=torch.int64, device=device)
+    for dim, (start, n) in enumerate(box[:-1]):
+        index = torch.arange(start, start + n, device=device) * prod(shape[dim + 1 : -1])
+        row = (row[:, None] + index).flatten()
+    return row
+
+
+def _splitmix(place: Tensor, key: int) -> Tensor:
+    """The output of splitmix64, seeded with `key`, at `place` of its sequence; overwrites `place`."""
+    x = place.add_(1).mul_(_GOLDEN).add_((key + 2**63) % 2**64 - 2**63)
+    for bits, factor in ((30, _MIX1), (27, _MIX2), (31, 1)):
+        # torch shifts copies of the sign in from the left.
+        x ^= (x >> bits) & ((1 << (64 - bits)) - 1)
+        if factor != 1:
+            x *= factor
+    return x
+
+
+def _normal(bits: Tensor) -> Tensor:
+    """Two normal numbers, float32, from every int64."""
+    half = bits.view(torch.int32)
+    # Never 0, and at most 2**31, which is certainty.
+    probability = (half & ~_SIGN | 1).float().view(torch.int32)
+    line = (probability >> _REST_BITS) - _ONE
+    rest = (probability & ((1 << _REST_BITS) - 1)).float()
+    start, slope = _lines(bits.device)
+    size = rest.mul_(slope.index_select(0, line.flatten()).view_as(rest))
+    size += start.index_select(0, line.flatten()).view_as(rest)
+    return (size.view(torch.int32) ^ (half & _SIGN)).view(torch.float32)
+
+
+@cache
+def _lines(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Start and slope of the lines by which the inverse of the normal distribution's tails is read."""
+    with torch.device("cpu"):
+        fraction = torch.arange(2**_LINE_BITS, dtype=torch.float64) / 2**_LINE_BITS
+        nodes = torch.cat([2.0**power * (1 + fraction) for power in range(31)])
+        nodes = torch.cat([nodes, torch.tensor([2.0**31, 2.0**31], dtype=torch.float64)])
+        size = -torch.special.ndtri(nodes / 2**32)
+        start, slope = size[:-1], (size[1:] - size[:-1]) / 2**_REST_BITS
+        return start.float().to(device), slope.float().to(device)
