@@ -14,6 +14,7 @@ ATTENTION = "torchtitan_lite/attention/"
 PARALLEL = "torchtitan_lite/parallel/"
 TRAINER = "torchtitan_lite/training/trainer.py"
 ORACLE = "tests/attention/test_oracle.py"
+NORMAL = "tests/models/test_normal.py::test_any_part_is_that_part_of_the_whole_bit_by_bit"
 WHOLE, LAST, PACKED, LOOP = (
     f"{ORACLE}::test_every_backend_equals_the_reference_for_every_mask[{case}]"
     for case in (
@@ -231,6 +232,30 @@ MUTANTS = {
     ),
     "gradients of shards averaged over ranks": Mutant(
         PARALLEL + "fsdp.py", "        module.set_gradient_divide_factor(1.0)\n", "", FSDP_2
+    ),
+    "a shard draws the columns at the start of the whole": Mutant(
+        "torchtitan_lite/models/normal.py",
+        "torch.arange(start // 2, start // 2 + n_pairs,",
+        "torch.arange(0, n_pairs,",
+        f"{NORMAL}[a stack]",
+    ),
+    "a shard draws the rows at the start of the whole": Mutant(
+        "torchtitan_lite/models/normal.py",
+        "torch.arange(start, start + n,",
+        "torch.arange(0, n,",
+        f"{NORMAL}[rows]",
+    ),
+    "weights are as wide as if the blocks at hand were all": Mutant(
+        "torchtitan_lite/models/init.py",
+        "config.n_layers, seed)",
+        "len(model.layers), seed)",
+        "tests/models/test_init.py::test_the_depth_is_that_of_the_config_and_not_of_the_blocks_at_hand",
+    ),
+    "the output projection split by columns, as the others are": Mutant(
+        "torchtitan_lite/models/decoder.py",
+        '"self_attn.o_proj", shard_dim=1',
+        '"self_attn.o_proj", shard_dim=0',
+        TP_2,
     ),
     "gradients of norms not summed over tensor parallel": Mutant(
         TRAINER, "        sum_partial(parameters)\n", "", TP_2

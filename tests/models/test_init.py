@@ -50,6 +50,15 @@ def test_neither_the_order_nor_the_rest_of_the_model_matters():
     assert_same(found, {name: value for name, value in expected.items() if name in found})
 
 
+def test_the_depth_is_that_of_the_config_and_not_of_the_blocks_at_hand():
+    whole = resolve("llama3", "debugmodel", overrides=SMALL).build()
+    part = resolve("llama3", "debugmodel", overrides=SMALL).build()
+    part.blocks = part.blocks[:1]
+    init_weights(part, seed=0)
+    found, expected = weights(part), weights(whole)
+    assert_same(found, {name: expected[name] for name in found})
+
+
 def test_the_number_of_threads_does_not_matter():
     threads = torch.get_num_threads()
     drawn = []
