@@ -8,12 +8,15 @@ input. Gradients arrive in the float32 parameters.
 """
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torchtitan_lite.attention import AttentionConfig, Sdpa
+from torchtitan_lite.attention.mask import Ranges
+from torchtitan_lite.attention.transfer import to_device
 from torchtitan_lite.config.load import Problem
 from torchtitan_lite.models.init import init_weights
 from torchtitan_lite.models.loss import LinearCrossEntropy
@@ -220,6 +223,30 @@ class Logits(nn.Module):
         return F.linear(x_BD, weight_VD.to(x_BD.dtype)).float()
 
 
+class Share(Protocol):
+    """Which tokens of a sequence are computed here; attention sees the keys of all."""
+
+    def queries(self, seq_len: int) -> Ranges | None:
+        """The tokens, as ranges of a sequence's; None: all."""
+        ...
+
+    def shard(self, x_BS: Tensor) -> Tensor:
+        """What `x_BS` holds of those tokens."""
+        ...
+
+
+class _Whole:
+    def queries(self, seq_len: int) -> None:
+        return None
+
+    def shard(self, x_BS: Tensor) -> Tensor:
+        return x_BS
+
+
+WHOLE: Share = _Whole()
+"""All tokens of a sequence."""
+
+
 class Decoder(nn.Module):
     """Embedding, blocks, norm and output head."""
 
@@ -232,6 +259,33 @@ class Decoder(nn.Module):
         # A tied head owns no parameter: `to_empty` would make two of one that is registered twice.
         self.head = None if config.tie_embeddings else Linear(config.dim, config.vocab_size)
         self.loss, self.logits = LinearCrossEntropy(), Logits()
+
+    def prepare(
+        self,
+        tokens_BS: Tensor,
+        positions_BT: Tensor,
+        labels_BS: Tensor | None = None,
+        *,
+        share: Share = WHOLE,
+        device: torch.device,
+    ) -> tuple[Tensor, Tensor, object, Tensor | None]:
+        """What `forward` takes, on `device`, for the `share` of the sequences that is computed here.
+
+        The mask is made once for all blocks, and on the CPU: nothing is read from the device.
+
+        Args:
+            tokens_BS: of whole sequences, or the last ones alone where the share has no others.
+            positions_BT: of all keys, on the CPU: 0 at the start of every document, -1 on padding.
+        """
+        mask = self.config.attention.mask(
+            positions_BT,
+            queries=share.queries(positions_BT.shape[1]),
+            sliding_window=self.config.sliding_window,
+            device=device,
+        )
+        tokens_BS, positions_BS = (to_device(share.shard(x), device) for x in (tokens_BS, positions_BT))
+        labels_BS = None if labels_BS is None else to_device(share.shard(labels_BS), device)
+        return tokens_BS, positions_BS, mask, labels_BS
 
     @property
     def head_weight_VD(self) -> Tensor:
