@@ -19,9 +19,11 @@ import ctypes, os, signal, sys, time
 from torchtitan_lite import train
 from torchtitan_lite.config.load import ConfigError, Problem
 from torchtitan_lite.parallel import watch
+from torchtitan_lite.training.step import Stepper
 from torchtitan_lite.training.trainer import Trainer
 
-sound, rank = getattr(Trainer, sys.argv[1]), int(os.environ["RANK"])
+place = Trainer if sys.argv[1] == "__init__" else Stepper
+sound, rank = getattr(place, sys.argv[1]), int(os.environ["RANK"])
 
 def signalled_on_the_way_out(number):
     sound, left = train._end_of, [number]
@@ -34,11 +36,11 @@ def signalled_on_the_way_out(number):
     train._end_of = end_of
 
 def wrong(self, *args, **words):
-    if int(sys.argv[2]) in (rank, -1) and (sys.argv[1] == "__init__" or self.step == 2):
+    if int(sys.argv[2]) in (rank, -1) and (place is Trainer or self.state.step == 2):
         {action}
     return sound(self, *args, **words)
 
-setattr(Trainer, sys.argv[1], wrong)
+setattr(place, sys.argv[1], wrong)
 watch._SILENCE, watch._GRACE = 2.0, 3.0  # instead of 3 and 6 seconds
 sys.exit(train.main(sys.argv[3:]))
 """
@@ -51,7 +53,8 @@ SOON = ("--comm.train-timeout-seconds", 5)
 def wrong_run(folder: Path, action: str, where: str, rank: int, options: Sequence[str]) -> list[object]:
     """The words of a run in which `rank` (-1: each) does `action` in its third step.
 
-    In a method of the trainer: by `reduce_and_clip` the ranks have met, so that all are in their third step.
+    In a method of the step: by `reduce_and_clip` the ranks have met, so that all are in their third step.
+    Or as the trainer is built, where `where` is `__init__`.
     """
     (folder / "wrong.py").write_text(WRONG.format(action=action))
     return ["wrong.py", where, rank, *options, *TIMEOUTS]

@@ -211,9 +211,9 @@ def own_hooks(job: JobConfig) -> list[tuple[str, HookConfig]]:
         ("profiler", job.profiling),  # first, so that a trace holds little of the other hooks
         ("samples", SampleLogConfig(enable=job.debug.log_sample_ids)),
         ("work", WorkConfig()),
-        ("console", ConsoleConfig(metrics=job.metrics)),
         ("metrics.jsonl", JsonlConfig(metrics=job.metrics)),
         ("tensorboard", TensorBoardConfig(metrics=job.metrics)),
+        ("console", ConsoleConfig(metrics=job.metrics)),  # what a line says is in the files by then
     ]
 
 

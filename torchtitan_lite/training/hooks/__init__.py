@@ -169,13 +169,9 @@ def _call(name: str, target: object, method: str, argument: object) -> Any:
         return None
     try:
         return act(argument)
-    except (
-        BrokenPipeError
-    ):  # no failure of the hook: whoever reads the output, such as `head`, has had enough
+    except BrokenPipeError:  # whoever reads the output, such as `head`, has had enough
         raise
-    except ConfigError as error:
-        if method == "build":  # before the first step, wrong input is answered as everywhere
-            raise
-        raise HookFailed(name, method, error) from error
     except Exception as error:
+        if method == "build" and isinstance(error, ConfigError):  # wrong input, answered as everywhere
+            raise
         raise HookFailed(name, method, error) from error

@@ -1,10 +1,8 @@
-"""The settings of a step, and the refusal of numbers that are not finite."""
-
-import math
+"""The settings of training."""
 
 import pytest
 
-from torchtitan_lite.training.step import NonFinite, TrainingConfig, check_finite
+from torchtitan_lite.training.config import TrainingConfig
 
 
 def lines(config: TrainingConfig, data_ranks: int = 1) -> list[str]:
@@ -52,19 +50,3 @@ def test_a_global_batch_that_does_not_divide_names_the_nearest_that_do() -> None
 def test_a_value_out_of_range_is_one_problem_named_by_its_key(wrong) -> None:
     (problem,) = TrainingConfig(**wrong).problems("training")
     assert problem.key == f"training.{next(iter(wrong))}"
-
-
-@pytest.mark.parametrize(
-    ("name", "loss", "norm"), [("loss", math.nan, 1.0), ("gradient norm", 2.0, math.inf)]
-)
-def test_a_number_that_is_not_finite_is_refused_with_step_value_and_samples(name, loss, norm) -> None:
-    with pytest.raises(NonFinite) as caught:
-        check_finite(step=7, loss=loss, grad_norm=norm, sample_ids=[24, 25])
-    value = loss if name == "loss" else norm
-    for part in (f"the {name} of step 7 is {value}", "24, 25"):
-        assert part in str(caught.value)
-    assert caught.value.sample_ids == [24, 25]
-
-
-def test_finite_numbers_pass() -> None:
-    check_finite(step=1, loss=0.0, grad_norm=1e30, sample_ids=[])
