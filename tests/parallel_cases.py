@@ -257,6 +257,21 @@ def n_parameters(argv: Sequence[str]) -> int:
     return sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in parameters)
 
 
+def agreed_flags(
+    argv: Sequence[str], own: Sequence[Sequence[bool]]
+) -> tuple[list[Sequence[bool]], list[int]]:
+    """The flags that this rank gets where each rank sets its `own`, and in none; the sums of both steps."""
+    trainer, sums = new_trainer(argv), []
+    trainer.stepper.train_step()
+    rank = trainer.world.rank
+    flags = []
+    for step_flags in (lambda: own[rank], tuple):
+        with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as reduced:
+            flags.append(trainer.stepper.train_step(step_flags).flags)
+        sums.append(reduced.call_count)
+    return flags, sums
+
+
 def said_of_work(argv: Sequence[str]) -> list[str]:
     """The lines that this rank's console gets about the work of the first step."""
     trainer, said = new_trainer(argv), []
