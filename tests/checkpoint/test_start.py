@@ -320,7 +320,7 @@ def test_of_a_last_step_with_the_model_alone_no_run_goes_on_but_another_starts(
     weights = ("--checkpoint.initial-load-path", folder / "checkpoint" / "step-6")
     starts = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cases.Trainer, "run", starts.append)
+        patch.setattr(cases.Trainer, "run", lambda trainer: starts.append(trainer))
         assert go(*weights, job__dump_folder=tmp_path / "new") == 0
     (trainer,) = starts
     state = trainer.state
