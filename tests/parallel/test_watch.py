@@ -2,11 +2,16 @@
 
 import signal
 from collections.abc import Iterator
+from unittest import mock
 
 import pytest
 import torch.distributed as dist
+from hook_cases import stats
 from launch import DEEP
 from programs import PIPE, Program
+
+from torchtitan_lite.parallel.watch import is_of_communication
+from torchtitan_lite.training.hooks import HookFailed, Hooks
 
 PROGRAM = """\
 import ctypes, os, signal, sys, threading, time
@@ -222,3 +227,13 @@ def test_a_rank_that_still_waits_for_the_others_ends_with_its_launcher() -> None
     with Program(["-c", LAUNCHER]) as launcher:
         _, said = launcher.communicate()
     assert (launcher.returncode, said) == (-signal.SIGKILL, "stopped: the launcher no longer answers\n")
+
+
+def test_another_ranks_end_that_is_felt_in_a_hook_is_of_communication() -> None:
+    def failed(error: Exception) -> Exception:
+        with pytest.raises(HookFailed) as caught:
+            Hooks([("mine", mock.Mock(step=mock.Mock(side_effect=error)))]).step(stats(1))
+        return caught.value
+
+    assert is_of_communication(failed(dist.DistError("gone")))
+    assert not is_of_communication(failed(ValueError("wrong")))
