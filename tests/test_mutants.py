@@ -6,6 +6,7 @@
 from collections.abc import Iterator
 
 import checkpoint_mutants
+import hook_mutants
 import hub_mutants
 import pytest
 from mutant import Mutant, Server
@@ -49,6 +50,7 @@ PREPARED = "torchtitan_lite/models/decoder.py"
 ON_DEVICE = "return tokens_BS, positions_BS, mask, labels_BS"
 MUTANTS = {
     **checkpoint_mutants.MUTANTS,
+    **hook_mutants.MUTANTS,
     **hub_mutants.MUTANTS,
     "varlen: an extra transpose of the loop's output, hidden by a view": Mutant(
         ATTENTION + "varlen.py",
