@@ -46,7 +46,7 @@ from torchtitan_lite.config.job import JobConfig
 from torchtitan_lite.data import Loader, Samples, Shards
 from torchtitan_lite.parallel.apply import prepare_compile
 from torchtitan_lite.parallel.world import World, join
-from torchtitan_lite.training import trainer as training
+from torchtitan_lite.training import step as training_step
 from torchtitan_lite.training.trainer import Trainer
 
 WINDOW, DOCUMENTS, N_FIRST = 256, (16, 700), 2
@@ -213,7 +213,7 @@ def figures(cell: Cell, args: argparse.Namespace, world: World, folder: Path) ->
     n_samples = args.batch * args.steps * (2 if cell.beside == "fsdp" else 1) + args.batch
     shards = write_shards(folder, job.decoder.vocab_size, n_samples, args.seq, options.documents)
     if args.counter:  # with a library that computes nothing, losses are garbage, and may be NaN
-        training.check_finite = lambda **_: None
+        training_step.check_finite = lambda **_: None
     act = plain_step(job, options, shards) if cell.attention == "plain" else ours(job, world, shards)
     for _ in range(N_FIRST):
         act()
@@ -239,7 +239,7 @@ def counting(args: argparse.Namespace) -> counters.Counting:
 def ours(job: JobConfig, world: World, shards: Shards) -> Callable[[], float]:
     """The trainer's own step."""
     trainer = Trainer(job, world, shards=shards)
-    return lambda: trainer.train_step().loss
+    return lambda: trainer.stepper.train_step().loss
 
 
 def plain_step(job: JobConfig, options: argparse.Namespace, shards: Shards) -> Callable[[], float]:

@@ -29,19 +29,20 @@ def main() -> None:
     job = load_job(sys.argv[1:], world_size=world_size()).config
     world = join(job.device, offload=job.training.enable_cpu_offload)
     trainer = Trainer(job, world)
-    trainer.optimizer.zero_grad = lambda *_, **__: None  # so that the gradients can be measured afterwards
-    trainer.train_step()
-    parameters = list(trainer.model.parameters())
-    states = trainer.optimizer.state.values()
+    # So that the gradients can be measured afterwards.
+    trainer.state.optimizer.zero_grad = lambda *_, **__: None
+    trainer.stepper.train_step()
+    parameters = list(trainer.state.model.parameters())
+    states = trainer.state.optimizer.state.values()
     record = {
         "ranks": world.size,
-        "blocks": len(trainer.model.blocks),
+        "blocks": len(trainer.state.model.blocks),
         "recompute": job.activation_checkpoint.mode,
         "parameters": n_bytes(parameters),
         "gradients": n_bytes(p.grad for p in parameters if p.grad is not None),
         "optimizer_state": n_bytes(x for state in states for x in state.values() if isinstance(x, Tensor)),
         "kept_for_backward": kept_bytes(trainer),
-        "peak_gib": round(peak_memory_gib(trainer.device), 3),
+        "peak_gib": round(peak_memory_gib(trainer.stepper.device), 3),
     }
     if world.is_first:
         print(json.dumps(record))
@@ -73,10 +74,11 @@ def kept_bytes(trainer: Trainer) -> int:
 
     What is still there of all that it made: selective recompute keeps some out of autograd's sight.
     """
-    batch = next(trainer.batches)
-    before = {StorageWeakRef(x.untyped_storage()).cdata for x in local_tensors(trainer.model.parameters())}
+    batch = next(trainer.state.batches)
+    parameters = local_tensors(trainer.state.model.parameters())
+    before = {StorageWeakRef(x.untyped_storage()).cdata for x in parameters}
     with Made() as forward:
-        loss, _ = trainer.loss_of(batch)
+        loss, _ = trainer.stepper.loss_of(batch)
     gc.collect()
     references = {reference.cdata for reference in forward.made} - before
     storages = [torch.UntypedStorage._new_with_weak_ptr(cdata) for cdata in references]

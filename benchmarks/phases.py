@@ -99,7 +99,7 @@ def main() -> None:
         shards = write_shards(Path(folder), job.decoder.vocab_size, args.batch * 4, args.seq, args.documents)
         trainer = Trainer(job, shards=shards)
         for _ in range(2):
-            trainer.train_step()
+            trainer.stepper.train_step()
         if own.counter:
             read = counters.reader(own.counter, own.also)
             print_launches(count(trainer, lambda: (read().launches,)))
@@ -119,7 +119,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, argparse.Namespace]:
 
 def count(trainer: Trainer, read: Callable[[], tuple[int, ...]]) -> dict[str, list[int]]:
     """By phase of one step, how much what `read` returns has grown."""
-    counter = Counter(trainer.device, read)
+    counter = Counter(trainer.stepper.device, read)
     step.watched_step(trainer, counter)()
     counter.mark("")
     return counter.found

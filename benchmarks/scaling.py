@@ -121,12 +121,13 @@ def work_as_rank(args: argparse.Namespace, folder: Path) -> None:
     options = [f"--parallelism.{AXES[axis]}", str(n_ranks), "--training.global-batch-size", str(args.batch),
                "--training.local-batch-size", str(local), "--training.seq-len", str(args.seq)]  # fmt: skip
     trainer = trainer_of(options, folder, n_samples=3 * args.batch)
-    trainer.train_step()
-    trainer.optimizer.zero_grad = lambda *_, **__: None  # so that the gradients can be measured afterwards
+    trainer.stepper.train_step()
+    # So that the gradients can be measured afterwards.
+    trainer.state.optimizer.zero_grad = lambda *_, **__: None
     reset_peak("cpu")
     with Traffic() as traffic:
-        stats = trainer.train_step()
-    parameters, states = list(trainer.model.parameters()), trainer.optimizer.state.values()
+        stats = trainer.stepper.train_step()
+    parameters, states = list(trainer.state.model.parameters()), trainer.state.optimizer.state.values()
     report = {
         "axis": axis,
         "ranks": n_ranks,
@@ -152,9 +153,9 @@ def work_on_sequence(args: argparse.Namespace, folder: Path) -> None:
                "--training.seq-len", str(length), "--training.local-batch-size", "1",
                "--compile.enable" if args.compile else "--compile.no-enable"]  # fmt: skip
     trainer = trainer_of(options, folder, n_samples=2)
-    trainer.train_step()
+    trainer.stepper.train_step()
     before = reset_peak("cpu")
-    stats = trainer.train_step()
+    stats = trainer.stepper.train_step()
     above = peak("cpu") - before
     report = {
         "tokens": length,

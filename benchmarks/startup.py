@@ -24,7 +24,6 @@ from synthetic import write_shards
 
 from torchtitan_lite.config.job import load_job
 from torchtitan_lite.parallel.world import World
-from torchtitan_lite.training.metrics import Silence
 from torchtitan_lite.training.record import find_start
 from torchtitan_lite.training.trainer import Trainer
 
@@ -109,19 +108,19 @@ def save_and_load(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Seconds and MiB of the tiny preset's step."""
     job = load_job([*options(args, folder), "--checkpoint.enable"]).config
     shards = write_shards(folder, job.decoder.vocab_size, 16, 512)
-    trainer = Trainer(job, shards=shards)
-    trainer.train_step()
-    saver = trainer.build_saver(folder, Silence())
+    trainer = Trainer(job, folder=folder, shards=shards)
+    trainer.stepper.train_step()
+    saver = trainer.saver
     assert saver is not None
 
     def load() -> Trainer:
         found, _ = find_start(job, folder, World(), lambda: None)
         return Trainer(job, shards=shards, resumed=found)
 
-    saving, _ = clocked(lambda: saver.save(trainer.step, trainer.snapshot, last=True))
+    saving, _ = clocked(lambda: saver.save(trainer.state.step, trainer.snapshot, last=True))
     building, _ = clocked(lambda: Trainer(job, shards=shards))
     loading, resumed = clocked(load)
-    assert resumed.step == trainer.step
+    assert resumed.state.step == trainer.state.step
     size = sum(path.stat().st_size for path in (folder / job.checkpoint.folder).rglob("*") if path.is_file())
     loaded = round(max(loading - building, 0.0), 2)
     return {"save": round(saving, 2), "load": loaded, "saved MiB": round(size / 2**20, 1)}

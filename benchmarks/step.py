@@ -145,7 +145,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     decoder = job.decoder
     shards = write_shards(folder, decoder.vocab_size, args.batch * n_steps, args.seq, args.documents)
     trainer = Trainer(job, shards=shards)
-    clock = Clock(trainer.device)
+    clock = Clock(trainer.stepper.device)
     step = watched_step(trainer, clock) if args.loop == "trainer" else plain_step(trainer)
     ticks, losses = [clock.tick()], []
     for number in range(n_steps):
@@ -154,12 +154,12 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         losses.append(step())
         clock.wait()  # as the programs do that it is compared with
         ticks.append(clock.tick())
-    peak = peak_memory_gib(trainer.device)  # before the device's speed is measured
+    peak = peak_memory_gib(trainer.stepper.device)  # before the device's speed is measured
     seconds = clock.between(ticks)
     timed = seconds[args.warmup :]
     return {
         **vars_of(args),
-        **speeds(args, timed, decoder, trainer.device),
+        **speeds(args, timed, decoder, trainer.stepper.device),
         "params": decoder.n_params,
         "first_step_s": round(seconds[0], 3),
         "loss_first": round(losses[0], 4),
@@ -221,8 +221,8 @@ def full_flops_per_token(decoder: DecoderConfig, seq_len: int) -> float:
 
 def watched_step(trainer: Trainer, clock: Clock) -> Callable[[], float]:
     """The trainer's own step, with marks around its parts."""
-    batches, loss_of = trainer.batches, trainer.loss_of
-    reduce_and_clip, update = trainer.reduce_and_clip, trainer.update
+    batches, loss_of = trainer.state.batches, trainer.stepper.loss_of
+    reduce_and_clip, update = trainer.stepper.reduce_and_clip, trainer.stepper.update
 
     class Batches:
         def __next__(self) -> Batch:
@@ -237,9 +237,9 @@ def watched_step(trainer: Trainer, clock: Clock) -> Callable[[], float]:
         clock.mark("loss")
         return found
 
-    def timed_clip(loss: Tensor) -> tuple[float, float]:
+    def timed_clip(*words: Any) -> tuple[float, float, tuple[bool, ...]]:
         clock.mark("backward")
-        found = reduce_and_clip(loss)
+        found = reduce_and_clip(*words)
         clock.mark("clip")
         return found
 
@@ -249,17 +249,18 @@ def watched_step(trainer: Trainer, clock: Clock) -> Callable[[], float]:
         clock.mark("optimizer")
         return lr
 
-    trainer.model.loss.register_forward_pre_hook(lambda *_: clock.mark("forward"))
+    trainer.state.model.loss.register_forward_pre_hook(lambda *_: clock.mark("forward"))
     replaced = {"loss_of": timed_loss_of, "reduce_and_clip": timed_clip, "update": timed_update}
-    for name, act in {**replaced, "batches": Batches()}.items():
-        setattr(trainer, name, act)
-    return lambda: trainer.train_step().loss
+    for name, act in replaced.items():
+        setattr(trainer.stepper, name, act)
+    setattr(trainer.state, "batches", Batches())  # noqa: B010 - it has no more of a Loader than is needed
+    return lambda: trainer.stepper.train_step().loss
 
 
 def plain_step(trainer: Trainer) -> Callable[[], float]:
     """A training step written out, over the trainer's model, loss and optimizer."""
-    model, optimizer, batches = trainer.model, trainer.optimizer, iter(trainer.batches)
-    decoder, device = model.config, trainer.device
+    model, optimizer, batches = trainer.state.model, trainer.state.optimizer, iter(trainer.state.batches)
+    decoder, device = model.config, trainer.stepper.device
 
     def step() -> float:
         batch = next(batches)

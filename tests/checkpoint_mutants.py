@@ -47,7 +47,7 @@ MUTANTS = {
     ),
     "checkpoints: reports of steps that were lost stay": Mutant(
         "torchtitan_lite/run.py",
-        "            metrics.cut(self.folder, resumed.step, resumed.validated)\n",
+        "            jsonl.cut(self.folder, resumed.step, resumed.validated)\n",
         "",
         f"{TESTS}resume.py::test_a_validation_that_a_stop_came_before_is_made_up_for",
     ),
@@ -143,30 +143,30 @@ MUTANTS = {
     ),
     "checkpoints: a failure reported instead of a last save": Mutant(
         "torchtitan_lite/training/trainer.py",
-        "if self.save_failed and not self.stop_asked:",
-        "if self.save_failed:",
+        "if after_failure and not self.stop_asked:",
+        "if after_failure:",
         f"{TESTS}saver.py::test_a_stop_saves_the_present_step_although_the_one_before_failed",
     ),
     "checkpoints: a batch is left out": Mutant(
-        "torchtitan_lite/training/trainer.py",
+        "torchtitan_lite/training/state.py",
         "self.batches.consumed_samples = state.consumed_samples\n",
         "self.batches.consumed_samples = state.consumed_samples + self.batches.n_consumed_each\n",
         PARTS,
     ),
     "checkpoints: generators are not restored": Mutant(
-        "torchtitan_lite/training/trainer.py",
+        "torchtitan_lite/training/state.py",
         "            set_random_state(found.random)\n",
         "            pass\n",
         PARTS,
     ),
     "checkpoints: the optimizer begins anew": Mutant(
-        "torchtitan_lite/training/trainer.py",
+        "torchtitan_lite/training/state.py",
         "own = pieces(self.parameters, self.optimizer)",
         "own = pieces(self.parameters)",
         PARTS,
     ),
     "checkpoints: a validation is done twice": Mutant(
-        "torchtitan_lite/training/trainer.py",
+        "torchtitan_lite/training/state.py",
         "state.n_tokens_seen, state.validated\n",
         "state.n_tokens_seen, -1\n",
         PARTS,
@@ -191,8 +191,8 @@ MUTANTS = {
     ),
     "checkpoints: a save under way is lost": Mutant(
         "torchtitan_lite/training/trainer.py",
-        "                    saver.finish()\n                raise\n",
-        "                    pass\n                raise\n",
+        "self.saver.finish()\n",
+        "pass\n",
         f"{TESTS}saver.py::test_numbers_that_are_not_finite_keep_the_steps_before",
     ),
     "checkpoints: two runs in a folder": Mutant(

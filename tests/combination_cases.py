@@ -252,7 +252,7 @@ def curves(runs: Sequence[Sequence[str]]) -> list[Curve]:
 def curve(argv: Sequence[str]) -> Curve:
     torch._dynamo.reset()  # what is compiled of one training counts against the limit of the next
     trainer = parallel_cases.new_trainer(argv)
-    steps = [trainer.train_step() for _ in range(N_STEPS)]
+    steps = [trainer.stepper.train_step() for _ in range(N_STEPS)]
     return Curve([step.loss for step in steps], [step.grad_norm for step in steps])
 
 

@@ -144,8 +144,8 @@ def attention_bytes(method: str, n_ranks: int, n_tokens: int, heads: tuple[int, 
 def block_sizes_of_masks(argv: Sequence[str]) -> set[tuple[int, int]]:
     """The block sizes of the masks that reach the model in a step."""
     trainer, found = new_trainer(argv), set()
-    trainer.model.register_forward_pre_hook(lambda _, args: found.add(args[2].block_mask.BLOCK_SIZE))
-    trainer.train_step()
+    trainer.state.model.register_forward_pre_hook(lambda _, args: found.add(args[2].block_mask.BLOCK_SIZE))
+    trainer.stepper.train_step()
     return found
 
 

@@ -19,6 +19,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from hook_cases import run_info
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -27,8 +28,8 @@ from torch.utils._pytree import tree_leaves
 
 from torchtitan_lite.config.job import load_job
 from torchtitan_lite.parallel.world import World
-from torchtitan_lite.training.metrics import Silence
-from torchtitan_lite.training.step import TrainingConfig
+from torchtitan_lite.training.config import TrainingConfig
+from torchtitan_lite.training.hooks import work
 from torchtitan_lite.training.trainer import Trainer
 
 
@@ -177,20 +178,20 @@ def new_trainer(argv: Sequence[str]) -> Trainer:
 
 def keep_gradients(trainer: Trainer) -> None:
     """From now on a step leaves its gradients where they are."""
-    trainer.optimizer.zero_grad = lambda set_to_none=True: None
+    trainer.state.optimizer.zero_grad = lambda set_to_none=True: None
 
 
 def train(argv: Sequence[str], n_steps: int, double: bool) -> Training:
     with precision(double):
         trainer = new_trainer(argv)
-        steps = [trainer.train_step() for _ in range(n_steps - 1)]
+        steps = [trainer.stepper.train_step() for _ in range(n_steps - 1)]
         keep_gradients(trainer)
-        steps.append(trainer.train_step())
+        steps.append(trainer.stepper.train_step())
         # Before the validation, which leaves no gradients where weights are kept after a forward.
-        parameters = dict(trainer.model.named_parameters())
+        parameters = dict(trainer.state.model.named_parameters())
         gradients = {name: whole(p.grad) for name, p in parameters.items() if p.grad is not None}
         parameters = {name: whole(p) for name, p in parameters.items()}
-        trainer.validate(mock.Mock())
+        trainer.validate()
     return Training(
         losses=[step.loss for step in steps],
         norms=[step.grad_norm for step in steps],
@@ -240,9 +241,9 @@ def state_bytes(argv: Sequence[str]) -> dict[str, int]:
     """The bytes that this rank holds between two steps of the weights, their gradients and the optimizer."""
     trainer = new_trainer(argv)
     keep_gradients(trainer)
-    trainer.train_step()
-    parameters = list(trainer.model.parameters())
-    states = [x for state in trainer.optimizer.state.values() for x in state.values()]
+    trainer.stepper.train_step()
+    parameters = list(trainer.state.model.parameters())
+    states = [x for state in trainer.state.optimizer.state.values() for x in state.values()]
     return {
         "parameters": n_bytes(parameters),
         "gradients": n_bytes([p.grad for p in parameters if p.grad is not None]),
@@ -252,20 +253,34 @@ def state_bytes(argv: Sequence[str]) -> dict[str, int]:
 
 def n_parameters(argv: Sequence[str]) -> int:
     """How many parameters this rank holds."""
-    parameters = new_trainer(argv).model.parameters()
+    parameters = new_trainer(argv).state.model.parameters()
     return sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in parameters)
+
+
+def agreed_flags(
+    argv: Sequence[str], own: Sequence[Sequence[bool]]
+) -> tuple[list[Sequence[bool]], list[int]]:
+    """The flags that this rank gets where each rank sets its `own`, and in none; the sums of both steps."""
+    trainer, sums = new_trainer(argv), []
+    trainer.stepper.train_step()
+    rank = trainer.world.rank
+    flags = []
+    for step_flags in (lambda: own[rank], tuple):
+        with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as reduced:
+            flags.append(trainer.stepper.train_step(step_flags).flags)
+        sums.append(reduced.call_count)
+    return flags, sums
 
 
 def said_of_work(argv: Sequence[str]) -> list[str]:
     """The lines that this rank's console gets about the work of the first step."""
     trainer, said = new_trainer(argv), []
-    trainer.train_step()
-
-    class Console(Silence):
-        def say(self, line: str) -> None:
-            said.append(line)
-
-    trainer.say_work(Console() if trainer.world.is_first else Silence())
+    run = run_info(job=trainer.job, rank=trainer.world.rank, world_size=trainer.world.size)
+    hook = work.WorkConfig().build(run)
+    with mock.patch.object(work, "say", said.append):
+        for _ in range(2):
+            stats = trainer.stepper.train_step()
+            hook.step(stats) if hook else None
     return said
 
 
@@ -309,10 +324,10 @@ def kept_bytes(argv: Sequence[str]) -> int:
     Measured as what is still there of all that it made: recompute keeps some out of autograd's sight.
     """
     trainer = new_trainer(argv)
-    trainer.train_step()  # what is made once, and stays
-    batch = next(trainer.batches)
+    trainer.stepper.train_step()  # what is made once, and stays
+    batch = next(trainer.state.batches)
     with Made() as made:
-        loss, _ = trainer.loss_of(batch)
+        loss, _ = trainer.stepper.loss_of(batch)
     gc.collect()
     kept = made.alive()
     # Threads of gloo let go of what they have sent a moment later.
@@ -326,9 +341,9 @@ def kept_bytes(argv: Sequence[str]) -> int:
 def exchanges(argv: Sequence[str]) -> dict[str, int]:
     """How often each collective operator ran in a step, the second one."""
     trainer = new_trainer(argv)
-    trainer.train_step()
+    trainer.stepper.train_step()
     with Exchanges() as counted:
-        trainer.train_step()
+        trainer.stepper.train_step()
     return dict(counted.counts)
 
 

@@ -20,12 +20,14 @@ from parallel_cases import here, precision, whole
 from torch import Tensor
 
 from torchtitan_lite import train
-from torchtitan_lite.checkpoint import SaveFailed, save
+from torchtitan_lite.checkpoint import CheckpointConfig, SaveFailed, save
 from torchtitan_lite.checkpoint.steps import Steps
 from torchtitan_lite.config.job import load_job
 from torchtitan_lite.parallel.signals import StopRequest
 from torchtitan_lite.run import Run
 from torchtitan_lite.training import outputs
+from torchtitan_lite.training.state import TrainState
+from torchtitan_lite.training.step import Stepper
 from torchtitan_lite.training.trainer import Trainer
 
 MODEL = {"n_layers": 2, "dim": 32, "head_dim": 8, "ffn_dim": 48}
@@ -103,41 +105,45 @@ class _Seen:
         self.batches: list[tuple[str, int, tuple[int, ...], str]] = []
         self.draws: dict[int, tuple[float, ...]] = {}
         self.at_start: dict[str, str] = {}
+        self.checkpoint, self.folder = CheckpointConfig(), Path()
         self._trains = False
 
     @contextmanager
     def looking(self) -> Iterator[None]:
         """Within it all trainers are seen."""
-        seen, run, step, loss_of = self, Trainer.run, Trainer.train_step, Trainer.loss_of
+        seen, run, step, loss_of = self, Trainer.run, Stepper.train_step, Stepper.loss_of
 
-        def seen_run(trainer: Trainer, *words: Any) -> None:
-            seen.at_start = hashes(trainer)
-            run(trainer, *words)
+        def seen_run(trainer: Trainer) -> None:
+            seen.at_start = hashes(trainer.state)
+            seen.checkpoint = trainer.job.checkpoint
+            seen.folder = Path(trainer.job.job.dump_folder)
+            run(trainer)
 
-        def seen_step(trainer: Trainer, *words: Any) -> Any:
-            seen._begin(trainer)
-            stats = step(trainer, *words)
+        def seen_step(stepper: Stepper, *words: Any) -> Any:
+            seen._begin(stepper.state)
+            stats = step(stepper, *words)
             seen._trains = False
             return stats
 
-        def seen_loss(trainer: Trainer, batch: Any) -> Any:
+        def seen_loss(stepper: Stepper, batch: Any) -> Any:
             parts = (batch.tokens_BS, batch.positions_BS, batch.labels_BS)
-            what, number = ("training", trainer.step + 1) if seen._trains else ("validation", trainer.step)
+            done = stepper.state.step
+            what, number = ("training", done + 1) if seen._trains else ("validation", done)
             seen.batches.append((what, number, tuple(batch.sample_ids), hash_of(*parts)))
-            return loss_of(trainer, batch)
+            return loss_of(stepper, batch)
 
         with (
             mock.patch.object(Trainer, "run", seen_run),
-            mock.patch.object(Trainer, "train_step", seen_step),
-            mock.patch.object(Trainer, "loss_of", seen_loss),
+            mock.patch.object(Stepper, "train_step", seen_step),
+            mock.patch.object(Stepper, "loss_of", seen_loss),
             mock.patch.object(self.stop, "done"),
         ):
             yield
 
-    def _begin(self, trainer: Trainer) -> None:
-        number = trainer.step + 1
+    def _begin(self, state: TrainState) -> None:
+        number = state.step + 1
         if number == self.crash_at:
-            wait_for_save(trainer)
+            wait_for_save(state, self.checkpoint, self.folder)
             raise Crash
         self.draws[number] = random.random(), float(np.random.rand()), float(torch.rand(()))
         if number == self.stop_at:
@@ -150,12 +156,11 @@ class _Seen:
         self.stop.asked = world.rank == world.size - 1
 
 
-def wait_for_save(trainer: Trainer, within: float = 60) -> None:
+def wait_for_save(state: TrainState, checkpoint: CheckpointConfig, folder: Path, within: float = 60) -> None:
     """Wait until the last step that was due is saved, as a save in the background may still go on."""
-    checkpoint, folder = trainer.job.checkpoint, Path(trainer.job.job.dump_folder)
-    due = trainer.step // checkpoint.interval * checkpoint.interval
+    due = state.step // checkpoint.interval * checkpoint.interval
     steps, deadline = Steps(folder / checkpoint.folder), time.monotonic() + within
-    while due > trainer.began and due not in steps.published():
+    while due > state.began and due not in steps.published():
         assert time.monotonic() < deadline, f"step {due} is not saved after {within} seconds"
         time.sleep(0.01)
 
@@ -164,12 +169,12 @@ def hash_of(*tensors: Tensor) -> str:
     return hashlib.sha256(b"".join(x.numpy().tobytes() for x in tensors)).hexdigest()
 
 
-def hashes(trainer: Trainer) -> dict[str, str]:
+def hashes(state: TrainState) -> dict[str, str]:
     """A hash of each weight and of each of the optimizer's tensors, whole."""
-    found = {name: hash_of(whole(weight)) for name, weight in trainer.parameters.items()}
-    for name, weight in trainer.parameters.items():
-        state = trainer.optimizer.state.get(weight, {})
-        found |= {f"{name}.{key}": hash_of(whole(value)) for key, value in state.items()}
+    found = {name: hash_of(whole(weight)) for name, weight in state.parameters.items()}
+    for name, weight in state.parameters.items():
+        of_weight = state.optimizer.state.get(weight, {})
+        found |= {f"{name}.{key}": hash_of(whole(value)) for key, value in of_weight.items()}
     return found
 
 
@@ -186,9 +191,9 @@ def start(argv: Sequence[str], stop_at: int = -1, crash_at: int = -1, double: bo
     random.seed(0)
     np.random.seed(0)
     with precision(double), seen.looking():
-        run = Run(load_job(argv, world_size=world.size).config, world, seen.stop)
+        run = Run(load_job(argv, world_size=world.size).config, world)
         try:
-            status = run.work(alive=lambda: None)
+            status = run.work(seen.stop, alive=lambda: None)
         except Crash:
             pass
         except SaveFailed as error:
@@ -199,12 +204,12 @@ def start(argv: Sequence[str], stop_at: int = -1, crash_at: int = -1, double: bo
         trainer = run.trainer
         assert trainer is not None
         return Start(
-            began=trainer.began,
-            ended=trainer.step,
+            began=trainer.state.began,
+            ended=trainer.state.step,
             status=status,
             at_start=seen.at_start,
-            at_end=hashes(trainer),
-            lr=trainer.optimizer.param_groups[0]["lr"],
+            at_end=hashes(trainer.state),
+            lr=trainer.state.optimizer.param_groups[0]["lr"],
             batches=seen.batches,
             draws=seen.draws,
             failure=failure,
@@ -272,7 +277,7 @@ def wait_until(is_so: Callable[[], bool]) -> None:
 def start_with_a_failing_rank(argv: Sequence[str], rank: int) -> Start:
     """A start in which `rank` cannot write the first step, which the others hear from it in a later step."""
     write, document, here = save.write_step, save._write_documents, dist.get_rank()
-    step, trainers, n_written = Trainer.train_step, [], 0
+    step, saves_failed, n_written = Stepper.train_step, [], 0
 
     def write_step(*words: Any) -> int:
         nonlocal n_written
@@ -281,21 +286,22 @@ def start_with_a_failing_rank(argv: Sequence[str], rank: int) -> Start:
             return write(*words)
         finally:
             if here != rank and n_written == 1:
-                wait_until(lambda: trainers[-1].save_failed)
+                wait_until(lambda: any(saves_failed))
 
     def write_documents(*words: Any) -> Any:
         if here == rank and n_written == 1:
             raise OSError(28, "No space left on device")
         return document(*words)
 
-    def train_step(trainer: Trainer) -> Any:
-        trainers.append(trainer)
-        if here == rank and trainer.step == 24:
-            wait_until(trainer.has_failed)
-        return step(trainer)
+    def train_step(stepper: Stepper, flags: Callable[[], tuple[bool, bool]]) -> Any:
+        if here == rank and stepper.state.step == 24:
+            wait_until(lambda: flags()[1])
+        stats = step(stepper, flags)
+        saves_failed.append(stats.flags[1])
+        return stats
 
     with (
-        mock.patch.object(Trainer, "train_step", train_step),
+        mock.patch.object(Stepper, "train_step", train_step),
         mock.patch.object(save, "write_step", write_step),
         mock.patch.object(save, "_write_documents", write_documents),
     ):

@@ -19,9 +19,11 @@ import ctypes, os, signal, sys, time
 from torchtitan_lite import train
 from torchtitan_lite.config.load import ConfigError, Problem
 from torchtitan_lite.parallel import watch
+from torchtitan_lite.training.step import Stepper
 from torchtitan_lite.training.trainer import Trainer
 
-sound, rank = getattr(Trainer, sys.argv[1]), int(os.environ["RANK"])
+place = Trainer if sys.argv[1] == "__init__" else Stepper
+sound, rank = getattr(place, sys.argv[1]), int(os.environ["RANK"])
 
 def signalled_on_the_way_out(number):
     sound, left = train._end_of, [number]
@@ -34,11 +36,11 @@ def signalled_on_the_way_out(number):
     train._end_of = end_of
 
 def wrong(self, *args, **words):
-    if int(sys.argv[2]) in (rank, -1) and (sys.argv[1] == "__init__" or self.step == 2):
+    if int(sys.argv[2]) in (rank, -1) and (place is Trainer or self.state.step == 2):
         {action}
     return sound(self, *args, **words)
 
-setattr(Trainer, sys.argv[1], wrong)
+setattr(place, sys.argv[1], wrong)
 watch._SILENCE, watch._GRACE = 2.0, 3.0  # instead of 3 and 6 seconds
 sys.exit(train.main(sys.argv[3:]))
 """
@@ -48,10 +50,27 @@ TIMEOUTS = ("--comm.init-timeout-seconds", 100, "--comm.train-timeout-seconds", 
 SOON = ("--comm.train-timeout-seconds", 5)
 
 
+HOOKED = """\
+import sys
+from torchtitan_lite import run, train
+
+class Mine:
+    def build(self, run):
+        return self if run.rank == 1 else None
+
+    def step(self, stats):
+        1 / (stats.step - 2)
+
+run.Run._hooks = lambda self: [("mine", Mine())]
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
 def wrong_run(folder: Path, action: str, where: str, rank: int, options: Sequence[str]) -> list[object]:
     """The words of a run in which `rank` (-1: each) does `action` in its third step.
 
-    In a method of the trainer: by `reduce_and_clip` the ranks have met, so that all are in their third step.
+    In a method of the step: by `reduce_and_clip` the ranks have met, so that all are in their third step.
+    Or as the trainer is built, where `where` is `__init__`.
     """
     (folder / "wrong.py").write_text(WRONG.format(action=action))
     return ["wrong.py", where, rank, *options, *TIMEOUTS]
@@ -96,6 +115,18 @@ def test_an_exception_is_shown_once_and_first_and_the_others_say_a_line(
     assert outcome(tmp_path) == {"status": 1, "outcome": "failed", "step": 2, "message": cause}
     root = run.err.partition("Root Cause")[2]
     assert f"rank      : {rank} " in root and cause in root
+
+
+def test_a_hook_that_fails_on_one_rank_ends_all_with_its_name(small_run, tmp_path: Path) -> None:
+    (tmp_path / "hooked.py").write_text(HOOKED)
+    with launched(tmp_path, "hooked.py", *small_run, *TIMEOUTS, processes=2) as run:
+        assert run.wait() == 1
+        assert run.left() == []
+    said = run.of_ranks().splitlines()
+    cause = 'hook "mine" failed in step(): ZeroDivisionError: division by zero'
+    assert said[0] == "rank 1 failed:"
+    assert said[-1] == f"rank 0 stopped: rank 1 failed: HookFailed: {cause}"
+    assert outcome(tmp_path)["message"] == f"rank 1 failed: HookFailed: {cause}"
 
 
 def test_before_the_first_step_it_is_the_same(wrong, tmp_path: Path) -> None:

@@ -6,13 +6,14 @@
 from collections.abc import Iterator
 
 import checkpoint_mutants
+import hook_mutants
 import hub_mutants
 import pytest
 from mutant import Mutant, Server
 
 ATTENTION = "torchtitan_lite/attention/"
 PARALLEL = "torchtitan_lite/parallel/"
-TRAINER = "torchtitan_lite/training/trainer.py"
+STEP = "torchtitan_lite/training/step.py"
 ORACLE = "tests/attention/test_oracle.py"
 NORMAL = "tests/models/test_normal.py::test_any_part_is_that_part_of_the_whole_bit_by_bit"
 WHOLE, LAST, PACKED, LOOP = (
@@ -46,10 +47,11 @@ EVALUATE = "_evaluate(q_BQHK, k_BSGK, v_BSGK, table, cumulative, scale, window, 
 HEADS_FIRST = "(x.transpose(1, 2) for x in (q_BSHK, k_BSGK, v_BSGK))"
 REPEATED = HEADS_FIRST.replace(" for", ".repeat_interleave(q_BSHK.shape[2] // x.shape[2], 1) for")
 SUMMED_KEYS = '_reduce_scatter(both_C2BcGK, "sum", 0, ctx.group)'
-FIRST = "batch.{}[:, : tokens_BS.shape[1]]"
-CALL_OF_MODEL = "return self.model(tokens_BS, positions_BS, mask, labels_BS)"
+PREPARED = "torchtitan_lite/models/decoder.py"
+ON_DEVICE = "return tokens_BS, positions_BS, mask, labels_BS"
 MUTANTS = {
     **checkpoint_mutants.MUTANTS,
+    **hook_mutants.MUTANTS,
     **hub_mutants.MUTANTS,
     "varlen: an extra transpose of the loop's output, hidden by a view": Mutant(
         ATTENTION + "varlen.py",
@@ -147,15 +149,15 @@ MUTANTS = {
         "tests/data/test_batch.py::test_samples_equal_the_slow_reference",
     ),
     "each micro-batch divided by its own count of tokens": Mutant(
-        "torchtitan_lite/training/trainer.py",
+        STEP,
         "(loss_sum / n_valid).backward()",
         "(loss_sum / (batch.labels_BS != IGNORE).sum() / len(micro)).backward()",
         f"{TRAINING}::test_the_gradients_are_those_of_that_mean",
     ),
     "the weights change before a number is known to be finite": Mutant(
-        "torchtitan_lite/training/trainer.py",
-        "        check_finite(step=self.step + 1,",
-        "        self.optimizer.step(); check_finite(step=self.step + 1,",
+        STEP,
+        "        check_finite(step=state.step + 1,",
+        "        state.optimizer.step(); check_finite(step=state.step + 1,",
         f"{TRAINING}::test_a_number_that_is_not_finite_stops_the_run_before_the_weights_change",
     ),
     "norms decay like matrices": Mutant(
@@ -258,7 +260,7 @@ MUTANTS = {
         TP_2,
     ),
     "gradients of norms not summed over tensor parallel": Mutant(
-        TRAINER, "        sum_partial(parameters)\n", "", TP_2
+        STEP, "        sum_partial(parameters)\n", "", TP_2
     ),
     "gradients of norms summed twice over tensor parallel": Mutant(
         PARALLEL + "gradients.py",
@@ -267,9 +269,9 @@ MUTANTS = {
         f"{GRADIENTS}::test_terms_are_summed_in_one_exchange_and_shards_are_left_alone[2]",
     ),
     "the gradient norm of a rank's own shard": Mutant(
-        TRAINER,
-        "norm, max_norm = max(square, 0.0) ** 0.5,",
-        "norm, max_norm = squares.item() ** 0.5,",
+        STEP,
+        "norm = max(square, 0.0) ** 0.5",
+        "norm = squares.item() ** 0.5",
         FSDP_2,
     ),
     "copies of a gradient counted as shards of it": Mutant(
@@ -279,21 +281,21 @@ MUTANTS = {
         f"{GRADIENTS}::test_the_ranks_terms_add_up_to_the_norm_of_the_whole_gradient[whole on every rank]",
     ),
     "the count of tokens inflated by context parallel": Mutant(
-        TRAINER, "(self.degrees.context * self.degrees.tensor)", "self.degrees.tensor", CP_2
+        STEP, "(self.degrees.context * self.degrees.tensor)", "self.degrees.tensor", CP_2
     ),
     "the count of tokens inflated by tensor parallel": Mutant(
-        TRAINER, "(self.degrees.context * self.degrees.tensor)", "self.degrees.context", TP_2
+        STEP, "(self.degrees.context * self.degrees.tensor)", "self.degrees.context", TP_2
     ),
     "positions not sharded with the tokens": Mutant(
-        TRAINER, CALL_OF_MODEL, CALL_OF_MODEL.replace("positions_BS", FIRST.format("positions_BS")), CP_2
+        PREPARED, ON_DEVICE, ON_DEVICE.replace("positions_BS", "positions_BT[:, : tokens_BS.shape[1]]"), CP_2
     ),
     "labels not sharded with the tokens": Mutant(
-        TRAINER, CALL_OF_MODEL, CALL_OF_MODEL.replace("labels_BS", FIRST.format("labels_BS")), CP_2
+        PREPARED, "share.shard(labels_BS)", "labels_BS[:, : tokens_BS.shape[1]]", CP_2
     ),
     "rotation at local positions": Mutant(
-        TRAINER,
-        CALL_OF_MODEL,
-        CALL_OF_MODEL.replace("positions_BS", "torch.arange(tokens_BS.shape[1]).expand_as(tokens_BS)"),
+        PREPARED,
+        ON_DEVICE,
+        ON_DEVICE.replace("positions_BS", "torch.arange(tokens_BS.shape[1]).expand_as(tokens_BS)"),
         CP_2,
     ),
     "a share of the vocabulary off by a row": Mutant(

@@ -18,8 +18,9 @@ from torchtitan_lite.config.load import ConfigError, Problem
 from torchtitan_lite.parallel.signals import StopRequest
 from torchtitan_lite.parallel.watch import End
 from torchtitan_lite.parallel.world import World
-from torchtitan_lite.training import hub, metrics, outputs, sample_log
+from torchtitan_lite.training import hub, outputs
 from torchtitan_lite.training.hardware import keep_freed_memory
+from torchtitan_lite.training.hooks import HookConfig, jsonl, samples
 from torchtitan_lite.training.record import find_start, ranks_of
 from torchtitan_lite.training.trainer import Trainer
 
@@ -32,44 +33,60 @@ T = TypeVar("T")
 
 
 class Run:
-    """A run and its folder."""
+    """A run and its folder. `on_built` is called when all is there that training begins with."""
 
-    def __init__(self, job: JobConfig, world: World, stop: StopRequest) -> None:
-        self.job, self.world, self.stop = job, world, stop
+    def __init__(self, job: JobConfig, world: World, on_built: Callable[[], None] = lambda: None) -> None:
+        self.job, self.world, self.on_built = job, world, on_built
         self.folder: Path | None = None
         self.trainer: Trainer | None = None
-        self.on_built: Callable[[], None] = lambda: None
-        """Called when all is there that training begins with."""
         self._lock: IO[str] | None = None
         """Held by the rank that writes, as long as the process lives."""
 
     @property
     def step(self) -> int:
         """Steps done."""
-        return self.trainer.step if self.trainer else 0
+        return self.trainer.state.step if self.trainer else 0
 
-    def work(self, alive: Callable[[], None]) -> int:
+    @property
+    def is_steady(self) -> bool:
+        """Whether the slow start is over, and nothing is being saved."""
+        return self.trainer is not None and self.trainer.is_steady
+
+    def work(self, stop: StopRequest, alive: Callable[[], None]) -> int:
         """Train to the end, or until asked to stop: the status. `alive` is called as a sign of life."""
         if self.job.device == "cpu":
             keep_freed_memory()
         self.folder = self._on_first(self._claim, alive)
         resumed, initial = find_start(self.job, self.folder, self.world, alive)
-        self.trainer = Trainer(self.job, self.world, alive, resumed=resumed, initial=initial)
+        self.trainer = Trainer(
+            self.job,
+            self.world,
+            alive,
+            folder=self.folder,
+            hooks=self._hooks(),
+            is_asked=lambda: stop.asked,
+            resumed=resumed,
+            initial=initial,
+        )
         self._on_first(lambda: self._settle(resumed.state if resumed else None), alive)
         self.on_built()
         if resumed is None or not resumed.state.model_only:
-            self.trainer.run(self.folder, self.stop)
+            self.trainer.run()
         elif self.world.is_first:
             print(f"nothing to do: step {self.step} is the last one, and holds the model alone")
         if self.job.checkpoint.last_save_in_hf and self.trainer.is_done:
             self._on_first(self._export, alive)
-        self.stop.done()
-        return self._finish()
+        stop.done()
+        return self._finish(stop)
+
+    def _hooks(self) -> list[tuple[str, HookConfig]]:
+        """The hooks that the configuration names, beside our own."""
+        return []
 
     def _export(self) -> None:
         """Write the model of the last step for others."""
         assert self.folder is not None and self.trainer is not None
-        hub.export_last(self.folder, self.job.checkpoint, self.step, self.trainer.tokenizer)
+        hub.export_last(self.folder, self.job.checkpoint, self.step, self.trainer.corpus.tokenizer)
 
     def _on_first(self, act: Callable[[], T], alive: Callable[[], None]) -> T:
         """What `act` gives on rank 0, on every rank; what it cannot write is a ConfigError on every rank.
@@ -129,8 +146,8 @@ class Run:
             steps.set_aside(later, outputs.free_folder(self.folder, "earlier") / steps.folder.name)
         if resumed is not None:
             steps.point_to(resumed.step)
-            metrics.cut(self.folder, resumed.step, resumed.validated)
-            sample_log.cut(self.folder, resumed.step)
+            jsonl.cut(self.folder, resumed.step, resumed.validated)
+            samples.cut(self.folder, resumed.step)
             (self.folder / "exit.json").unlink(missing_ok=True)
         assert self.trainer is not None
         self._keep_tokenizer(self.folder / hub.TOKENIZER)
@@ -139,7 +156,7 @@ class Run:
     def _keep_tokenizer(self, place: Path) -> None:
         """Have the files of the run's tokenizer in its folder, as both may be moved."""
         assert self.trainer is not None
-        own = self.trainer.tokenizer
+        own = self.trainer.corpus.tokenizer
         if self.job.data.tokenizer == "bytes" or hub.tokenizer_fingerprint(place) == own.fingerprint:
             return
         if place.exists():
@@ -163,14 +180,12 @@ class Run:
         except OSError as error:
             print(f"exit.json in {self.folder} cannot be written ({error.strerror})", file=sys.stderr)
 
-    def _finish(self) -> int:
+    def _finish(self, stop: StopRequest) -> int:
         """Say, on the rank that speaks, how far the run is and where its files are; the status."""
         assert self.folder is not None and self.trainer is not None
         stopped = self.trainer.stop_asked and not self.trainer.is_done
         if self.world.is_first:
-            message = (
-                f"asked to stop by {self.stop.signal_name or 'a signal to another rank'}" if stopped else ""
-            )
+            message = f"asked to stop by {stop.signal_name or 'a signal to another rank'}" if stopped else ""
             status, outcome = (STOPPED, "stopped") if stopped else (0, "done")
             with self._exit_written():
                 outputs.write_exit(self.folder, status, outcome, step=self.step, message=message)
@@ -200,7 +215,7 @@ def _steps_problem(checkpoint: CheckpointConfig, steps: Steps, published: list[i
 def _summarize(trainer: Trainer, folder: Path) -> None:
     if trainer.validations:
         first, last = (done.nats_per_byte for done in (trainer.validations[0], trainer.validations[-1]))
-        alone = trainer.shards.validation.unigram_entropy
+        alone = trainer.validations[0].unigram_entropy
         print(
             f"Validation loss: {first:.4f} to {last:.4f} nats per byte (byte frequencies alone: {alone:.4f})"
         )

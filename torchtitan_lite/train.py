@@ -16,6 +16,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -61,7 +62,7 @@ def _main(argv: Sequence[str], prog: str) -> int:
     from torchtitan_lite.config.load import ConfigError
     from torchtitan_lite.parallel.watch import tell_launcher
     from torchtitan_lite.parallel.world import world_size
-    from torchtitan_lite.training.step import NonFinite
+    from torchtitan_lite.training.finite import NonFinite
 
     status = 0
     try:
@@ -122,15 +123,14 @@ def train(job: "JobConfig") -> int:
             offload=job.training.enable_cpu_offload,
         )
     _show_log(world.is_first)
+    run = Run(job, world, on_built=_look_for_new_garbage)
     # Only now: a rank that waits for others that never come can do no better than end at the first signal.
-    stop = StopRequest(is_first=world.is_first, launched=launched)
-    stop.install(saves=job.checkpoint.enable)
-    run = Run(job, world, stop)
-    run.on_built = _look_for_new_garbage
+    request = partial(StopRequest, is_first=world.is_first, launched=launched)
     if world.size == 1:
-        stop.on_second = lambda number: run.write_exit(signalled(world.rank, number))
+        stop = request(on_second=lambda number: run.write_exit(signalled(world.rank, number)))
+        stop.install(saves=job.checkpoint.enable)
         try:
-            status = run.work(alive=lambda: None)
+            status = run.work(stop, alive=lambda: None)
             leave()
         except BaseException as error:
             failure = error
@@ -141,17 +141,16 @@ def train(job: "JobConfig") -> int:
     assert world.store is not None
     gpu = current_device() if job.device == "cuda" else None
     parts = {"rank": world.rank, "size": world.size, "launcher": _LAUNCHER, "gpu": gpu}
-    watch = Watch(world.store, seconds=init_seconds, **parts)
-    watch.on_end = run.write_exit
-    stop.on_second = lambda number: watch.end(signalled(world.rank, number), doubtful=True)
-    stop.on_ending, stop.is_ending = watch.hurry, lambda: watch.is_ending
+    watch = Watch(world.store, seconds=init_seconds, on_end=run.write_exit, **parts)
+    stop = request(
+        on_second=lambda number: watch.end(signalled(world.rank, number), doubtful=True),
+        on_ending=watch.hurry,
+        is_ending=lambda: watch.is_ending,
+    )
+    stop.install(saves=job.checkpoint.enable)
     watch.start()
     try:
-        status = run.work(
-            alive=lambda: watch.alive(
-                train_seconds if run.trainer and run.trainer.is_steady else init_seconds
-            )
-        )
+        status = run.work(stop, alive=lambda: watch.alive(train_seconds if run.is_steady else init_seconds))
         leave()
     except BaseException as error:  # of this rank or felt from another: each ends the process
         failure = error
@@ -181,7 +180,7 @@ def _end_of(error: BaseException, world: "World") -> "End":
     from torchtitan_lite.checkpoint import SaveFailed
     from torchtitan_lite.config.load import ConfigError
     from torchtitan_lite.parallel.watch import End, signalled
-    from torchtitan_lite.training.step import NonFinite
+    from torchtitan_lite.training.finite import NonFinite
 
     if isinstance(error, KeyboardInterrupt):
         return signalled(world.rank, signal.SIGINT)

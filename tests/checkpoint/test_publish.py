@@ -144,7 +144,7 @@ def test_the_points_leave_what_they_say(starts: Starts, options: Options, run_fo
     [
         {"at": "pathlib.Path.rename", "when": "before", "n": 1},
         {"at": "pathlib.Path.rename", "when": "after", "n": 1},
-        {"at": "torchtitan_lite.training.metrics.cut", "when": "before", "n": 1},
+        {"at": "torchtitan_lite.training.hooks.jsonl.cut", "when": "before", "n": 1},
     ],
     ids=["before", "after", "before the metrics are cut"],
 )

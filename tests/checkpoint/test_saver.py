@@ -28,7 +28,7 @@ from torchtitan_lite.checkpoint.state import State
 from torchtitan_lite.checkpoint.steps import Steps
 from torchtitan_lite.checkpoint.tensors import Piece
 from torchtitan_lite.training import outputs
-from torchtitan_lite.training.trainer import Trainer
+from torchtitan_lite.training.step import Stepper
 
 MODES = pytest.mark.parametrize("mode", ["disabled", "async"])
 BACKGROUND = pytest.mark.parametrize("mode", ["async", "async_with_pinned_mem"])
@@ -203,7 +203,7 @@ class Held:
         self.hashes: dict[int, dict[str, str]] = {}
         """Of the weights when a step was done."""
         self.until, self.only, self.step = until, only, 0
-        write, step = save.write_step, Trainer.train_step
+        write, step = save.write_step, Stepper.train_step
 
         def write_step(steps: Steps, snapshot: Snapshot, *more: Any) -> int:
             self.at_a_time += 1
@@ -215,18 +215,18 @@ class Held:
             self.at_a_time -= 1
             return n_bytes
 
-        def train_step(trainer: Trainer, *words: Any) -> Any:
-            stats = step(trainer, *words)
-            self.step = trainer.step
-            self.hashes[trainer.step] = {
-                f"model.{name}": cases.hash_of(weight.detach()) for name, weight in trainer.parameters.items()
+        def train_step(stepper: Stepper, *words: Any) -> Any:
+            stats, state = step(stepper, *words), stepper.state
+            self.step = state.step
+            self.hashes[state.step] = {
+                f"model.{name}": cases.hash_of(weight.detach()) for name, weight in state.parameters.items()
             }
-            if trainer.step == until:
+            if state.step == until:
                 self.reached.set()
             return stats
 
         patch.setattr(save, "write_step", write_step)
-        patch.setattr(Trainer, "train_step", train_step)
+        patch.setattr(Stepper, "train_step", train_step)
 
 
 def saved_hashes(folder: Path) -> dict[str, str]:
@@ -282,12 +282,12 @@ def test_numbers_that_are_not_finite_keep_the_steps_before(
     mode: str, go, tmp_path: Path, monkeypatch, capsys
 ) -> None:
     folder = tmp_path / "run"
-    began, loss_of, write = threading.Event(), Trainer.loss_of, save.write_step
+    began, loss_of, write = threading.Event(), Stepper.loss_of, save.write_step
 
-    def nan_at_five(trainer: Trainer, batch: Any) -> Any:
-        loss, count = loss_of(trainer, batch)
-        began.set() if trainer.step == 4 else None
-        return loss * (float("nan") if trainer.step == 4 else 1.0), count
+    def nan_at_five(stepper: Stepper, batch: Any) -> Any:
+        loss, count = loss_of(stepper, batch)
+        began.set() if stepper.state.step == 4 else None
+        return loss * (float("nan") if stepper.state.step == 4 else 1.0), count
 
     def write_step(steps: Steps, snapshot: Snapshot, *more: Any) -> int:
         if mode == "async" and snapshot.step == 4:  # under way when the loss is found to be none
@@ -296,7 +296,7 @@ def test_numbers_that_are_not_finite_keep_the_steps_before(
         return write(steps, snapshot, *more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "loss_of", nan_at_five)
+        patch.setattr(Stepper, "loss_of", nan_at_five)
         patch.setattr(save, "write_step", write_step)
         assert go(checkpoint__async_mode=mode) == 1
     assert "of step 5 is nan" in capsys.readouterr().err
@@ -311,15 +311,14 @@ def test_numbers_that_are_not_finite_keep_the_steps_before(
 def test_a_stop_saves_the_present_step_although_the_one_before_failed(
     policy: str, go, full_at, tmp_path: Path, monkeypatch, caplog
 ) -> None:
-    folder, step = tmp_path / "run", Trainer.train_step
+    folder, step = tmp_path / "run", Stepper.train_step
 
-    def stopped(trainer: Trainer) -> Any:
-        if trainer.step == 2:
-            trainer.is_asked = lambda: True
-        return step(trainer)
+    def stopped(stepper: Stepper, flags: Callable[[], tuple[bool, bool]]) -> Any:
+        is_asked = stepper.state.step == 2
+        return step(stepper, lambda: (is_asked, flags()[1]))
 
     known_at_once(monkeypatch)
-    monkeypatch.setattr(Trainer, "train_step", stopped)
+    monkeypatch.setattr(Stepper, "train_step", stopped)
     full_at(2)
     assert go(checkpoint__async_mode="async", checkpoint__on_failure=policy) == 75
     assert good_steps(folder) == [3]
@@ -332,7 +331,7 @@ def test_a_step_that_is_being_written_is_finished_before_an_exception_ends_the_r
     error: type[BaseException], go, tmp_path: Path, monkeypatch
 ) -> None:
     folder, failing = tmp_path / "run", threading.Event()
-    write, step = save.write_step, Trainer.train_step
+    write, step = save.write_step, Stepper.train_step
 
     def write_step(steps: Steps, snapshot: Snapshot, *more: Any) -> int:
         if snapshot.step == 4:
@@ -340,15 +339,15 @@ def test_a_step_that_is_being_written_is_finished_before_an_exception_ends_the_r
             time.sleep(0.3)
         return write(steps, snapshot, *more)
 
-    def fail(trainer: Trainer, *words: Any) -> Any:
-        if trainer.step == 5:
+    def fail(stepper: Stepper, *words: Any) -> Any:
+        if stepper.state.step == 5:
             failing.set()
             raise error
-        return step(trainer, *words)
+        return step(stepper, *words)
 
     with monkeypatch.context() as patch:
         patch.setattr(save, "write_step", write_step)
-        patch.setattr(Trainer, "train_step", fail)
+        patch.setattr(Stepper, "train_step", fail)
         with pytest.raises(KeyError) if error is KeyError else nullcontext():
             assert go(checkpoint__async_mode="async") == 130
     assert good_steps(folder) == [2, 4]

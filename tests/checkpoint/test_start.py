@@ -22,7 +22,6 @@ from torchtitan_lite.checkpoint import CheckpointConfig, patience
 from torchtitan_lite.checkpoint.ranks import Ranks
 from torchtitan_lite.checkpoint.restore import verify
 from torchtitan_lite.config.job import load_job
-from torchtitan_lite.parallel.signals import StopRequest
 from torchtitan_lite.parallel.world import World
 from torchtitan_lite.run import Run
 from torchtitan_lite.training.outputs import InUse, lock
@@ -225,7 +224,7 @@ def test_another_folder_for_the_steps_of_an_earlier_run_is_refused(go: Go, folde
 def test_what_takes_long_on_the_first_rank_is_no_hang(monkeypatch) -> None:
     alive: list[int] = []
     monkeypatch.setattr(patience, "_OFTEN", 0.01)
-    run = Run(load_job([]).config, World(), StopRequest(is_first=True, launched=False))
+    run = Run(load_job([]).config, World())
 
     def slow() -> str:
         deadline = time.monotonic() + 30
@@ -321,16 +320,15 @@ def test_of_a_last_step_with_the_model_alone_no_run_goes_on_but_another_starts(
     weights = ("--checkpoint.initial-load-path", folder / "checkpoint" / "step-6")
     starts = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cases.Trainer, "run", lambda trainer, *_: starts.append(trainer))
+        patch.setattr(cases.Trainer, "run", lambda trainer: starts.append(trainer))
         assert go(*weights, job__dump_folder=tmp_path / "new") == 0
     (trainer,) = starts
-    assert (trainer.step, trainer.batches.consumed_samples, trainer.n_tokens_seen) == (0, 0, 0)
-    assert not trainer.optimizer.state
-    assert f"starts with the weights of {folder / 'checkpoint' / 'step-6'}" in trainer.notes
-    drawn = cases.Trainer(trainer.job)
-    differs = [
-        name for name, weight in trainer.parameters.items() if not torch.equal(weight, drawn.parameters[name])
-    ]
+    state = trainer.state
+    assert (state.step, state.batches.consumed_samples, state.n_tokens_seen) == (0, 0, 0)
+    assert not state.optimizer.state
+    assert f"starts with the weights of {folder / 'checkpoint' / 'step-6'}" in state.notes
+    drawn = cases.Trainer(trainer.job).state.parameters
+    differs = [name for name, weight in state.parameters.items() if not torch.equal(weight, drawn[name])]
     assert len(differs) > 5
 
 

@@ -22,19 +22,21 @@ import os, signal, sys, time
 from torchtitan_lite import train
 from torchtitan_lite.checkpoint import save
 from torchtitan_lite.parallel.signals import StopRequest
-from torchtitan_lite.training import trainer
+from torchtitan_lite.training import corpus, state
+from torchtitan_lite.training.state import TrainState
+from torchtitan_lite.training.step import Stepper
 from torchtitan_lite.training.trainer import Trainer
 
 rank = int(os.environ.get("RANK", "0"))
 place, at = {{
-    "data": ((trainer, "prepare"), 0),
-    "model": ((Trainer, "_build_model"), 0),
-    "first step": ((Trainer, "count_valid"), 0),
-    "step": ((Trainer, "count_valid"), 2),
+    "data": ((corpus, "prepare"), 0),
+    "model": ((state, "build_model"), 0),
+    "first step": ((Stepper, "count_valid"), 0),
+    "step": ((Stepper, "count_valid"), 2),
     "validation": ((Trainer, "_validation_loss_of"), 3),
     "save": ((save, "write_tensors"), 2),
 }}["{phase}"]
-sound, done, trainers, requests = getattr(*place), [], [], []
+sound, done, states, requests = getattr(*place), [], [], []
 
 def wait_until_asked():
     deadline = time.monotonic() + 30
@@ -51,18 +53,18 @@ def install(self, **words):
     installed(self, **words)
 
 def act(*args, **words):
-    step = args[0].step if hasattr(args[0], "step") else trainers[0].step if trainers else 0
+    step = states[0].step if states else 0
     if not done and step == at and rank in {ranks}:
         done.append(step)
         {action}
     return sound(*args, **words)
 
 def build(self, *args, **words):
-    trainers.append(self)
+    states.append(self)
     self.step = 0
     built(self, *args, **words)
 
-built, Trainer.__init__ = Trainer.__init__, build
+built, TrainState.__init__ = TrainState.__init__, build
 installed, StopRequest.install = StopRequest.install, install
 if __name__ == "__main__":
     setattr(*place, act)

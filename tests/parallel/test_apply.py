@@ -10,7 +10,7 @@ from torchtitan_lite.training.trainer import Trainer
 
 
 def test_without_compile_the_model_is_left_as_it_is(small_run) -> None:
-    model = Trainer(load_job(small_run).config).model
+    model = Trainer(load_job(small_run).config).state.model
     apply(model, compile=CompileConfig())
     assert all(block._compiled_call_impl is None for block in model.blocks)
 
@@ -27,8 +27,8 @@ def test_compiled_blocks_train_to_the_losses_of_eager_ones(small_run, attention:
     curves = []
     for compile in ("--compile.no-enable", "--compile.enable"):
         trainer = Trainer(load_job([*flags, compile]).config)
-        curves.append([trainer.train_step().loss for _ in range(5)])
-        compiled = [block._compiled_call_impl is not None for block in trainer.model.blocks]
+        curves.append([trainer.stepper.train_step().loss for _ in range(5)])
+        compiled = [block._compiled_call_impl is not None for block in trainer.state.model.blocks]
         assert compiled == [compile == "--compile.enable"] * 2
     assert curves[1] == pytest.approx(curves[0], abs=1e-4)
 
@@ -38,7 +38,7 @@ def test_all_blocks_share_one_compiled_graph(small_run) -> None:
     trainer = Trainer(load_job([*small_run, "--compile.enable", "--compile.backend", "aot_eager"]).config)
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     for _ in range(3):
-        trainer.train_step()
+        trainer.stepper.train_step()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == 1
 
 

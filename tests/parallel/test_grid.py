@@ -280,7 +280,7 @@ def test_samples_hold_documents_that_span_ranks_and_divide_by_nothing(words) -> 
     starts = [
         {int(start) for start in (row == 0).nonzero().flatten()}
         for _ in range(5)
-        for row in next(trainer.batches).positions_BS
+        for row in next(trainer.state.batches).positions_BS
     ]
     assert sum(len(row) >= 3 for row in starts) > len(starts) / 2
     assert sum(len(row) <= 1 for row in starts) >= 3, "samples of one long document"

@@ -39,7 +39,7 @@ def test_a_rank_holds_its_share_of_weights_gradients_and_optimizer(ranks, words,
     """Up to a row or two that does not divide, as FSDP fills up shards."""
     flags = [*TWO_LAYERS, "--parallelism.fsdp-reshard-after-forward", reshard]
     whole = cases.state_bytes([*words, *flags])
-    n_parameters = sum(p.numel() for p in cases.new_trainer([*words, *flags]).model.parameters())
+    n_parameters = sum(p.numel() for p in cases.new_trainer([*words, *flags]).state.model.parameters())
     assert whole == {
         "parameters": 4 * n_parameters,
         "gradients": 4 * n_parameters,
@@ -114,7 +114,7 @@ def test_a_compiled_block_keeps_what_its_products_make_and_nothing_elementwise_f
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            trainer.loss_of(next(trainer.batches))
+            trainer.stepper.loss_of(next(trainer.state.batches))
         return sum(storages.values())
 
     # The inputs of both norms 2, q before and after its norm 2, k 1, v 0.5, attention's output 1, w1 3, w3 3.

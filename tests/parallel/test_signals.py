@@ -20,14 +20,24 @@ def on_ending(number):
     os.write(1, b"ending %d\\n" % number)
     ending.set()
 
+def on_second(number):
+    print("second", number)
+
+def is_ending():
+    return False
+
 def tell():
     while not request.asked: time.sleep(0.01)
     print("asked", flush=True)
 
-request = StopRequest(is_first={is_first}, launched={launched})
-request.on_second = lambda number: print("second", number)
-request.on_ending = on_ending
 {before}
+request = StopRequest(
+    is_first={is_first},
+    launched={launched},
+    on_second=on_second,
+    on_ending=on_ending,
+    is_ending=lambda: is_ending(),
+)
 request.install(saves={saves})
 print("ready", flush=True)
 {after}
@@ -129,7 +139,7 @@ def test_the_second_ends_the_process_at_once_wherever_it_is(number: int, what: s
     ids=["raises", "exits", "hangs"],
 )
 def test_nothing_done_about_the_second_keeps_the_process(on_second: str, start) -> None:
-    process = start(TELL + FOREVER, before=f"request.on_second = lambda number: {on_second}\n{SOON}")
+    process = start(TELL + FOREVER, before=f"on_second = lambda number: {on_second}\n{SOON}")
     process.ask(signal.SIGTERM)
     process.send(signal.SIGTERM)
     assert process.end() == (143, "", ASKED.format("SIGTERM") + AGAIN)
@@ -180,9 +190,7 @@ def test_once_the_run_is_done_no_further_signal_counts(start) -> None:
 
 def test_a_rank_that_learns_of_anothers_failure_does_not_speak_of_saving(start) -> None:
     # As when a launcher sends SIGTERM because that rank has failed.
-    process = start(
-        WAIT + "time.sleep(0.3); request.is_ending = lambda: True; time.sleep(1.5)", launched=True
-    )
+    process = start(WAIT + "time.sleep(0.3); is_ending = lambda: True; time.sleep(1.5)", launched=True)
     process.send(signal.SIGTERM)
     assert process.end() == (0, "", "")
 

@@ -2,11 +2,16 @@
 
 import signal
 from collections.abc import Iterator
+from unittest import mock
 
 import pytest
 import torch.distributed as dist
+from hook_cases import stats
 from launch import DEEP
 from programs import PIPE, Program
+
+from torchtitan_lite.parallel.watch import is_of_communication
+from torchtitan_lite.training.hooks import HookFailed, Hooks
 
 PROGRAM = """\
 import ctypes, os, signal, sys, threading, time
@@ -18,11 +23,20 @@ from torchtitan_lite.parallel.watch import End, Watch, signalled
 module._SILENCE, module._GRACE = 1.5, 2.0
 rank, size, port = map(int, sys.argv[1:])
 store = dist.TCPStore("127.0.0.1", port, is_master=False)
-request = StopRequest(is_first=rank == 0, launched=True)
-watch = Watch(store, rank=rank, size=size, seconds=60, launcher=os.getppid())
-watch.on_end = lambda end: os.write(1, f"{{end.status}} {{end.outcome}}\\n".encode())
-request.on_second = lambda number: watch.end(signalled(rank, number), doubtful=True)
-request.on_ending, request.is_ending = watch.hurry, lambda: watch.is_ending
+
+def told(end):
+    os.write(1, f"{{end.status}} {{end.outcome}}\\n".encode())
+
+watch = Watch(
+    store, rank=rank, size=size, seconds=60, launcher=os.getppid(), on_end=lambda end: told(end)
+)
+request = StopRequest(
+    is_first=rank == 0,
+    launched=True,
+    on_second=lambda number: watch.end(signalled(rank, number), doubtful=True),
+    on_ending=watch.hurry,
+    is_ending=lambda: watch.is_ending,
+)
 request.install(saves={saves})
 
 def tell():
@@ -181,7 +195,7 @@ def test_a_sign_of_life_within_the_grace_saves_a_rank_that_is_late(start) -> Non
 
 def test_a_late_rank_without_one_ends_after_the_grace(start) -> None:
     # It notes the time itself: under load, the test may hear of its start much later.
-    told = "watch.on_end = lambda end: os.write(1, b'%d' % (time.monotonic() - began >= 0.5 + 2))"
+    told = "told = lambda end: os.write(1, b'%d' % (time.monotonic() - began >= 0.5 + 2))"
     (rank,) = start(MEET.format(ranks=2, before=f"{told}; began = time.monotonic(); watch.alive(0.5)"))
     status, out, err = rank.end()
     assert (status, out) == (1, "1")
@@ -213,3 +227,13 @@ def test_a_rank_that_still_waits_for_the_others_ends_with_its_launcher() -> None
     with Program(["-c", LAUNCHER]) as launcher:
         _, said = launcher.communicate()
     assert (launcher.returncode, said) == (-signal.SIGKILL, "stopped: the launcher no longer answers\n")
+
+
+def test_another_ranks_end_that_is_felt_in_a_hook_is_of_communication() -> None:
+    def failed(error: Exception) -> Exception:
+        with pytest.raises(HookFailed) as caught:
+            Hooks([("mine", mock.Mock(step=mock.Mock(side_effect=error)))]).step(stats(1))
+        return caught.value
+
+    assert is_of_communication(failed(dist.DistError("gone")))
+    assert not is_of_communication(failed(ValueError("wrong")))

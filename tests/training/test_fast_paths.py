@@ -46,7 +46,7 @@ def losses(small_run, monkeypatch):
             trainer = Trainer(load_job([*small_run, *given, *words]).config)
             if fast == "compiled kernel":
                 native.compile_kernel(16)
-            found = torch.tensor([trainer.train_step().loss for _ in range(STEPS)])
+            found = torch.tensor([trainer.stepper.train_step().loss for _ in range(STEPS)])
             is_native = fast == "compiled kernel" or "--compile.enable" in words
             assert len(calls) == (STEPS * MODEL["n_layers"] if is_native else 0)
             native.forget_kernels()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from torchtitan_lite.training.hooks.profiler import ProfilingConfig
 from torchtitan_lite.training.metrics import MetricsConfig
 from torchtitan_lite.training.outputs import (
     InUse,
@@ -21,7 +22,6 @@ from torchtitan_lite.training.outputs import (
     write_exit,
     write_refusal,
 )
-from torchtitan_lite.training.profiling import ProfilingConfig
 
 
 def test_a_given_folder_is_used_as_given(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from torchtitan_lite import train
+from torchtitan_lite.training.step import Stepper
 from torchtitan_lite.training.trainer import Trainer
 
 USUAL = gc.get_threshold()
@@ -24,10 +25,10 @@ def _signals_as_before() -> Iterator[None]:
 
 def test_garbage_is_looked_for_rarely_until_training_begins(small_run, monkeypatch) -> None:
     seen = []
-    begin, step = Trainer.__init__, Trainer.train_step
+    begin, step = Trainer.__init__, Stepper.train_step
     look = lambda: seen.append(gc.get_threshold())
     monkeypatch.setattr(Trainer, "__init__", lambda *a, **k: (look(), begin(*a, **k))[1])
-    monkeypatch.setattr(Trainer, "train_step", lambda self: (look(), step(self))[1])
+    monkeypatch.setattr(Stepper, "train_step", lambda *a: (look(), step(*a))[1])
     assert train.main([*small_run, "--training.steps", "2"]) == 0
     assert seen[0][0] >= 50 * USUAL[0] and seen[1:] == [USUAL, USUAL]
     assert gc.get_threshold() == USUAL and gc.isenabled() and not gc.get_freeze_count()

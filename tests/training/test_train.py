@@ -220,8 +220,8 @@ def test_a_diverging_run_stops_with_the_step_and_samples_named(run, small_run, t
 def test_a_crash_keeps_its_traceback_and_says_so_in_the_folder(run, small_run, tmp_path: Path) -> None:
     code = (
         "import sys; from torchtitan_lite import train\n"
-        "from torchtitan_lite.training.trainer import Trainer\n"
-        "Trainer.train_step = lambda self: 1 / 0\n"
+        "from torchtitan_lite.training.step import Stepper\n"
+        "Stepper.train_step = lambda *_: 1 / 0\n"
         "sys.exit(train.main(sys.argv[1:]))"
     )
     done = run("-c", code, *small_run)

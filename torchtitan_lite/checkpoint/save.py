@@ -58,8 +58,11 @@ class Saver:
         say: Callable[[str], None],
         alive: Callable[[], None],
         saved: int | None = None,
+        on_published: Callable[[int], None] = lambda step: None,
     ) -> None:
         self.config, self.steps, self.ranks, self.say, self.alive = config, steps, ranks, say, alive
+        self.on_published = on_published
+        """Called with each step that was published: by all ranks, when all of them have waited for it."""
         self.saved = saved
         """The step that was published last."""
         self._staging = _Staging(pinned=config.async_mode == "async_with_pinned_mem")
@@ -97,6 +100,8 @@ class Saver:
         if self._writing is not None:
             result(self._writing, self.alive)
             self._writing = None
+            if self._failure is None and self.saved is not None:
+                self.on_published(self.saved)
 
     def finish(self) -> None:
         """Finish the save that is under way, where another error ends the run, and say what came of it."""

@@ -31,13 +31,13 @@ from torchtitan_lite.parallel.apply import CompileConfig, plan
 from torchtitan_lite.parallel.mesh import ParallelismConfig
 from torchtitan_lite.parallel.recompute import ActivationCheckpointConfig
 from torchtitan_lite.parallel.world import CommConfig
+from torchtitan_lite.training.config import TrainingConfig
 from torchtitan_lite.training.determinism import DebugConfig
+from torchtitan_lite.training.hooks.profiler import ProfilingConfig
 from torchtitan_lite.training.metrics import MetricsConfig
 from torchtitan_lite.training.optimizer import OptimizerConfig
 from torchtitan_lite.training.outputs import is_inside
-from torchtitan_lite.training.profiling import ProfilingConfig
 from torchtitan_lite.training.schedule import LRSchedulerConfig
-from torchtitan_lite.training.step import TrainingConfig
 from torchtitan_lite.training.validation import ValidationConfig
 
 _OVERRIDES = "model.overrides."

@@ -40,12 +40,11 @@ def evaluate(model: Decoder, split: Split, *, seq_len: int, batch_size: int, res
     Text is cut into samples of `seq_len` tokens, of which the first see nothing of the sample before. The
     `rest`, too short for another, is one too; without it, the loss is what validation in training measures.
     """
-    config, device = model.config, model.device
+    device = model.device
 
     def loss_of(batch: Batch) -> tuple[Tensor, Tensor]:
-        mask = config.attention.mask(batch.positions_BS, sliding_window=config.sliding_window, device=device)
-        tensors = (x.to(device) for x in (batch.tokens_BS, batch.positions_BS))
-        return model(*tensors, mask, batch.labels_BS.to(device))
+        tensors = batch.tokens_BS, batch.positions_BS, batch.labels_BS
+        return model(*model.prepare(*tensors, device=device))
 
     def batches() -> Iterator[Batch]:
         n_rest = split.n_tokens % seq_len if rest else 0

@@ -13,7 +13,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from torchtitan_lite.attention.transfer import to_device
+from torchtitan_lite.attention.mask import Ranges
 from torchtitan_lite.models.decoder import Decoder
 
 
@@ -51,6 +51,21 @@ class Cached(nn.Module):
         return self.attend(q_BSHK, self.keys[:, :end], self.values[:, :end], mask, scale)
 
 
+@dataclass(frozen=True)
+class Newest:
+    """The last tokens of a sequence; the keys and values of the others are kept."""
+
+    n_tokens: int
+
+    def queries(self, seq_len: int) -> Ranges:
+        """Where they are."""
+        return ((seq_len - self.n_tokens, seq_len),)
+
+    def shard(self, x_BS: Tensor) -> Tensor:
+        """What `x_BS` holds of them."""
+        return x_BS[:, -self.n_tokens :]
+
+
 class Cache:
     """A batch of sequences that grow together. A context manager: the model is as it was when it ends."""
 
@@ -76,14 +91,10 @@ class Cache:
         self.next_B += counted.sum(1)
         self.positions_BT[:, start:end] = positions_BS
         self.n_so_far = end
-        config = self.model.config
-        mask = config.attention.mask(
-            self.positions_BT[:, :end],
-            queries=((start, end),),
-            sliding_window=config.sliding_window,
-            device=self.device,
+        share = Newest(tokens_BS.shape[1])
+        return self.model(
+            *self.model.prepare(tokens_BS, self.positions_BT[:, :end], share=share, device=self.device)
         )
-        return self.model(to_device(tokens_BS, self.device), to_device(positions_BS, self.device), mask)
 
 
 def generate(

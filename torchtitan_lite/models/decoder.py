@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torchtitan_lite.attention import AttentionConfig, Sdpa
+from torchtitan_lite.attention.transfer import to_device
 from torchtitan_lite.config.load import Problem
 from torchtitan_lite.models.init import init_weights
 from torchtitan_lite.models.layers import Embedding, Linear, Logits, RMSNorm
 from torchtitan_lite.models.loss import LinearCrossEntropy
 from torchtitan_lite.models.parameters import Parameter, Table
 from torchtitan_lite.models.rope import RopeScaling, Rotation, rotate, rotation
+from torchtitan_lite.models.share import WHOLE, Share
 
 _POSITIVE = (
     "vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "max_seq_len",
@@ -259,6 +261,33 @@ class Decoder(nn.Module):
         # A tied head owns no parameter: `to_empty` would make two of one that is registered twice.
         self.head = None if config.tie_embeddings else Linear(config.dim, config.vocab_size)
         self.loss, self.logits = LinearCrossEntropy(), Logits()
+
+    def prepare(
+        self,
+        tokens_BS: Tensor,
+        positions_BT: Tensor,
+        labels_BS: Tensor | None = None,
+        *,
+        share: Share = WHOLE,
+        device: torch.device,
+    ) -> tuple[Tensor, Tensor, object, Tensor | None]:
+        """What `forward` takes, on `device`, for the `share` of the sequences that is computed here.
+
+        The mask is made once for all blocks, and on the CPU: nothing is read from the device.
+
+        Args:
+            tokens_BS: of whole sequences, or the last ones alone where the share has no others.
+            positions_BT: of all keys, on the CPU: 0 at the start of every document, -1 on padding.
+        """
+        mask = self.config.attention.mask(
+            positions_BT,
+            queries=share.queries(positions_BT.shape[1]),
+            sliding_window=self.config.sliding_window,
+            device=device,
+        )
+        tokens_BS, positions_BS = (to_device(share.shard(x), device) for x in (tokens_BS, positions_BT))
+        labels_BS = None if labels_BS is None else to_device(share.shard(labels_BS), device)
+        return tokens_BS, positions_BS, mask, labels_BS
 
     @property
     def device(self) -> torch.device:

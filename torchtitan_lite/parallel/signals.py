@@ -26,18 +26,26 @@ class StopRequest:
 
     The same signal again within a second is no second request where a launcher has started the process: a
     scheduler may signal both, and the launcher passes it on. Every other further signal ends the process.
+
+    Args:
+        on_second: called, from a thread, with the number of a second signal; the process ends in any case.
+        on_ending: called, from a thread, with the number of a signal upon which the main thread is to end.
+        is_ending: whether the process is about to end for another reason than a request.
     """
 
-    def __init__(self, *, is_first: bool, launched: bool) -> None:
+    def __init__(
+        self,
+        *,
+        is_first: bool,
+        launched: bool,
+        on_second: Callable[[int], None] = lambda number: None,
+        on_ending: Callable[[int], None] = lambda number: None,
+        is_ending: Callable[[], bool] = lambda: False,
+    ) -> None:
         self.asked = False
         self.signal_name = ""
         """Of the signal that asked."""
-        self.on_second: Callable[[int], None] = lambda number: None
-        """Is called, from a thread, with the number of a second signal; the process ends whatever it does."""
-        self.on_ending: Callable[[int], None] = lambda number: None
-        """Is called, from a thread, with the number of a signal upon which the main thread is to end."""
-        self.is_ending: Callable[[], bool] = lambda: False
-        """Whether the process is about to end for another reason than a request."""
+        self.on_second, self.on_ending, self.is_ending = on_second, on_ending, is_ending
         self._is_first, self._launched = is_first, launched
         self._saves = self._is_done = False
         self._at = 0.0

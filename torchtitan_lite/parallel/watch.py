@@ -65,10 +65,18 @@ class Watch:
     """One rank's watch over itself and the others, from `start` to `stop`."""
 
     def __init__(
-        self, store: Store, *, rank: int, size: int, seconds: float, launcher: int, gpu: int | None = None
+        self,
+        store: Store,
+        *,
+        rank: int,
+        size: int,
+        seconds: float,
+        launcher: int,
+        gpu: int | None = None,
+        on_end: Callable[[End], None] = lambda end: None,
     ) -> None:
         self.rank, self.size, self.gpu = rank, size, gpu
-        self.on_end: Callable[[End], None] = lambda end: None
+        self.on_end = on_end
         """What one rank does with the end of the run: rank 0, or the one that tells of rank 0's death."""
         own_store = store.clone()  # pyright: ignore[reportAttributeAccessIssue]
         own_store.set_timeout(timedelta(seconds=_GRACE))
@@ -253,6 +261,8 @@ def while_launched(launcher: int) -> Iterator[None]:
 def is_of_communication(error: BaseException) -> bool:
     """Whether `error` may be how another rank's end is felt here."""
     if isinstance(error, (dist.DistError, KeyboardInterrupt, SystemExit)):
+        return True
+    if error.__cause__ is not None and is_of_communication(error.__cause__):  # as felt by a hook
         return True
     if any(word in str(error) for word in ("gloo", "NCCL", "Connection closed", "Connection reset")):
         return True

@@ -1,1 +1,1 @@
-"""The training loop and its parts: step, optimizer, schedule, validation, metrics, profiling."""
+"""The training loop and its parts: state, step, optimizer, schedule, validation, hooks."""

@@ -1,86 +1,140 @@
-"""One optimizer step: its settings, and the refusal of numbers that are not finite."""
+"""One optimizer step: micro-batches, loss, exchange between ranks, clipping, the check, and the update.
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+B batch, S sequence.
+"""
+
+from collections.abc import Callable, Sequence
+from time import perf_counter
 
 import torch
+from torch import Tensor
 
-from torchtitan_lite.config.load import Problem
+from torchtitan_lite.config.job import JobConfig
+from torchtitan_lite.data import IGNORE, Batch
+from torchtitan_lite.parallel.fsdp import sync_gradients
+from torchtitan_lite.parallel.gradients import scale, squared_norm, sum_partial
+from torchtitan_lite.parallel.world import World
+from torchtitan_lite.training.finite import check_finite
+from torchtitan_lite.training.hardware import peak_memory_gib
+from torchtitan_lite.training.hooks import StepStats
+from torchtitan_lite.training.schedule import lr_factor
+from torchtitan_lite.training.state import TrainState
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
-    """How much is trained on, for how long, and in which precision."""
+class Stepper:
+    """Takes optimizer steps with a state. `alive` is called often: this rank does not hang."""
 
-    local_batch_size: int = 8
-    """Samples per micro-batch and rank."""
-    global_batch_size: int = -1
-    """Samples per optimizer step, over all ranks and micro-batches. -1: one micro-batch on each rank."""
-    seq_len: int = 512
-    """Tokens per sample."""
-    steps: int = 1000
-    """Optimizer steps of the whole run."""
-    max_norm: float = 1.0
-    """Gradients are scaled down to this global norm. 0: measured but never clipped."""
-    mixed_precision_param: Literal["float32", "bfloat16"] = "bfloat16"
-    """Precision that the model computes in; the weights themselves and their updates stay float32."""
-    mixed_precision_reduce: Literal["float32"] = "float32"
-    """Precision that gradients are summed over ranks in."""
-    enable_cpu_offload: bool = False
-    """Keep weights, gradients and the optimizer's state in host memory, and update them there."""
+    def __init__(
+        self, job: JobConfig, world: World, state: TrainState, alive: Callable[[], None] = lambda: None
+    ) -> None:
+        self.world, self.state, self.alive = world, state, alive
+        self.degrees = job.parallelism.degrees(world.size)
+        self.device = torch.device(job.device)
+        self.accumulation = job.training.accumulation(self.degrees.data)
+        self.max_norm = job.training.max_norm
+        self.lr_at: Callable[[int], float] = lambda step: (
+            job.optimizer.lr * lr_factor(step, job.lr_scheduler, job.training.steps)
+        )
+        """The learning rate after so many steps."""
 
     @property
-    def compute_dtype(self) -> torch.dtype:
-        """The precision of `mixed_precision_param`."""
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.mixed_precision_param]
+    def share(self) -> tuple[int, int]:
+        """Which share of every batch is this rank's, and of how many."""
+        return self.degrees.data_rank(self.world.rank), self.degrees.data
 
-    def accumulation(self, data_ranks: int = 1) -> int:
-        """Micro-batches per optimizer step on each of `data_ranks` ranks."""
-        if self.global_batch_size == -1:
-            return 1
-        return self.global_batch_size // (self.local_batch_size * data_ranks)
+    def train_step(self, flags: Callable[[], Sequence[bool]] = tuple) -> StepStats:
+        """Forward and backward over the micro-batches, clip, update; every valid token weighs the same.
 
-    def problems(self, key: str, data_ranks: int = 1) -> list[Problem]:
-        """Values out of range, and a global batch that `data_ranks` ranks cannot share evenly."""
-        found = [
-            Problem(f"{key}.{name}", getattr(self, name), "must be at least 1", "use a positive number")
-            for name in ("local_batch_size", "seq_len", "steps")
-            if getattr(self, name) < 1
-        ]
-        if self.max_norm < 0:
-            remedy = "use 0 for no clipping"
-            found.append(Problem(f"{key}.max_norm", self.max_norm, "must be at least 0", remedy))
-        return found + self._batch_problems(key, data_ranks)
-
-    def _batch_problems(self, key: str, data_ranks: int) -> list[Problem]:
-        size, unit = self.global_batch_size, self.local_batch_size * data_ranks
-        if size == -1 or unit < 1 or (size > 0 and size % unit == 0):
-            return []
-        if size < 1:
-            rule, remedy = "must be -1 or positive", f"use -1 or a multiple of {unit}"
-        else:
-            ranks = f" times {data_ranks} data ranks of [parallelism]" if data_ranks > 1 else ""
-            rule = f"is not a multiple of {key}.local_batch_size = {self.local_batch_size}{ranks}"
-            below = size - size % unit
-            remedy = f"use {below} or {below + unit}" if below else f"use {unit}"
-        return [Problem(f"{key}.global_batch_size", size, rule, remedy)]
-
-
-class NonFinite(Exception):
-    """A loss or gradient norm that is not finite, found before it reached the weights."""
-
-    def __init__(self, *, step: int, name: str, value: float, sample_ids: Sequence[int]) -> None:
-        self.step, self.name, self.value, self.sample_ids = step, name, value, list(sample_ids)
-        super().__init__(
-            f"the {name} of step {step} is {value}: stopped before the weights were updated; "
-            f"the step's global sample ids are {', '.join(map(str, sample_ids))}"
+        Raises NonFinite, before the weights change. `flags` says what this rank has to tell the others, asked
+        for as late as possible: the `flags` of the result are set where any rank set them.
+        """
+        start, state = perf_counter(), self.state
+        micro = [next(state.batches) for _ in range(self.accumulation)]
+        data_seconds = perf_counter() - start
+        work = self.attention_work(micro) if state.step == state.began else None
+        n_valid = self.count_valid(micro)
+        loss = torch.zeros((), device=self.device)
+        for number, batch in enumerate(micro, start=1):
+            sync_gradients(state.model, last=number == self.accumulation)
+            self.alive()
+            loss_sum, _ = self.loss_of(batch)
+            (loss_sum / n_valid).backward()
+            loss = loss + loss_sum.detach() / n_valid
+        loss_value, norm_value, agreed = self.reduce_and_clip(loss, flags)
+        sample_ids = [index for batch in micro for index in self.sample_ids(batch)]
+        check_finite(step=state.step + 1, loss=loss_value, grad_norm=norm_value, sample_ids=sample_ids)
+        lr = self.update()
+        n_tokens = sum(batch.tokens_BS.numel() for batch in micro) * self.degrees.data
+        state.n_tokens_seen += n_tokens
+        return StepStats(
+            step=state.step,
+            loss=loss_value,
+            grad_norm=norm_value,
+            lr=lr,
+            n_tokens=n_tokens,
+            n_tokens_seen=state.n_tokens_seen,
+            seconds=perf_counter() - start,
+            data_seconds=data_seconds,
+            peak_memory_gib=peak_memory_gib(self.device),
+            sample_ids=[index for batch in micro for index in batch.sample_ids],
+            attention_work=work,
+            flags=agreed,
         )
 
+    def attention_work(self, micro: list[Batch]) -> float:
+        """How many visible pairs of query and key this rank computes of a step, per head."""
+        window = self.state.model.config.sliding_window
+        return sum(self.state.context.work(batch.positions_BS, window) for batch in micro)
 
-def check_finite(*, step: int, loss: float, grad_norm: float, sample_ids: Sequence[int]) -> None:
-    """Raise NonFinite unless both numbers are finite."""
-    for name, value in (("loss", loss), ("gradient norm", grad_norm)):
-        if not math.isfinite(value):
-            raise NonFinite(step=step, name=name, value=value, sample_ids=sample_ids)
+    def sample_ids(self, batch: Batch) -> range:
+        """The global sample ids of `batch` and of what the other ranks have at the same time."""
+        share, n_shares = self.share
+        size = len(batch.sample_ids)
+        first = batch.sample_ids[0] - share * size
+        return range(first, first + n_shares * size)
+
+    def count_valid(self, micro: list[Batch]) -> Tensor:
+        """How many labels of the whole step are valid, over all micro-batches and ranks; at least 1."""
+        count = sum(int((batch.labels_BS != IGNORE).sum()) for batch in micro)
+        # Made on the device: a copy from the host would wait for all the work that the device has left.
+        total = self.world.sum(torch.full((), count, device=self.device))
+        # The ranks that share a sequence have counted the same rows.
+        return (total // (self.degrees.context * self.degrees.tensor)).clamp(min=1)
+
+    def loss_of(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Sum of the losses of this rank's tokens of a batch, and count of the valid ones, on the device."""
+        model, share = self.state.model, self.state.context
+        tensors = batch.tokens_BS, batch.positions_BS, batch.labels_BS
+        return model(*model.prepare(*tensors, share=share, device=self.device))
+
+    def reduce_and_clip(
+        self, loss: Tensor, flags: Callable[[], Sequence[bool]] = tuple
+    ) -> tuple[float, float, tuple[bool, ...]]:
+        """The loss, the gradient norm and the flags of all ranks, in one sum; clips the gradients."""
+        parameters = list(self.state.model.parameters())
+        sum_partial(parameters)
+        squares = squared_norm(parameters, self.world.size).to(loss)
+        # The ranks of a tensor-parallel group have the same loss.
+        both = loss / self.degrees.tensor, squares
+        own = (torch.full_like(loss, is_set) for is_set in flags())
+        # The step's one read from the device, at the last moment at which the weights are still untouched.
+        loss_value, square, *counts = self.world.sum(torch.stack([*both, *own])).tolist()
+        norm = max(square, 0.0) ** 0.5
+        if self.max_norm and norm > self.max_norm:  # else all gradients would be moved, to be multiplied by 1
+            scale(parameters, self.max_norm / norm)
+        return loss_value, norm, tuple(count > 0 for count in counts)
+
+    def update(self) -> float:
+        """One optimizer step at the scheduled learning rate, which is returned."""
+        state = self.state
+        lr = self.lr_at(state.step)
+        for group in state.optimizer.param_groups:
+            group["lr"] = lr
+        state.optimizer.step()
+        state.optimizer.zero_grad()
+        state.step += 1
+        return lr
+
+    def sum_over_ranks(self, x: Tensor) -> Tensor:
+        """The sum of what every rank found for its tokens, of which a tensor-parallel group has the same."""
+        return self.world.sum(x / self.degrees.tensor)

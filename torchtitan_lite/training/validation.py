@@ -40,6 +40,8 @@ class Validation:
     loss: float
     """Nats per token."""
     nats_per_byte: float
+    unigram_entropy: float
+    """Nats per byte of a model that knows only the byte frequencies of the held-out text."""
 
 
 BatchT = TypeVar("BatchT")

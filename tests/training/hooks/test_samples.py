@@ -3,7 +3,9 @@
 import json
 from pathlib import Path
 
-from torchtitan_lite.training.sample_log import SampleLog, cut
+from hook_cases import DONE, run_info, started, stats
+
+from torchtitan_lite.training.hooks.samples import SampleLogConfig, cut
 
 
 def steps(folder: Path, rank: int) -> list[tuple[int, list[int]]]:
@@ -12,23 +14,22 @@ def steps(folder: Path, rank: int) -> list[tuple[int, list[int]]]:
 
 
 def write(folder: Path, rank: int, first: int, last: int, ids: list[int]) -> None:
-    with SampleLog(folder, rank, is_on=True) as log:
-        for step in range(first, last + 1):
-            log.log(step, ids)
+    hooks = started(SampleLogConfig(enable=True), run_info(folder=folder, rank=rank))
+    for step in range(first, last + 1):
+        hooks.step(stats(step, sample_ids=ids))
+    hooks.end(DONE)
 
 
 def test_each_step_is_on_disk_as_soon_as_it_is_logged(tmp_path: Path) -> None:
-    log = SampleLog(tmp_path, 3, is_on=True)
-    log.log(1, [4, 5])
-    log.log(2, [9, 8])
+    hooks = started(SampleLogConfig(enable=True), run_info(folder=tmp_path, rank=3))
+    hooks.step(stats(1, sample_ids=[4, 5]))
+    hooks.step(stats(2, sample_ids=[9, 8]))
     assert steps(tmp_path, 3) == [(1, [4, 5]), (2, [9, 8])]
-    log.close()
+    hooks.end(DONE)
 
 
-def test_a_log_that_is_off_leaves_nothing(tmp_path: Path) -> None:
-    with SampleLog(tmp_path, 0, is_on=False) as log:
-        log.log(1, [4, 5])
-    assert list(tmp_path.iterdir()) == []
+def test_there_is_no_log_where_none_is_asked_for() -> None:
+    assert SampleLogConfig(enable=False).build(run_info()) is None
 
 
 def test_a_run_that_goes_on_on_fewer_ranks_logs_each_step_once(tmp_path: Path) -> None:

@@ -1,0 +1,69 @@
+"""What hooks are given, made up."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from torchtitan_lite.training.hooks import HookConfig, Hooks, Outcome, RunInfo, StepStats
+from torchtitan_lite.training.validation import Validation
+
+DONE = Outcome(kind="done")
+
+
+def run_info(**changes: Any) -> RunInfo:
+    """A run of four steps on one rank, in the present folder."""
+    values = {
+        "job": SimpleNamespace(training=SimpleNamespace(compute_dtype=torch.float32)),
+        "folder": Path(),
+        "rank": 0,
+        "world_size": 1,
+        "device": torch.device("cpu"),
+        "model": torch.nn.Identity(),
+        "n_steps": 4,
+        "flops_per_token": 3e3,
+    }
+    return RunInfo(**{**values, **changes})
+
+
+def stats(step: int, **changes: Any) -> StepStats:
+    values = {
+        "loss": 2.5,
+        "grad_norm": 1.25,
+        "lr": 1e-3,
+        "n_tokens": 100,
+        "n_tokens_seen": 100 * step,
+        "seconds": 0.5,
+        "data_seconds": 0.05,
+        "hook_seconds": 0.0,
+        "peak_memory_gib": 0.75,
+    }
+    return StepStats(step=step, **{**values, **changes})
+
+
+def validation(step: int, loss: float) -> Validation:
+    return Validation(step=step, loss=loss, nats_per_byte=loss / 2, unigram_entropy=3.0)
+
+
+def started(config: HookConfig, run: RunInfo) -> Hooks:
+    """The hook of a config, as a run has started it."""
+    hooks = Hooks.build([("tested", config)], run)
+    hooks.start()
+    return hooks
+
+
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Makes a hook that is there already."""
+
+    hook: object
+
+    def build(self, run: RunInfo) -> object:
+        return self.hook

@@ -1,0 +1,75 @@
+"""Lines on the console, and a progress bar where that is a terminal."""
+
+from dataclasses import dataclass
+
+from tqdm import tqdm
+
+from torchtitan_lite.training.hooks import Outcome, RunInfo, StepStats
+from torchtitan_lite.training.metrics import Meter, MetricsConfig
+from torchtitan_lite.training.validation import Validation
+
+_NEGLIGIBLE = 0.01
+"""The share of the time below which hooks are not mentioned."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConsoleConfig:
+    """The console of the first rank."""
+
+    metrics: MetricsConfig
+
+    def build(self, run: RunInfo) -> "Console | None":
+        """The hook, on the first rank."""
+        return Console(self.metrics) if run.rank == 0 else None
+
+
+class Console:
+    """Prints a line for each report and each validation."""
+
+    def __init__(self, config: MetricsConfig) -> None:
+        self.config = config
+
+    def start(self, run: RunInfo) -> None:
+        """Show the progress bar."""
+        self.n_steps = run.n_steps
+        self._meter = Meter(self.config, run)
+        self._bar = tqdm(
+            initial=run.resumed_step or 0,
+            total=run.n_steps,
+            unit="step",
+            desc="training",
+            disable=None,
+            dynamic_ncols=True,
+        )
+
+    def step(self, stats: StepStats) -> None:
+        """Move the bar, and print the report if one is due."""
+        self._bar.update(stats.step - self._bar.n)
+        report = self._meter.report(stats)
+        if report is None:
+            return
+        line = (
+            "step {step:>{width}}/{steps}  loss {loss:7.4f}  gradient norm {grad_norm:7.3f}  lr {lr:.2e}  "
+            "{tokens_per_second:,.0f} tokens/s  memory {peak_memory_gib:.2f} GiB  MFU {mfu:.1%}  "
+            "data wait {data_wait_fraction:.1%}".format(
+                width=len(str(self.n_steps)), steps=self.n_steps, **report
+            )
+        )
+        share = report["hooks_fraction"]
+        say(line if share < _NEGLIGIBLE else f"{line}  hooks {share:.1%}")
+
+    def validated(self, result: Validation) -> None:
+        """Print the loss on held-out text."""
+        say(
+            f"step {result.step}/{self.n_steps}  validation loss {result.loss:.4f} nats per token, "
+            f"{result.nats_per_byte:.4f} per byte (byte frequencies alone: {result.unigram_entropy:.4f})"
+        )
+
+    def end(self, outcome: Outcome) -> None:
+        """Remove the bar."""
+        self._bar.close()
+
+
+def say(line: str) -> None:
+    """Print a line without breaking the progress bar."""
+    tqdm.write(line)

@@ -1,0 +1,43 @@
+"""Which samples each step and rank had, to hold a resumed run against an uninterrupted one."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torchtitan_lite.training.hooks import Outcome, RunInfo, StepStats
+from torchtitan_lite.training.outputs import Lines, keep_lines
+
+_FOLDER = "sample_ids"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleLogConfig:
+    """The sample log of every rank, if it is asked for."""
+
+    enable: bool
+
+    def build(self, run: RunInfo) -> "SampleLog | None":
+        """The hook."""
+        return SampleLog() if self.enable else None
+
+
+class SampleLog:
+    """Appends to `sample_ids/rank-R.jsonl` in the run's folder."""
+
+    def start(self, run: RunInfo) -> None:
+        """Open the file of this rank."""
+        (run.folder / _FOLDER).mkdir(parents=True, exist_ok=True)
+        self._lines = Lines(run.folder / _FOLDER / f"rank-{run.rank}.jsonl")
+
+    def step(self, stats: StepStats) -> None:
+        """Record the global sample ids of this rank's micro-batches."""
+        self._lines.write({"step": stats.step, "sample_ids": list(stats.sample_ids)})
+
+    def end(self, outcome: Outcome) -> None:
+        """Close the file."""
+        self._lines.close()
+
+
+def cut(folder: Path, step: int) -> None:
+    """Drop what any rank of the run in `folder` recorded after `step`, from which it goes on."""
+    for path in sorted((folder / _FOLDER).glob("rank-*.jsonl")):
+        keep_lines(path, lambda line: line["step"] <= step)
