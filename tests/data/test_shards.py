@@ -165,7 +165,7 @@ def test_the_corpus_is_never_in_memory_as_a_whole(tokenized, tmp_path: Path):
 
 
 def test_the_standard_library_is_prepared_once(tmp_path: Path, monkeypatch):
-    config, tokenizer = DataConfig(cache_dir=str(tmp_path)), load_tokenizer("bytes")
+    config, tokenizer = PythonStdlib(cache_dir=str(tmp_path)), load_tokenizer("bytes")
     built = prepare(config, tokenizer)
     assert built.train.n_tokens > 5_000_000
     assert 0.03 < built.validation.n_bytes / built.train.n_bytes < 0.1
@@ -323,7 +323,7 @@ else:
     print("ready", flush=True)
     sys.stdin.readline()
 logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
-built = prepare(DataConfig(dataset="text", path=path, cache_dir=cache_dir), load_tokenizer("bytes"))
+built = prepare(Text(path=path, cache_dir=cache_dir), load_tokenizer("bytes"))
 print("sum of tokens:", built.train.n_tokens, int(built.train.tokens_T.sum()))
 """
 

@@ -142,7 +142,7 @@ def test_a_path_may_start_at_the_home_folder(tmp_path: Path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "a.txt").write_text("a")
     assert texts(source("~/a.txt")) == ["a"]
-    assert DataConfig(cache_dir="~/c").cache_folder == tmp_path / "c"
+    assert PythonStdlib(cache_dir="~/c").cache_folder == tmp_path / "c"
 
 
 @pytest.mark.parametrize(
@@ -345,11 +345,11 @@ def test_a_data_section_that_cannot_work_says_so_in_one_line_each(options: dict,
 def test_a_cache_folder_with_too_long_a_name_is_found_before_anything_is_read(tmp_path: Path):
     no_room_below = "x/" * ((4096 - 50 - len(str(tmp_path))) // 2)
     for name in ("x" * 5000, "x" * 256, "é" * 128, "no/such/" + "x" * 256, "x/" * 2100, no_room_below):
-        config = DataConfig(cache_dir=str(tmp_path / name))
+        config = PythonStdlib(cache_dir=str(tmp_path / name))
         (problem,) = config.problems("data")
         assert (problem.key, problem.value) == ("data.cache_dir", str(config.cache_folder))
         assert problem.rule.startswith("is too long for a folder: ")
-    assert DataConfig(cache_dir=str(tmp_path / ("x" * 255))).problems("data") == []
+    assert PythonStdlib(cache_dir=str(tmp_path / ("x" * 255))).problems("data") == []
 
 
 @pytest.mark.parametrize("dataset", ["text", "jsonl"])
@@ -362,6 +362,6 @@ def test_an_empty_folder_is_found_before_anything_is_read(tmp_path: Path, datase
 def test_the_cache_is_in_the_users_cache_folder_by_default(monkeypatch, tmp_path: Path):
     monkeypatch.setenv("HOME", "/home/someone")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert DataConfig().cache_folder == Path("/home/someone/.cache/torchtitan_lite")
+    assert PythonStdlib().cache_folder == Path("/home/someone/.cache/torchtitan_lite")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert DataConfig().cache_folder == tmp_path / "torchtitan_lite"
+    assert PythonStdlib().cache_folder == tmp_path / "torchtitan_lite"

@@ -125,7 +125,7 @@ def test_every_token_of_a_text_counts_in_its_evaluation(run: Path, say, tmp_path
 
 def test_the_rest_of_a_text_is_a_sample_like_others(texts: Path) -> None:
     model = resolve("qwen3", "debugmodel", None, resume_cases.MODEL).build()
-    data = DataConfig(dataset="jsonl", path=str(texts / "short.jsonl"), cache_dir=str(texts / "cache"))
+    data = Jsonl(path=str(texts / "short.jsonl"), cache_dir=str(texts / "cache"))
     split = prepare(data, ByteTokenizer()).train
     whole = evaluate(model, split, seq_len=split.n_tokens, batch_size=1)
     cut = evaluate(model, split, seq_len=split.n_tokens - 1, batch_size=1)

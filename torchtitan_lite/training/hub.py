@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
 
 from torchtitan_lite.checkpoint import CheckpointConfig
@@ -43,6 +43,8 @@ TOKENIZER = "tokenizer"
 """The folder of a run, or of imported steps, that holds the tokenizer's files."""
 SOURCE = "hf_source.json"
 """File in a run's folder: what its own export is of."""
+_CONFIGS = TypeAdapter(list[DecoderConfig], config=ConfigDict(arbitrary_types_allowed=True))
+"""Any class may be an attention backend; none is read."""
 _MOST_LINES = 5
 """That are said of tensors."""
 
@@ -127,10 +129,10 @@ def decoder_of(identity: Mapping[str, Any]) -> DecoderConfig:
     values = {key: value for key, value in own.items() if "." not in key}
     try:
         table = {"rope_scaling": scaling} if scaling else {}
-        config = TypeAdapter(DecoderConfig).validate_json(json.dumps({**values, **table}), strict=True)
+        (config,) = _CONFIGS.validate_json(json.dumps([{**values, **table}]), strict=True)
     except ValidationError as error:
         what = error.errors()[0]
-        raise Damaged(f"it says of no model ({'.'.join(map(str, what['loc']))}: {what['msg']})") from None
+        raise Damaged(f"it says of no model ({'.'.join(map(str, what['loc'][1:]))}: {what['msg']})") from None
     if unknown := {key.removeprefix(_MODEL) for key in identity_of(config)} ^ own.keys():
         raise Damaged(f"it says of no model that is known here ({min(unknown)})")
     if problems := config.problems("model"):

@@ -30,7 +30,7 @@ from torchtitan_lite.parallel.world import World
 from torchtitan_lite.training.determinism import set_determinism
 from torchtitan_lite.training.hardware import peak_flops, peak_memory_gib
 from torchtitan_lite.training.metrics import Metrics, Silence, StepStats
-from torchtitan_lite.training.optimizer import build_optimizer, fill_state
+from torchtitan_lite.training.optimizer import build_optimizer, fill_state, groups_by_ndim
 from torchtitan_lite.training.profiling import traced
 from torchtitan_lite.training.record import Record, load_initial, pieces, ranks_of
 from torchtitan_lite.training.sample_log import SampleLog
@@ -66,7 +66,7 @@ class Trainer:
         self.degrees = job.parallelism.degrees(self.world.size)
         self.device = torch.device(job.device)
         set_determinism(job.debug)
-        self.tokenizer = tokenizer = load_tokenizer(job.data.tokenizer)
+        self.tokenizer = tokenizer = load_tokenizer(job.data.tokenizer, job.tokenizers)
         self.shards = shards or self.world.in_turn(lambda: prepare(job.data, tokenizer))
         samples = Samples(self.shards.train, job.training.seq_len)
         size, share = job.training.local_batch_size, self._data_share()
@@ -81,7 +81,7 @@ class Trainer:
         self._build_model(draw=resumed is None and initial is None)
         # Of the shards: a module has whole weights in their place for as long as those are gathered.
         self.parameters = dict(self.model.named_parameters())
-        self.optimizer = build_optimizer(self.parameters.items(), job.optimizer)
+        self.optimizer = build_optimizer(self.parameters, job.optimizer, groups_by_ndim(self.parameters))
         self.step = self.n_tokens_seen = 0
         self.resumed_step = None if resumed is None else resumed.state.step
         self.began = self.resumed_step or 0
