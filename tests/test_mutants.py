@@ -159,8 +159,8 @@ MUTANTS = {
     ),
     "norms decay like matrices": Mutant(
         "torchtitan_lite/training/optimizer.py",
-        "ndim >= 2",
-        "ndim >= 1",
+        '"weight_decay": 0.0}',
+        '"weight_decay": self.weight_decay}',
         "tests/training/test_optimizer.py::test_matrices_decay_and_vectors_do_not",
     ),
     "a layout found by substring": Mutant(

@@ -1,4 +1,4 @@
-"""What a name in a configuration stands for: our own members and those of plugins, registered in the same way.
+"""What a name in a configuration stands for: our members and those of plugins, registered in the same way.
 
 A plugin is a module that `job.plugins` names. It is imported before the flags are read, and registers:
 
@@ -38,7 +38,9 @@ _importing: list[str] = []
 class Door:
     """Members of one kind by name: what a key of the configuration can choose."""
 
-    def __init__(self, what: str, *, tag: str, needs: tuple[str, ...], reserved: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, what: str, *, tag: str, needs: tuple[str, ...], reserved: tuple[str, ...] = ()
+    ) -> None:
         self.what, self.tag, self.needs, self.reserved = what, tag, needs, reserved
         self.members: dict[str, Any] = {}
 

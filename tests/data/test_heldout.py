@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from torchtitan_lite.data import DataConfig, documents, heldout
+from torchtitan_lite.data import Jsonl, PythonStdlib, Text, documents, heldout
+from torchtitan_lite.data.datasets import open_source
 from torchtitan_lite.data.documents import Document
-from torchtitan_lite.data.sources import open_source
 
 
 def of(texts: dict[str, bytes], n_pieces: int = 1) -> Iterator[Document]:

@@ -14,7 +14,7 @@ import pytest
 from programs import PIPE, Program
 
 from torchtitan_lite.config.load import ConfigError, Problem
-from torchtitan_lite.data import DataConfig, Samples, Shards, Split, cache, load_tokenizer, prepare, shards
+from torchtitan_lite.data import PythonStdlib, Samples, Shards, Split, cache, load_tokenizer, prepare, shards
 
 FILES = ["metadata.json", "train.offsets", "train.tokens", "validation.offsets", "validation.tokens"]
 
@@ -299,7 +299,7 @@ def test_a_bad_line_far_into_the_text_leaves_nothing_behind(tokenized, tmp_path:
 # Runs in a process of its own: builds shards, and dies by SIGKILL at the n-th call of a function.
 BUILDER = """
 import logging, os, pathlib, signal, sys
-from torchtitan_lite.data import DataConfig, cache, load_tokenizer, prepare, shards
+from torchtitan_lite.data import Text, cache, load_tokenizer, prepare, shards
 
 path, cache_dir, point, when, n = sys.argv[1:]
 owners = {"_write": shards._Writer, "_write_metadata": shards, "_sync": cache, "rename": pathlib.Path}

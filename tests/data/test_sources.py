@@ -10,15 +10,21 @@ from pathlib import Path
 import pytest
 
 from torchtitan_lite.config.load import ConfigError
-from torchtitan_lite.data import DataConfig, documents, sources
-from torchtitan_lite.data.sources import Source, open_source
+from torchtitan_lite.data import Jsonl, PythonStdlib, Text, documents, sources
+from torchtitan_lite.data.datasets import DataConfig, open_source
+from torchtitan_lite.data.sources import FileSource
+
+DATASETS = {"python_stdlib": PythonStdlib, "text": Text, "jsonl": Jsonl}
 
 
-def source(path: Path | str = "", dataset: str = "text", field: str = "text") -> Source:
-    return open_source(DataConfig(dataset=dataset, path=str(path), field=field))  # type: ignore[arg-type]
+def source(path: Path | str = "", dataset: str = "text", **options: str) -> FileSource:
+    options |= {"path": str(path)} if path else {}
+    opened = open_source(DATASETS[dataset](**options))
+    assert isinstance(opened, FileSource)
+    return opened
 
 
-def texts(opened: Source) -> list[str]:
+def texts(opened: FileSource) -> list[str]:
     return [b"".join(document.pieces).decode() for document in opened.documents()]
 
 
@@ -233,7 +239,7 @@ def test_json_lines_may_have_a_mark_blank_lines_and_carriage_returns(tmp_path: P
 
 def test_the_field_of_json_lines_can_be_chosen(tmp_path: Path):
     (tmp_path / "x.jsonl").write_text('{"text": "a", "body": "b"}\n')
-    assert texts(source(tmp_path / "x.jsonl", "jsonl", "body")) == ["b"]
+    assert texts(source(tmp_path / "x.jsonl", "jsonl", field="body")) == ["b"]
 
 
 @pytest.mark.parametrize(
@@ -306,39 +312,37 @@ def test_pieces_of_a_long_document_encode_as_the_whole_does(monkeypatch, tokeniz
 
 
 OUT_OF_RANGE = "is not in [0, 1): use 0.05 to hold out a twentieth of the text, or 0 for none"
-OF_JSONL = 'is an option of dataset "jsonl", and the dataset is "python_stdlib": leave it out, or set'
-OF_FILES = (
-    'is an option of datasets "text" and "jsonl", and the dataset is "python_stdlib": leave it out, or set'
-)
 NAME = "name a text file or a folder of them"
 PYTHON = sys.executable
 WRITABLE = "name a folder that you can write to"
 
 
 @pytest.mark.parametrize(
-    ("options", "expected"),
+    ("config", "expected"),
     [
-        ({}, []),
-        ({"dataset": "text"}, [f'path = "" is needed by dataset "text": {NAME}']),
-        ({"dataset": "jsonl"}, [f'path = "" is needed by dataset "jsonl": {NAME.replace("text", ".jsonl")}']),
-        ({"dataset": "text", "path": "/no/such"}, [f'path = "/no/such" does not exist: {NAME}']),
-        ({"dataset": "text", "path": PYTHON}, []),
+        (PythonStdlib(), []),
+        (Text(), [f'path = "" is needed by dataset "text": {NAME}']),
+        (Jsonl(), [f'path = "" is needed by dataset "jsonl": {NAME.replace("text", ".jsonl")}']),
+        (Text(path="/no/such"), [f'path = "/no/such" does not exist: {NAME}']),
+        (Text(path=PYTHON), []),
         (
-            {"path": "/tmp", "field": "body", "validation_fraction": 1.0},
+            Text(path="/no/such", validation_fraction=1.0),
             [
-                f'path = "/tmp" {OF_FILES} data.dataset = "text"',
+                f'path = "/no/such" does not exist: {NAME}',
                 f"validation_fraction = 1.0 {OUT_OF_RANGE}",
-                f'field = "body" {OF_JSONL} data.dataset = "jsonl"',
             ],
         ),
-        ({"validation_fraction": 0.0}, []),
-        ({"validation_fraction": -0.1}, [f"validation_fraction = -0.1 {OUT_OF_RANGE}"]),
-        ({"cache_dir": PYTHON}, [f'cache_dir = "{PYTHON}" is not a folder: {WRITABLE}']),
-        ({"cache_dir": f"{PYTHON}/a"}, [f'cache_dir = "{PYTHON}/a" cannot be made in {PYTHON}: {WRITABLE}']),
+        (PythonStdlib(validation_fraction=0.0), []),
+        (PythonStdlib(validation_fraction=-0.1), [f"validation_fraction = -0.1 {OUT_OF_RANGE}"]),
+        (PythonStdlib(cache_dir=PYTHON), [f'cache_dir = "{PYTHON}" is not a folder: {WRITABLE}']),
+        (
+            PythonStdlib(cache_dir=f"{PYTHON}/a"),
+            [f'cache_dir = "{PYTHON}/a" cannot be made in {PYTHON}: {WRITABLE}'],
+        ),
     ],
 )
-def test_a_data_section_that_cannot_work_says_so_in_one_line_each(options: dict, expected: list[str]):
-    problems = DataConfig(**options).problems("data")
+def test_a_data_section_that_cannot_work_says_so_in_one_line_each(config: DataConfig, expected: list[str]):
+    problems = config.problems("data")
     assert [str(problem) for problem in problems] == [f"data.{line}" for line in expected]
 
 
@@ -355,7 +359,7 @@ def test_a_cache_folder_with_too_long_a_name_is_found_before_anything_is_read(tm
 @pytest.mark.parametrize("dataset", ["text", "jsonl"])
 def test_an_empty_folder_is_found_before_anything_is_read(tmp_path: Path, dataset: str):
     (tmp_path / "sub").mkdir()
-    (problem,) = DataConfig(dataset=dataset, path=str(tmp_path)).problems("data")  # type: ignore[arg-type]
+    (problem,) = DATASETS[dataset](path=str(tmp_path)).problems("data")
     assert problem.key == "data.path" and problem.rule.startswith("holds no ")
 
 

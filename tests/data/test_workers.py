@@ -16,7 +16,7 @@ import programs
 import pytest
 import torch
 
-from torchtitan_lite.data import Batch, DataConfig, Loader, Samples, Shards, load_tokenizer, prepare
+from torchtitan_lite.data import Batch, Loader, PythonStdlib, Samples, Shards, Text, load_tokenizer, prepare
 
 pytestmark = [
     pytest.mark.timeout(120),

@@ -12,7 +12,7 @@ import torch
 from resume_cases import main as train
 
 from torchtitan_lite.cli import main
-from torchtitan_lite.data import DataConfig, Samples, prepare
+from torchtitan_lite.data import Jsonl, Samples, prepare
 from torchtitan_lite.data.tokenizer import ByteTokenizer
 from torchtitan_lite.inference import commands
 from torchtitan_lite.inference.evaluate import evaluate

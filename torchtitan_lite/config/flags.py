@@ -13,7 +13,15 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin
 
 from torchtitan_lite.config.problem import MISSING, Problem
-from torchtitan_lite.config.schema import alternatives, at, classes, field_types, first_key, members_by_tag, tag
+from torchtitan_lite.config.schema import (
+    alternatives,
+    at,
+    classes,
+    field_types,
+    first_key,
+    members_by_tag,
+    tag,
+)
 from torchtitan_lite.config.validation import Afresh, overlay, unknown_key
 
 _MOST_RANKS = 2**31

@@ -81,7 +81,11 @@ def _described(members: dict[str, type]) -> str:
     """What each member of a tagged union is, where its class says so."""
     lines = {name: (inspect.getdoc(member) or "").partition("\n\n")[0] for name, member in members.items()}
     # A dataclass without a docstring gets its signature instead.
-    said = {name: line for name, line in lines.items() if line and not line.startswith(f"{members[name].__name__}(")}
+    said = {
+        name: line
+        for name, line in lines.items()
+        if line and not line.startswith(f"{members[name].__name__}(")
+    }
     return "".join(f"{name}: {' '.join(line.split())} " for name, line in said.items())
 
 

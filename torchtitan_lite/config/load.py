@@ -4,6 +4,7 @@ Every field of the dataclass, and of those below it, has a default, and one that
 flags are the last layer and pass the same validation as the files, so that all problems are reported at once.
 """
 
+import os
 import re
 import sys
 from collections.abc import Callable, Collection, Sequence
@@ -62,8 +63,9 @@ def load(
 
     `layer_hook` may rewrite each layer before it is merged. `check(config, world_size, dry_run)` finds what
     is wrong although each value has its type; a dry run may name another `world_size` than the one given
-    here. `plugins` is the key of the modules that are imported first, if there is one. Raises ConfigError with everything that is wrong. `--help` prints the options, with the values read
-    so far as their defaults, and raises SystemExit(0).
+    here. `plugins` is the key, if there is one, that names modules to import first. Raises ConfigError with
+    everything that is wrong. `--help` prints the options, with the values read so far as their defaults, and
+    raises SystemExit(0).
     """
     flags = read_flags(cls, argv)
     layers, problems = [], []
@@ -106,7 +108,7 @@ def _import_plugins(layers: list[dict[str, Any]], key: str, files: list[str]) ->
         names = names if table is None else table
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         return []  # which the validation says
-    return import_plugins(names, [Path(path).parent for path in files if Path(path).is_file()], key)
+    return import_plugins(names, [Path(path).parent for path in files if os.path.isfile(path)], key)
 
 
 def of_sound_values(found: list[Problem], earlier: list[Problem]) -> list[Problem]:

@@ -1,7 +1,7 @@
 """What a configuration dataclass says of its keys: their types, and the members of a tagged union.
 
-A tagged union is closed, as `Plain | Tiled`, or open: `Annotated[..., door]`, which the members of that door of
-the registry join, also after the annotation was written.
+A tagged union is closed, as `Plain | Tiled`, or open, as `Annotated[..., door]`: its members are those that a
+door of the registry has at the time of asking.
 """
 
 import dataclasses

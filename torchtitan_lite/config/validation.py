@@ -18,8 +18,8 @@ from torchtitan_lite.config.schema import (
     classes,
     field_types,
     first_key,
-    members_by_tag,
     leaves,
+    members_by_tag,
     tag,
     unwrapped,
 )

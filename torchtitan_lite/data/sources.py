@@ -118,7 +118,7 @@ class Place:
     """Names of folders to leave out."""
 
     def has_files(self) -> bool:
-        """Whether there is a file; True too where some of the place cannot be read, which `read` says better."""
+        """Whether there is a file; True where some of the place cannot be read, which `read` says better."""
         try:
             return next(self._paths(), None) is not None
         except ConfigError:
@@ -165,7 +165,9 @@ class Place:
             yield self.root
             return
         for folder, subfolders, names in os.walk(self.root, onerror=unreadable):
-            subfolders[:] = [name for name in subfolders if name not in self.left_out and not _is_hidden(name)]
+            subfolders[:] = [
+                name for name in subfolders if name not in self.left_out and not _is_hidden(name)
+            ]
             names = (name for name in names if name.endswith(self.suffix) and not _is_hidden(name))
             yield from (path for name in names if os.path.isfile(path := Path(folder, name)))
 

@@ -54,7 +54,7 @@ class Tokenizer(Protocol):
 
 
 def load_tokenizer(spec: str, options: object = None) -> Tokenizer:
-    """The tokenizer that `data.tokenizer` names: a registered one, a tokenizer.json, or a folder that holds one.
+    """The tokenizer that `data.tokenizer` names: a registered one, a tokenizer.json, or the folder of one.
 
     `options` is the section `[tokenizers]`; without it, registered tokenizers have their defaults.
     """

@@ -18,7 +18,16 @@ from torchtitan_lite.attention import AttentionConfig, refusals
 from torchtitan_lite.checkpoint.ranks import Ranks
 from torchtitan_lite.config.load import MISSING, ConfigError, Problem, load
 from torchtitan_lite.config.validation import validate
-from torchtitan_lite.data import DataConfig, Jsonl, PythonStdlib, Split, Text, Tokenizer, load_tokenizer, prepare
+from torchtitan_lite.data import (
+    DataConfig,
+    Jsonl,
+    PythonStdlib,
+    Split,
+    Text,
+    Tokenizer,
+    load_tokenizer,
+    prepare,
+)
 from torchtitan_lite.inference.evaluate import evaluate
 from torchtitan_lite.inference.generate import Sampling, generate
 from torchtitan_lite.inference.options import (
@@ -235,10 +244,8 @@ def _named_data(config: EvalConfig) -> DataConfig:
         return PythonStdlib(**common)
     path = Path(os.path.expanduser(config.data))
     is_jsonl = path.suffix == ".jsonl" or (path.is_dir() and any(path.rglob("*.jsonl")))
-    if is_jsonl:
-        data = Jsonl(path=str(path), field=config.field, **common)
-    else:
-        data = Text(path=str(path), **common)
+    json, text = Jsonl(path=str(path), field=config.field, **common), Text(path=str(path), **common)
+    data = json if is_jsonl else text
     if problems := data.problems("data"):
         raise ConfigError(problems)
     return data

@@ -34,6 +34,11 @@ AnyAttention = Annotated[AttentionConfig, registry.attentions]
 """An attention backend as a key of a configuration: any that is registered."""
 
 
+def backends() -> list[type[AttentionConfig]]:
+    """The attention backends that are registered."""
+    return list(registry.attentions.members.values())
+
+
 class _Families(Mapping[str, Mapping[str, DecoderConfig]]):
     def __getitem__(self, name: str) -> Mapping[str, DecoderConfig]:
         return registry.families.members[name].presets
