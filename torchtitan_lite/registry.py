@@ -62,8 +62,7 @@ class Door:
 
     def _wrong(self, member: object) -> _Wrong:
         """What the member lacks."""
-        lacking = [name for name in (self.tag, *self.needs) if not hasattr(member, name)]
-        if lacking:
+        if lacking := [name for name in (self.tag, *self.needs) if _lacks(member, name)]:
             yield f"registers a {self.what} that lacks {' and '.join(lacking)}", "give it what it lacks"
 
     def _wrong_name(self, member: object) -> _Wrong:
@@ -96,7 +95,7 @@ class _ClassDoor(Door):
         if bare := [option.name for option in fields(member) if _has_no_default(option)]:
             yield f"{called} has no default for {' and '.join(bare)}", "give every option a default"
         options = {option.name for option in fields(member)}
-        if lacking := [name for name in self.needs if name not in options and not hasattr(member, name)]:
+        if lacking := [name for name in self.needs if name not in options and _lacks(member, name)]:
             yield f"{called} lacks {' and '.join(lacking)}", f"every {self.what} has {', '.join(self.needs)}"
 
 
@@ -175,6 +174,10 @@ def _import(name: str, key: str) -> list[Problem]:
     finally:
         _importing.pop()
     return []
+
+
+def _lacks(member: object, name: str) -> bool:
+    return getattr(getattr(member, name, None), "__isabstractmethod__", not hasattr(member, name))
 
 
 def _has_no_default(option: Any) -> bool:
