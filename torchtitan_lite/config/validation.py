@@ -130,9 +130,23 @@ class _Reading:
             member = members[name]
             kept = [] if isinstance(tables[0], Afresh) else _shared(said, type(chosen), member)
             start = default if member is type(default) else member()
-            said = [*kept, *tables]
+            said = [*kept, *self.without_default(tables, by, type(default), member, key)]
             chosen = self.section(member, said, key, start, union=annotation)
         return chosen
+
+    def without_default(
+        self, tables: list[_Table], by: str, default: type, member: type, key: str
+    ) -> list[_Table]:
+        """The tables of a run, less what layers before the one that names `member` say of the default member.
+
+        These layers name no member. A key that the default alone has is checked, and goes with it.
+        """
+        own = field_types(default).keys() - field_types(member).keys()
+        n_before = next((i for i, table in enumerate(tables) if by in table), 0)
+        before = [{name: table[name] for name in table if name in own} for table in tables[:n_before]]
+        self.section(default, before, key, default())
+        rest = [{name: table[name] for name in table if name not in own} for table in tables[:n_before]]
+        return [*rest, *tables[n_before:]]
 
     def tables(self, annotation: Any, layers: list[Any], key: str) -> list[_Table]:
         """Those of `layers` that are tables; the others are problems."""
