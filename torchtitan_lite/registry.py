@@ -133,7 +133,7 @@ attentions = Choice(
     "attention backend", tag="kind", needs=("supports", "implementation", "option_refusals", "build", "mask")
 )
 """Attention backends, for the section `[model.attention]`."""
-datasets = Choice("dataset", tag="dataset", needs=("tokenizer", "problems", "open"))
+datasets = Choice("dataset", tag="dataset", needs=("problems", "open"))
 """Where text comes from, for the section `[data]`."""
 tokenizers = Sections("tokenizer", tag="name", needs=("build",))
 """Tokenizers, for `data.tokenizer` and the sections `[tokenizers.NAME]`."""

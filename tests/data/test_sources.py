@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from torchtitan_lite.config.load import ConfigError
-from torchtitan_lite.data import Jsonl, PythonStdlib, Text, documents, sources
+from torchtitan_lite.data import Jsonl, PythonStdlib, Text, Texts, documents, sources
 from torchtitan_lite.data.datasets import DataConfig, open_source
 from torchtitan_lite.data.sources import FileSource
 
@@ -369,3 +369,23 @@ def test_the_cache_is_in_the_users_cache_folder_by_default(monkeypatch, tmp_path
     assert PythonStdlib().cache_folder == Path("/home/someone/.cache/torchtitan_lite")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert PythonStdlib().cache_folder == tmp_path / "torchtitan_lite"
+
+
+def test_texts_in_memory_or_of_a_function_are_documents_as_often_as_they_are_asked_for():
+    in_memory, yielded = Texts(["one", "zwölf", ""]), Texts(lambda: iter(["one", "zwölf", ""]))
+    for source in (in_memory, yielded):
+        for _ in range(2):
+            read = [(document.size, b"".join(document.pieces)) for document in source.documents()]
+            assert read == [(3, b"one"), (6, "zwölf".encode()), (0, b"")]
+        assert source.n_bytes == 9
+    assert in_memory.digest == yielded.digest
+
+
+def test_the_digest_of_texts_is_their_hash_unless_it_is_given():
+    several = (["ab", "c"], ["a", "bc"], ["abc"], ["c", "ab"], [])
+    assert len({Texts(texts).digest for texts in several}) == len(several)
+
+    def unread():
+        raise AssertionError("a digest that is given needs no reading")
+
+    assert Texts(unread, digest="1").digest == "1"

@@ -39,6 +39,18 @@ def test_matrices_decay_and_vectors_do_not() -> None:
         torch.testing.assert_close(p.detach(), before[name] * share)
 
 
+@pytest.mark.parametrize(
+    ("group", "share"),
+    [("vector", 1.0), *((group, 0.95) for group in ("matrix", "embedding", "head", "router", "expert"))],
+)
+def test_the_group_of_a_parameter_decides_whether_it_decays(group: str, share: float) -> None:
+    parameter = nn.Parameter(torch.ones(2, 2))
+    optimizer = AdamW(lr=0.1, weight_decay=0.5).build({"x": parameter}, {"x": group})
+    parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    torch.testing.assert_close(parameter.detach(), torch.full((2, 2), share))
+
+
 def test_one_update_is_adamw_worked_out_by_hand() -> None:
     weight = nn.Parameter(torch.tensor([[2.0]]))
     config = AdamW(lr=0.1, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.5)

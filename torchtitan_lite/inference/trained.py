@@ -84,7 +84,17 @@ def _tokenizer(found: Found, given: str) -> Tokenizer:
             if own.fingerprint == wanted:
                 return own
     rule = f"is not beside {found.folder}, nor where its run found it"
-    raise ConfigError([Problem("tokenizer", given, rule, "name its file or folder with --tokenizer")])
+    remedy = "name its file or folder with --tokenizer"
+    if _plugins(found):
+        remedy += f", or its module with --plugins {' '.join(_plugins(found))}"
+    raise ConfigError([Problem("tokenizer", given, rule, remedy)])
+
+
+def _plugins(found: Found) -> list[str]:
+    """The modules that the run says it had imported; only the user imports them here."""
+    job = found.state.config.get("job")
+    names = job.get("plugins") if isinstance(job, dict) else None
+    return list(map(str, names)) if isinstance(names, list) else []
 
 
 def _places(found: Found) -> Iterator[str]:
