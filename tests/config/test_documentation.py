@@ -18,7 +18,7 @@ PLUGINS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 CONSOLES = re.findall(r"```console\n\$ python -m torchtitan_lite.train (.*?)\n(.*?)```", TEXT, re.DOTALL)
 ROWS = re.findall(r"^\| `\[([\w.]+)\]` `(.*?)`(?:, `.*?`)? \| `(--.*?)`.* \|$", TEXT, re.MULTILINE)
 TABLES = re.findall(r"^\| `\[(\w+)\]` \| default \| \|\n\|.*\n((?:\|.*\n)+)", TEXT, re.MULTILINE)
-FLAVORS = re.findall(r"^\| `(\w+)` \| `(.*?)`, `(.*?)` \|$", TEXT, re.MULTILINE)
+FLAVORS = re.findall(r"^\| `(\w+)` \| `([^`]*)`, `([^`]*)` \|$", TEXT, re.MULTILINE)
 
 
 def test_the_page_has_what_these_tests_look_for() -> None:
