@@ -3,7 +3,9 @@
 import importlib
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, fields
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Literal
 
@@ -213,6 +215,15 @@ def test_a_section_has_the_options_of_every_member_that_has_any() -> None:
     assert section.clock == clock() and registry.hooks.configured(section)["clock"] == clock()
     assert registry.hooks.configured(None)["clock"] == clock()
     assert registry.tokenizers.configured(registry.tokenizers.defaults())["bytes"] == Bytes()
+
+
+def test_a_process_that_is_spawned_finds_the_plugins_of_this_one(tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "beside.py").write_text(OPTIMIZER)
+    assert import_plugins(["beside"], [tmp_path / "runs"]) == []
+    member = registry.optimizers.members["Mine"]()
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        assert pool.submit(repr, member).result(60) == repr(member)
 
 
 @pytest.mark.parametrize("start", [["-m", "torchtitan_lite.train"], [ROOT / "torchtitan_lite" / "train.py"]])

@@ -32,7 +32,7 @@ _Wrong = Iterator[tuple[str, str]]
 _KEY = "job.plugins"
 _WORD = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 _importing: list[str] = []
-"""The plugins that are being imported, one by the other."""
+"""The plugins that are being imported; the last is imported by the one before it."""
 
 
 class Door:
@@ -127,6 +127,7 @@ class Names:
         self.door = door
 
 
+# models/registry.py takes "hf" for folders that describe a model.
 families = Door("model family", tag="name", needs=("presets",), reserved=("hf",))
 """Model families: `Family` of models/presets.py, for `model.name` and `model.flavor`."""
 attentions = Choice(

@@ -15,7 +15,7 @@ from resume_cases import main as train
 
 from torchtitan_lite import registry
 from torchtitan_lite.cli import main
-from torchtitan_lite.data import Jsonl, Samples, prepare
+from torchtitan_lite.data import Jsonl, PythonStdlib, Samples, Text, prepare
 from torchtitan_lite.data.tokenizer import ByteTokenizer
 from torchtitan_lite.inference import commands
 from torchtitan_lite.inference.evaluate import evaluate
@@ -327,3 +327,14 @@ def test_a_dataset_that_is_not_registered_is_told(run: Path, tmp_path: Path, say
     monkeypatch.delitem(registry.datasets.members, "jsonl")
     status, _, err = say("eval", run)
     assert status == 2 and 'the dataset "jsonl", which is not registered: name the module that has it' in err
+
+
+def test_the_held_out_text_of_a_run_is_that_of_its_data_whatever_else_its_version_has_said() -> None:
+    saved = {"dataset": "python_stdlib", "path": "", "field": "text", "cache_dir": "there", "num_workers": 2}
+    config = commands.EvalConfig()
+    assert commands._saved_data(config, saved, "") == PythonStdlib(cache_dir="there", num_workers=2)
+    config = commands.EvalConfig(cache_dir="here")
+    assert commands._saved_data(config, {"dataset": "text", "path": "x"}, "") == Text(
+        path="x", cache_dir="here"
+    )
+    assert commands._saved_data(config, None, "") is None

@@ -13,12 +13,12 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar
 
 from torchtitan_lite import registry
 from torchtitan_lite.attention import BACKENDS, AttentionConfig
 from torchtitan_lite.config.load import ConfigError, Problem, near
-from torchtitan_lite.config.schema import field_types
+from torchtitan_lite.config.schema import alternatives, field_types
 from torchtitan_lite.config.validation import check
 from torchtitan_lite.models import huggingface, llama3, qwen3
 from torchtitan_lite.models.decoder import DecoderConfig
@@ -173,13 +173,15 @@ def _override(base: _Config, values: Mapping[str, Any], key: str) -> tuple[_Conf
 
 def _typed(hint: Any, base: object, value: object, key: str) -> tuple[object, list[Problem]]:
     """`value` as the type of a field, and what is wrong if it is of none; a table is laid over `base`."""
-    wanted = next(kind for kind in get_args(hint) or (hint,) if kind is not type(None))
+    options = [kind for kind in alternatives(hint) if kind is not type(None)]
+    wanted = options[0]
     if isinstance(wanted, type) and is_dataclass(wanted):
         if isinstance(value, Mapping):
             return _override(base if base is not None else wanted(), value, key)
         return base, [Problem(key, value, "is not a table", "use {factor = 1.0} for no scaling")]
-    if wanted not in _EXPECTED:  # in a plugin's config
-        return check(hint, value, key)
+    if len(options) > 1 or wanted not in _EXPECTED:  # a field of a plugin's config
+        result, wrong = check(hint, value, key)
+        return (base if wrong else result), wrong
     if value is None:
         return base, [Problem(key, value, "is what TOML cannot say", "leave the key out")]
     if wanted is float and type(value) is int:
