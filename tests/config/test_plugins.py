@@ -123,6 +123,7 @@ def test_help_shows_what_a_plugin_adds_at_every_door(capsys: pytest.CaptureFixtu
         "--data.n-documents INT How many texts there are. (default: 200)",
         "Names: bytes, shifted. (default: bytes)",
         "--tokenizers.shifted.shift INT A number that only the fingerprint knows. (default: 1)",
+        "--tokenizers.shifted.name {shifted} The name of this section; nothing else may stand here. ",
         "--optimizer.name {AdamW,Descent} ",
         "--hooks.clock.every-steps INT Steps from one time to the next. (default: 10)",
     ):
@@ -208,7 +209,7 @@ def test_help_without_plugins_has_no_empty_section(capsys: pytest.CaptureFixture
         ("--hooks.clock.every-steps 0", "hooks.clock.every_steps = 0 must be at least 1: use 10"),
         (
             "--hooks.clock 3",
-            "hooks.clock = 3 is a section, and a flag sets one key: write --hooks.clock.name VALUE",
+            "hooks.clock = 3 is a section, and a flag sets one key: write --hooks.clock.every_steps VALUE",
         ),
     ],
 )

@@ -5,7 +5,7 @@ import inspect
 import json
 from typing import Annotated, Any, Literal, cast, get_origin
 
-from torchtitan_lite.config.schema import classes, field_types, members_by_tag, tag, unwrapped
+from torchtitan_lite.config.schema import classes, field_types, is_fixed, members_by_tag, tag, unwrapped
 from torchtitan_lite.registry import Names
 
 
@@ -66,7 +66,10 @@ class _Options:
             return dataclasses.replace(field, type=selector, helptext=text)
         text = cast(str | None, field.helptext() if callable(field.helptext) else field.helptext)
         words = (text or "").split()
-        for note in unwrapped(field_types(owner)[field.name])[1]:
+        annotation = field_types(owner)[field.name]
+        if is_fixed(annotation) and not words:
+            words = ["The name of this section; nothing else may stand here."]
+        for note in unwrapped(annotation)[1]:
             if isinstance(note, Names):
                 words.append(f"Names: {', '.join(note.door.members)}.")
         return dataclasses.replace(field, helptext=" ".join(words) or None)

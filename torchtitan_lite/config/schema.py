@@ -7,7 +7,7 @@ door of the registry has at the time of asking.
 import dataclasses
 import functools
 import types
-from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from torchtitan_lite.registry import Choice, Sections
 
@@ -82,7 +82,15 @@ def _note(annotation: Any, wanted: Any) -> Any:
 
 def first_key(annotation: Any) -> str:
     """A key that a table under this annotation may have, to show how one is written."""
-    return next(iter(field_types(classes(annotation)[0])), "KEY")
+    if members_by_tag(annotation):
+        return tag(annotation)
+    types = field_types(classes(annotation)[0])
+    return next((name for name, child in types.items() if not is_fixed(child)), "KEY")
+
+
+def is_fixed(annotation: Any) -> bool:
+    """Whether a key takes one value alone, as the tag of a member does."""
+    return get_origin(annotation) is Literal and len(get_args(annotation)) == 1
 
 
 def at(cls: type, path: list[str]) -> Any:

@@ -152,7 +152,7 @@ class _Reading:
         """Those of `layers` that are tables; the others are problems."""
         for layer in layers:
             if not isinstance(layer, dict):
-                first = tag(annotation) if members_by_tag(annotation) else first_key(annotation)
+                first = first_key(annotation)
                 value = literal(layer) if layer in list(members_by_tag(annotation)) else "..."
                 self.problems.append(Problem(key, layer, "is not a table", f"write {key}.{first} = {value}"))
         return [layer for layer in layers if isinstance(layer, dict)]
