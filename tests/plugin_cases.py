@@ -108,6 +108,7 @@ class Shifted:
         return [Problem(f"{key}.shift", self.shift, "is 0", "use 1")] if self.shift == 0 else []
 
     def build(self) -> Tokenizer:
+        assert self.shift, "options that are wrong build nothing"
         return _Shifted(self.shift)
 
 

@@ -117,7 +117,10 @@ class Sections(_ClassDoor):
 
     def configured(self, section: object) -> dict[str, Any]:
         """Every member by name, with the options of `section`."""
-        return {name: getattr(section, name, None) or member() for name, member in self.members.items()}
+        return {
+            name: getattr(section, name) if hasattr(section, name) else member()
+            for name, member in self.members.items()
+        }
 
 
 class Names:

@@ -179,7 +179,7 @@ def test_help_without_plugins_has_no_empty_section(capsys: pytest.CaptureFixture
         ),
         ("--data.dataset counting --data.n-documents 0", "data.n_documents = 0 must be at least 1: use 200"),
         ("--data.tokenizer shiftd", 'data.tokenizer = "shiftd" does not exist: did you mean "shifted"?'),
-        ("--tokenizers.shifted.shift 0", "tokenizers.shifted.shift = 0 is 0: use 1"),
+        ("--data.tokenizer shifted --tokenizers.shifted.shift 0", "tokenizers.shifted.shift = 0 is 0: use 1"),
         (
             "--tokenizers.shiftd.shift 2",
             'tokenizers.shiftd = {"shift": 2} is not a known key: did you mean "shifted"?',

@@ -261,6 +261,8 @@ class JobConfig:
         return found
 
     def _tokenizer_problems(self, decoder: DecoderConfig | None) -> list[Problem]:
+        if self.tokenizers.problems("tokenizers"):
+            return []  # no tokenizer is built with options that are wrong
         try:
             size = load_tokenizer(self.data.tokenizer, self.tokenizers).vocab_size
         except ConfigError as error:

@@ -120,7 +120,7 @@ class _Reading:
     def member(self, annotation: Any, layers: list[Any], key: str, default: Any) -> Any:
         """The chosen member of a tagged union."""
         members, by = members_by_tag(annotation), tag(annotation)
-        chosen, said = default, []
+        chosen, said = default, []  # the tables that the chosen member was read from
         for name, tables in _runs(self.tables(annotation, layers, key), by):
             name = getattr(default, by) if name is None else name
             if not isinstance(name, str) or name not in members:
