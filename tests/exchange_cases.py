@@ -36,7 +36,7 @@ from torchtitan_lite.parallel.gradients import squared_norm, sum_partial
 from torchtitan_lite.parallel.mesh import Degrees, ParallelismConfig, build_mesh
 from torchtitan_lite.parallel.recompute import ActivationCheckpointConfig
 from torchtitan_lite.parallel.tensor import OwnShareOfTokens, OwnShareOfVocabulary, apply_tensor_parallel
-from torchtitan_lite.training.optimizer import OptimizerConfig, build_optimizer
+from torchtitan_lite.training.optimizer import AdamW
 
 SDPA, ALONE = Sdpa(), Degrees()
 
@@ -369,7 +369,9 @@ def updates(n_steps: int) -> tuple[list[Tensor], list[Tensor], set[type]]:
         generator = torch.Generator().manual_seed(0)
         weights = [torch.randn(shape, generator=generator) for shape in ((5, 3), (7,))]
         parameters = [nn.Parameter(distribute_tensor(x, mesh, [Shard(0)])) for x in weights]
-        optimizer = build_optimizer(zip("ab", parameters, strict=True), OptimizerConfig(lr=0.1))
+        optimizer = AdamW(lr=0.1).build(
+            dict(zip("ab", parameters, strict=True)), {"a": "matrix", "b": "vector"}
+        )
         if not is_ours:
             optimizer = torch.optim.AdamW(optimizer.param_groups)
         for _ in range(n_steps):

@@ -47,7 +47,7 @@ def test_help_names_every_command(flag: str, capsys) -> None:
     ("argv", "line"),
     [
         (["trian"], 'torchtitan-lite trian is not a command: did you mean "train"?'),
-        (["models", "-v"], "torchtitan-lite models takes no options: leave out -v"),
+        (["models", "-v"], "torchtitan-lite models takes no option but --plugins: leave out -v"),
     ],
 )
 def test_a_wrong_command_is_one_line_and_status_2(argv: list[str], line: str, capsys) -> None:

@@ -160,10 +160,28 @@ MUTANTS = {
         "        state.optimizer.step(); check_finite(step=state.step + 1,",
         f"{TRAINING}::test_a_number_that_is_not_finite_stops_the_run_before_the_weights_change",
     ),
+    "a plugin takes the place of a member of ours": Mutant(
+        "torchtitan_lite/registry.py",
+        "elif name in self.reserved or not _is_same(",
+        "elif name in self.reserved and not _is_same(",
+        "tests/test_registry.py::test_a_name_that_exists_is_refused_and_what_has_it_stays",
+    ),
+    "the shards of a plugin's dataset are those of other options": Mutant(
+        "torchtitan_lite/data/shards.py",
+        "source.digest, config.shard_options,",
+        "source.digest, None,",
+        "tests/data/test_shards.py::test_the_shards_of_a_plugins_dataset_depend_on_its_own_options",
+    ),
+    "a changed tag drops what both members have": Mutant(
+        "torchtitan_lite/config/validation.py",
+        "said = [*kept, ",
+        "said = [",
+        "tests/config/test_plugins.py::test_a_changed_tag_keeps_what_both_members_have_and_drops_the_rest",
+    ),
     "norms decay like matrices": Mutant(
         "torchtitan_lite/training/optimizer.py",
-        "ndim >= 2",
-        "ndim >= 1",
+        '"weight_decay": 0.0}',
+        '"weight_decay": self.weight_decay}',
         "tests/training/test_optimizer.py::test_matrices_decay_and_vectors_do_not",
     ),
     "a layout found by substring": Mutant(

@@ -14,6 +14,8 @@ usage: torchtitan-lite COMMAND
   import-hf PATH --out DIR          make a step of a Hugging Face model, to start runs with
   models                            list the presets of every family with their parameter counts
   attention                         list the attention backends, what each can do, and what runs here
+
+models and attention take --plugins MODULE ...: they list what those modules add, too.
 """
 TRAINED = ("generate", "eval", "export-hf", "import-hf")
 """The commands that use a trained model."""
@@ -34,9 +36,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(USAGE, end="")
         return 0
     listings = {"models": models, "attention": attention}
-    if command in listings and not rest:
-        print("\n".join(listings[command]()))
-        return 0
+    if command in listings and rest[:1] in ([], ["--plugins"]):
+        from torchtitan_lite.registry import import_plugins
+
+        problems = import_plugins(rest[1:], [], "plugins")
+        if not problems:
+            print("\n".join(listings[command]()))
+            return 0
+        print(*problems, sep="\n", file=sys.stderr)
+        return 2
     print(_refusal(command, rest), file=sys.stderr)
     return 2
 
@@ -60,10 +68,11 @@ def attention() -> list[str]:
     """A row for each implementation of each backend, and what `varlen` comes to here."""
     import torch
 
-    from torchtitan_lite.attention import BACKENDS, Varlen
+    from torchtitan_lite.attention import Varlen
     from torchtitan_lite.attention.capabilities import table
+    from torchtitan_lite.models.registry import backends
 
-    implementations = [can for backend in BACKENDS for can in backend.supports]
+    implementations = [can for backend in backends() for can in backend.supports]
     header, *words = table(implementations)
     here = [(can.missing() or "yes",) for can in implementations]
     rows = [(*header, "on this machine"), *((*row, *last) for row, last in zip(words, here, strict=True))]
@@ -93,6 +102,8 @@ def _refusal(command: str, rest: Sequence[str]) -> str:
     from torchtitan_lite.config.load import near
 
     commands = ("train", *TRAINED, "models", "attention")
+    if command in ("models", "attention"):
+        return f"torchtitan-lite {command} takes no option but --plugins: leave out {' '.join(rest)}"
     if command in commands:
         return f"torchtitan-lite {command} takes no options: leave out {' '.join(rest)}"
     return (

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, TypeVar, cast
 
+from torchtitan_lite import registry
 from torchtitan_lite.checkpoint import CheckpointConfig
 from torchtitan_lite.checkpoint.patience import patiently
 from torchtitan_lite.checkpoint.state import State
@@ -20,7 +21,7 @@ from torchtitan_lite.parallel.watch import End
 from torchtitan_lite.parallel.world import World
 from torchtitan_lite.training import hub, outputs
 from torchtitan_lite.training.hardware import keep_freed_memory
-from torchtitan_lite.training.hooks import HookConfig, jsonl, samples
+from torchtitan_lite.training.hooks import jsonl, samples
 from torchtitan_lite.training.record import find_start, ranks_of
 from torchtitan_lite.training.trainer import Trainer
 
@@ -63,7 +64,7 @@ class Run:
             self.world,
             alive,
             folder=self.folder,
-            hooks=self._hooks(),
+            hooks=list(self.job.hook_configs.items()),
             is_asked=lambda: stop.asked,
             resumed=resumed,
             initial=initial,
@@ -78,10 +79,6 @@ class Run:
             self._on_first(self._export, alive)
         stop.done()
         return self._finish(stop)
-
-    def _hooks(self) -> list[tuple[str, HookConfig]]:
-        """The hooks that the configuration names, beside our own."""
-        return []
 
     def _export(self) -> None:
         """Write the model of the last step for others."""
@@ -157,7 +154,8 @@ class Run:
         """Have the files of the run's tokenizer in its folder, as both may be moved."""
         assert self.trainer is not None
         own = self.trainer.corpus.tokenizer
-        if self.job.data.tokenizer == "bytes" or hub.tokenizer_fingerprint(place) == own.fingerprint:
+        is_registered = self.job.data.tokenizer in registry.tokenizers.members
+        if is_registered or hub.tokenizer_fingerprint(place) == own.fingerprint:
             return
         if place.exists():
             place.rename(outputs.free_folder(place.parent, "earlier") / place.name)

@@ -48,7 +48,7 @@ FLAGS = {
     "--optimizer.lr 1e999": "optimizer.lr = inf is not a finite number: write a finite number",
     "--optimizer.lr 0": "optimizer.lr = 0.0 must be greater than 0: ...",
     "--optimizer.lr .5e": 'optimizer.lr = ".5e" is not a number: write a number such as 0.1',
-    "--optimizer.name SGD": 'optimizer.name = "SGD" is not "AdamW": use "AdamW"',
+    "--optimizer.name SGD": 'optimizer.name = "SGD" is not a known name: use "AdamW"',
     "--lr-scheduler.decay-ratio x": (
         'lr_scheduler.decay_ratio = "x" is not a number: write a number such as 0.1, or leave it out'
     ),
@@ -146,13 +146,17 @@ FLAGS = {
         "as JSON"
     ),
     "--data.dataset c4": (
-        'data.dataset = "c4" is not one of "python_stdlib", "text", "jsonl": '
-        'choose one of "python_stdlib", "text", "jsonl"'
+        'data.dataset = "c4" is not a known dataset: choose one of "python_stdlib", "text", "jsonl"'
     ),
     "--data.dataset text --data.path nowhere": 'data.path = "nowhere" does not exist: ...',
     "--data.dataset text": 'data.path = "" is needed by dataset "text": ...',
     "--data.path texts": (
-        'data.path = "texts" is an option of ...: leave it out, or set data.dataset = "text"'
+        'data.path = "texts" belongs to dataset "text" or "jsonl", and data.dataset is "python_stdlib": '
+        'leave it out, or set data.dataset = "text"'
+    ),
+    "--data.dataset text --data.path / --data.field body": (
+        'data.field = "body" belongs to dataset "jsonl", and data.dataset is "text": '
+        'leave it out, or set data.dataset = "jsonl"'
     ),
     "--data.tokenizer nowhere.json": 'data.tokenizer = "nowhere.json" does not exist: use "bytes", or ...',
     "--job.device tpu": 'job.device = "tpu" is not one of "auto", "cpu", "cuda": did you mean "cpu"?',

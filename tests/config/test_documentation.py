@@ -6,6 +6,7 @@ import re
 import shlex
 from pathlib import Path
 
+import plugin_cases
 import pytest
 
 from torchtitan_lite.config.job import JobConfig, load_job
@@ -13,21 +14,34 @@ from torchtitan_lite.train import main
 
 TEXT = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text(encoding="utf-8")
 FILES = re.findall(r"```toml\n(.*?)```", TEXT, re.DOTALL)
+PLUGINS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 CONSOLES = re.findall(r"```console\n\$ python -m torchtitan_lite.train (.*?)\n(.*?)```", TEXT, re.DOTALL)
 ROWS = re.findall(r"^\| `\[([\w.]+)\]` `(.*?)`(?:, `.*?`)? \| `(--.*?)`.* \|$", TEXT, re.MULTILINE)
 TABLES = re.findall(r"^\| `\[(\w+)\]` \| default \| \|\n\|.*\n((?:\|.*\n)+)", TEXT, re.MULTILINE)
-FLAVORS = re.findall(r"^\| `(\w+)` \| `(.*?)`, `(.*?)` \|$", TEXT, re.MULTILINE)
+FLAVORS = re.findall(r"^\| `(\w+)` \| `([^`]*)`, `([^`]*)` \|$", TEXT, re.MULTILINE)
 
 
 def test_the_page_has_what_these_tests_look_for() -> None:
     assert [section for section, _ in TABLES] == ["parallelism", "comm", "activation_checkpoint"]
-    assert (len(FILES), len(CONSOLES), len(ROWS), len(FLAVORS)) == (1, 3, 6, 3)
+    counts = [len(found) for found in (FILES, PLUGINS, CONSOLES, ROWS, FLAVORS)]
+    assert counts == [2, 1, 3, 6, 3]
 
 
 @pytest.mark.parametrize("text", FILES)
 def test_a_file_on_the_page_is_right(text: str, tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text(text)
-    load_job(["--config", str(tmp_path / "run.toml")])
+    (tmp_path / "my_plugin.py").write_text(PLUGINS[0])
+    with plugin_cases.forgotten():
+        load_job(["--config", str(tmp_path / "run.toml")])
+
+
+def test_the_doors_on_the_page_are_those_of_the_registry() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| `(\w+)` \| (.*) \| .* \|$", TEXT, re.MULTILINE)
+    doors = {name: (tag, text) for name, tag, text in rows if name in plugin_cases.DOORS}
+    assert doors.keys() == plugin_cases.DOORS.keys()
+    for name, door in plugin_cases.DOORS.items():
+        tag, text = doors[name]
+        assert tag == door.tag and all(need in text for need in door.needs if need != "problems")
 
 
 @pytest.mark.parametrize(("argv", "lines"), CONSOLES)

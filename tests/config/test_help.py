@@ -42,8 +42,11 @@ def test_help_says_how_to_give_options_and_explains_each(capsys: pytest.CaptureF
 
 
 def test_every_key_is_in_the_help_and_explained(capsys: pytest.CaptureFixture[str]) -> None:
-    kinds = ("flex", "varlen", "sdpa")
-    text = " ".join(printed(capsys, "-h", "--model.attention", kind) for kind in kinds)
+    choices = (("flex", "text"), ("varlen", "jsonl"), ("sdpa", "python_stdlib"))
+    text = " ".join(
+        printed(capsys, "-h", "--model.attention", kind, "--data.dataset", dataset)
+        for kind, dataset in choices
+    )
     for key in leaves(JobConfig):
         flag = f"--{key.replace('_', '-').removesuffix('.kind')}"
         shown = re.search(rf"{re.escape(flag)},? (\S+ )?(.*?)\(default", text)
@@ -56,7 +59,7 @@ def test_help_shows_the_values_of_files_and_flags_as_defaults(capsys: pytest.Cap
     text = printed(capsys, "--help", "--config", "run.toml", "--optimizer.lr", "0.125")
     assert "Optimizer steps of the whole run. (default: 321)" in text
     assert "(default: 0.125)" in text
-    assert re.search(r"--model.attention \{sdpa,flex,varlen\} [^()]*\(default: flex\)", text)
+    assert re.search(r"--model.attention \{sdpa,flex,varlen\} .*chosen one's. \(default: flex\)", text)
     assert re.search(r"--model.attention.block-size INT\|\{INT INT\} [^()]*\(default: 64\)", text)
     assert "--model.attention.kernel " not in text
 

@@ -12,7 +12,7 @@ from torchtitan_lite.config.load import ConfigError
 
 SECTIONS = (
     "job model training optimizer lr_scheduler metrics activation_checkpoint compile checkpoint parallelism "
-    "validation profiling comm debug data"
+    "validation profiling comm debug data tokenizers hooks"
 )
 FLASH = Flex(kernel_options={"BACKEND": "FLASH"})
 
@@ -31,7 +31,7 @@ def model(*argv: str, **files: str) -> ModelSection:
     return load_job([*named, *argv, "--job.device", "cuda", "--dry-run"]).config.model
 
 
-def test_the_sections_are_those_of_torchtitan_and_data() -> None:
+def test_the_sections_are_those_of_torchtitan_and_ours() -> None:
     assert {section.name for section in fields(JobConfig)} == set(SECTIONS.split())
 
 

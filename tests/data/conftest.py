@@ -8,7 +8,7 @@ import pytest
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Encoder
 
-from torchtitan_lite.data import DataConfig, Shards, load_tokenizer, prepare
+from torchtitan_lite.data import Jsonl, Shards, Text, load_tokenizer, prepare
 
 CORPUS = [f"def f{i}(x):\n    return x * {i}\n\n\nprint('héllo wörld', f{i}({i * 7}))\n" for i in range(300)]
 
@@ -80,7 +80,7 @@ def tokenized(tmp_path: Path) -> Callable[..., Shards]:
 
     def build(path: Path | str, dataset: str = "text", **options) -> Shards:
         options.setdefault("cache_dir", str(tmp_path / "cache"))
-        config = DataConfig(dataset=dataset, path=str(path), **options)  # type: ignore[arg-type]
+        config = {"text": Text, "jsonl": Jsonl}[dataset](path=str(path), **options)
         return prepare(config, load_tokenizer(config.tokenizer))
 
     return build

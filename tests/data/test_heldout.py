@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from torchtitan_lite.data import DataConfig, documents, heldout
+from torchtitan_lite.data import Jsonl, PythonStdlib, Text, documents, heldout
+from torchtitan_lite.data.datasets import open_source
 from torchtitan_lite.data.documents import Document
-from torchtitan_lite.data.sources import open_source
 
 
 def of(texts: dict[str, bytes], n_pieces: int = 1) -> Iterator[Document]:
@@ -130,7 +130,7 @@ def test_a_fraction_of_zero_holds_nothing_out(n_documents: int):
 
 
 def test_the_standard_library_is_split_by_whole_files_in_about_the_fraction():
-    source = open_source(DataConfig())
+    source = open_source(PythonStdlib())
     decided = heldout.plan(source.documents(), 0.05, source.n_bytes)
     shares = [decided.n_held(document) for document in source.documents()]
     sizes = [document.size for document in source.documents()]
@@ -141,7 +141,7 @@ def test_the_standard_library_is_split_by_whole_files_in_about_the_fraction():
 
 def test_identical_json_lines_are_in_the_same_split(write_jsonl):
     file = write_jsonl([f"text {i % 50} " * 5 for i in range(1000)])
-    source = open_source(DataConfig(dataset="jsonl", path=str(file)))
+    source = open_source(Jsonl(path=str(file)))
     decided = heldout.plan(source.documents(), 0.2, source.n_bytes)
     found: dict[bytes, set[bool]] = {}
     for document in source.documents():
@@ -154,7 +154,7 @@ def test_identical_json_lines_are_in_the_same_split(write_jsonl):
 def test_a_file_of_many_pieces_is_cut_once(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(documents, "PIECE_BYTES", 1000)
     (tmp_path / "a.txt").write_bytes(LINES)
-    source = open_source(DataConfig(dataset="text", path=str(tmp_path)))
+    source = open_source(Text(path=str(tmp_path)))
     decided = heldout.plan(source.documents(), 0.1, source.n_bytes)
     (document,) = source.documents()
     parts = list(decided.divide(document))

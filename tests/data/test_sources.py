@@ -10,15 +10,21 @@ from pathlib import Path
 import pytest
 
 from torchtitan_lite.config.load import ConfigError
-from torchtitan_lite.data import DataConfig, documents, sources
-from torchtitan_lite.data.sources import Source, open_source
+from torchtitan_lite.data import Jsonl, PythonStdlib, Text, Texts, documents, sources
+from torchtitan_lite.data.datasets import DataConfig, open_source
+from torchtitan_lite.data.sources import FileSource
+
+DATASETS = {"python_stdlib": PythonStdlib, "text": Text, "jsonl": Jsonl}
 
 
-def source(path: Path | str = "", dataset: str = "text", field: str = "text") -> Source:
-    return open_source(DataConfig(dataset=dataset, path=str(path), field=field))  # type: ignore[arg-type]
+def source(path: Path | str = "", dataset: str = "text", **options: str) -> FileSource:
+    options |= {"path": str(path)} if path else {}
+    opened = open_source(DATASETS[dataset](**options))
+    assert isinstance(opened, FileSource)
+    return opened
 
 
-def texts(opened: Source) -> list[str]:
+def texts(opened: FileSource) -> list[str]:
     return [b"".join(document.pieces).decode() for document in opened.documents()]
 
 
@@ -142,7 +148,7 @@ def test_a_path_may_start_at_the_home_folder(tmp_path: Path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "a.txt").write_text("a")
     assert texts(source("~/a.txt")) == ["a"]
-    assert DataConfig(cache_dir="~/c").cache_folder == tmp_path / "c"
+    assert PythonStdlib(cache_dir="~/c").cache_folder == tmp_path / "c"
 
 
 @pytest.mark.parametrize(
@@ -233,7 +239,7 @@ def test_json_lines_may_have_a_mark_blank_lines_and_carriage_returns(tmp_path: P
 
 def test_the_field_of_json_lines_can_be_chosen(tmp_path: Path):
     (tmp_path / "x.jsonl").write_text('{"text": "a", "body": "b"}\n')
-    assert texts(source(tmp_path / "x.jsonl", "jsonl", "body")) == ["b"]
+    assert texts(source(tmp_path / "x.jsonl", "jsonl", field="body")) == ["b"]
 
 
 @pytest.mark.parametrize(
@@ -306,62 +312,80 @@ def test_pieces_of_a_long_document_encode_as_the_whole_does(monkeypatch, tokeniz
 
 
 OUT_OF_RANGE = "is not in [0, 1): use 0.05 to hold out a twentieth of the text, or 0 for none"
-OF_JSONL = 'is an option of dataset "jsonl", and the dataset is "python_stdlib": leave it out, or set'
-OF_FILES = (
-    'is an option of datasets "text" and "jsonl", and the dataset is "python_stdlib": leave it out, or set'
-)
 NAME = "name a text file or a folder of them"
 PYTHON = sys.executable
 WRITABLE = "name a folder that you can write to"
 
 
 @pytest.mark.parametrize(
-    ("options", "expected"),
+    ("config", "expected"),
     [
-        ({}, []),
-        ({"dataset": "text"}, [f'path = "" is needed by dataset "text": {NAME}']),
-        ({"dataset": "jsonl"}, [f'path = "" is needed by dataset "jsonl": {NAME.replace("text", ".jsonl")}']),
-        ({"dataset": "text", "path": "/no/such"}, [f'path = "/no/such" does not exist: {NAME}']),
-        ({"dataset": "text", "path": PYTHON}, []),
+        (PythonStdlib(), []),
+        (Text(), [f'path = "" is needed by dataset "text": {NAME}']),
+        (Jsonl(), [f'path = "" is needed by dataset "jsonl": {NAME.replace("text", ".jsonl")}']),
+        (Text(path="/no/such"), [f'path = "/no/such" does not exist: {NAME}']),
+        (Text(path=PYTHON), []),
         (
-            {"path": "/tmp", "field": "body", "validation_fraction": 1.0},
+            Text(path="/no/such", validation_fraction=1.0),
             [
-                f'path = "/tmp" {OF_FILES} data.dataset = "text"',
+                f'path = "/no/such" does not exist: {NAME}',
                 f"validation_fraction = 1.0 {OUT_OF_RANGE}",
-                f'field = "body" {OF_JSONL} data.dataset = "jsonl"',
             ],
         ),
-        ({"validation_fraction": 0.0}, []),
-        ({"validation_fraction": -0.1}, [f"validation_fraction = -0.1 {OUT_OF_RANGE}"]),
-        ({"cache_dir": PYTHON}, [f'cache_dir = "{PYTHON}" is not a folder: {WRITABLE}']),
-        ({"cache_dir": f"{PYTHON}/a"}, [f'cache_dir = "{PYTHON}/a" cannot be made in {PYTHON}: {WRITABLE}']),
+        (PythonStdlib(validation_fraction=0.0), []),
+        (PythonStdlib(validation_fraction=-0.1), [f"validation_fraction = -0.1 {OUT_OF_RANGE}"]),
+        (PythonStdlib(cache_dir=PYTHON), [f'cache_dir = "{PYTHON}" is not a folder: {WRITABLE}']),
+        (
+            PythonStdlib(cache_dir=f"{PYTHON}/a"),
+            [f'cache_dir = "{PYTHON}/a" cannot be made in {PYTHON}: {WRITABLE}'],
+        ),
     ],
 )
-def test_a_data_section_that_cannot_work_says_so_in_one_line_each(options: dict, expected: list[str]):
-    problems = DataConfig(**options).problems("data")
+def test_a_data_section_that_cannot_work_says_so_in_one_line_each(config: DataConfig, expected: list[str]):
+    problems = config.problems("data")
     assert [str(problem) for problem in problems] == [f"data.{line}" for line in expected]
 
 
 def test_a_cache_folder_with_too_long_a_name_is_found_before_anything_is_read(tmp_path: Path):
     no_room_below = "x/" * ((4096 - 50 - len(str(tmp_path))) // 2)
     for name in ("x" * 5000, "x" * 256, "é" * 128, "no/such/" + "x" * 256, "x/" * 2100, no_room_below):
-        config = DataConfig(cache_dir=str(tmp_path / name))
+        config = PythonStdlib(cache_dir=str(tmp_path / name))
         (problem,) = config.problems("data")
         assert (problem.key, problem.value) == ("data.cache_dir", str(config.cache_folder))
         assert problem.rule.startswith("is too long for a folder: ")
-    assert DataConfig(cache_dir=str(tmp_path / ("x" * 255))).problems("data") == []
+    assert PythonStdlib(cache_dir=str(tmp_path / ("x" * 255))).problems("data") == []
 
 
 @pytest.mark.parametrize("dataset", ["text", "jsonl"])
 def test_an_empty_folder_is_found_before_anything_is_read(tmp_path: Path, dataset: str):
     (tmp_path / "sub").mkdir()
-    (problem,) = DataConfig(dataset=dataset, path=str(tmp_path)).problems("data")  # type: ignore[arg-type]
+    (problem,) = DATASETS[dataset](path=str(tmp_path)).problems("data")
     assert problem.key == "data.path" and problem.rule.startswith("holds no ")
 
 
 def test_the_cache_is_in_the_users_cache_folder_by_default(monkeypatch, tmp_path: Path):
     monkeypatch.setenv("HOME", "/home/someone")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert DataConfig().cache_folder == Path("/home/someone/.cache/torchtitan_lite")
+    assert PythonStdlib().cache_folder == Path("/home/someone/.cache/torchtitan_lite")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert DataConfig().cache_folder == tmp_path / "torchtitan_lite"
+    assert PythonStdlib().cache_folder == tmp_path / "torchtitan_lite"
+
+
+def test_texts_in_memory_or_of_a_function_are_documents_as_often_as_they_are_asked_for():
+    in_memory, yielded = Texts(["one", "zwölf", ""]), Texts(lambda: iter(["one", "zwölf", ""]))
+    for source in (in_memory, yielded):
+        for _ in range(2):
+            read = [(document.size, b"".join(document.pieces)) for document in source.documents()]
+            assert read == [(3, b"one"), (6, "zwölf".encode()), (0, b"")]
+        assert source.n_bytes == 9
+    assert in_memory.digest == yielded.digest
+
+
+def test_the_digest_of_texts_is_their_hash_unless_it_is_given():
+    several = (["ab", "c"], ["a", "bc"], ["abc"], ["c", "ab"], [])
+    assert len({Texts(texts).digest for texts in several}) == len(several)
+
+    def unread():
+        raise AssertionError("a digest that is given needs no reading")
+
+    assert Texts(unread, digest="1").digest == "1"

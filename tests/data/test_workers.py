@@ -16,7 +16,7 @@ import programs
 import pytest
 import torch
 
-from torchtitan_lite.data import Batch, DataConfig, Loader, Samples, Shards, load_tokenizer, prepare
+from torchtitan_lite.data import Batch, Loader, PythonStdlib, Samples, Shards, Text, load_tokenizer, prepare
 
 pytestmark = [
     pytest.mark.timeout(120),
@@ -31,7 +31,7 @@ SEQ_LEN, LOCAL = 1024, 8
 def build(folder: Path) -> Shards:
     rng = random.Random(3)
     (folder / "text.txt").write_text("\n".join("".join(rng.choices("abc def", k=60)) for _ in range(1500)))
-    config = DataConfig(dataset="text", path=str(folder / "text.txt"), cache_dir=str(folder / "cache"))
+    config = Text(path=str(folder / "text.txt"), cache_dir=str(folder / "cache"))
     return prepare(config, load_tokenizer("bytes"))
 
 
@@ -268,5 +268,5 @@ def test_an_empty_split_and_a_part_of_a_file_can_be_pickled(tmp_path: Path, shar
 
 
 def test_fewer_than_no_workers_is_a_problem() -> None:
-    (problem,) = DataConfig(num_workers=-1).problems("data")
+    (problem,) = PythonStdlib(num_workers=-1).problems("data")
     assert (problem.key, problem.value) == ("data.num_workers", -1)

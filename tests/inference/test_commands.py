@@ -1,18 +1,21 @@
 """The commands that use a trained model, as a user gives them."""
 
 import json
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hub_cases as cases
+import plugin_cases
 import programs
 import pytest
 import resume_cases
 import torch
 from resume_cases import main as train
 
+from torchtitan_lite import registry
 from torchtitan_lite.cli import main
-from torchtitan_lite.data import DataConfig, Samples, prepare
+from torchtitan_lite.data import Jsonl, PythonStdlib, Samples, Text, prepare
 from torchtitan_lite.data.tokenizer import ByteTokenizer
 from torchtitan_lite.inference import commands
 from torchtitan_lite.inference.evaluate import evaluate
@@ -125,7 +128,7 @@ def test_every_token_of_a_text_counts_in_its_evaluation(run: Path, say, tmp_path
 
 def test_the_rest_of_a_text_is_a_sample_like_others(texts: Path) -> None:
     model = resolve("qwen3", "debugmodel", None, resume_cases.MODEL).build()
-    data = DataConfig(dataset="jsonl", path=str(texts / "short.jsonl"), cache_dir=str(texts / "cache"))
+    data = Jsonl(path=str(texts / "short.jsonl"), cache_dir=str(texts / "cache"))
     split = prepare(data, ByteTokenizer()).train
     whole = evaluate(model, split, seq_len=split.n_tokens, batch_size=1)
     cut = evaluate(model, split, seq_len=split.n_tokens - 1, batch_size=1)
@@ -283,3 +286,55 @@ def test_a_model_of_another_size_needs_no_preset(say, tmp_path: Path) -> None:
     assert say("import-hf", tmp_path / "hf", "--out", tmp_path / "steps")[0] == 0
     status, out, err = say("generate", tmp_path / "steps", "--prompt", "ab c", "--tokenizer", "bytes")
     assert (status, err) == (0, "") and out.startswith("ab c")
+
+
+@pytest.fixture
+def plugged(tmp_path: Path, texts: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A run of two steps on a dataset, with a tokenizer, an optimizer and an attention of a plugin."""
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(plugin_cases.ALL)
+    more = "--job.plugins mine --data.dataset counting --data.n-documents 100 --data.tokenizer shifted"
+    more += (
+        " --tokenizers.shifted.shift 3 --optimizer.name Descent --model.attention plain --data.num-workers 1"
+    )
+    values = {"training__steps": 2, "training__local_batch_size": 8, "lr_scheduler__total_steps": 2}
+    values |= {"lr_scheduler__warmup_steps": 0, "job__dump_folder": tmp_path / "run"}
+    with plugin_cases.forgotten():
+        argv = resume_cases.run_of(texts / "short.jsonl", tmp_path / "cache", **values)
+        assert train(*argv, *more.split()) == 0
+    with plugin_cases.forgotten():  # what the command itself imports
+        yield tmp_path / "run"
+
+
+@pytest.mark.parametrize("command", ["generate", "eval", "export-hf"])
+def test_a_run_with_plugins_is_used_with_them(command: str, plugged: Path, say) -> None:
+    more = {"generate": ["--max-new-tokens", 3], "export-hf": ["--out", "hf"]}.get(command, [])
+    status, out, err = say(command, plugged, "--plugins", "mine", *more)
+    assert (status, err) == (0, "") and out
+    assert "mine" in sys.modules
+
+
+def test_a_checkpoint_imports_no_module_by_itself(plugged: Path, say) -> None:
+    status, _, err = say("generate", plugged)
+    assert status == 2 and err.endswith("or its module with --plugins mine\n")
+    assert "mine" not in sys.modules
+    tokenizer = ["--tokenizer", "shifted"]
+    assert say("generate", plugged, *tokenizer)[0] == 2
+    assert say("generate", plugged, *tokenizer, "--plugins", "mine", "--attention", "plain")[0] == 0
+
+
+def test_a_dataset_that_is_not_registered_is_told(run: Path, tmp_path: Path, say, monkeypatch) -> None:
+    monkeypatch.delitem(registry.datasets.members, "jsonl")
+    status, _, err = say("eval", run)
+    assert status == 2 and 'the dataset "jsonl", which is not registered: name the module that has it' in err
+
+
+def test_the_held_out_text_of_a_run_is_that_of_its_data_whatever_else_its_version_has_said() -> None:
+    saved = {"dataset": "python_stdlib", "path": "", "field": "text", "cache_dir": "there", "num_workers": 2}
+    config = commands.EvalConfig()
+    assert commands._saved_data(config, saved, "") == PythonStdlib(cache_dir="there", num_workers=2)
+    config = commands.EvalConfig(cache_dir="here")
+    assert commands._saved_data(config, {"dataset": "text", "path": "x"}, "") == Text(
+        path="x", cache_dir="here"
+    )
+    assert commands._saved_data(config, None, "") is None

@@ -1,13 +1,18 @@
 """Presets against the published totals, flavors by rule, and what bad names and overrides are answered."""
 
 import dataclasses
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import pytest
 import torch
 
+from torchtitan_lite import registry
 from torchtitan_lite.attention import Flex, Sdpa, Varlen
 from torchtitan_lite.config.load import ConfigError
-from torchtitan_lite.models.registry import families, flavors, resolve, split_flavor
+from torchtitan_lite.models.decoder import DecoderConfig
+from torchtitan_lite.models.presets import Family
+from torchtitan_lite.models.registry import families, flavors, read, resolve, split_flavor
 from torchtitan_lite.models.rope import RopeScaling
 
 # Totals on the Hugging Face Hub (safetensors.total of huggingface.co/api/models/<model>).
@@ -184,3 +189,31 @@ def test_the_remedy_for_the_high_frequencies_satisfies_the_rule():
     (problem,) = RopeScaling(low_freq_factor=6.0).problems("scaling")
     remedied = RopeScaling(low_freq_factor=6.0, high_freq_factor=float(problem.remedy.removeprefix("use ")))
     assert remedied.problems("scaling") == []
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wide(DecoderConfig):
+    """What a plugin's config may have."""
+
+    norm: Literal["before", "after"] = "after"
+    widths: tuple[int, ...] = ()
+    gate: int | str = 0
+    note: str = ""
+    known: ClassVar[int] = 3
+
+
+def test_the_fields_of_a_plugins_config_are_overridden_by_their_types(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    preset = families["qwen3"]["debugmodel"]
+    base = Wide(**{field.name: getattr(preset, field.name) for field in dataclasses.fields(preset)})
+    monkeypatch.setitem(registry.families.members, "wide", Family(name="wide", presets={"tiny": base}))
+    good = {"norm": "before", "widths": [1, 2], "gate": "x", "note": "n", "dim": 64}
+    config = resolve("wide", "tiny_flex", None, good)
+    assert isinstance(config, Wide) and config.attention == Flex()
+    assert [getattr(config, name) for name in good] == ["before", (1, 2), "x", "n", 64]
+    wrong = {"norm": "x", "widths": [1.5], "gate": 1.5, "note": 1, "dim": "x", "known": 4}
+    with pytest.raises(ConfigError) as caught:
+        resolve("wide", "tiny", None, wrong)
+    assert [problem.key for problem in caught.value.problems] == [f"model.overrides.{key}" for key in wrong]
+    assert read("wide", "tiny", None, wrong)[0] == base

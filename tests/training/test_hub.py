@@ -151,10 +151,9 @@ def their_validation_loss(folder: Path, texts: Path, seq_len: int) -> float:
     """The mean loss of the held-out text, as transformers has it: document by document."""
     from transformers import AutoModelForCausalLM
 
-    from torchtitan_lite.data import DataConfig, Samples, in_order, prepare
+    from torchtitan_lite.data import Jsonl, Samples, in_order, prepare
 
-    data = DataConfig(
-        dataset="jsonl",
+    data = Jsonl(
         path=str(texts / "short.jsonl"),
         cache_dir=str(texts / "cache"),
         validation_fraction=0.2,

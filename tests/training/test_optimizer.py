@@ -1,12 +1,14 @@
 """AdamW: which weights decay, and the same update from every implementation."""
 
+from collections.abc import Iterable
+
 import exchange_cases as cases
 import pytest
 import torch
 from ranks import RanksOf
 from torch import Tensor, nn
 
-from torchtitan_lite.training.optimizer import OptimizerConfig, build_optimizer
+from torchtitan_lite.training.optimizer import AdamW, build_optimizer
 
 
 def two_layers() -> nn.Sequential:
@@ -14,8 +16,14 @@ def two_layers() -> nn.Sequential:
     return nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 3), nn.RMSNorm(3))
 
 
-def step(model: nn.Module, config: OptimizerConfig) -> None:
-    optimizer = build_optimizer(model.named_parameters(), config)
+def built(named_parameters: Iterable[tuple[str, nn.Parameter]], config: AdamW) -> torch.optim.Optimizer:
+    parameters = dict(named_parameters)
+    groups = {name: "vector" if p.ndim < 2 else "matrix" for name, p in parameters.items()}
+    return build_optimizer(parameters, config, groups)
+
+
+def step(model: nn.Module, config: AdamW) -> None:
+    optimizer = built(model.named_parameters(), config)
     model(torch.arange(5)).square().sum().backward()
     optimizer.step()
 
@@ -23,7 +31,7 @@ def step(model: nn.Module, config: OptimizerConfig) -> None:
 def test_matrices_decay_and_vectors_do_not() -> None:
     model = two_layers()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = build_optimizer(model.named_parameters(), OptimizerConfig(lr=0.1, weight_decay=0.5))
+    optimizer = built(model.named_parameters(), AdamW(lr=0.1, weight_decay=0.5))
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     optimizer.step()
@@ -32,10 +40,22 @@ def test_matrices_decay_and_vectors_do_not() -> None:
         torch.testing.assert_close(p.detach(), before[name] * share)
 
 
+@pytest.mark.parametrize(
+    ("group", "share"),
+    [("vector", 1.0), *((group, 0.95) for group in ("matrix", "embedding", "head", "router", "expert"))],
+)
+def test_the_group_of_a_parameter_decides_whether_it_decays(group: str, share: float) -> None:
+    parameter = nn.Parameter(torch.ones(2, 2))
+    optimizer = AdamW(lr=0.1, weight_decay=0.5).build({"x": parameter}, {"x": group})
+    parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    torch.testing.assert_close(parameter.detach(), torch.full((2, 2), share))
+
+
 def test_one_update_is_adamw_worked_out_by_hand() -> None:
     weight = nn.Parameter(torch.tensor([[2.0]]))
-    config = OptimizerConfig(lr=0.1, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.5)
-    optimizer = build_optimizer([("weight", weight)], config)
+    config = AdamW(lr=0.1, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.5)
+    optimizer = built([("weight", weight)], config)
     for gradient in (3.0, -1.0):
         weight.grad = torch.tensor([[gradient]])
         optimizer.step()
@@ -49,17 +69,15 @@ def test_one_update_is_adamw_worked_out_by_hand() -> None:
 @pytest.mark.parametrize("implementation", ["fused", "foreach"])
 def test_every_implementation_gives_the_update_of_the_loop(implementation) -> None:
     model, reference = two_layers(), two_layers()
-    step(model, OptimizerConfig(implementation=implementation))
-    step(reference, OptimizerConfig(implementation="for-loop"))
+    step(model, AdamW(implementation=implementation))
+    step(reference, AdamW(implementation="for-loop"))
     for p, q in zip(model.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(p, q)
 
 
 @pytest.mark.parametrize("implementation", ["fused", "foreach", "for-loop"])
 def test_the_implementation_that_is_asked_for_is_the_one_that_runs(implementation) -> None:
-    optimizer = build_optimizer(
-        two_layers().named_parameters(), OptimizerConfig(implementation=implementation)
-    )
+    optimizer = built(two_layers().named_parameters(), AdamW(implementation=implementation))
     chosen = {name: optimizer.defaults[name] for name in ("fused", "foreach")}
     assert chosen == {"fused": implementation == "fused", "foreach": implementation == "foreach"}
 
@@ -67,7 +85,7 @@ def test_the_implementation_that_is_asked_for_is_the_one_that_runs(implementatio
 def test_frozen_weights_are_left_out() -> None:
     model = two_layers()
     model[0].requires_grad_(False)
-    optimizer = build_optimizer(model.named_parameters(), OptimizerConfig())
+    optimizer = built(model.named_parameters(), AdamW())
     assert sum(len(group["params"]) for group in optimizer.param_groups) == 3
 
 
@@ -75,7 +93,7 @@ def test_frozen_weights_are_left_out() -> None:
     "wrong", [{"lr": 0.0}, {"beta1": 1.0}, {"beta2": -0.1}, {"eps": 0.0}, {"weight_decay": -1.0}]
 )
 def test_a_value_out_of_range_is_a_problem_named_by_its_key(wrong) -> None:
-    (problem,) = OptimizerConfig(**wrong).problems("optimizer")
+    (problem,) = AdamW(**wrong).problems("optimizer")
     assert problem.key == f"optimizer.{next(iter(wrong))}"
 
 

@@ -13,7 +13,15 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin
 
 from torchtitan_lite.config.problem import MISSING, Problem
-from torchtitan_lite.config.schema import alternatives, at, classes, field_types, kinds
+from torchtitan_lite.config.schema import (
+    alternatives,
+    at,
+    classes,
+    field_types,
+    first_key,
+    members_by_tag,
+    tag,
+)
 from torchtitan_lite.config.validation import Afresh, overlay, unknown_key
 
 _MOST_RANKS = 2**31
@@ -94,7 +102,7 @@ def _read_flag(flags: Flags, name: str, words: list[str]) -> int:
     positive = [*path[:-1], path[-1].removeprefix("no_")]
     if annotation is None and positive != path and bool in alternatives(at(flags.cls, positive)):
         return _read_negation(flags, positive, name, words)
-    if kinds(annotation):
+    if members_by_tag(annotation) and tag(annotation) == "kind":
         path, annotation = [*path, "kind"], at(flags.cls, [*path, "kind"])
     if annotation is None or classes(annotation):
         flags.problems.append(_refusal(flags.cls, path, _json(words[0]) if words else MISSING))
@@ -133,8 +141,8 @@ def _refusal(cls: type, path: list[str], value: object) -> Problem:
     key, rest = ".".join(path[:depth]), path[depth:]
     owners = classes(at(cls, path[:depth]))
     if not rest:
-        first = next(iter(field_types(owners[0])))
-        return Problem(key, value, "is a section, and a flag sets one key", f"write --{key}.{first} VALUE")
+        remedy = f"write --{key}.{first_key(at(cls, path))} VALUE"
+        return Problem(key, value, "is a section, and a flag sets one key", remedy)
     if not owners:
         return Problem(".".join(path), value, f"is inside {key}", f"write --{key} VALUE, a table as JSON")
     for name in reversed(rest[1:]):

@@ -5,7 +5,8 @@ import inspect
 import json
 from typing import Annotated, Any, Literal, cast, get_origin
 
-from torchtitan_lite.config.schema import classes, field_types, kinds, unwrapped
+from torchtitan_lite.config.schema import classes, field_types, is_fixed, members_by_tag, tag, unwrapped
+from torchtitan_lite.registry import Names
 
 
 def print_help(config: Any, prog: str) -> None:
@@ -31,7 +32,7 @@ def print_help(config: Any, prog: str) -> None:
 class _Options:
     """A rule for tyro: how the options of a dataclass are shown."""
 
-    def __init__(self, root: type, choices: dict[type, list[str]]) -> None:
+    def __init__(self, root: type, choices: dict[type, tuple[str, dict[str, type]]]) -> None:
         self.root, self.choices = root, choices
         self.asking_tyro = False
 
@@ -45,7 +46,7 @@ class _Options:
             spec = cast(Any, ConstructorRegistry.get_struct_spec(info))
         finally:
             self.asking_tyro = False
-        fields = [self.shown(cast(type, info.type), field) for field in spec.fields]
+        fields = [self.shown(cast(type, info.type), field) for field in spec.fields if not _is_empty(field)]
         return dataclasses.replace(spec, fields=(*(_command() if info.type is self.root else ()), *fields))
 
     def shown(self, owner: type, field: Any) -> Any:
@@ -54,21 +55,49 @@ class _Options:
 
         if get_origin(unwrapped(field.type)[0]) is dict:
             field = dataclasses.replace(field, type=Annotated[dict, _json()])
-        if field.name == "kind" and owner in self.choices:
-            options = self.choices[owner]
-            selector = Annotated[Literal[tuple(options)], tyro.conf.arg(name="")]  # type: ignore
-            text = "Each has options of its own; those shown here are the chosen one's."
+        if dataclasses.is_dataclass(field.default):
+            # What may stand here is open; what does stand here has the options to show.
+            field = dataclasses.replace(field, type=type(field.default))
+        by, members = self.choices.get(owner, ("", {}))
+        if field.name == by:
+            choice: Any = Literal[tuple(members)]  # type: ignore
+            selector = Annotated[choice, tyro.conf.arg(name="")] if by == "kind" else choice
+            text = f"{_described(members)}Each has options of its own; those shown here are the chosen one's."
             return dataclasses.replace(field, type=selector, helptext=text)
         text = cast(str | None, field.helptext() if callable(field.helptext) else field.helptext)
-        return dataclasses.replace(field, helptext=" ".join(text.split()) if text else None)
+        words = (text or "").split()
+        annotation = field_types(owner)[field.name]
+        if is_fixed(annotation) and not words:
+            words = ["The name of this section; nothing else may stand here."]
+        for note in unwrapped(annotation)[1]:
+            if isinstance(note, Names):
+                words.append(f"Names: {', '.join(note.door.members)}.")
+        return dataclasses.replace(field, helptext=" ".join(words) or None)
 
 
-def _choices(cls: type) -> dict[type, list[str]]:
-    """For each member of a tagged union below `cls`, the kinds to choose from."""
-    found: dict[type, list[str]] = {}
+def _is_empty(field: Any) -> bool:
+    """Whether a field is a section without options."""
+    return dataclasses.is_dataclass(field.default) and not dataclasses.fields(field.default)
+
+
+def _described(members: dict[str, type]) -> str:
+    """What each member of a tagged union is, where its class says so."""
+    lines = {name: (inspect.getdoc(member) or "").partition("\n\n")[0] for name, member in members.items()}
+    # A dataclass without a docstring gets its signature instead.
+    said = {
+        name: line
+        for name, line in lines.items()
+        if line and not line.startswith(f"{members[name].__name__}(")
+    }
+    return "".join(f"{name}: {' '.join(line.split())} " for name, line in said.items())
+
+
+def _choices(cls: type) -> dict[type, tuple[str, dict[str, type]]]:
+    """For each member of a tagged union below `cls`, its tag, and the members to choose from."""
+    found: dict[type, tuple[str, dict[str, type]]] = {}
     for annotation in field_types(cls).values():
-        members = kinds(annotation)
-        found |= {member: list(members) for member in members.values()}
+        members = members_by_tag(annotation)
+        found |= {member: (tag(annotation), members) for member in members.values()}
         for section in classes(annotation):
             found |= _choices(section)
     return found

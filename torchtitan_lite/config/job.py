@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from inspect import signature
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 
-from torchtitan_lite.attention import AttentionConfig, Flex, Sdpa, refusals
+from torchtitan_lite import registry
+from torchtitan_lite.attention import Flex, Sdpa, refusals
 from torchtitan_lite.checkpoint import CheckpointConfig
 from torchtitan_lite.config.division import Division
 from torchtitan_lite.config.load import (
@@ -22,11 +23,11 @@ from torchtitan_lite.config.load import (
     overlay,
     to_toml,
 )
-from torchtitan_lite.data.sources import DataConfig
+from torchtitan_lite.data.datasets import DataConfig, PythonStdlib
 from torchtitan_lite.data.tokenizer import load_tokenizer
 from torchtitan_lite.models.decoder import DecoderConfig
 from torchtitan_lite.models.huggingface import export_problems
-from torchtitan_lite.models.registry import FOLDER, meant_kind, read, resolve, split_flavor
+from torchtitan_lite.models.registry import FOLDER, AnyAttention, meant_kind, read, resolve, split_flavor
 from torchtitan_lite.parallel.apply import CompileConfig, plan
 from torchtitan_lite.parallel.mesh import ParallelismConfig
 from torchtitan_lite.parallel.recompute import ActivationCheckpointConfig
@@ -35,7 +36,7 @@ from torchtitan_lite.training.config import TrainingConfig
 from torchtitan_lite.training.determinism import DebugConfig
 from torchtitan_lite.training.hooks.profiler import ProfilingConfig
 from torchtitan_lite.training.metrics import MetricsConfig
-from torchtitan_lite.training.optimizer import OptimizerConfig
+from torchtitan_lite.training.optimizer import AdamW, OptimizerConfig
 from torchtitan_lite.training.outputs import is_inside
 from torchtitan_lite.training.schedule import LRSchedulerConfig
 from torchtitan_lite.training.validation import ValidationConfig
@@ -64,6 +65,9 @@ class JobSection:
     """What the run is for, in your own words; kept with its files."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where there is one, else cpu."""
+    plugins: tuple[str, ...] = ()
+    """Modules to import before anything else is read, such as my_package.module: they add model families,
+    attention backends, datasets, tokenizers, optimizers and hooks."""
 
     def problems(self, key: str) -> list[Problem]:
         """An output folder that cannot be made or written to."""
@@ -86,11 +90,11 @@ class JobSection:
 class ModelSection:
     """Which decoder is trained."""
 
-    name: str = "qwen3"
-    """Family of the model: qwen3 or llama3; or hf, whose flavors are folders with a config.json."""
+    name: Annotated[str, registry.Names(registry.families)] = "qwen3"
+    """Family of the model; or hf, whose flavors are folders with a config.json."""
     flavor: str = "debugmodel"
     """Size of the model, alone or with an attention: 8B, 8B_flex, 8B_flex_flash, 8B_varlen."""
-    attention: AttentionConfig = field(default_factory=Sdpa)
+    attention: AnyAttention = field(default_factory=Sdpa)
     overrides: dict[str, Any] = field(default_factory=dict)
     """Fields of the decoder that replace those of the flavor, such as {"n_layers": 2}."""
 
@@ -106,9 +110,10 @@ class JobConfig:
 
     job: JobSection = field(default_factory=JobSection)
     model: ModelSection = field(default_factory=ModelSection)
-    data: DataConfig = field(default_factory=DataConfig)
+    data: Annotated[DataConfig, registry.datasets] = field(default_factory=PythonStdlib)
+    tokenizers: Annotated[Any, registry.tokenizers] = field(default_factory=registry.tokenizers.defaults)
     training: TrainingConfig = field(default_factory=TrainingConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    optimizer: Annotated[OptimizerConfig, registry.optimizers] = field(default_factory=AdamW)
     lr_scheduler: LRSchedulerConfig = field(default_factory=LRSchedulerConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
@@ -119,6 +124,7 @@ class JobConfig:
     comm: CommConfig = field(default_factory=CommConfig)
     profiling: ProfilingConfig = field(default_factory=ProfilingConfig)
     debug: DebugConfig = field(default_factory=DebugConfig)
+    hooks: Annotated[Any, registry.hooks] = field(default_factory=registry.hooks.defaults)
 
     @property
     def device(self) -> str:
@@ -131,6 +137,11 @@ class JobConfig:
     def decoder(self) -> DecoderConfig:
         """The decoder that the model section describes. Raises ConfigError where it describes none."""
         return resolve(self.model.name, self.model.flavor, self.model.attention, self.model.overrides)
+
+    @property
+    def hook_configs(self) -> dict[str, Any]:
+        """The hooks of the run by name, each with its options: every one that is registered."""
+        return registry.hooks.configured(self.hooks)
 
     def plan(self, world_size: int) -> list[str]:
         """How the run is spread over `world_size` ranks, in a few lines; needs no ranks."""
@@ -252,8 +263,10 @@ class JobConfig:
         return found
 
     def _tokenizer_problems(self, decoder: DecoderConfig | None) -> list[Problem]:
+        if self.tokenizers.problems("tokenizers"):
+            return []  # no tokenizer is built with options that are wrong
         try:
-            size = load_tokenizer(self.data.tokenizer).vocab_size
+            size = load_tokenizer(self.data.tokenizer, self.tokenizers).vocab_size
         except ConfigError as error:
             return list(error.problems)
         if decoder is None or size <= decoder.vocab_size:
@@ -267,7 +280,15 @@ def load_job(
     argv: Sequence[str], *, world_size: int = 1, prog: str = "python -m torchtitan_lite.train"
 ) -> Loaded[JobConfig]:
     """The checked configuration of the command line `argv`; raises ConfigError with all that is wrong."""
-    loaded = load(JobConfig, argv, prog=prog, layer_hook=expand, check=JobConfig.check, world_size=world_size)
+    loaded = load(
+        JobConfig,
+        argv,
+        prog=prog,
+        layer_hook=expand,
+        check=JobConfig.check,
+        world_size=world_size,
+        plugins="job.plugins",
+    )
     return replace(loaded, config=_with_true_flavor(loaded.config))
 
 

@@ -1,9 +1,15 @@
-"""What a configuration dataclass says of its keys: their types, and the kinds of a tagged union."""
+"""What a configuration dataclass says of its keys: their types, and the members of a tagged union.
+
+A tagged union is closed, as `Plain | Tiled`, or open, as `Annotated[..., door]`: its members are those that a
+door of the registry has at the time of asking.
+"""
 
 import dataclasses
 import functools
 import types
-from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from torchtitan_lite.registry import Choice, Sections
 
 
 class Available:
@@ -35,19 +41,60 @@ def alternatives(annotation: Any) -> tuple[Any, ...]:
 
 def classes(annotation: Any) -> list[type]:
     """The dataclasses that a table under this annotation may become."""
+    if (choice := _note(annotation, Choice)) is not None:
+        return list(choice.members.values())
+    if (sections := _note(annotation, Sections)) is not None:
+        return [sections.section]
     return [tp for tp in alternatives(annotation) if dataclasses.is_dataclass(tp) and isinstance(tp, type)]
 
 
-def kinds(annotation: Any) -> dict[str, type]:
-    """The members of a tagged union by their `kind`; empty for every other type."""
+def members_by_tag(annotation: Any) -> dict[str, type]:
+    """The members of a tagged union by their tag; empty for every other type."""
+    if (choice := _note(annotation, Choice)) is not None:
+        return choice.members
     members = classes(annotation)
     if len(members) < 2:
         return {}
     return {get_args(field_types(member)["kind"])[0]: member for member in members}
 
 
+def tag(annotation: Any) -> str:
+    """The key that tells the members of a tagged union apart."""
+    choice = _note(annotation, Choice)
+    return "kind" if choice is None else choice.tag
+
+
+def open_sections(cls: type) -> set[str]:
+    """The sections of `cls` that plugins may add to: an open annotation is in them."""
+    return {name for name, annotation in field_types(cls).items() if _is_open(annotation)}
+
+
+def _is_open(annotation: Any) -> bool:
+    if _note(annotation, (Choice, Sections)) is not None:
+        return True
+    return any(_is_open(child) for owner in classes(annotation) for child in field_types(owner).values())
+
+
+def _note(annotation: Any, wanted: Any) -> Any:
+    """The note of a `wanted` class beside a type; None without one."""
+    return next((note for note in unwrapped(annotation)[1] if isinstance(note, wanted)), None)
+
+
+def first_key(annotation: Any) -> str:
+    """A key that a table under this annotation may have, to show how one is written."""
+    if members_by_tag(annotation):
+        return tag(annotation)
+    types = field_types(classes(annotation)[0])
+    return next((name for name, child in types.items() if not is_fixed(child)), "KEY")
+
+
+def is_fixed(annotation: Any) -> bool:
+    """Whether a key takes one value alone, as the tag of a member does."""
+    return get_origin(annotation) is Literal and len(get_args(annotation)) == 1
+
+
 def at(cls: type, path: list[str]) -> Any:
-    """The annotation of the key at `path`, joined over the kinds that have it; None where there is none."""
+    """The annotation of the key at `path`, joined over the members that have it; None where there is none."""
     found: list[Any] = [cls]
     for name in path:
         owners = [owner for annotation in found for owner in classes(annotation)]

@@ -35,7 +35,12 @@ def to_toml(config: Any) -> str:
 def _table(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-        return {name: _table(child) for name, child in fields.items() if child is not None}
+        return {name: _table(child) for name, child in fields.items() if not _says_nothing(child)}
     if isinstance(value, dict):
         return {name: _table(child) for name, child in value.items()}
     return [_table(child) for child in value] if isinstance(value, list | tuple) else value
+
+
+def _says_nothing(value: Any) -> bool:
+    """Whether a value is None, or a section without keys."""
+    return value is None or (dataclasses.is_dataclass(value) and not dataclasses.fields(value))

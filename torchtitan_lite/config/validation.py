@@ -1,8 +1,8 @@
 """Layers of nested tables to one frozen dataclass, with everything that is wrong in them.
 
 The types steer the merge: a section merges key by key, so does a free table such as `model.overrides`, any
-other value is replaced, and a later `kind` drops what earlier layers say of another kind. Every layer must be
-right in itself: a value that a later layer replaces is checked all the same.
+other value is replaced, and a later tag, such as `kind`, drops the keys that the member it names lacks. Every
+layer must be right in itself: a value that a later layer replaces is checked all the same.
 """
 
 import dataclasses
@@ -13,7 +13,16 @@ from collections.abc import Iterator
 from typing import Any, TypeVar, get_origin
 
 from torchtitan_lite.config.problem import MISSING, Problem, dotted, literal, near
-from torchtitan_lite.config.schema import Available, classes, field_types, kinds, leaves, unwrapped
+from torchtitan_lite.config.schema import (
+    Available,
+    classes,
+    field_types,
+    first_key,
+    leaves,
+    members_by_tag,
+    tag,
+    unwrapped,
+)
 from torchtitan_lite.config.wording import description, remedy
 
 T = TypeVar("T")
@@ -82,7 +91,7 @@ class _Reading:
 
     def value(self, annotation: Any, layers: list[Any], key: str, default: Any) -> Any:
         """What `layers`, each the value that one layer gives to `key`, come to."""
-        if kinds(annotation):
+        if members_by_tag(annotation):
             return self.member(annotation, layers, key, default)
         if classes(annotation):
             return self.section(type(default), self.tables(annotation, layers, key), key, default)
@@ -110,45 +119,76 @@ class _Reading:
 
     def member(self, annotation: Any, layers: list[Any], key: str, default: Any) -> Any:
         """The chosen member of a tagged union."""
-        members = kinds(annotation)
-        chosen = default
-        for kind, tables in _runs(self.tables(annotation, layers, key)):
-            kind = default.kind if kind is None else kind
-            if not isinstance(kind, str) or kind not in members:
-                self.problems.append(Problem(f"{key}.kind", kind, "is not a known kind", near(kind, members)))
+        members, by = members_by_tag(annotation), tag(annotation)
+        chosen, said = default, []  # the tables that the chosen member was read from
+        for name, tables in _runs(self.tables(annotation, layers, key), by):
+            name = getattr(default, by) if name is None else name
+            if not isinstance(name, str) or name not in members:
+                rule = f"is not a known {by}"
+                self.problems.append(Problem(f"{key}.{by}", name, rule, near(name, members)))
                 continue
-            start = default if kind == default.kind else members[kind]()
-            chosen = self.section(members[kind], tables, key, start, union=annotation)
+            member = members[name]
+            kept = [] if isinstance(tables[0], Afresh) else _shared(said, type(chosen), member)
+            start = default if member is type(default) else member()
+            said = [*kept, *self.without_default(tables, by, type(default), member, key)]
+            chosen = self.section(member, said, key, start, union=annotation)
         return chosen
+
+    def without_default(
+        self, tables: list[_Table], by: str, default: type, member: type, key: str
+    ) -> list[_Table]:
+        """The tables of a run, less what layers before the one that names `member` say of the default member.
+
+        These layers name no member. A key that the default alone has is checked, and goes with it.
+        """
+        own = field_types(default).keys() - field_types(member).keys()
+        n_before = next((i for i, table in enumerate(tables) if by in table), 0)
+        before = [{name: table[name] for name in table if name in own} for table in tables[:n_before]]
+        self.section(default, before, key, default())
+        rest = [{name: table[name] for name in table if name not in own} for table in tables[:n_before]]
+        return [*rest, *tables[n_before:]]
 
     def tables(self, annotation: Any, layers: list[Any], key: str) -> list[_Table]:
         """Those of `layers` that are tables; the others are problems."""
         for layer in layers:
             if not isinstance(layer, dict):
-                first = next(iter(field_types(classes(annotation)[0])))
-                value = literal(layer) if layer in list(kinds(annotation)) else "..."
+                first = first_key(annotation)
+                value = literal(layer) if layer in list(members_by_tag(annotation)) else "..."
                 self.problems.append(Problem(key, layer, "is not a table", f"write {key}.{first} = {value}"))
         return [layer for layer in layers if isinstance(layer, dict)]
 
     def unknown(self, cls: type, key: str, name: str, value: object, union: Any) -> Problem:
-        owners = [kind for kind, member in kinds(union).items() if name in field_types(member)]
+        owners = [owner for owner, member in members_by_tag(union).items() if name in field_types(member)]
         if not owners:
             return unknown_key(self.root, list(field_types(cls)), key, name, value)
-        belongs = " or ".join(f'"{kind}"' for kind in owners)
-        rule = f'belongs to kind {belongs}, and {key}.kind is "{cls().kind}"'
-        return Problem(f"{key}.{name}", value, rule, f'leave it out, or set {key}.kind = "{owners[0]}"')
+        by = tag(union)
+        belongs = " or ".join(map(literal, owners))
+        rule = f'belongs to {by} {belongs}, and {key}.{by} is "{getattr(cls(), by)}"'
+        return Problem(f"{key}.{name}", value, rule, f'leave it out, or set {key}.{by} = "{owners[0]}"')
 
 
-def _runs(tables: list[_Table]) -> list[tuple[Any, list[_Table]]]:
-    """Neighbouring tables of one kind; a table that names none goes with the one before it, else the next."""
+def _shared(tables: list[_Table], old: type, new: type) -> list[_Table]:
+    """What `tables` say of the keys that two members of a tagged union have in common, with one type."""
+    if old is new:
+        return tables
+    types = field_types(new)
+    shared = {name for name, annotation in field_types(old).items() if types.get(name) == annotation}
+    return [{name: value for name, value in table.items() if name in shared} for table in tables]
+
+
+def _runs(tables: list[_Table], by: str) -> list[tuple[Any, list[_Table]]]:
+    """Neighbouring tables of one member, which the key `by` names.
+
+    A table that names none goes with the one before it, else with the next.
+    """
     runs: list[tuple[Any, list[_Table]]] = []
     for table in tables:
-        last_kind, last = runs[-1] if runs else (None, [])
-        kind = table.get("kind", last_kind)
-        if last and not isinstance(table, Afresh) and last_kind in (None, kind):
-            runs[-1] = (kind, [*last, table])
+        last_name, last = runs[-1] if runs else (None, [])
+        name = table.get(by, last_name)
+        if last and not isinstance(table, Afresh) and last_name in (None, name):
+            runs[-1] = (name, [*last, table])
         else:
-            runs.append((kind, [table]))
+            runs.append((name, [table]))
     return runs
 
 

@@ -5,19 +5,27 @@ sources  documents    heldout  tokenizer    shards, cache     batch             
 """
 
 from torchtitan_lite.data.batch import IGNORE, Batch, Samples
+from torchtitan_lite.data.datasets import DataConfig, Jsonl, PythonStdlib, Text
+from torchtitan_lite.data.documents import Document
 from torchtitan_lite.data.loader import Loader, in_order
 from torchtitan_lite.data.shards import Shards, Split, prepare
-from torchtitan_lite.data.sources import DataConfig
+from torchtitan_lite.data.sources import Source, Texts
 from torchtitan_lite.data.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = [
     "IGNORE",
     "Batch",
     "DataConfig",
+    "Document",
+    "Jsonl",
     "Loader",
+    "PythonStdlib",
     "Samples",
     "Shards",
+    "Source",
     "Split",
+    "Text",
+    "Texts",
     "Tokenizer",
     "in_order",
     "load_tokenizer",

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _LOG = logging.getLogger(__name__)
-_OURS = re.compile(r"[a-z_]+-[0-9a-f]{24}(\.tmp|\.lock)?")
+_OURS = re.compile(r"[A-Za-z0-9_]+-[0-9a-f]{24}(\.tmp|\.lock)?")
 
 
 def name(kind: str, key: str) -> str:

@@ -68,8 +68,12 @@ def json_documents(file: SourceFile, field: str) -> Iterator[Document]:
             if number == 1:
                 line = line.removeprefix(codecs.BOM_UTF8)
             if line.strip():
-                text = _field_of(line, field, f"{file.path}, line {number}")
-                yield Document(identity=text, size=len(text), pieces=_pieces(io.BytesIO(text)))
+                yield text_document(_field_of(line, field, f"{file.path}, line {number}"))
+
+
+def text_document(text: bytes) -> Document:
+    """A UTF-8 text in memory as a document."""
+    return Document(identity=text, size=len(text), pieces=_pieces(io.BytesIO(text)))
 
 
 def _file_pieces(file: SourceFile) -> Iterator[bytes]:

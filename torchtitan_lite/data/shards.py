@@ -20,7 +20,8 @@ import numpy as np
 
 from torchtitan_lite.config.load import ConfigError, Problem
 from torchtitan_lite.data import cache, heldout
-from torchtitan_lite.data.sources import DataConfig, Source, open_source
+from torchtitan_lite.data.datasets import DataConfig, open_source
+from torchtitan_lite.data.sources import Source
 from torchtitan_lite.data.tokenizer import Tokenizer
 
 # Counts up when the same text and tokenizer come to other shards, or the shards to other files.
@@ -89,7 +90,7 @@ def prepare(config: DataConfig, tokenizer: Tokenizer) -> Shards:
 
 
 def _key(config: DataConfig, source: Source, tokenizer: Tokenizer) -> str:
-    parts = [_FORMAT, config.dataset, source.digest, source.json_field, config.validation_fraction]
+    parts = [_FORMAT, config.dataset, source.digest, config.shard_options, config.validation_fraction]
     return hashlib.sha256(json.dumps([*parts, tokenizer.fingerprint]).encode()).hexdigest()
 
 
@@ -124,8 +125,7 @@ def _no_tokens(config: DataConfig, n_bytes: int) -> Problem:
     if n_bytes:
         rule, remedy = f"makes no token of the {n_bytes} bytes of text", "name another, or more text"
         return Problem("data.tokenizer", config.tokenizer, rule, remedy)
-    remedy = "name a file or folder that does"
-    return Problem("data.path", config.path, "holds no text, only lines without any", remedy)
+    return config.no_text()
 
 
 class _Writer:

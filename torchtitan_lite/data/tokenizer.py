@@ -1,4 +1,4 @@
-"""Text to token ids and back: bytes, or a Hugging Face tokenizer.json."""
+"""Text to token ids and back: bytes, a Hugging Face tokenizer.json, or a tokenizer of a plugin."""
 
 import hashlib
 import json
@@ -6,12 +6,14 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from torchtitan_lite.config.load import ConfigError, Problem
+from torchtitan_lite.config.load import ConfigError, Problem, near
+from torchtitan_lite.registry import tokenizers
 
 _END_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<|im_end|>", "<eos>", "[EOS]")
 _FILE, _CONFIG = "tokenizer.json", "tokenizer_config.json"
@@ -51,16 +53,34 @@ class Tokenizer(Protocol):
         ...
 
 
-def load_tokenizer(spec: str) -> Tokenizer:
-    """The tokenizer that `data.tokenizer` names: "bytes", a tokenizer.json, or a folder that holds one."""
-    if spec == "bytes":
-        return ByteTokenizer()
+def load_tokenizer(spec: str, options: object = None) -> Tokenizer:
+    """The tokenizer that `data.tokenizer` names: a registered one, a tokenizer.json, or the folder of one.
+
+    `options` is the section `[tokenizers]`; without it, registered tokenizers have their defaults.
+    """
+    if spec in tokenizers.members:
+        return tokenizers.configured(options)[spec].build()
     path = os.path.expanduser(spec)
     file = os.path.join(path, _FILE) if os.path.isdir(path) else path
     if not os.path.isfile(file):
         rule = "holds no tokenizer.json" if os.path.isdir(path) else "does not exist"
-        raise _error(spec, rule, 'use "bytes", or the path of a tokenizer.json or of a folder that holds one')
+        close = near(spec, tokenizers.members)
+        names = " or ".join(f'"{name}"' for name in tokenizers.members)
+        remedy = f"use {names}, or the path of a tokenizer.json or of a folder that holds one"
+        raise _error(spec, rule, close if close.startswith("did you mean") else remedy)
     return FileTokenizer(Path(file), spec)
+
+
+@tokenizers.register
+@dataclass(frozen=True, kw_only=True)
+class Bytes:
+    """One id for each byte of the UTF-8 text."""
+
+    name: Literal["bytes"] = "bytes"
+
+    def build(self) -> Tokenizer:
+        """A tokenizer that needs no file."""
+        return ByteTokenizer()
 
 
 class ByteTokenizer:

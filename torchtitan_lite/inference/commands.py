@@ -5,17 +5,29 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from torchtitan_lite import registry
 from torchtitan_lite.attention import AttentionConfig, refusals
 from torchtitan_lite.checkpoint.ranks import Ranks
 from torchtitan_lite.config.load import MISSING, ConfigError, Problem, load
-from torchtitan_lite.data import DataConfig, Split, Tokenizer, load_tokenizer, prepare
+from torchtitan_lite.config.validation import validate
+from torchtitan_lite.data import (
+    DataConfig,
+    Jsonl,
+    PythonStdlib,
+    Split,
+    Text,
+    Tokenizer,
+    load_tokenizer,
+    prepare,
+)
 from torchtitan_lite.inference.evaluate import evaluate
 from torchtitan_lite.inference.generate import Sampling, generate
 from torchtitan_lite.inference.options import (
@@ -95,6 +107,7 @@ def _read(cls: type[T], command: str, place: str, argv: Sequence[str], name: str
         argv,
         prog=f"torchtitan-lite {command} {name}",
         check=lambda config, *_: config.problems(),  # pyright: ignore[reportAttributeAccessIssue]
+        plugins="plugins",
     )
     if loaded.dry_run:
         raise ConfigError([Problem("--dry-run", MISSING, "is for training", "leave it out")])
@@ -204,27 +217,35 @@ def _text(config: EvalConfig, trained: Trained) -> Split:
     if config.data:
         with told_as(_KEYS):
             return prepare(_named_data(config), trained.tokenizer).train
-    saved, where = trained.found.state.config.get("data"), str(trained.found.folder)
-    try:
-        data = DataConfig(**{**saved, "cache_dir": config.cache_dir or saved["cache_dir"]}) if saved else None
-    except (TypeError, KeyError):
-        data = None  # of another version
+    where = str(trained.found.folder)
+    data = _saved_data(config, trained.found.state.config.get("data"), where)
     split = prepare(data, trained.tokenizer).validation if data else None
     if split is None or split.n_tokens == 0:
         raise ConfigError([Problem(KEY, where, "has no held-out text", "name a text with --data")])
     return split
 
 
+def _saved_data(config: EvalConfig, saved: object, where: str) -> DataConfig | None:
+    """The data section of the run; None where the step does not say."""
+    if not isinstance(saved, dict) or not isinstance(name := saved.get("dataset"), str):
+        return None
+    if name not in registry.datasets.members:
+        rule = f'was trained on the dataset "{name}", which is not registered'
+        raise ConfigError([Problem(KEY, where, rule, "name the module that has it with --plugins")])
+    # Keys that the dataset does not have are of another version.
+    data, _ = validate(registry.datasets.members[name], [saved])
+    return replace(data, cache_dir=config.cache_dir or data.cache_dir)
+
+
 def _named_data(config: EvalConfig) -> DataConfig:
     """All of the text that is named."""
+    common: dict[str, Any] = {"validation_fraction": 0.0, "cache_dir": config.cache_dir}
     if config.data == "python_stdlib":
-        return DataConfig(dataset="python_stdlib", validation_fraction=0, cache_dir=config.cache_dir)
+        return PythonStdlib(**common)
     path = Path(os.path.expanduser(config.data))
     is_jsonl = path.suffix == ".jsonl" or (path.is_dir() and any(path.rglob("*.jsonl")))
-    kind, name = ("jsonl", config.field) if is_jsonl else ("text", "text")
-    data = DataConfig(
-        dataset=kind, path=str(path), field=name, validation_fraction=0, cache_dir=config.cache_dir
-    )
+    json, text = Jsonl(path=str(path), field=config.field, **common), Text(path=str(path), **common)
+    data = json if is_jsonl else text
     if problems := data.problems("data"):
         raise ConfigError(problems)
     return data

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from torchtitan_lite.attention import AttentionConfig, Sdpa
+from torchtitan_lite.attention import Sdpa
 from torchtitan_lite.config.load import MISSING, Problem
+from torchtitan_lite.models.registry import AnyAttention
 
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -20,9 +21,11 @@ class _Use:
     device: Device = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: float32 on a CPU, bfloat16 on a GPU."""
-    attention: AttentionConfig = dataclasses.field(default_factory=Sdpa)
+    attention: AnyAttention = dataclasses.field(default_factory=Sdpa)
     tokenizer: str = ""
     """File or folder of the tokenizer, where it is no longer where the run left it."""
+    plugins: tuple[str, ...] = ()
+    """The run's job.plugins: modules to import first, which a checkpoint never chooses by itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +89,8 @@ class ExportConfig:
     """Precision of the weights."""
     tokenizer: str = ""
     """File or folder of the tokenizer, where it is no longer where the run left it."""
+    plugins: tuple[str, ...] = ()
+    """The run's job.plugins: modules to import first, which a checkpoint never chooses by itself."""
 
     def problems(self) -> list[Problem]:
         """No folder, or one that is there."""

@@ -8,11 +8,13 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from torchtitan_lite import registry
 from torchtitan_lite.attention import AttentionConfig
 from torchtitan_lite.checkpoint.manifest import Damaged, Unreadable
 from torchtitan_lite.checkpoint.ranks import Ranks
 from torchtitan_lite.checkpoint.restore import Found, find_initial, load
 from torchtitan_lite.config.load import ConfigError, Problem
+from torchtitan_lite.config.validation import validate
 from torchtitan_lite.data import Tokenizer, load_tokenizer
 from torchtitan_lite.models.decoder import Decoder, DecoderConfig
 from torchtitan_lite.parallel.tensor import apply_tensor_parallel_to_predict
@@ -67,20 +69,32 @@ def told_of_step(path: str) -> Iterator[None]:
 def _tokenizer(found: Found, given: str) -> Tokenizer:
     """The one whose fingerprint the step has: as given, beside the step, or where the run found it."""
     wanted = found.state.identity.get("data.tokenizer_fingerprint")
+    saved = found.state.config.get("tokenizers")
+    options, _ = validate(registry.tokenizers.section, [saved] if isinstance(saved, dict) else [])
     if given:
         with told_as({"data.tokenizer": "tokenizer"}):
-            own = load_tokenizer(given)
+            own = load_tokenizer(given, options)
         if wanted in (None, own.fingerprint):
             return own
         rule, remedy = f"is not the one that {found.folder} was trained with", "name that one"
         raise ConfigError([Problem("tokenizer", given, rule, remedy)])
     for place in _places(found):
         with suppress(ConfigError):
-            own = load_tokenizer(place)
+            own = load_tokenizer(place, options)
             if own.fingerprint == wanted:
                 return own
     rule = f"is not beside {found.folder}, nor where its run found it"
-    raise ConfigError([Problem("tokenizer", given, rule, "name its file or folder with --tokenizer")])
+    remedy = "name its file or folder with --tokenizer"
+    if _plugins(found):
+        remedy += f", or its module with --plugins {' '.join(_plugins(found))}"
+    raise ConfigError([Problem("tokenizer", given, rule, remedy)])
+
+
+def _plugins(found: Found) -> list[str]:
+    """The modules that the run says it had imported; only the user imports them here."""
+    job = found.state.config.get("job")
+    names = job.get("plugins") if isinstance(job, dict) else None
+    return list(map(str, names)) if isinstance(names, list) else []
 
 
 def _places(found: Found) -> Iterator[str]:

@@ -1,12 +1,23 @@
 """Presets as tables: what all sizes of a family share, and a row for each size."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torchtitan_lite.models.decoder import DecoderConfig
 
 _DEBUGMODEL = {"vocab_size": 512, "max_seq_len": 2048}
 """What makes the debugmodel of a family small besides its row: it reads bytes, and short documents."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """Models of one name."""
+
+    name: str
+    """What `model.name` chooses it by."""
+    presets: Mapping[str, DecoderConfig]
+    """The config of each size; a family with a decoder of its own has a subclass of DecoderConfig there."""
 
 
 def presets(

@@ -10,18 +10,48 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, TypeVar
 
-from torchtitan_lite.attention import AttentionConfig, Flex, Sdpa, Varlen
+from torchtitan_lite import registry
+from torchtitan_lite.attention import BACKENDS, AttentionConfig
 from torchtitan_lite.config.load import ConfigError, Problem, near
+from torchtitan_lite.config.schema import alternatives, field_types
+from torchtitan_lite.config.validation import check
 from torchtitan_lite.models import huggingface, llama3, qwen3
 from torchtitan_lite.models.decoder import DecoderConfig
+from torchtitan_lite.models.presets import Family
 
-families: dict[str, dict[str, DecoderConfig]] = {"llama3": llama3.PRESETS, "qwen3": qwen3.PRESETS}
-"""Presets by family and size."""
+# Attention knows nothing of the registry, so that it can be used without the rest.
+for backend in BACKENDS:
+    registry.attentions.register(backend)
+registry.families.register(Family(name="llama3", presets=llama3.PRESETS))
+registry.families.register(Family(name="qwen3", presets=qwen3.PRESETS))
+
+AnyAttention = Annotated[AttentionConfig, registry.attentions]
+"""An attention backend as a key of a configuration: any that is registered."""
+
+
+def backends() -> list[type[AttentionConfig]]:
+    """The attention backends that are registered."""
+    return list(registry.attentions.members.values())
+
+
+class _Families(Mapping[str, Mapping[str, DecoderConfig]]):
+    def __getitem__(self, name: str) -> Mapping[str, DecoderConfig]:
+        return registry.families.members[name].presets
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(registry.families.members)
+
+    def __len__(self) -> int:
+        return len(registry.families.members)
+
+
+families = _Families()
+"""Presets by family and size, of all families that are registered."""
 FOLDER = "hf"
 """The name of a model whose flavor is a folder with a config.json, which describes it."""
 
@@ -30,8 +60,6 @@ _SUFFIXES: dict[str, dict[str, Any]] = {
     "_flex_flash": {"kind": "flex", "kernel_options": {"BACKEND": "FLASH"}},
     "_varlen": {"kind": "varlen"},
 }
-_BACKENDS = {"sdpa": Sdpa, "flex": Flex, "varlen": Varlen}
-
 _EXPECTED = {int: ("a whole number", 128), float: ("a finite number", 1.0), bool: ("true or false", True)}
 
 _Config = TypeVar("_Config")
@@ -122,12 +150,12 @@ def meant_kind(flavor: str) -> str | None:
 
 
 def _backend(table: dict[str, Any]) -> AttentionConfig:
-    return _BACKENDS[table.pop("kind")](**table)
+    return registry.attentions.members[table.pop("kind")](**table)
 
 
 def _override(base: _Config, values: Mapping[str, Any], key: str) -> tuple[_Config, list[Problem]]:
     """`base` with the sound fields in `values`, and what is wrong with others: unknown, or mistyped."""
-    hints = get_type_hints(type(base))
+    hints = field_types(type(base))  # pyright: ignore[reportArgumentType]
     accepted: dict[str, Any] = {}
     problems: list[Problem] = []
     for name, value in values.items():
@@ -145,11 +173,15 @@ def _override(base: _Config, values: Mapping[str, Any], key: str) -> tuple[_Conf
 
 def _typed(hint: Any, base: object, value: object, key: str) -> tuple[object, list[Problem]]:
     """`value` as the type of a field, and what is wrong if it is of none; a table is laid over `base`."""
-    wanted = next(kind for kind in get_args(hint) or (hint,) if kind is not type(None))
+    options = [kind for kind in alternatives(hint) if kind is not type(None)]
+    wanted = options[0]
     if isinstance(wanted, type) and is_dataclass(wanted):
         if isinstance(value, Mapping):
             return _override(base if base is not None else wanted(), value, key)
         return base, [Problem(key, value, "is not a table", "use {factor = 1.0} for no scaling")]
+    if len(options) > 1 or wanted not in _EXPECTED:  # a field of a plugin's config
+        result, wrong = check(hint, value, key)
+        return (base if wrong else result), wrong
     if value is None:
         return base, [Problem(key, value, "is what TOML cannot say", "leave the key out")]
     if wanted is float and type(value) is int:

@@ -24,7 +24,7 @@ def load_corpus(job: JobConfig, world: World, shards: Shards | None = None) -> C
 
     Raises ConfigError when it cannot be used.
     """
-    tokenizer = load_tokenizer(job.data.tokenizer)
+    tokenizer = load_tokenizer(job.data.tokenizer, job.tokenizers)
     shards = shards or world.in_turn(lambda: prepare(job.data, tokenizer))
     seq_len = job.training.seq_len
     return Corpus(

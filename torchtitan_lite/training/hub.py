@@ -5,10 +5,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
+from types import GenericAlias
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
 
 from torchtitan_lite.checkpoint import CheckpointConfig
@@ -116,22 +117,39 @@ def tokenizer_fingerprint(folder: Path) -> str | None:
 def decoder_of(identity: Mapping[str, Any]) -> DecoderConfig:
     """The decoder that a step was saved of, on the default backend; raises Damaged where it says of none."""
     own = {key.removeprefix(_MODEL): value for key, value in identity.items() if key.startswith(_MODEL)}
-    scaling = {key.partition(".")[2]: value for key, value in own.items() if key.startswith("rope_scaling.")}
-    values = {key: value for key, value in own.items() if "." not in key}
+    values = _nested(own)
     architecture = values.pop("architecture", None)
     if (cls := config_class(architecture)) is None:
         raise Damaged(f"it is of a model that is not known here ({architecture}); a plugin may have it")
     try:
-        table = {"rope_scaling": scaling} if scaling else {}
-        config = TypeAdapter(cls).validate_json(json.dumps({**values, **table}), strict=True)
+        (config,) = _list_of(cls).validate_json(json.dumps([values]), strict=True)
     except ValidationError as error:
         what = error.errors()[0]
-        raise Damaged(f"it says of no model ({'.'.join(map(str, what['loc']))}: {what['msg']})") from None
+        raise Damaged(f"it says of no model ({'.'.join(map(str, what['loc'][1:]))}: {what['msg']})") from None
     if unknown := {key.removeprefix(_MODEL) for key in identity_of(config)} ^ own.keys():
         raise Damaged(f"it says of no model that is known here ({min(unknown)})")
     if problems := config.problems("model"):
         raise Damaged(f"it says of no model ({problems[0]})")
     return config
+
+
+def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by dotted key, as nested tables."""
+    tables: dict[str, Any] = {}
+    for key, value in flat.items():
+        *parents, name = key.split(".")
+        table = tables
+        for parent in parents:
+            table = table.setdefault(parent, {})
+        table[name] = value
+    return tables
+
+
+def _list_of(cls: type[DecoderConfig]) -> TypeAdapter[list[DecoderConfig]]:
+    # Of a list, since pydantic takes no configuration for a dataclass itself. Any class may be an attention
+    # backend; none is read.
+    wanted: Any = GenericAlias(list, (cls,))
+    return TypeAdapter(wanted, config=ConfigDict(arbitrary_types_allowed=True))
 
 
 def identity_of(config: DecoderConfig) -> dict[str, Any]:

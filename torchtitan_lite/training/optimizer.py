@@ -1,19 +1,46 @@
-"""AdamW with decay on matrices alone."""
+"""Optimizers: what each is told of the parameters, and AdamW with decay on all but vectors."""
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from torchtitan_lite.config.load import Problem
+from torchtitan_lite.registry import optimizers
 
 
+class OptimizerConfig(Protocol):
+    """Which optimizer updates the weights, and how strongly: the options of one that is registered."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def lr(self) -> float:
+        """Peak learning rate; the schedule scales it."""
+        ...
+
+    def problems(self, key: str) -> list[Problem]:
+        """Values out of range."""
+        ...
+
+    def build(
+        self, parameters: Mapping[str, nn.Parameter], groups: Mapping[str, str]
+    ) -> torch.optim.Optimizer:
+        """The optimizer of `parameters`, by name. `groups` says which group each of them is in.
+
+        Groups: "matrix", "embedding", "head", "vector", "router" and "expert".
+        """
+        ...
+
+
+@optimizers.register
 @dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """Which optimizer updates the weights, and how strongly."""
+class AdamW:
+    """Adam with decoupled weight decay (https://arxiv.org/abs/1711.05101)."""
 
     name: Literal["AdamW"] = "AdamW"
     """AdamW: Adam with decoupled weight decay (https://arxiv.org/abs/1711.05101)."""
@@ -45,6 +72,25 @@ class OptimizerConfig:
             if not ok
         ]
 
+    def build(
+        self, parameters: Mapping[str, nn.Parameter], groups: Mapping[str, str]
+    ) -> torch.optim.Optimizer:
+        """AdamW in two groups: vectors, which do not decay, and the rest, which does."""
+        decayed = [(name, p) for name, p in parameters.items() if groups[name] != "vector"]
+        vectors = [(name, p) for name, p in parameters.items() if groups[name] == "vector"]
+        parts = [
+            {"params": decayed, "weight_decay": self.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+        return LocalAdamW(
+            [part for part in parts if part["params"]],
+            lr=self.lr,
+            betas=(self.beta1, self.beta2),
+            eps=self.eps,
+            fused=self.implementation == "fused",
+            foreach=self.implementation == "foreach",
+        )
+
 
 class LocalAdamW(torch.optim.AdamW):
     """AdamW that updates each rank's shards as the plain tensors that they are.
@@ -62,22 +108,10 @@ class LocalAdamW(torch.optim.AdamW):
 
 
 def build_optimizer(
-    named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig
+    parameters: Mapping[str, nn.Parameter], config: OptimizerConfig, groups: Mapping[str, str]
 ) -> torch.optim.Optimizer:
-    """AdamW over `named_parameters` in two groups: matrices, which decay, and the rest, which does not."""
-    trained = [(name, p) for name, p in named_parameters if p.requires_grad]
-    groups = [
-        {"params": [pair for pair in trained if pair[1].ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [pair for pair in trained if pair[1].ndim < 2], "weight_decay": 0.0},
-    ]
-    return LocalAdamW(
-        [group for group in groups if group["params"]],
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        fused=config.implementation == "fused",
-        foreach=config.implementation == "foreach",
-    )
+    """The optimizer of those `parameters` that are trained; `groups` as in `OptimizerConfig.build`."""
+    return config.build({name: p for name, p in parameters.items() if p.requires_grad}, groups)
 
 
 @torch.no_grad()

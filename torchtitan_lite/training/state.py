@@ -57,7 +57,8 @@ class TrainState:
         self.model, self.context = build_model(job, world, alive, draw=resumed is None and initial is None)
         # Of the shards: a module has whole weights in their place for as long as those are gathered.
         self.parameters = dict(self.model.named_parameters())
-        self.optimizer = build_optimizer(self.parameters.items(), job.optimizer)
+        groups = {name: row.group for name, row in self.model.config.rows.items()}
+        self.optimizer = build_optimizer(self.parameters, job.optimizer, groups)
         self.step = self.n_tokens_seen = 0
         self.resumed_step = None if resumed is None else resumed.state.step
         self.validated = -1

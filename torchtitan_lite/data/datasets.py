@@ -1,0 +1,199 @@
+"""The data section of a run: what all datasets have in common, and our own datasets."""
+
+import os
+import sysconfig
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+from torchtitan_lite.config.load import ConfigError, Problem
+from torchtitan_lite.data.sources import FileSource, Place, Source
+from torchtitan_lite.registry import Names, datasets, tokenizers
+
+_NOT_LIBRARY = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
+# Enough for the path of a shard's file below the cache folder.
+_CACHE_NAMES_LENGTH = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(ABC):
+    """What text the run learns from, and how it becomes tokens; a dataset adds its own options."""
+
+    dataset: str = ""
+    """Name of the dataset, which each of them narrows to its own."""
+    tokenizer: Annotated[str, Names(tokenizers)] = "bytes"
+    """Name of a tokenizer, or the path of a tokenizer.json or of a folder that holds one."""
+    cache_dir: str = ""
+    """Folder for the token shards; empty: $XDG_CACHE_HOME/torchtitan_lite, or ~/.cache/torchtitan_lite."""
+    validation_fraction: float = 0.05
+    """Share of the text that is held out of training, for validation; 0 holds nothing out."""
+    num_workers: int = 0
+    """Processes per rank that prepare batches ahead. 0: the training process itself does, which is enough
+    unless the token shards are on a slow disk."""
+
+    @abstractmethod
+    def open(self) -> Source:
+        """The text. Raises ConfigError where there is none."""
+
+    @property
+    def shard_options(self) -> object:
+        """The options that the shards depend on besides the text, its tokenizer and the share held out.
+
+        These are all options of the dataset itself, unless it says better.
+        """
+        common = {field.name for field in fields(DataConfig)}
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in common}
+
+    def no_text(self) -> Problem:
+        """What is wrong where no document holds any text."""
+        return Problem("data.dataset", self.dataset, "has no text in its documents", "choose another")
+
+    @property
+    def cache_folder(self) -> Path:
+        """The folder that `cache_dir` stands for."""
+        default = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "torchtitan_lite")
+        return Path(os.path.expanduser(self.cache_dir or default)).absolute()
+
+    def problems(self, key: str) -> list[Problem]:
+        """Range and existence checks that read no file; `load_tokenizer` checks the tokenizer."""
+        found = self._cache_problems(key)
+        if not 0 <= self.validation_fraction < 1:
+            remedy = "use 0.05 to hold out a twentieth of the text, or 0 for none"
+            rule = "is not in [0, 1)"
+            found.append(Problem(f"{key}.validation_fraction", self.validation_fraction, rule, remedy))
+        if self.num_workers < 0:
+            rule, remedy = "must be at least 0", "use 0 for the training process itself"
+            found.append(Problem(f"{key}.num_workers", self.num_workers, rule, remedy))
+        return found
+
+    def _cache_problems(self, key: str) -> list[Problem]:
+        folder = self.cache_folder
+        nearest = next(place for place in (folder, *folder.parents) if os.path.exists(place))
+        # Only the file system knows, and it looks no further than the first folder that does not exist.
+        longest, in_all = (os.pathconf(nearest, f"PC_{what}_MAX") for what in ("NAME", "PATH"))
+        lengths = [len(os.fsencode(part)) for part in folder.parts]
+        if max(lengths) > longest or len(os.fsencode(folder)) + _CACHE_NAMES_LENGTH > in_all:
+            rule = f"is too long for a folder: a name has at most {longest} bytes, a path {in_all}"
+            return [Problem(f"{key}.cache_dir", str(folder), rule, "use a shorter one")]
+        # A folder that exists may be complete and read-only; only a build finds out that it cannot write.
+        if os.path.isdir(nearest) and (nearest == folder or os.access(nearest, os.W_OK | os.X_OK)):
+            return []
+        rule = "is not a folder" if nearest == folder else f"cannot be made in {nearest}"
+        return [Problem(f"{key}.cache_dir", str(folder), rule, "name a folder that you can write to")]
+
+
+@datasets.register
+@dataclass(frozen=True, kw_only=True)
+class PythonStdlib(DataConfig):
+    """The sources of the running Python's standard library."""
+
+    dataset: Literal["python_stdlib"] = "python_stdlib"
+
+    @property
+    def shard_options(self) -> object:
+        return None
+
+    def open(self) -> FileSource:
+        place = Place(root=Path(sysconfig.get_path("stdlib")), suffix=".py", left_out=_NOT_LIBRARY)
+        kept, *_ = place.read(only_text=True, warn=False)
+        if not kept:
+            rule = f"finds no source file of the standard library in {place.root}"
+            remedy = 'use a Python that has them, or dataset "text"'
+            raise ConfigError([Problem("data.dataset", self.dataset, rule, remedy)])
+        return FileSource(files=tuple(kept), json_field=None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Files(DataConfig):
+    """A dataset of the user's files."""
+
+    path: str = ""
+    """File or folder of the text and jsonl datasets."""
+
+    suffix: ClassVar[str] = ""
+    """How the names of files in a folder end."""
+    is_json: ClassVar[bool] = False
+
+    def no_text(self) -> Problem:
+        remedy = "name a file or folder that does"
+        return Problem("data.path", self.path, "holds no text, only lines without any", remedy)
+
+    def problems(self, key: str) -> list[Problem]:
+        return self._path_problems(key) + super().problems(key)
+
+    @property
+    def _place(self) -> Place:
+        return Place(root=Path(os.path.expanduser(self.path)), suffix=self.suffix)
+
+    def _path_problems(self, key: str) -> list[Problem]:
+        path = os.path.expanduser(self.path)
+        kind = ".jsonl file" if self.is_json else "text file"
+        remedy = f"name a {kind} or a folder of them"
+        if not path:
+            rule = f'is needed by dataset "{self.dataset}"'
+        elif not os.path.exists(path):
+            rule = "does not exist"
+        elif not os.access(path, os.R_OK | (os.X_OK if os.path.isdir(path) else 0)):
+            rule, remedy = "cannot be read", "change its permissions, or name another"
+        elif not self._place.has_files():
+            rule = f"holds no {kind}"
+        else:
+            return []
+        return [Problem(f"{key}.path", self.path, rule, remedy)]
+
+    def _open(self, json_field: str | None) -> FileSource:
+        place = self._place
+        kept, n_empty, n_not_text = place.read(only_text=not self.is_json, warn=True)
+        if kept:
+            return FileSource(files=tuple(kept), json_field=json_field)
+        if place.root.is_file():
+            rule = "is empty" if n_empty else "is not UTF-8 text"
+            remedy = "name a file that holds text, or convert it to UTF-8"
+        else:
+            kind = ".jsonl file that is not empty" if self.is_json else "UTF-8 text file"
+            rule = f"holds no {kind} ({n_empty} empty, {n_not_text} not UTF-8, hidden ones not counted)"
+            remedy = "name a folder that does, or a file"
+        raise ConfigError([Problem("data.path", self.path, rule, remedy)])
+
+
+@datasets.register
+@dataclass(frozen=True, kw_only=True)
+class Text(_Files):
+    """A UTF-8 file, or every UTF-8 file below a folder."""
+
+    dataset: Literal["text"] = "text"
+
+    @property
+    def shard_options(self) -> object:
+        return None
+
+    def open(self) -> FileSource:
+        return self._open(json_field=None)
+
+
+@datasets.register
+@dataclass(frozen=True, kw_only=True)
+class Jsonl(_Files):
+    """One JSON object a line, in a file or in every .jsonl file below a folder."""
+
+    dataset: Literal["jsonl"] = "jsonl"
+    field: str = "text"
+    """Key of the JSON objects that holds a jsonl document's text."""
+
+    suffix: ClassVar[str] = ".jsonl"
+    is_json: ClassVar[bool] = True
+
+    @property
+    def shard_options(self) -> object:
+        return self.field
+
+    def open(self) -> FileSource:
+        return self._open(json_field=self.field)
+
+
+def open_source(config: DataConfig) -> Source:
+    """The dataset of `config`, every file of it read once to be hashed; ConfigError if it has no text."""
+    if problems := [problem for problem in config.problems("data") if problem.key != "data.cache_dir"]:
+        raise ConfigError(problems)
+    return config.open()

@@ -1,0 +1,212 @@
+"""What a name in a configuration stands for: our members and those of plugins, registered in the same way.
+
+A plugin is a module that `job.plugins` names. It is imported before the flags are read, and registers:
+
+    @optimizers.register
+    @dataclass(frozen=True, kw_only=True)
+    class Lion:
+        name: Literal["Lion"] = "Lion"
+        lr: float = 1e-4
+        ...
+
+What each door asks of a member is in docs/configuration.md.
+"""
+
+import dataclasses
+import functools
+import importlib
+import keyword
+import re
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import field, fields, make_dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from torchtitan_lite.config.problem import ConfigError, Problem
+
+Member = TypeVar("Member")
+_Wrong = Iterator[tuple[str, str]]
+"""Rules that a member breaks, each with its remedy."""
+
+_KEY = "job.plugins"
+_WORD = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
+_importing: list[str] = []
+"""The plugins that are being imported; the last is imported by the one before it."""
+
+
+class Door:
+    """Members of one kind by name: what a key of the configuration can choose."""
+
+    def __init__(
+        self, what: str, *, tag: str, needs: tuple[str, ...], reserved: tuple[str, ...] = ()
+    ) -> None:
+        self.what, self.tag, self.needs, self.reserved = what, tag, needs, reserved
+        self.members: dict[str, Any] = {}
+
+    def register(self, member: Member) -> Member:
+        """Add a member, and return it. A class decorator, where the members are classes.
+
+        Raises ConfigError where the member lacks something, or its name is another member's.
+        """
+        wrong = list(self._wrong(member)) or list(self._wrong_name(member))
+        if wrong:
+            module = _importing[-1] if _importing else getattr(member, "__module__", "?")
+            raise ConfigError([Problem(_KEY, module, rule, remedy) for rule, remedy in wrong])
+        self.members[self.name_of(member)] = member
+        return member
+
+    def name_of(self, member: object) -> Any:
+        """The name that the member itself says."""
+        return getattr(member, self.tag, None)
+
+    def _wrong(self, member: object) -> _Wrong:
+        """What the member lacks."""
+        if lacking := [name for name in (self.tag, *self.needs) if _lacks(member, name)]:
+            yield f"registers a {self.what} that lacks {' and '.join(lacking)}", "give it what it lacks"
+
+    def _wrong_name(self, member: object) -> _Wrong:
+        name = self.name_of(member)
+        called = f'registers the {self.what} "{name}", which'
+        if not isinstance(name, str) or not _WORD.fullmatch(name) or keyword.iskeyword(name):
+            yield f"{called} is no word of letters, digits and _", "choose another name"
+        elif name in self.reserved or not _is_same(self.members.get(name, member), member):
+            yield f"{called} exists", "choose another name"
+
+
+class _ClassDoor(Door):
+    """A door whose members are frozen dataclasses: the fields are options, and one of them is the tag."""
+
+    def name_of(self, member: object) -> Any:
+        annotation = get_type_hints(member).get(self.tag)
+        names = get_args(annotation) if get_origin(annotation) is Literal else ()
+        return names[0] if len(names) == 1 and getattr(member, self.tag, None) == names[0] else None
+
+    def _wrong(self, member: object) -> _Wrong:
+        called = f"registers the {self.what} {getattr(member, '__qualname__', member)}, which"
+        # A class that only inherits from a dataclass has no fields of its own.
+        if not (isinstance(member, type) and "__dataclass_params__" in vars(member)):
+            yield f"{called} is no dataclass", "write @dataclass(frozen=True, kw_only=True) below .register"
+            return
+        if not vars(member)["__dataclass_params__"].frozen:
+            yield f"{called} is not frozen", "write @dataclass(frozen=True, kw_only=True)"
+        if self.name_of(member) is None:
+            yield f"{called} has no tag", f'give it the field {self.tag}: Literal["NAME"] = "NAME"'
+        if bare := [option.name for option in fields(member) if _has_no_default(option)]:
+            yield f"{called} has no default for {' and '.join(bare)}", "give every option a default"
+        options = {option.name for option in fields(member)}
+        if lacking := [name for name in self.needs if name not in options and _lacks(member, name)]:
+            yield f"{called} lacks {' and '.join(lacking)}", f"every {self.what} has {', '.join(self.needs)}"
+
+
+class Choice(_ClassDoor):
+    """Of these members one is chosen, by its tag, in the section that `Annotated[..., door]` describes."""
+
+
+class Sections(_ClassDoor):
+    """These members each have a section of options: `[hooks.NAME]` in the section `[hooks]`."""
+
+    @property
+    def section(self) -> type:
+        """The dataclass with a field for each member that has options."""
+        return _section(self.what, tuple(self.members.items()))
+
+    def defaults(self) -> Any:
+        """The section with every option as its member has it."""
+        return self.section()
+
+    def configured(self, section: object) -> dict[str, Any]:
+        """Every member by name, with the options of `section`."""
+        return {
+            name: getattr(section, name) if hasattr(section, name) else member()
+            for name, member in self.members.items()
+        }
+
+
+class Names:
+    """Marks a key that takes a name of a door, among other texts: `Annotated[str, Names(door)]`."""
+
+    def __init__(self, door: Door) -> None:
+        self.door = door
+
+
+# models/registry.py takes "hf" for folders that describe a model.
+families = Door("model family", tag="name", needs=("presets",), reserved=("hf",))
+"""Model families: `Family` of models/presets.py, for `model.name` and `model.flavor`."""
+attentions = Choice(
+    "attention backend", tag="kind", needs=("supports", "implementation", "option_refusals", "build", "mask")
+)
+"""Attention backends, for the section `[model.attention]`."""
+datasets = Choice("dataset", tag="dataset", needs=("problems", "open"))
+"""Where text comes from, for the section `[data]`."""
+tokenizers = Sections("tokenizer", tag="name", needs=("build",))
+"""Tokenizers, for `data.tokenizer` and the sections `[tokenizers.NAME]`."""
+optimizers = Choice("optimizer", tag="name", needs=("lr", "problems", "build"))
+"""Optimizers, for the section `[optimizer]`."""
+hooks = Sections("hook", tag="name", needs=("build",))
+"""What is called while a run goes on, for the sections `[hooks.NAME]`."""
+
+
+def import_plugins(names: Sequence[str], folders: Iterable[Path], key: str = _KEY) -> list[Problem]:
+    """Import the modules that `key` names, and return what is wrong with them.
+
+    They are looked for where Python looks, and then in the working directory and in `folders`.
+    """
+    if names:
+        # At the end: a file there must not stand in for an installed module that somebody else imports. The
+        # folders stay, for what the plugins import later, and for the processes that are spawned.
+        places = [str(folder.absolute()) for folder in (Path(), *folders)]
+        sys.path += [place for place in dict.fromkeys(places) if place not in sys.path]
+    return [problem for name in dict.fromkeys(names) for problem in _import(name, key)]
+
+
+def _import(name: str, key: str) -> list[Problem]:
+    if name.endswith(".py") or not all(part.isidentifier() for part in name.split(".")):
+        remedy = 'write it as Python imports it, such as "my_package.module"'
+        return [Problem(key, name, "is not the name of a module", remedy)]
+    _importing.append(name)
+    try:
+        importlib.import_module(name)
+    except ConfigError as error:
+        return [dataclasses.replace(problem, key=key) for problem in error.problems]
+    except (Exception, SystemExit) as error:  # noqa: BLE001 (a plugin may raise anything)
+        is_absent = isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}.")
+        remedy = "name a module that is installed, in the working directory, or beside a --config file"
+        if not is_absent:
+            remedy = f'correct it; python -c "import {name}" shows where'
+        return [Problem(key, name, f"cannot be imported ({type(error).__name__}: {error})", remedy)]
+    finally:
+        _importing.pop()
+    return []
+
+
+def _lacks(member: object, name: str) -> bool:
+    return getattr(getattr(member, name, None), "__isabstractmethod__", not hasattr(member, name))
+
+
+def _has_no_default(option: Any) -> bool:
+    return option.default is dataclasses.MISSING and option.default_factory is dataclasses.MISSING
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    """Whether two members are the same one, from a module that was perhaps imported again."""
+    if isinstance(one, type) and isinstance(other, type):
+        return (one.__module__, one.__qualname__) == (other.__module__, other.__qualname__)
+    # The classes of an instance's parts may have been made again too; their text is the same.
+    return repr(one) == repr(other)
+
+
+@functools.cache
+def _section(what: str, members: tuple[tuple[str, type], ...]) -> type:
+    # A member without options, which has nothing but its tag, would be an empty table.
+    options = [(name, cls, field(default_factory=cls)) for name, cls in members if len(fields(cls)) > 1]
+
+    def problems(self: Any, key: str) -> list[Problem]:
+        found = []
+        for name, cls, _ in options:
+            if hasattr(cls, "problems"):
+                found += getattr(self, name).problems(f"{key}.{name}")
+        return found
+
+    namespace = {"__doc__": f"The options of each {what}.", "problems": problems}
+    return make_dataclass(f"{what.title()}Sections", options, frozen=True, kw_only=True, namespace=namespace)
