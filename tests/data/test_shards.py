@@ -14,16 +14,7 @@ import pytest
 from programs import PIPE, Program
 
 from torchtitan_lite.config.load import ConfigError, Problem
-from torchtitan_lite.data import (
-    PythonStdlib,
-    Samples,
-    Shards,
-    Split,
-    cache,
-    load_tokenizer,
-    prepare,
-    shards,
-)
+from torchtitan_lite.data import PythonStdlib, Samples, Shards, Split, cache, load_tokenizer, prepare, shards
 
 FILES = ["metadata.json", "train.offsets", "train.tokens", "validation.offsets", "validation.tokens"]
 
