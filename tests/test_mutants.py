@@ -170,7 +170,7 @@ MUTANTS = {
         "torchtitan_lite/data/shards.py",
         "source.digest, config.shard_options,",
         "source.digest, None,",
-        "tests/data/test_shards.py::test_the_shards_of_a_plugins_dataset_depend_on_its_own_options",
+        "tests/data/test_datasets.py::test_the_shards_of_a_plugins_dataset_depend_on_its_own_options",
     ),
     "a changed tag drops what both members have": Mutant(
         "torchtitan_lite/config/validation.py",

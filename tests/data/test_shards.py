@@ -7,28 +7,14 @@ import shutil
 import tracemalloc
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pytest
 from programs import PIPE, Program
 
 from torchtitan_lite.config.load import ConfigError, Problem
-from torchtitan_lite.data import (
-    DataConfig,
-    PythonStdlib,
-    Samples,
-    Shards,
-    Source,
-    Split,
-    Texts,
-    cache,
-    load_tokenizer,
-    prepare,
-    shards,
-)
+from torchtitan_lite.data import PythonStdlib, Samples, Shards, Split, cache, load_tokenizer, prepare, shards
 
 FILES = ["metadata.json", "train.offsets", "train.tokens", "validation.offsets", "validation.tokens"]
 
@@ -198,46 +184,6 @@ def test_what_is_cached_is_not_built_again_by_any_name_of_the_place(
     assert same(built, tokenized(text_folder.rename(text_folder.with_name("moved"))))
     monkeypatch.chdir(text_folder.parent)
     assert same(built, tokenized("moved", cache_dir="cache"))
-
-
-def test_shards_of_earlier_versions_are_still_found(tmp_path: Path, tokenized):
-    text, lines = tmp_path / "a.txt", tmp_path / "b.jsonl"
-    text.write_text("hello\n")
-    lines.write_text('{"body": "one"}\n{"body": "two"}\n')
-    # What they were called before datasets were classes.
-    assert tokenized(text).folder.name == "text-e42e965522123c63abe2cb0f"
-    built = tokenized(lines, "jsonl", field="body", validation_fraction=0.5)
-    assert built.folder.name == "jsonl-fdf3ed9c09781596dbb40736"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Letters(DataConfig):
-    """A dataset as a plugin would have it."""
-
-    dataset: Literal["letters2"] = "letters2"
-    letter: str = "a"
-
-    def open(self) -> Source:
-        return Texts([f"{number} letters" for number in range(200)])
-
-
-def test_the_shards_of_a_plugins_dataset_depend_on_its_own_options(tmp_path: Path):
-    def folder(**options) -> str:
-        config = Letters(cache_dir=str(tmp_path), **options)
-        return prepare(config, load_tokenizer("bytes")).folder.name
-
-    assert folder() == folder(num_workers=3) and folder().startswith("letters2-")
-    assert len({folder(), folder(letter="b"), folder(validation_fraction=0.25)}) == 3
-
-
-def test_a_dataset_of_empty_documents_has_no_text(tmp_path: Path):
-    class Empty(Letters):
-        def open(self) -> Source:
-            return Texts(["", ""])
-
-    with pytest.raises(ConfigError) as caught:
-        prepare(Empty(cache_dir=str(tmp_path)), load_tokenizer("bytes"))
-    assert str(caught.value) == 'data.dataset = "letters2" has no text in its documents: choose another'
 
 
 def test_content_tokenizer_field_and_fraction_each_have_their_own_shards(
