@@ -1,11 +1,19 @@
 """A plugin that registers a member at every door, and a place for plugins that a test writes."""
 
 import importlib
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from parallel_cases import here, precision
 
 from torchtitan_lite import registry
+from torchtitan_lite.config.job import load_job
+from torchtitan_lite.training.trainer import Trainer
 
 DOORS = {
     "families": registry.families,
@@ -148,6 +156,17 @@ class Clock:
     def build(self, run: Any) -> object:
         return object()
 '''
+
+
+def run_to_the_end(argv: list[str], folder: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl of a whole run in float64, with its hooks, by all ranks together."""
+    with precision(double=True):
+        world = here()
+        job = load_job(argv, world_size=world.size).config
+        Trainer(job, world, folder=folder, hooks=list(job.hook_configs.items())).run()
+    if dist.is_initialized():
+        dist.barrier()
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 @contextmanager

@@ -195,7 +195,7 @@ def _typed(hint: Any, base: object, value: object, key: str) -> tuple[object, li
     return base, [Problem(key, value, f"is not {kind}", remedy)]
 
 
-def config_class(architecture: object) -> type[DecoderConfig] | None:
+def config_class(architecture: str) -> type[DecoderConfig] | None:
     """The class of the decoders of an architecture; None if no family has it."""
     classes = [type(config) for sizes in families.values() for config in sizes.values()]
     return next((cls for cls in classes if cls.architecture == architecture), None)

@@ -115,12 +115,18 @@ def tokenizer_fingerprint(folder: Path) -> str | None:
 
 
 def decoder_of(identity: Mapping[str, Any]) -> DecoderConfig:
-    """The decoder that a step was saved of, on the default backend; raises Damaged where it says of none."""
+    """The decoder that a step was saved of, on the default backend.
+
+    Raises Damaged where it says of none, and ConfigError where no family here has its architecture.
+    """
     own = {key.removeprefix(_MODEL): value for key, value in identity.items() if key.startswith(_MODEL)}
     values = _nested(own)
     architecture = values.pop("architecture", None)
+    if not isinstance(architecture, str):
+        raise Damaged("it says of no model (architecture)")
     if (cls := config_class(architecture)) is None:
-        raise Damaged(f"it is of a model that is not known here ({architecture}); a plugin may have it")
+        rule, remedy = "is of no model family here", "name the plugin that has it with --plugins"
+        raise ConfigError([Problem("model.architecture", architecture, rule, remedy)])
     try:
         (config,) = _list_of(cls).validate_json(json.dumps([values]), strict=True)
     except ValidationError as error:

@@ -9,9 +9,8 @@ import pytest
 import resume_cases
 from hook_cases import DONE, Ready, json_lines, run_info, stats, validation
 
-from torchtitan_lite.config.job import load_job
+from torchtitan_lite.config.job import JobConfig, load_job
 from torchtitan_lite.config.load import ConfigError, Problem
-from torchtitan_lite.run import Run
 from torchtitan_lite.training import hooks as module
 from torchtitan_lite.training.hooks import HookFailed, Hooks, Outcome, RunInfo, StepStats
 from torchtitan_lite.training.trainer import Trainer
@@ -190,8 +189,8 @@ def test_output_that_nobody_reads_is_no_failure_of_a_hook() -> None:
 def test_a_failing_hook_of_a_run_leaves_its_name_in_the_folder(
     small_run, tmp_path: Path, monkeypatch
 ) -> None:
-    configured = [("mine", Ready(Noting([], fails_in="step")))]
-    monkeypatch.setattr(Run, "_hooks", lambda _: configured)
+    configured = {"mine": Ready(Noting([], fails_in="step"))}
+    monkeypatch.setattr(JobConfig, "hook_configs", property(lambda _: configured))
     with pytest.raises(HookFailed):
         resume_cases.main(*small_run)
     assert json.loads((tmp_path / "run" / "exit.json").read_text()) == {
@@ -236,16 +235,20 @@ def test_the_time_of_our_own_hooks_counts_too(small_run, tmp_path: Path) -> None
     assert all(0 < line["hooks_fraction"] < 1 for line in lines[1:])
 
 
-def test_the_exit_status_of_a_failing_hook_is_1(run, small_run) -> None:
-    code = (
-        "import sys; from torchtitan_lite import run, train\n"
+def test_the_exit_status_of_a_failing_hook_is_1(run, small_run, tmp_path: Path) -> None:
+    (tmp_path / "failing_hook.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from typing import Literal\n"
+        "from torchtitan_lite.registry import hooks\n"
+        "@hooks.register\n"
+        "@dataclass(frozen=True, kw_only=True)\n"
         "class Mine:\n"
+        "    name: Literal['mine'] = 'mine'\n"
         "    def build(self, run): return self\n"
         "    def step(self, stats): raise ValueError('no more')\n"
-        "run.Run._hooks = lambda self: [('mine', Mine())]\n"
-        "sys.exit(train.main(sys.argv[1:]))"
     )
-    done = run("-c", code, *small_run)
+    (tmp_path / "run.toml").write_text('job.plugins = ["failing_hook"]\n')
+    done = run("-m", "torchtitan_lite.train", *small_run, "--config", tmp_path / "run.toml")
     assert done.returncode == 1
     assert 'HookFailed: hook "mine" failed in step(): ValueError: no more' in done.stderr
     assert "ValueError: no more\n\nThe above exception was the direct cause" in done.stderr

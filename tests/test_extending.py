@@ -1,0 +1,115 @@
+"""docs/extending.md as it stands: its five plugins train together, on one rank as on four."""
+
+import importlib
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import plugin_cases as cases
+import pytest
+import torch
+from attention_cases import EXACT, POSITIONS, QUERIES, compare
+
+from torchtitan_lite.cli import main as command
+from torchtitan_lite.config.job import load_job
+from torchtitan_lite.config.load import ConfigError
+from torchtitan_lite.train import main
+
+PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text()
+FILES = dict(re.findall(r"^```\w+\n# (\w+\.\w+)\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL))
+PLUGINS = ("post_norm", "sums", "lion", "plain_attention", "spikes")
+STEPS = range(1, 7)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder with the files of the page; what they register is forgotten afterwards."""
+    for name, text in FILES.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    with cases.forgotten():
+        yield tmp_path
+
+
+def options(folder: Path, *words: str) -> list[str]:
+    cache = str(folder / "cache")
+    return ["--config", str(folder / "run.toml"), "--job.device", "cpu", "--data.cache-dir", cache, *words]
+
+
+def test_the_page_has_a_file_for_every_plugin_and_its_run() -> None:
+    assert set(FILES) == {"run.toml", *(f"{name}.py" for name in PLUGINS)}
+
+
+def test_one_rank_and_fsdp_2_x_tp_2_have_the_same_numbers(ranks, folder: Path) -> None:
+    runs = {}
+    for name, n_ranks, words in (
+        ("one", 1, ["--training.local-batch-size", "8"]),
+        ("four", 4, ["--training.local-batch-size", "4", "--parallelism.tensor-parallel-degree", "2"]),
+    ):
+        own = folder / name
+        own.mkdir()
+        lines = ranks(n_ranks).run(cases.run_to_the_end, options(folder, *words), own)
+        assert all(of_rank == lines[0] for of_rank in lines)
+        runs[name] = lines[0], (own / "spikes.txt").read_text()
+    (one, said_by_one), (four, said_by_four) = runs["one"], runs["four"]
+    assert [line["step"] for line in one] == list(STEPS) == [line["step"] for line in four]
+    for key in ("loss", "grad_norm", "lr", "n_tokens_seen"):
+        found, wanted = ([line[key] for line in lines] for lines in (four, one))
+        assert found == pytest.approx(wanted, rel=1e-9), key
+    assert said_by_one == said_by_four == "done: 0 spikes\n"
+
+
+def test_what_a_run_saves_is_used_with_its_plugin_alone(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--job.dump-folder", str(folder / "run"), "--training.steps", "2", "--checkpoint.enable")
+    with cases.forgotten():
+        assert main(options(folder, *words)) == 0
+    assert "post_norm tiny: " in capsys.readouterr().out
+    generate = ["generate", str(folder / "run"), "--max-new-tokens", "3", "--device", "cpu"]
+    with cases.forgotten():
+        assert command(generate) == 2
+        assert "name the plugin that has it with --plugins" in capsys.readouterr().err
+        assert command([*generate, "--plugins", "post_norm"]) == 0
+
+
+def test_the_options_of_the_plugins_are_answered_as_our_own(folder: Path) -> None:
+    wrong = {
+        "--hooks.spikes.factr": ('did you mean "factor"?', "2"),
+        "--optimizer.name": ('did you mean "Lion"?', "Lyon"),
+        "--data.largest": ("must be at least 1", "0"),
+        "--model.attention.queries-at-a-time": ("must be at least 1", "0"),
+        "--model.flavor": ('did you mean "tiny"?', "tinny"),
+    }
+    for flag, (said, value) in wrong.items():
+        with pytest.raises(ConfigError, match=re.escape(said)):
+            load_job(options(folder, flag, value))
+
+
+@pytest.fixture
+def plain(folder: Path) -> ModuleType:
+    sys.path.insert(0, str(folder))
+    return importlib.import_module("plain_attention")
+
+
+@pytest.mark.parametrize("queries", QUERIES)
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_the_attention_of_the_page_equals_the_reference(plain: ModuleType, positions, queries) -> None:
+    for window in (None, 7):
+        backend = plain.Plain(queries_at_a_time=20)
+        compare(backend, POSITIONS[positions], QUERIES[queries], window, 6, 2, 0.37, EXACT)
+
+
+def test_a_norm_after_attention_is_not_a_norm_before_it(folder: Path) -> None:
+    config = load_job(options(folder)).config.decoder
+    block = config.build().layers[0]
+    x_BSD = torch.randn(1, 4, config.dim)
+    block.attention.wo.weight.data.zero_()
+    block.ffn.w2.weight.data.zero_()
+    positions_BS = torch.arange(4)[None]
+    mask = config.attention.mask(positions_BS)
+    from torchtitan_lite.models.rope import rotation
+
+    assert torch.equal(block(x_BSD, rotation(positions_BS, config.head_dim, 1e4, None), mask), x_BSD)
