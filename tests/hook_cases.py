@@ -8,16 +8,26 @@ from typing import Any
 
 import torch
 
+from torchtitan_lite.training.config import TrainingConfig
+from torchtitan_lite.training.determinism import DebugConfig
 from torchtitan_lite.training.hooks import HookConfig, Hooks, Outcome, RunInfo, StepStats
+from torchtitan_lite.training.hooks.profiler import ProfilingConfig
+from torchtitan_lite.training.metrics import MetricsConfig
 from torchtitan_lite.training.validation import Validation
 
 DONE = Outcome(kind="done")
 
 
+def job_with(**sections: Any) -> SimpleNamespace:
+    """What hooks read of a job, with these sections instead of the default ones."""
+    own = {"metrics": MetricsConfig(), "profiling": ProfilingConfig(), "debug": DebugConfig()}
+    return SimpleNamespace(**{"training": TrainingConfig(mixed_precision_param="float32"), **own, **sections})
+
+
 def run_info(**changes: Any) -> RunInfo:
     """A run of four steps on one rank, in the present folder."""
     values = {
-        "job": SimpleNamespace(training=SimpleNamespace(compute_dtype=torch.float32)),
+        "job": job_with(),
         "folder": Path(),
         "rank": 0,
         "world_size": 1,

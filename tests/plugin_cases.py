@@ -163,7 +163,7 @@ def run_to_the_end(argv: list[str], folder: Path) -> list[dict[str, Any]]:
     with precision(double=True):
         world = here()
         job = load_job(argv, world_size=world.size).config
-        Trainer(job, world, folder=folder, hooks=list(job.hook_configs.items())).run()
+        Trainer(job, world, folder=folder).run()
     if dist.is_initialized():
         dist.barrier()
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

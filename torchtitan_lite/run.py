@@ -64,7 +64,6 @@ class Run:
             self.world,
             alive,
             folder=self.folder,
-            hooks=list(self.job.hook_configs.items()),
             is_asked=lambda: stop.asked,
             resumed=resumed,
             initial=initial,

@@ -18,11 +18,7 @@ from torchtitan_lite.training.corpus import load_corpus
 from torchtitan_lite.training.determinism import set_determinism
 from torchtitan_lite.training.finite import NonFinite
 from torchtitan_lite.training.hooks import HookConfig, Hooks, Outcome, RunInfo
-from torchtitan_lite.training.hooks.console import ConsoleConfig, say
-from torchtitan_lite.training.hooks.jsonl import JsonlConfig
-from torchtitan_lite.training.hooks.samples import SampleLogConfig
-from torchtitan_lite.training.hooks.tensorboard import TensorBoardConfig
-from torchtitan_lite.training.hooks.work import WorkConfig
+from torchtitan_lite.training.hooks.console import say
 from torchtitan_lite.training.record import ranks_of
 from torchtitan_lite.training.state import TrainState
 from torchtitan_lite.training.step import Stepper
@@ -37,7 +33,7 @@ class Trainer:
 
     Args:
         folder: the run's own. Without one nothing is saved, and no hook is called.
-        hooks: called after our own ones, by name.
+        hooks: by name, instead of those of the job.
         is_asked: whether this rank has been asked to stop.
         resumed: the step to go on from.
         initial: the step whose model a new run starts with, or a folder of Hugging Face's.
@@ -51,7 +47,7 @@ class Trainer:
         alive: Callable[[], None] = lambda: None,
         *,
         folder: Path | None = None,
-        hooks: Sequence[tuple[str, HookConfig]] = (),
+        hooks: Sequence[tuple[str, HookConfig]] | None = None,
         is_asked: Callable[[], bool] = lambda: False,
         resumed: Found | None = None,
         initial: Found | Path | None = None,
@@ -62,7 +58,7 @@ class Trainer:
         self.corpus = load_corpus(job, self.world, shards)
         self.state = TrainState(job, self.world, self.corpus, alive, resumed=resumed, initial=initial)
         self.stepper = Stepper(job, self.world, self.state, alive)
-        self.hooks = self._build_hooks(folder, hooks) if folder else Hooks()
+        self.hooks = self._build_hooks(folder, hooks or list(job.hook_configs.items())) if folder else Hooks()
         self.saver = self._build_saver(folder) if folder and job.checkpoint.enable else None
         self.is_asked = is_asked if self.saver else lambda: False  # who cannot save does not stop early
         self.stop_asked = False
@@ -72,7 +68,6 @@ class Trainer:
         self.validations: list[Validation] = []
 
     def _build_hooks(self, folder: Path, hooks: Sequence[tuple[str, HookConfig]]) -> Hooks:
-        """Our own hooks, and then the given ones."""
         run = RunInfo(
             job=self.job,
             folder=folder,
@@ -84,7 +79,7 @@ class Trainer:
             flops_per_token=self.state.model.config.flops_per_token(self.job.training.seq_len),
             resumed_step=self.state.resumed_step,
         )
-        return Hooks.build([*own_hooks(self.job), *hooks], run)
+        return Hooks.build(hooks, run)
 
     def _build_saver(self, folder: Path) -> Saver:
         config = self.job.checkpoint
@@ -203,18 +198,6 @@ class Trainer:
             f"{self.corpus.shards.train.n_tokens:,} tokens to train on"
         )
         return [line, *self.job.plan(self.world.size)]
-
-
-def own_hooks(job: JobConfig) -> list[tuple[str, HookConfig]]:
-    """Our own hooks by name, in the order of their calls; each is made where the run has a use for it."""
-    return [
-        ("profiler", job.profiling),  # first, so that a trace holds little of the other hooks
-        ("samples", SampleLogConfig(enable=job.debug.log_sample_ids)),
-        ("work", WorkConfig()),
-        ("metrics.jsonl", JsonlConfig(metrics=job.metrics)),
-        ("tensorboard", TensorBoardConfig(metrics=job.metrics)),
-        ("console", ConsoleConfig(metrics=job.metrics)),  # what a line says is in the files by then
-    ]
 
 
 class _Stopped(Exception):

@@ -7,17 +7,17 @@ from pathlib import Path
 
 import programs
 import pytest
-from hook_cases import DONE, run_info, started, stats, validation
+from hook_cases import DONE, job_with, run_info, started, stats, validation
 
 from torchtitan_lite.training.hooks.console import ConsoleConfig
 from torchtitan_lite.training.metrics import MetricsConfig
 
-CONFIG = ConsoleConfig(metrics=MetricsConfig(log_freq=4, peak_flops=6e6))
+JOB = job_with(metrics=MetricsConfig(log_freq=4, peak_flops=6e6))
 
 
 def lines(capsys: pytest.CaptureFixture[str], hook_seconds: float = 0.0) -> list[str]:
     """What a run of four steps prints."""
-    hooks = started(CONFIG, run_info())
+    hooks = started(ConsoleConfig(), run_info(job=JOB))
     for step in range(1, 5):
         hooks.step(stats(step, seconds=0.5 * step, hook_seconds=hook_seconds))
     hooks.validated(validation(4, 3.5))
@@ -54,15 +54,15 @@ def test_hooks_are_mentioned_only_where_they_take_a_hundredth_of_the_time(
 
 
 def test_other_ranks_print_nothing() -> None:
-    assert CONFIG.build(run_info(rank=1)) is None
+    assert ConsoleConfig().build(run_info(rank=1)) is None
 
 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_the_progress_bar_is_for_terminals(tmp_path: Path, terminal: bool) -> None:
     code = (
         "from hook_cases import *; from torchtitan_lite.training.hooks.console import *\n"
-        "config = ConsoleConfig(metrics=MetricsConfig(peak_flops=1.0))\n"
-        "started(config, run_info(n_steps=3, resumed_step=2)).end(DONE)"
+        "job = job_with(metrics=MetricsConfig(peak_flops=1.0))\n"
+        "started(ConsoleConfig(), run_info(n_steps=3, resumed_step=2, job=job)).end(DONE)"
     )
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 100))

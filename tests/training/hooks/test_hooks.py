@@ -50,7 +50,8 @@ class Noting:
 def trainer_with(*hooks: object, argv: list[str], folder: Path) -> Trainer:
     configs = [(f"hook {number}", Ready(hook)) for number, hook in enumerate(hooks, start=1)]
     folder.mkdir(exist_ok=True)
-    return Trainer(load_job(argv).config, folder=folder, hooks=configs)
+    job = load_job(argv).config
+    return Trainer(job, folder=folder, hooks=[*job.hook_configs.items(), *configs])
 
 
 @pytest.mark.parametrize("mode", ["disabled", "async"])
@@ -189,8 +190,10 @@ def test_output_that_nobody_reads_is_no_failure_of_a_hook() -> None:
 def test_a_failing_hook_of_a_run_leaves_its_name_in_the_folder(
     small_run, tmp_path: Path, monkeypatch
 ) -> None:
-    configured = {"mine": Ready(Noting([], fails_in="step"))}
-    monkeypatch.setattr(JobConfig, "hook_configs", property(lambda _: configured))
+    ours = JobConfig.hook_configs.fget
+    assert ours is not None
+    mine = {"mine": Ready(Noting([], fails_in="step"))}
+    monkeypatch.setattr(JobConfig, "hook_configs", property(lambda job: {**ours(job), **mine}))
     with pytest.raises(HookFailed):
         resume_cases.main(*small_run)
     assert json.loads((tmp_path / "run" / "exit.json").read_text()) == {

@@ -5,16 +5,16 @@ import os
 from pathlib import Path
 
 import pytest
-from hook_cases import DONE, json_lines, run_info, started, stats, validation
+from hook_cases import DONE, job_with, json_lines, run_info, started, stats, validation
 
 from torchtitan_lite.training.hooks.jsonl import JsonlConfig, cut
 from torchtitan_lite.training.metrics import MetricsConfig
 
-CONFIG = JsonlConfig(metrics=MetricsConfig(log_freq=1, peak_flops=6e6))
+JOB = job_with(metrics=MetricsConfig(log_freq=1, peak_flops=6e6))
 
 
 def test_each_report_and_each_validation_is_a_line(tmp_path: Path) -> None:
-    hooks = started(CONFIG, run_info(folder=tmp_path))
+    hooks = started(JsonlConfig(), run_info(folder=tmp_path, job=JOB))
     for step in (1, 2):
         hooks.step(stats(step))
     hooks.validated(validation(2, 3.5))
@@ -29,14 +29,14 @@ def test_each_report_and_each_validation_is_a_line(tmp_path: Path) -> None:
 
 
 def test_a_loss_that_is_no_number_is_null(tmp_path: Path) -> None:
-    hooks = started(CONFIG, run_info(folder=tmp_path))
+    hooks = started(JsonlConfig(), run_info(folder=tmp_path, job=JOB))
     hooks.validated(validation(1, float("nan")))
     hooks.end(DONE)
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "validation_loss": null}\n'
 
 
 def test_other_ranks_write_nothing() -> None:
-    assert CONFIG.build(run_info(rank=1)) is None
+    assert JsonlConfig().build(run_info(rank=1)) is None
 
 
 @pytest.mark.parametrize(("validated", "left"), [(-1, []), (0, [0]), (2, [0, 2]), (3, [0, 2, 3])])

@@ -5,15 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from hook_cases import DONE, run_info, started, stats, validation
+from hook_cases import DONE, job_with, run_info, started, stats, validation
 
-from torchtitan_lite.training.hooks.profiler import ProfilingConfig
+from torchtitan_lite.training.hooks.profiler import ProfilerConfig, ProfilingConfig
 
 
 def trace(folder: Path, config: ProfilingConfig, steps: int, last: int = 0, rank: int = 0) -> None:
     """Run `steps` steps of `last` (0: all), with a validation and a save between any two."""
-    run = run_info(folder=folder, n_steps=last or steps, rank=rank, world_size=rank + 1)
-    hooks = started(config, run)
+    job = job_with(profiling=config)
+    run = run_info(folder=folder, n_steps=last or steps, rank=rank, world_size=rank + 1, job=job)
+    hooks = started(ProfilerConfig(), run)
     for step in range(1, steps + 1):
         torch.ones(step).cumsum(0)
         hooks.step(stats(step))
@@ -48,7 +49,7 @@ def test_each_of_several_ranks_has_a_file(tmp_path: Path) -> None:
 
 
 def test_without_profiling_there_is_no_hook() -> None:
-    assert ProfilingConfig().build(run_info()) is None
+    assert ProfilerConfig().build(run_info()) is None
 
 
 def test_a_frequency_below_one_is_a_problem() -> None:

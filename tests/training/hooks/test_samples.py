@@ -3,9 +3,12 @@
 import json
 from pathlib import Path
 
-from hook_cases import DONE, run_info, started, stats
+from hook_cases import DONE, job_with, run_info, started, stats
 
+from torchtitan_lite.training.determinism import DebugConfig
 from torchtitan_lite.training.hooks.samples import SampleLogConfig, cut
+
+LOGGED = job_with(debug=DebugConfig(log_sample_ids=True))
 
 
 def steps(folder: Path, rank: int) -> list[tuple[int, list[int]]]:
@@ -14,14 +17,14 @@ def steps(folder: Path, rank: int) -> list[tuple[int, list[int]]]:
 
 
 def write(folder: Path, rank: int, first: int, last: int, ids: list[int]) -> None:
-    hooks = started(SampleLogConfig(enable=True), run_info(folder=folder, rank=rank))
+    hooks = started(SampleLogConfig(), run_info(folder=folder, rank=rank, job=LOGGED))
     for step in range(first, last + 1):
         hooks.step(stats(step, sample_ids=ids))
     hooks.end(DONE)
 
 
 def test_each_step_is_on_disk_as_soon_as_it_is_logged(tmp_path: Path) -> None:
-    hooks = started(SampleLogConfig(enable=True), run_info(folder=tmp_path, rank=3))
+    hooks = started(SampleLogConfig(), run_info(folder=tmp_path, rank=3, job=LOGGED))
     hooks.step(stats(1, sample_ids=[4, 5]))
     hooks.step(stats(2, sample_ids=[9, 8]))
     assert steps(tmp_path, 3) == [(1, [4, 5]), (2, [9, 8])]
@@ -29,7 +32,7 @@ def test_each_step_is_on_disk_as_soon_as_it_is_logged(tmp_path: Path) -> None:
 
 
 def test_there_is_no_log_where_none_is_asked_for() -> None:
-    assert SampleLogConfig(enable=False).build(run_info()) is None
+    assert SampleLogConfig().build(run_info()) is None
 
 
 def test_a_run_that_goes_on_on_fewer_ranks_logs_each_step_once(tmp_path: Path) -> None:

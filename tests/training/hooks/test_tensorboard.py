@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hook_cases import DONE, json_lines, run_info, stats, validation
+from hook_cases import DONE, job_with, json_lines, run_info, stats, validation
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
@@ -26,8 +26,8 @@ def test_tensorboard_holds_what_the_file_holds(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("rank", "enable"), [(0, False), (1, True)])
 def test_tensorboard_can_be_left_out_and_is_on_other_ranks(rank: int, enable: bool) -> None:
-    config = TensorBoardConfig(metrics=MetricsConfig(enable_tensorboard=enable))
-    assert config.build(run_info(rank=rank)) is None
+    job = job_with(metrics=MetricsConfig(enable_tensorboard=enable))
+    assert TensorBoardConfig().build(run_info(rank=rank, job=job)) is None
 
 
 def scalars(folder: Path, tag: str) -> list[tuple[int, float]]:
@@ -43,8 +43,8 @@ def run(folder: Path, resumed_step: int | None, last: int, loss: float) -> list[
     if resumed_step is not None:
         jsonl.cut(folder, resumed_step, validated=resumed_step // 3 * 3)
     metrics = MetricsConfig(log_freq=1, peak_flops=1.0)
-    configs = [("file", JsonlConfig(metrics=metrics)), ("board", TensorBoardConfig(metrics=metrics))]
-    hooks = Hooks.build(configs, run_info(folder=folder, n_steps=12, resumed_step=resumed_step))
+    info = run_info(folder=folder, n_steps=12, resumed_step=resumed_step, job=job_with(metrics=metrics))
+    hooks = Hooks.build([("file", JsonlConfig()), ("board", TensorBoardConfig())], info)
     hooks.start()
     if resumed_step is None:
         hooks.validated(validation(0, loss))

@@ -1,6 +1,7 @@
 """Lines on the console, and a progress bar where that is a terminal."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from tqdm import tqdm
 
@@ -16,11 +17,11 @@ _NEGLIGIBLE = 0.01
 class ConsoleConfig:
     """The console of the first rank."""
 
-    metrics: MetricsConfig
+    name: Literal["console"] = "console"
 
     def build(self, run: RunInfo) -> "Console | None":
         """The hook, on the first rank."""
-        return Console(self.metrics) if run.rank == 0 else None
+        return Console(run.job.metrics) if run.rank == 0 else None
 
 
 class Console:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from torchtitan_lite.training.hooks import Outcome, RunInfo, StepStats
 from torchtitan_lite.training.metrics import Meter, MetricsConfig
@@ -15,13 +16,13 @@ _FILE = "metrics.jsonl"
 
 @dataclass(frozen=True, kw_only=True)
 class JsonlConfig:
-    """The file of the first rank."""
+    """metrics.jsonl, which the first rank writes."""
 
-    metrics: MetricsConfig
+    name: Literal["metrics_jsonl"] = "metrics_jsonl"
 
     def build(self, run: RunInfo) -> "Jsonl | None":
         """The hook, on the first rank."""
-        return Jsonl(self.metrics) if run.rank == 0 else None
+        return Jsonl(run.job.metrics) if run.rank == 0 else None
 
 
 class Jsonl:

@@ -1,6 +1,7 @@
 """Traces of where a step's time goes."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -40,9 +41,16 @@ class ProfilingConfig:
             if not ok
         ]
 
+
+@dataclass(frozen=True, kw_only=True)
+class ProfilerConfig:
+    """The traces of every rank, if they are asked for."""
+
+    name: Literal["profiler"] = "profiler"
+
     def build(self, run: RunInfo) -> "Profiler | None":
         """The hook, on every rank."""
-        return Profiler(self, run) if self.enable_profiling else None
+        return Profiler(run.job.profiling, run) if run.job.profiling.enable_profiling else None
 
 
 class Profiler:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from torchtitan_lite.training.hooks import Outcome, RunInfo, StepStats
 from torchtitan_lite.training.outputs import Lines, keep_lines
@@ -13,11 +14,11 @@ _FOLDER = "sample_ids"
 class SampleLogConfig:
     """The sample log of every rank, if it is asked for."""
 
-    enable: bool
+    name: Literal["samples"] = "samples"
 
     def build(self, run: RunInfo) -> "SampleLog | None":
         """The hook."""
-        return SampleLog() if self.enable else None
+        return SampleLog() if run.job.debug.log_sample_ids else None
 
 
 class SampleLog:

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from torchtitan_lite.training.hooks import Outcome, RunInfo, StepStats
 from torchtitan_lite.training.metrics import Meter, MetricsConfig
@@ -19,11 +19,12 @@ _LOG = logging.getLogger(__name__)
 class TensorBoardConfig:
     """The files of the first rank, if they are asked for."""
 
-    metrics: MetricsConfig
+    name: Literal["tensorboard"] = "tensorboard"
 
     def build(self, run: RunInfo) -> "TensorBoard | None":
         """The hook, on the first rank."""
-        return TensorBoard(self.metrics) if run.rank == 0 and self.metrics.enable_tensorboard else None
+        metrics = run.job.metrics
+        return TensorBoard(metrics) if run.rank == 0 and metrics.enable_tensorboard else None
 
 
 class TensorBoard:

@@ -1,6 +1,7 @@
 """How evenly the ranks of a sequence share the work of attention."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,8 @@ from torchtitan_lite.training.hooks.console import say
 @dataclass(frozen=True, kw_only=True)
 class WorkConfig:
     """The report on every rank of a run in which ranks share sequences."""
+
+    name: Literal["work"] = "work"
 
     def build(self, run: RunInfo) -> "Work | None":
         """The hook."""
