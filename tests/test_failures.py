@@ -51,18 +51,22 @@ SOON = ("--comm.train-timeout-seconds", 5)
 
 
 HOOKED = """\
-import sys
-from torchtitan_lite import run, train
+from dataclasses import dataclass
+from typing import Literal
 
+from torchtitan_lite.registry import hooks
+
+
+@hooks.register
+@dataclass(frozen=True, kw_only=True)
 class Mine:
+    name: Literal["mine"] = "mine"
+
     def build(self, run):
         return self if run.rank == 1 else None
 
     def step(self, stats):
         1 / (stats.step - 2)
-
-run.Run._hooks = lambda self: [("mine", Mine())]
-sys.exit(train.main(sys.argv[1:]))
 """
 
 
@@ -119,7 +123,8 @@ def test_an_exception_is_shown_once_and_first_and_the_others_say_a_line(
 
 def test_a_hook_that_fails_on_one_rank_ends_all_with_its_name(small_run, tmp_path: Path) -> None:
     (tmp_path / "hooked.py").write_text(HOOKED)
-    with launched(tmp_path, "hooked.py", *small_run, *TIMEOUTS, processes=2) as run:
+    options = [*small_run, *TIMEOUTS, "--job.plugins", "hooked"]
+    with launched(tmp_path, "-m", "torchtitan_lite.train", *options, processes=2) as run:
         assert run.wait() == 1
         assert run.left() == []
     said = run.of_ranks().splitlines()
