@@ -6,12 +6,15 @@ import exchange_cases as cases
 import pytest
 import torch
 from exchange_cases import SCALE, SMALL, TOKENS_BS, Loss, loss_inputs
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from torchtitan_lite.config.load import ConfigError
 from torchtitan_lite.models.init import init_weights
+from torchtitan_lite.models.layers import Linear
 from torchtitan_lite.models.loss import IGNORE, chunk_rows, linear_cross_entropy
 from torchtitan_lite.models.registry import resolve
+from torchtitan_lite.parallel import tensor
 from torchtitan_lite.parallel.mesh import Degrees
 
 assert_equal = partial(torch.testing.assert_close, rtol=1e-12, atol=1e-12)
@@ -101,6 +104,29 @@ def test_every_parameter_is_split_as_it_says_and_all_are_known(ranks, family: st
             if dim is not None:
                 halved[dim] //= 2
             assert list(local) == halved, name
+
+
+def test_a_module_that_would_not_read_its_share_is_refused() -> None:
+    class Scale(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.factor = nn.Parameter(torch.ones(4))
+
+    class Pair(Linear):
+        def __init__(self) -> None:
+            super().__init__(4, 4)
+            self.other = nn.Parameter(torch.ones(4))
+
+    model = cases.small_model("qwen3")
+    tensor._check_readers(model)
+    model.scale, model.pair = Scale(), Pair()
+    with pytest.raises(ConfigError) as refused:
+        tensor._check_readers(model)
+    scale, pair = str(refused.value).splitlines()
+    assert scale.startswith("module scale has a parameter and no weight_for, so tensor parallel cannot give")
+    assert pair.startswith(
+        "module pair has several parameters, so tensor parallel cannot give each rank its share"
+    )
 
 
 def test_projections_are_split_by_heads_and_by_hidden_features() -> None:

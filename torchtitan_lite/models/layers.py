@@ -11,15 +11,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-def _cast_weight(weight: Tensor, x: Tensor) -> Tensor:
-    """The weight for the input `x`; tensor parallel replaces this function, for a rank's share."""
+def cast_weight(weight: Tensor, x: Tensor) -> Tensor:
+    """The weight for the input `x`, in its dtype.
+
+    A layer reads its weight by `weight_for`: this function, until tensor parallel puts another one there, which
+    takes a rank's share.
+    """
     return weight if weight.dtype == x.dtype else weight.to(x.dtype)
 
 
 class Linear(nn.Linear):
     """A projection without bias, computed in the dtype of its input."""
 
-    weight_for = staticmethod(_cast_weight)
+    weight_for = staticmethod(cast_weight)
     multiply = staticmethod(F.linear)
     """Selective recompute replaces this function to keep a product."""
 
@@ -36,7 +40,7 @@ class Linear(nn.Linear):
 class RMSNorm(nn.RMSNorm):
     """Root mean square norm over the last dim, computed in the dtype of its input."""
 
-    weight_for = staticmethod(_cast_weight)
+    weight_for = staticmethod(cast_weight)
 
     def reset_parameters(self) -> None:
         """Nothing: `init_weights` draws every parameter."""

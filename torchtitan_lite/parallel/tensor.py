@@ -19,6 +19,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.nn import functional as F
 
+from torchtitan_lite.config.load import MISSING, ConfigError, Problem
+
+_MOST_PROBLEMS = 5
 # torch.compile sees these as operators, unlike those of torch.distributed. Renamed after torch 2.11.
 _all_gather = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor
 _reduce_scatter = getattr(collectives, "reduce_scatter_single", None) or collectives.reduce_scatter_tensor
@@ -72,6 +75,7 @@ def apply_tensor_parallel_to_predict(
 
 
 def _split_weights(model: Any, mesh: DeviceMesh, shard_dims: Mapping[str, int | None]) -> None:
+    _check_readers(model)
     for name, parameter in list(model.named_parameters()):
         owner, _, own_name = name.rpartition(".")
         module, dim = model.get_submodule(owner), shard_dims[name]
@@ -79,6 +83,21 @@ def _split_weights(model: Any, mesh: DeviceMesh, shard_dims: Mapping[str, int | 
         setattr(module, own_name, nn.Parameter(distribute_tensor(parameter, mesh, [placement])))
         module.weight_for = _whole if dim is None else _own_share
     model.token_vectors.look_up = _share_of_rows(mesh)
+
+
+def _check_readers(model: Any) -> None:
+    """Raise ConfigError where a module would not read its rank's share: it does so by one `weight_for`."""
+    found = []
+    for path, module in model.named_modules():
+        names = [name for name, _ in module.named_parameters(recurse=False)]
+        has_reader = hasattr(module, "weight_for") or module is model.token_vectors
+        if len(names) > 1 or (names and not has_reader):
+            rule = "has several parameters" if len(names) > 1 else "has a parameter and no weight_for"
+            rule += ", so tensor parallel cannot give each rank its share"
+            remedy = "keep one weight in a module, which reads it by weight_for (docs/extending.md)"
+            found.append(Problem(f"module {path}", MISSING, rule, remedy))
+    if found:
+        raise ConfigError(found[:_MOST_PROBLEMS])
 
 
 def _own_share(weight: Any, x: Tensor) -> Tensor:

@@ -127,5 +127,6 @@ def fill_state(optimizer: torch.optim.Optimizer) -> None:
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
     for state in optimizer.state.values():
-        for value in state.values():
+        for key, value in state.items():
+            assert isinstance(value, Tensor), f"{key} of the optimizer's state is no tensor"
             value.zero_()

@@ -206,6 +206,7 @@ def pieces(
     if optimizer is not None:
         for name, weight in parameters.items():
             for key, value in optimizer.state[weight].items():
+                assert isinstance(value, Tensor), f"{key} of the optimizer's state is no tensor"
                 found[f"optimizer.{name}.{key}"] = _piece(value)
     return found
 
