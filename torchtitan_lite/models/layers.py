@@ -14,8 +14,8 @@ from torch.nn import functional as F
 def cast_weight(weight: Tensor, x: Tensor) -> Tensor:
     """The weight for the input `x`, in its dtype.
 
-    A layer reads its weight by `weight_for`: this function, until tensor parallel puts another one there, which
-    takes a rank's share.
+    A layer reads its weight by `weight_for`: this function, until tensor parallel puts another one there, for
+    a rank's share.
     """
     return weight if weight.dtype == x.dtype else weight.to(x.dtype)
 
