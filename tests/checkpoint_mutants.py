@@ -161,8 +161,8 @@ MUTANTS = {
     ),
     "checkpoints: the optimizer begins anew": Mutant(
         "torchtitan_lite/training/state.py",
-        "own = pieces(self.parameters, self.optimizer)",
-        "own = pieces(self.parameters)",
+        "self.optimizer if state.step > 0 else None)",
+        "None)",
         PARTS,
     ),
     "checkpoints: a validation is done twice": Mutant(

@@ -47,6 +47,7 @@ from torchtitan_lite.models.presets import Family
 class Olmo(DecoderConfig):
     """A decoder with a field of its own."""
 
+    architecture: ClassVar[str] = "olmo"
     norm: Literal["before", "after"] = "after"
 
 
@@ -154,7 +155,10 @@ class Clock:
         return [Problem(f"{key}.every_steps", self.every_steps, "must be at least 1", "use 10")] * wrong
 
     def build(self, run: Any) -> object:
-        return object()
+        return self
+
+    def step(self, stats: Any) -> None:
+        """Nothing."""
 '''
 
 
@@ -173,6 +177,7 @@ def run_to_the_end(argv: list[str], folder: Path) -> list[dict[str, Any]]:
 def forgotten() -> Iterator[None]:
     """What is registered and imported within it, and where it was found, is gone afterwards."""
     members = {door: dict(door.members) for door in DOORS.values()}
+    registering = set(registry._registering)
     path, modules = list(sys.path), set(sys.modules)
     importlib.invalidate_caches()  # a file may be younger than what Python knows of its folder
     try:
@@ -180,6 +185,7 @@ def forgotten() -> Iterator[None]:
     finally:
         for door, before in members.items():
             door.members = before
+        registry._registering.intersection_update(registering)
         sys.path[:] = path
         for name in set(sys.modules) - modules:
             if not name.startswith(("torch", "numpy", "pydantic", "tyro", "rich")):

@@ -75,6 +75,45 @@ def test_what_a_run_saves_is_used_with_its_plugin_alone(
         assert command([*generate, "--plugins", "post_norm"]) == 0
 
 
+def test_a_model_without_a_config_json_is_not_exported(folder: Path, capsys) -> None:
+    words = ("--job.dump-folder", str(folder / "run"), "--training.steps", "1", "--checkpoint.enable")
+    assert main(options(folder, *words)) == 0
+    export = ["export-hf", str(folder / "run"), "--out", str(folder / "hf"), "--plugins", "post_norm"]
+    assert command(export) == 2
+    assert "is an architecture that has no config.json" in capsys.readouterr().err
+
+
+def test_another_optimizer_is_refused_when_a_run_goes_on(run, folder: Path, capsys) -> None:
+    words = ("--job.dump-folder", str(folder / "run"), "--checkpoint.enable")
+    done = run("-m", "torchtitan_lite.train", *options(folder, *words, "--training.steps", "1"))
+    assert done.returncode == 0, done.stderr
+    assert main(options(folder, *words, "--training.steps", "2", "--optimizer.name", "AdamW")) == 2
+    assert 'optimizer.name = "AdamW" was "Lion" when step 1 was saved' in capsys.readouterr().err
+
+
+def test_a_weight_that_tensor_parallel_cannot_split_is_refused_before_ranks_start(folder: Path) -> None:
+    source = (folder / "post_norm.py").read_text()
+    bare = "self.gain = nn.Parameter(torch.ones(1))\n        self.post_ffn_norm ="
+    row = 'Parameter(pattern="blocks.*.gain", init="ones", group="vector"),\n            *PARAMETERS'
+    source = source.replace("self.post_ffn_norm =", bare, 1).replace("*PARAMETERS", row, 1)
+    (folder / "post_norm.py").write_text(f"import torch\n{source}")
+    assert load_job(options(folder, "--dry-run")).config.decoder.n_params > 0
+    words = ("--dry-run", "--world-size", "2", "--parallelism.tensor-parallel-degree", "2")
+    with pytest.raises(ConfigError, match=r"module blocks\.0 has a parameter and no weight_for"):
+        load_job(options(folder, *words))
+
+
+@pytest.mark.parametrize("listing", ["models", "attention"])
+def test_a_plugin_that_takes_a_name_of_ours_is_refused_in_a_listing(
+    folder: Path, listing: str, capsys
+) -> None:
+    text = (folder / "plain_attention.py").read_text().replace('"plain"', '"sdpa"')
+    (folder / "taken.py").write_text(text)
+    assert command([listing, "--plugins", "taken"]) == 2
+    said = 'plugins = "taken" registers the attention backend "sdpa", which exists: choose another name\n'
+    assert capsys.readouterr().err == said
+
+
 def test_the_options_of_the_plugins_are_answered_as_our_own(folder: Path) -> None:
     wrong = {
         "--hooks.spikes.factr": ('did you mean "factor"?', "2"),

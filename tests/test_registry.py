@@ -88,8 +88,16 @@ def test_a_member_that_is_registered_is_returned() -> None:
     assert door.members == {"thing": Thing} and Thing().kind == "thing"
 
 
-def test_a_module_that_registers_nothing_is_no_plugin_to_complain_of() -> None:
-    assert refusals("") == []
+def test_a_module_that_registers_nothing_is_probably_another_than_was_meant() -> None:
+    (line,) = refusals("")
+    assert line.startswith("registers nothing (") and line.endswith(
+        "mine.py): name a module that does; if you mean another file of this name, rename it"
+    )
+
+
+def test_an_option_that_may_be_none_is_none_by_default() -> None:
+    (line,) = refusals(OPTIMIZER.replace("lr: float = 0.1", "lr: float = 0.1\n    every: int | None = 3"))
+    assert line.endswith("which has another default than None for every: have None be the default")
 
 
 def test_a_module_that_is_imported_again_replaces_its_own_members() -> None:
@@ -146,7 +154,9 @@ def test_a_dataset_without_a_source_and_a_family_without_presets_are_refused() -
     (line,) = refusals(cases.ALL.replace("    def open(self)", "    def close(self)"))
     assert line.startswith("registers the dataset Counting, which lacks open: every dataset has ")
     (line,) = refusals(cases.ALL.replace('Family(name="olmo", presets=', "dict(name="))
-    assert line == "registers a model family that lacks name and presets: give it what it lacks"
+    assert (
+        line == "registers a model family that lacks name and presets: every model family has name, presets"
+    )
 
 
 def test_outside_of_a_plugin_the_module_of_the_class_is_named() -> None:
@@ -203,7 +213,7 @@ def test_a_module_is_found_beside_a_file_too_but_never_instead_of_an_installed_o
     (tmp_path / "runs" / "beside.py").write_text(OPTIMIZER)
     (tmp_path / "runs" / "tomli.py").write_text("1 / 0")
     assert import_plugins(["beside"], []) != []
-    assert import_plugins(["beside", "tomli"], [tmp_path / "runs"]) == []
+    assert [x.value for x in import_plugins(["beside", "tomli"], [tmp_path / "runs"])] == ["tomli"]
     assert sys.path[-1] == str(tmp_path / "runs")
 
 

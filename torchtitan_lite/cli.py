@@ -1,7 +1,7 @@
 """The command `torchtitan-lite`: train a model, use a trained one, or show what there is to train with."""
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn
 
 USAGE = """\
@@ -37,16 +37,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     listings = {"models": models, "attention": attention}
     if command in listings and rest[:1] in ([], ["--plugins"]):
-        from torchtitan_lite.registry import import_plugins
-
-        problems = import_plugins(rest[1:], [], "plugins")
-        if not problems:
-            print("\n".join(listings[command]()))
-            return 0
-        print(*problems, sep="\n", file=sys.stderr)
-        return 2
+        return _list(listings[command], rest[1:])
     print(_refusal(command, rest), file=sys.stderr)
     return 2
+
+
+def _list(listing: Callable[[], list[str]], plugins: Sequence[str]) -> int:
+    """Print a listing with what `plugins` add to it; the exit status."""
+    # Ours are registered first, so that a plugin with one of their names is the one that is refused.
+    from torchtitan_lite.config import job  # noqa: F401
+    from torchtitan_lite.config.load import ConfigError
+    from torchtitan_lite.registry import import_plugins
+
+    try:
+        if problems := import_plugins(plugins, [], "plugins"):
+            raise ConfigError(problems)
+        print("\n".join(listing()))
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
 
 
 def models() -> list[str]:

@@ -33,6 +33,8 @@ _KEY = "job.plugins"
 _WORD = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 _importing: list[str] = []
 """The plugins that are being imported; the last is imported by the one before it."""
+_registering: set[str] = set()
+"""The modules that have registered something."""
 
 
 class Door:
@@ -54,6 +56,7 @@ class Door:
             module = _importing[-1] if _importing else getattr(member, "__module__", "?")
             raise ConfigError([Problem(_KEY, module, rule, remedy) for rule, remedy in wrong])
         self.members[self.name_of(member)] = member
+        _registering.update([*_importing, getattr(member, "__module__", "")])
         return member
 
     def name_of(self, member: object) -> Any:
@@ -63,7 +66,10 @@ class Door:
     def _wrong(self, member: object) -> _Wrong:
         """What the member lacks."""
         if lacking := [name for name in (self.tag, *self.needs) if _lacks(member, name)]:
-            yield f"registers a {self.what} that lacks {' and '.join(lacking)}", "give it what it lacks"
+            yield (
+                f"registers a {self.what} that lacks {' and '.join(lacking)}",
+                f"every {self.what} has {', '.join((self.tag, *self.needs))}",
+            )
 
     def _wrong_name(self, member: object) -> _Wrong:
         name = self.name_of(member)
@@ -94,13 +100,18 @@ class _ClassDoor(Door):
             yield f"{called} has no tag", f'give it the field {self.tag}: Literal["NAME"] = "NAME"'
         if bare := [option.name for option in fields(member) if _has_no_default(option)]:
             yield f"{called} has no default for {' and '.join(bare)}", "give every option a default"
+        hints = get_type_hints(member)
+        for option in fields(member):
+            if type(None) in get_args(hints[option.name]) and option.default is not None:
+                # TOML has no null: what is None is left out, and read again as the default.
+                yield f"{called} has another default than None for {option.name}", "have None be the default"
         options = {option.name for option in fields(member)}
         if lacking := [name for name in self.needs if name not in options and _lacks(member, name)]:
             yield f"{called} lacks {' and '.join(lacking)}", f"every {self.what} has {', '.join(self.needs)}"
 
 
 class Choice(_ClassDoor):
-    """Of these members one is chosen, by its tag, in the section that `Annotated[..., door]` describes."""
+    """A door for a section, `Annotated[..., door]`, whose tag names the one member that is chosen."""
 
 
 class Sections(_ClassDoor):
@@ -137,13 +148,17 @@ attentions = Choice(
     "attention backend", tag="kind", needs=("supports", "implementation", "option_refusals", "build", "mask")
 )
 """Attention backends, for the section `[model.attention]`."""
-datasets = Choice("dataset", tag="dataset", needs=("problems", "open"))
+datasets = Choice(
+    "dataset",
+    tag="dataset",
+    needs=("tokenizer", "cache_folder", "validation_fraction", "num_workers", "problems", "open"),
+)
 """Where text comes from, for the section `[data]`."""
-tokenizers = Sections("tokenizer", tag="name", needs=("build",))
+tokenizers = Sections("tokenizer", tag="name", needs=("build",), reserved=("problems",))
 """Tokenizers, for `data.tokenizer` and the sections `[tokenizers.NAME]`."""
 optimizers = Choice("optimizer", tag="name", needs=("lr", "problems", "build"))
 """Optimizers, for the section `[optimizer]`."""
-hooks = Sections("hook", tag="name", needs=("build",))
+hooks = Sections("hook", tag="name", needs=("build",), reserved=("problems",))
 """What is called while a run goes on, for the sections `[hooks.NAME]`."""
 
 
@@ -177,6 +192,10 @@ def _import(name: str, key: str) -> list[Problem]:
         return [Problem(key, name, f"cannot be imported ({type(error).__name__}: {error})", remedy)]
     finally:
         _importing.pop()
+    if name not in _registering:
+        place = getattr(sys.modules[name], "__file__", None) or "a part of Python"
+        remedy = "name a module that does; if you mean another file of this name, rename it"
+        return [Problem(key, name, f"registers nothing ({place})", remedy)]
     return []
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torchtitan_lite.config.load import ConfigError
 from torchtitan_lite.models.decoder import PARAMETERS, Block, DecoderConfig
 from torchtitan_lite.models.parameters import Parameter, Table, hub_names
+from torchtitan_lite.models.presets import Family
 from torchtitan_lite.models.registry import families, resolve
 from torchtitan_lite.models.rope import Rotation
 
@@ -32,6 +33,8 @@ class GatedBlock(Block):
 class Gated(DecoderConfig):
     """A decoder of such blocks, and no rows of its own."""
 
+    architecture: ClassVar[str] = "gated"
+
     def build_block(self) -> Block:
         return GatedBlock(self)
 
@@ -40,6 +43,7 @@ class Gated(DecoderConfig):
 class GatedWithRow(Gated):
     """The same with a row."""
 
+    architecture: ClassVar[str] = "gated with a row"
     parameters: ClassVar[Table] = Table(
         [Parameter(pattern="blocks.*.gate", init="zeros", group="vector"), *PARAMETERS]
     )
@@ -78,6 +82,24 @@ def test_a_row_of_its_own_is_all_that_another_parameter_needs() -> None:
     assert len(gates) == 2 and not any(gate.any() for gate in gates), "drawn as its row says"
     assert config.n_params == sum(weight.numel() for weight in model.parameters())
     assert config.shard_dims["blocks.1.gate"] is None
+
+
+def test_a_decoder_of_another_kind_has_another_architecture() -> None:
+    with pytest.raises(TypeError, match="Unnamed has no architecture of its own"):
+
+        class Unnamed(DecoderConfig):
+            pass
+
+
+def test_a_family_has_decoders_and_tables_that_fit_them() -> None:
+    class Odd(DecoderConfig):
+        architecture: ClassVar[str] = "odd"
+        parameters: ClassVar[Table] = Table([Parameter(pattern="x", shard_dim=0, split_by="n_wheels")])
+
+    with pytest.raises(TypeError, match="odd tiny is no DecoderConfig"):
+        Family(name="odd", presets={"tiny": 3})  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match="Odd has no field n_wheels, by which a row is split"):
+        Family(name="odd", presets={"tiny": gated(Odd)})
 
 
 def test_the_first_row_that_matches_counts() -> None:

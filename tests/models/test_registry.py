@@ -195,6 +195,7 @@ def test_the_remedy_for_the_high_frequencies_satisfies_the_rule():
 class Wide(DecoderConfig):
     """What a plugin's config may have."""
 
+    architecture: ClassVar[str] = "wide"
     norm: Literal["before", "after"] = "after"
     widths: tuple[int, ...] = ()
     gate: int | str = 0

@@ -118,10 +118,10 @@ def test_a_module_that_would_not_read_its_share_is_refused() -> None:
             self.other = nn.Parameter(torch.ones(4))
 
     model = cases.small_model("qwen3")
-    tensor._check_readers(model)
+    tensor.check_readers(model)
     model.scale, model.pair = Scale(), Pair()
     with pytest.raises(ConfigError) as refused:
-        tensor._check_readers(model)
+        tensor.check_readers(model)
     scale, pair = str(refused.value).splitlines()
     assert scale.startswith("module scale has a parameter and no weight_for, so tensor parallel cannot give")
     assert pair.startswith(

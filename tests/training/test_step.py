@@ -1,9 +1,12 @@
 """What the ranks tell each other in the step's one sum, beside the loss and the norm."""
 
 import parallel_cases as cases
+import pytest
+import torch
 from ranks import RanksOf
 
 from torchtitan_lite.config.job import load_job
+from torchtitan_lite.config.load import ConfigError
 from torchtitan_lite.training.trainer import Trainer
 
 
@@ -31,3 +34,28 @@ def test_the_work_of_attention_is_measured_in_the_first_step_alone(small_run) ->
     first, *others = (stepper.train_step().attention_work for _ in range(3))
     assert first is not None and first > 0
     assert others == [None, None]
+
+
+def test_the_schedule_scales_each_groups_own_rate(small_run) -> None:
+    trainer = Trainer(load_job(small_run).config)
+    first, second = trainer.state.optimizer.param_groups
+    first["initial_lr"] = 0.0
+    before = {name: p.detach().clone() for name, p in trainer.state.parameters.items()}
+    rates = []
+    for _ in range(2):
+        rates.append(trainer.stepper.train_step().lr)
+        assert (first["lr"], second["lr"]) == (0.0, rates[-1])
+    assert rates[0] != rates[1], "there is a schedule"
+    moved = {name for name, p in trainer.state.parameters.items() if not torch.equal(p, before[name])}
+    assert moved == {name for name, p in before.items() if p.ndim == 1}, "vectors are the second group"
+
+
+def test_an_optimizer_whose_state_cannot_be_saved_is_refused_after_its_first_step(small_run) -> None:
+    trainer = Trainer(load_job(small_run).config)
+    trainer.stepper.train_step()
+    trainer.state.check_optimizer("AdamW")
+    next(iter(trainer.state.optimizer.state.values()))["n_updates"] = 1
+    with pytest.raises(
+        ConfigError, match=r'optimizer\.name = "Mine" keeps n_updates in its state, which is no'
+    ):
+        trainer.state.check_optimizer("Mine")

@@ -28,7 +28,7 @@ from torchtitan_lite.data.tokenizer import load_tokenizer
 from torchtitan_lite.models.decoder import DecoderConfig
 from torchtitan_lite.models.huggingface import export_problems
 from torchtitan_lite.models.registry import FOLDER, AnyAttention, meant_kind, read, resolve, split_flavor
-from torchtitan_lite.parallel.apply import CompileConfig, plan
+from torchtitan_lite.parallel.apply import CompileConfig, model_problems, plan
 from torchtitan_lite.parallel.mesh import ParallelismConfig
 from torchtitan_lite.parallel.recompute import ActivationCheckpointConfig
 from torchtitan_lite.parallel.world import CommConfig
@@ -209,12 +209,15 @@ class JobConfig:
             rule = f"is more than the {decoder.max_seq_len} tokens that the model is meant for"
             remedy = f"use at most {decoder.max_seq_len}, or raise model.overrides.max_seq_len"
             found.append(Problem("training.seq_len", self.training.seq_len, rule, remedy))
+        mesh_problems = self.parallelism.problems("parallelism", world_size)
         unsound = {problem.key.removeprefix(_OVERRIDES) for problem in wrong}
         found += self._division_problems(decoder, unsound, world_size)
         if decoder is not None:
             found += self.activation_checkpoint.block_problems("activation_checkpoint", decoder.n_layers)
             if self.checkpoint.last_save_in_hf:
                 found += export_problems(decoder, "model.overrides")
+        if decoder is not None and type(decoder) is not DecoderConfig and not wrong and not mesh_problems:
+            found += model_problems(decoder, self.parallelism.degrees(world_size))
         return wrong + of_sound_values(found, wrong)
 
     def _division_problems(
@@ -295,6 +298,11 @@ def load_job(
 
 def expand(layer: dict[str, Any]) -> dict[str, Any]:
     """A layer with what stands for something longer written out: the flavor's suffix, and a null scaling."""
+    data = layer.get("data")
+    if isinstance(data, dict):
+        # Earlier versions wrote these out for every dataset: they say nothing.
+        empty = {"path": "", "field": "text"}
+        layer = {**layer, "data": {k: v for k, v in data.items() if k not in empty or v != empty[k]}}
     model = layer.get("model")
     overrides = model.get("overrides") if isinstance(model, dict) else None
     if isinstance(model, dict) and isinstance(overrides, dict) and overrides.get("rope_scaling", 0) is None:

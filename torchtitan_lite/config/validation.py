@@ -20,6 +20,7 @@ from torchtitan_lite.config.schema import (
     first_key,
     leaves,
     members_by_tag,
+    open_sections,
     tag,
     unwrapped,
 )
@@ -160,7 +161,11 @@ class _Reading:
     def unknown(self, cls: type, key: str, name: str, value: object, union: Any) -> Problem:
         owners = [owner for owner, member in members_by_tag(union).items() if name in field_types(member)]
         if not owners:
-            return unknown_key(self.root, list(field_types(cls)), key, name, value)
+            problem = unknown_key(self.root, list(field_types(cls)), key, name, value)
+            if not isinstance(value, dict) or key not in open_sections(self.root):
+                return problem
+            remedy = f"{problem.remedy.rstrip('?')}, or name the plugin that has it in job.plugins"
+            return dataclasses.replace(problem, remedy=remedy)
         by = tag(union)
         belongs = " or ".join(map(literal, owners))
         rule = f'belongs to {by} {belongs}, and {key}.{by} is "{getattr(cls(), by)}"'

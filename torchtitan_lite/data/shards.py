@@ -43,7 +43,7 @@ class Split:
     n_bytes: int
     """Bytes of UTF-8 text."""
     unigram_entropy: float
-    """Nats per byte of the split's own byte frequencies: the loss of who knows those and nothing else."""
+    """Nats per byte of the split's own byte frequencies: the loss of a model that knows only those."""
     tokens_T: np.ndarray
     """All tokens, memory-mapped."""
     offsets: np.ndarray

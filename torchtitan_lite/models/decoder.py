@@ -108,6 +108,12 @@ class DecoderConfig:
     extensible: ClassVar[str] = "vocab_size"
     """The field that may be larger than the data needs: a row that no token uses does no harm."""
 
+    def __init_subclass__(cls) -> None:
+        """A checkpoint of another model must not be read as one of this: raises TypeError without a name."""
+        super().__init_subclass__()
+        if "architecture" not in vars(cls):
+            raise TypeError(f"{cls.__name__} has no architecture of its own: give it one, by its name")
+
     def problems(self, key: str) -> list[Problem]:
         """Values out of range, and heads that do not divide."""
         found = [

@@ -19,6 +19,14 @@ class Family:
     presets: Mapping[str, DecoderConfig]
     """The config of each size; a family with a decoder of its own has a subclass of DecoderConfig there."""
 
+    def __post_init__(self) -> None:
+        """Raise TypeError where a preset is no DecoderConfig, or its table names a field that it lacks."""
+        for size, config in self.presets.items():
+            if not isinstance(config, DecoderConfig):
+                raise TypeError(f"{self.name} {size} is no DecoderConfig")
+            if lacking := [name for name in config.parameters.splits if not hasattr(config, name)]:
+                raise TypeError(f"{type(config).__name__} has no field {lacking[0]}, by which a row is split")
+
 
 def presets(
     family: Mapping[str, Any], columns: Sequence[str], sizes: Mapping[str, Sequence[Any]]

@@ -197,5 +197,7 @@ def _typed(hint: Any, base: object, value: object, key: str) -> tuple[object, li
 
 def config_class(architecture: str) -> type[DecoderConfig] | None:
     """The class of the decoders of an architecture; None if no family has it."""
-    classes = [type(config) for sizes in families.values() for config in sizes.values()]
-    return next((cls for cls in classes if cls.architecture == architecture), None)
+    configs = [config for sizes in families.values() for config in sizes.values()]
+    found = {type(config) for config in configs if config.architecture == architecture}
+    assert len(found) < 2, f"several classes have the architecture {architecture}"
+    return next(iter(found), None)

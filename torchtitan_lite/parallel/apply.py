@@ -8,13 +8,13 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from torchtitan_lite.attention.native import CXX, compile_kernel, forget_kernels
-from torchtitan_lite.config.load import Problem, near
+from torchtitan_lite.config.load import ConfigError, Problem, near
 from torchtitan_lite.models.decoder import Decoder, DecoderConfig
 from torchtitan_lite.parallel.context import ContextParallel, Split
 from torchtitan_lite.parallel.fsdp import apply_fsdp
 from torchtitan_lite.parallel.mesh import AXES, Degrees, Mesh, ParallelismConfig
 from torchtitan_lite.parallel.recompute import ActivationCheckpointConfig, apply_recompute
-from torchtitan_lite.parallel.tensor import apply_tensor_parallel
+from torchtitan_lite.parallel.tensor import apply_tensor_parallel, check_readers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +85,18 @@ def apply(
             offload=offload,
         )
     return context
+
+
+def model_problems(config: DecoderConfig, degrees: Degrees) -> list[Problem]:
+    """What a family's own model lacks for `apply`: rows for its parameters, ways to read a share of them."""
+    try:
+        with torch.device("meta"):
+            model = config.build()
+        if degrees.tensor > 1:
+            check_readers(model)
+    except ConfigError as error:
+        return list(error.problems)
+    return []
 
 
 def prepare_compile(config: CompileConfig, *, device: str, attention: str, head_dim: int) -> None:

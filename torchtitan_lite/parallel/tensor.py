@@ -75,7 +75,7 @@ def apply_tensor_parallel_to_predict(
 
 
 def _split_weights(model: Any, mesh: DeviceMesh, shard_dims: Mapping[str, int | None]) -> None:
-    _check_readers(model)
+    check_readers(model)
     for name, parameter in list(model.named_parameters()):
         owner, _, own_name = name.rpartition(".")
         module, dim = model.get_submodule(owner), shard_dims[name]
@@ -85,7 +85,7 @@ def _split_weights(model: Any, mesh: DeviceMesh, shard_dims: Mapping[str, int | 
     model.token_vectors.look_up = _share_of_rows(mesh)
 
 
-def _check_readers(model: Any) -> None:
+def check_readers(model: Any) -> None:
     """Raise ConfigError where a module would not read its rank's share: it does so by one `weight_for`."""
     found = []
     for path, module in model.named_modules():

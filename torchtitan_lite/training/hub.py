@@ -121,7 +121,7 @@ def decoder_of(identity: Mapping[str, Any]) -> DecoderConfig:
     """
     own = {key.removeprefix(_MODEL): value for key, value in identity.items() if key.startswith(_MODEL)}
     values = _nested(own)
-    architecture = values.pop("architecture", None)
+    architecture = values.pop("architecture", DecoderConfig.architecture)
     if not isinstance(architecture, str):
         raise Damaged("it says of no model (architecture)")
     if (cls := config_class(architecture)) is None:
@@ -162,7 +162,9 @@ def identity_of(config: DecoderConfig) -> dict[str, Any]:
     """What a step says of its decoder, which is all but the backend: that gives the same numbers."""
     fields = asdict(config)
     del fields["attention"]
-    return flat({"model": {"architecture": config.architecture, **json.loads(json.dumps(fields))}})
+    if config.architecture != DecoderConfig.architecture:
+        fields["architecture"] = config.architecture
+    return flat({"model": json.loads(json.dumps(fields))})
 
 
 def check_vocabulary(tokenizer: Tokenizer, config: DecoderConfig, key: str, value: str) -> None:
@@ -186,6 +188,8 @@ def export(
     ConfigError where transformers has no such model, and about `key` where `dtype` cannot hold a weight.
     """
     config = decoder_of(found.state.identity)
+    if problems := export_problems(config, "model"):
+        raise ConfigError(problems)
     ours = {
         name.removeprefix(_MODEL): stored for name, stored in found.index.items() if name.startswith(_MODEL)
     }
@@ -206,8 +210,6 @@ def export(
                 raise ConfigError([Problem(key, str(dtype).removeprefix("torch."), rule, "use bfloat16")])
         return whole
 
-    if problems := export_problems(config, "model"):
-        raise ConfigError(problems)
     ends = {"eos_id": tokenizer.eos_id, "bos_id": tokenizer.bos_id}
     described = config_json(config, dtype=str(dtype).removeprefix("torch."), **ends)
     generation = {name: described[name] for name in ("bos_token_id", "eos_token_id")}

@@ -26,7 +26,6 @@ from torchtitan_lite.models.decoder import DecoderConfig
 from torchtitan_lite.parallel.fsdp import local_shard, shard_box
 from torchtitan_lite.parallel.world import World
 from torchtitan_lite.training import hub
-from torchtitan_lite.training.optimizer import fill_state
 
 INITIAL = "checkpoint.initial_load_path"
 _ORDER = ("data.fingerprint", "debug.seed", "training.seq_len")
@@ -97,6 +96,13 @@ class Record:
             rule = f"leads to step {state.step}, which holds the model alone and was to be the last"
             remedy = "name an earlier step, or start another run with checkpoint.initial_load_path"
             raise ConfigError([Problem("checkpoint.load_step", self.job.checkpoint.load_step, rule, remedy)])
+        saved_by = state.config.get("optimizer", {}).get("name", self.job.optimizer.name)
+        if saved_by != self.job.optimizer.name and not state.model_only:
+            rule = (
+                f'was "{saved_by}" when step {state.step} was saved, and no other optimizer can use its state'
+            )
+            remedy = "set it back, or start another run with checkpoint.initial_load_path"
+            raise ConfigError([Problem("optimizer.name", self.job.optimizer.name, rule, remedy)])
         others = check_same_run(state, self.identity, self.config, allow_changes=allow)
         noted = changed(state.config, self.config, but=_NOT_NOTED)
         noted |= changed(_resolved(state.schedule), _resolved(self.schedule))
@@ -169,9 +175,8 @@ class Record:
                 for name, piece in pieces(parameters).items()
             }
         else:
-            if not optimizer.state:
-                fill_state(optimizer)
-            found = pieces(parameters, optimizer)
+            # Before the first step there is no state, and only the optimizer knows how its own begins.
+            found = pieces(parameters, optimizer if optimizer.state else None)
         state = State(
             step=step,
             n_tokens_seen=n_tokens_seen,

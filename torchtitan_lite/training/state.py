@@ -13,6 +13,7 @@ from torchtitan_lite.checkpoint.ranks import Ranks
 from torchtitan_lite.checkpoint.restore import Found, load
 from torchtitan_lite.checkpoint.save import Snapshot
 from torchtitan_lite.config.job import JobConfig
+from torchtitan_lite.config.load import ConfigError, Problem
 from torchtitan_lite.data import Loader
 from torchtitan_lite.models.decoder import Decoder
 from torchtitan_lite.models.init import init_weights
@@ -59,6 +60,8 @@ class TrainState:
         self.parameters = dict(self.model.named_parameters())
         groups = {name: row.group for name, row in self.model.config.rows.items()}
         self.optimizer = build_optimizer(self.parameters, job.optimizer, groups)
+        for group in self.optimizer.param_groups:
+            group["initial_lr"] = group["lr"]  # which the schedule scales
         self.step = self.n_tokens_seen = 0
         self.resumed_step = None if resumed is None else resumed.state.step
         self.validated = -1
@@ -77,14 +80,23 @@ class TrainState:
         """Take over a step: weights, optimizer, position and generators; not the weights of an end."""
         state = found.state
         if not state.model_only:
-            fill_state(self.optimizer)
-            own = pieces(self.parameters, self.optimizer)
+            if state.step > 0:  # before the first step there is no state
+                fill_state(self.optimizer)
+            own = pieces(self.parameters, self.optimizer if state.step > 0 else None)
             patiently(lambda: load(found, own, ranks, "checkpoint.folder"), alive)
         self.step, self.n_tokens_seen, self.validated = state.step, state.n_tokens_seen, state.validated
         if self.record.has_order_of(state):
             self.batches.consumed_samples = state.consumed_samples
         if found.random is not None:
             set_random_state(found.random)
+
+    def check_optimizer(self, name: str) -> None:
+        """Raise ConfigError if the optimizer `name` keeps state that no checkpoint can hold."""
+        for state in self.optimizer.state.values():
+            if lacking := [key for key, value in state.items() if not isinstance(value, Tensor)]:
+                rule = f"keeps {lacking[0]} in its state, which is no tensor, so no checkpoint can hold it"
+                remedy = "have the optimizer keep tensors, or set checkpoint.enable to false"
+                raise ConfigError([Problem("optimizer.name", name, rule, remedy)])
 
     def snapshot(self, *, is_done: bool) -> Snapshot:
         """What is saved of the step that was done last; `is_done`: the run has no more to do."""

@@ -32,10 +32,7 @@ class Stepper:
         self.device = torch.device(job.device)
         self.accumulation = job.training.accumulation(self.degrees.data)
         self.max_norm = job.training.max_norm
-        self.lr_at: Callable[[int], float] = lambda step: (
-            job.optimizer.lr * lr_factor(step, job.lr_scheduler, job.training.steps)
-        )
-        """The learning rate after so many steps."""
+        self.peak_lr, self.schedule, self.n_steps = job.optimizer.lr, job.lr_scheduler, job.training.steps
 
     @property
     def share(self) -> tuple[int, int]:
@@ -127,13 +124,13 @@ class Stepper:
     def update(self) -> float:
         """One optimizer step at the scheduled learning rate, which is returned."""
         state = self.state
-        lr = self.lr_at(state.step)
+        factor = lr_factor(state.step, self.schedule, self.n_steps)
         for group in state.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = group["initial_lr"] * factor
         state.optimizer.step()
         state.optimizer.zero_grad()
         state.step += 1
-        return lr
+        return self.peak_lr * factor
 
     def sum_over_ranks(self, x: Tensor) -> Tensor:
         """The sum of what every rank found for its tokens, of which a tensor-parallel group has the same."""

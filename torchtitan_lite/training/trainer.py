@@ -1,5 +1,6 @@
 """The loop of a run, on every rank the same: steps, validations, saves and hooks, to the end or a stop."""
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -17,12 +18,14 @@ from torchtitan_lite.parallel.world import World
 from torchtitan_lite.training.corpus import load_corpus
 from torchtitan_lite.training.determinism import set_determinism
 from torchtitan_lite.training.finite import NonFinite
-from torchtitan_lite.training.hooks import HookConfig, Hooks, Outcome, RunInfo
+from torchtitan_lite.training.hooks import HookConfig, HookFailed, Hooks, Outcome, RunInfo
 from torchtitan_lite.training.hooks.console import say
 from torchtitan_lite.training.record import ranks_of
 from torchtitan_lite.training.state import TrainState
 from torchtitan_lite.training.step import Stepper
 from torchtitan_lite.training.validation import Validation, mean_loss
+
+_LOG = logging.getLogger(__name__)
 
 
 class Trainer:
@@ -58,7 +61,11 @@ class Trainer:
         self.corpus = load_corpus(job, self.world, shards)
         self.state = TrainState(job, self.world, self.corpus, alive, resumed=resumed, initial=initial)
         self.stepper = Stepper(job, self.world, self.state, alive)
-        self.hooks = self._build_hooks(folder, hooks or list(job.hook_configs.items())) if folder else Hooks()
+        self.hooks = (
+            self._build_hooks(folder, list(job.hook_configs.items()) if hooks is None else hooks)
+            if folder
+            else Hooks()
+        )
         self.saver = self._build_saver(folder) if folder and job.checkpoint.enable else None
         self.is_asked = is_asked if self.saver else lambda: False  # who cannot save does not stop early
         self.stop_asked = False
@@ -117,13 +124,20 @@ class Trainer:
                 self._train()
             except BaseException as error:
                 try:
-                    # Other ranks may never come to what a save waits for, unless they have met with the same.
-                    if self.saver and (self.world.size == 1 or isinstance(error, NonFinite)):
-                        self.saver.finish()
+                    self._finish_save(error)
                 finally:
                     self.hooks.end(Outcome(kind="failed", error=error))
                 raise
             self.hooks.end(Outcome(kind="done" if self.is_done else "stopped"))
+
+    def _finish_save(self, error: BaseException) -> None:
+        """Finish the save that is under way when `error` ends the run; a hook that fails now is logged."""
+        # Other ranks may never come to what a save waits for, unless they have met with the same.
+        if self.saver and (self.world.size == 1 or isinstance(error, NonFinite)):
+            try:
+                self.saver.finish()
+            except HookFailed as failure:
+                _LOG.error("%s", failure)
 
     def _train(self) -> None:
         self.stop_asked = self.world.any(self.is_asked())
@@ -134,6 +148,8 @@ class Trainer:
             )
             self.stop_asked, save_failed = stats.flags
             if self.state.step == self.state.began + 1:
+                if self.saver:
+                    self.state.check_optimizer(self.job.optimizer.name)
                 self.world.steady()
                 self.is_steady = True
             self.alive()

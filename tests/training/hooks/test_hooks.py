@@ -255,3 +255,59 @@ def test_the_exit_status_of_a_failing_hook_is_1(run, small_run, tmp_path: Path) 
     assert done.returncode == 1
     assert 'HookFailed: hook "mine" failed in step(): ValueError: no more' in done.stderr
     assert "ValueError: no more\n\nThe above exception was the direct cause" in done.stderr
+
+
+def test_a_hook_that_ends_the_process_fails_and_a_signal_does_not() -> None:
+    class Leaving:
+        def __init__(self, code: object) -> None:
+            self.code = code
+
+        def step(self, stats: StepStats) -> None:
+            raise SystemExit(self.code)
+
+    for code in (0, 3, "no more"):
+        with pytest.raises(HookFailed, match='hook "leaving" failed in step'):
+            Hooks([("leaving", Leaving(code))]).step(stats(1))
+    with pytest.raises(SystemExit, match="143"):
+        Hooks([("leaving", Leaving(143))]).step(stats(1))
+
+
+def test_an_object_without_any_method_of_a_hook_is_refused() -> None:
+    with pytest.raises(
+        HookFailed, match=r'hook "mine" failed in build\(\): TypeError: a hook has any of start'
+    ):
+        Hooks.build([("mine", Ready(object()))], run_info())
+
+
+def test_a_reader_that_has_had_enough_is_no_failure_of_a_hook(caplog: pytest.LogCaptureFixture) -> None:
+    class Printing:
+        def end(self, outcome: Outcome) -> None:
+            raise BrokenPipeError
+
+    hooks = Hooks.build([("printing", Ready(Printing()))], run_info())
+    hooks.start()
+    hooks.end(Outcome(kind="failed", error=ValueError()))
+    assert caplog.messages == []
+
+
+def test_a_hook_that_fails_as_a_failed_run_saves_does_not_hide_why_it_failed(
+    small_run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Wrong:
+        def step(self, stats: StepStats) -> None:
+            if stats.step == 3:
+                raise ValueError("the true cause")
+
+        def saved(self, step: int) -> None:
+            raise ValueError("another")
+
+    argv = [*small_run, *SAVES, "--checkpoint.interval", "2", "--checkpoint.async-mode", "async"]
+    with pytest.raises(HookFailed, match="the true cause"):
+        trainer_with(Wrong(), argv=argv, folder=tmp_path / "run").run()
+    assert any("failed in saved(): ValueError: another" in message for message in caplog.messages)
+
+
+def test_no_hooks_are_none(small_run, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    Trainer(load_job(small_run).config, folder=tmp_path / "run", hooks=[]).run()
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()

@@ -17,6 +17,8 @@ from torch import nn
 from torchtitan_lite.config.load import ConfigError
 from torchtitan_lite.training.validation import Validation
 
+METHODS = ("start", "step", "validated", "saved", "end")
+"""What a hook may have."""
 _LOG = logging.getLogger(__name__)
 
 
@@ -97,7 +99,7 @@ class HookConfig(Protocol):
 class HookFailed(Exception):
     """A hook raised an exception, which is the cause of this one."""
 
-    def __init__(self, name: str, method: str, error: Exception) -> None:
+    def __init__(self, name: str, method: str, error: BaseException) -> None:
         super().__init__(f'hook "{name}" failed in {method}(): {type(error).__name__}: {error}')
 
 
@@ -113,6 +115,9 @@ class Hooks:
     def build(cls, configs: Sequence[tuple[str, HookConfig]], run: RunInfo) -> Self:
         """Have each config make its hook. Raises ConfigError where a config does, else HookFailed."""
         built = [(name, _call(name, config, "build", run)) for name, config in configs]
+        for name, hook in built:
+            if hook is not None and not any(hasattr(hook, method) for method in METHODS):
+                raise HookFailed(name, "build", TypeError(f"a hook has any of {', '.join(METHODS)}"))
         return cls([(name, hook) for name, hook in built if hook is not None], run)
 
     def start(self) -> None:
@@ -148,7 +153,8 @@ class Hooks:
         if failures and outcome.error is None:
             raise failures[0]
         for failure in failures:
-            _LOG.error("%s", failure)
+            if not isinstance(failure, BrokenPipeError):
+                _LOG.error("%s", failure)
 
     def take_seconds(self) -> float:
         """Seconds spent in hooks since the last call; starting and ending do not count."""
@@ -171,7 +177,9 @@ def _call(name: str, target: object, method: str, argument: object) -> Any:
         return act(argument)
     except BrokenPipeError:  # whoever reads the output, such as `head`, has had enough
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
+        if isinstance(error, SystemExit) and isinstance(error.code, int) and error.code > 128:  # a signal's
+            raise
         if method == "build" and isinstance(error, ConfigError):  # wrong input, answered as everywhere
             raise
         raise HookFailed(name, method, error) from error

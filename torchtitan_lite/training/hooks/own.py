@@ -9,7 +9,7 @@ from torchtitan_lite.training.hooks.tensorboard import TensorBoardConfig
 from torchtitan_lite.training.hooks.work import WorkConfig
 
 OWN = (
-    ProfilerConfig,  # first, so that a trace holds little of the other hooks
+    ProfilerConfig,  # first, so that a trace ends with its step
     SampleLogConfig,
     WorkConfig,
     JsonlConfig,
@@ -17,5 +17,5 @@ OWN = (
     ConsoleConfig,  # last: what a line says is in the files by then
 )
 
-for config in OWN:
-    registry.hooks.register(config)
+for hook in OWN:
+    registry.hooks.register(hook)
