@@ -91,6 +91,19 @@ def test_another_optimizer_is_refused_when_a_run_goes_on(run, folder: Path, caps
     assert 'optimizer.name = "AdamW" was "Lion" when step 1 was saved' in capsys.readouterr().err
 
 
+def test_a_parameter_without_a_row_is_refused_before_a_run_begins(folder: Path) -> None:
+    row = 'Parameter(pattern="blocks.*.post_ffn_norm.weight", init="ones", group="vector"),'
+    source = (folder / "post_norm.py").read_text()
+    assert row in source
+    (folder / "post_norm.py").write_text(source.replace(row, ""))
+    with pytest.raises(ConfigError) as refused:
+        load_job(options(folder))
+    assert str(refused.value) == (
+        "parameter blocks.*.post_ffn_norm.weight of PostNormConfig has no row in its table of parameters: "
+        "add a Parameter with a pattern that matches to PostNormConfig.parameters"
+    )
+
+
 def test_a_weight_that_tensor_parallel_cannot_split_is_refused_before_ranks_start(folder: Path) -> None:
     source = (folder / "post_norm.py").read_text()
     bare = "self.gain = nn.Parameter(torch.ones(1))\n        self.post_ffn_norm ="

@@ -32,6 +32,7 @@ from torchtitan_lite.models.huggingface import (
     export_problems,
     read_config,
 )
+from torchtitan_lite.models.parameters import hub_names
 from torchtitan_lite.models.registry import config_class
 from torchtitan_lite.training.outputs import free_folder
 
@@ -193,7 +194,7 @@ def export(
     ours = {
         name.removeprefix(_MODEL): stored for name, stored in found.index.items() if name.startswith(_MODEL)
     }
-    names = {config.parameters.hub_name(name): name for name in ours}
+    names = {theirs: name for theirs, name in hub_names(config.rows).items() if name in ours}
 
     def read(some: Sequence[str]) -> dict[str, Tensor]:
         pieces = {}
