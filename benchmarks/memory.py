@@ -29,7 +29,7 @@ def main() -> None:
     job = load_job(sys.argv[1:], world_size=world_size()).config
     world = join(job.device, offload=job.training.enable_cpu_offload)
     trainer = Trainer(job, world)
-    # So that the gradients can be measured afterwards.
+    # The gradients stay, to be measured afterwards.
     trainer.state.optimizer.zero_grad = lambda *_, **__: None
     trainer.stepper.train_step()
     parameters = list(trainer.state.model.parameters())

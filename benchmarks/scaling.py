@@ -122,7 +122,7 @@ def work_as_rank(args: argparse.Namespace, folder: Path) -> None:
                "--training.local-batch-size", str(local), "--training.seq-len", str(args.seq)]  # fmt: skip
     trainer = trainer_of(options, folder, n_samples=3 * args.batch)
     trainer.stepper.train_step()
-    # So that the gradients can be measured afterwards.
+    # The gradients stay, to be measured afterwards.
     trainer.state.optimizer.zero_grad = lambda *_, **__: None
     reset_peak("cpu")
     with Traffic() as traffic:

@@ -12,7 +12,7 @@ from torchtitan_lite.attention import Flex, Sdpa, Varlen
 from torchtitan_lite.config.load import ConfigError
 from torchtitan_lite.models.decoder import DecoderConfig
 from torchtitan_lite.models.presets import Family
-from torchtitan_lite.models.registry import families, flavors, read, resolve, split_flavor
+from torchtitan_lite.models.registry import config_class, families, flavors, read, resolve, split_flavor
 from torchtitan_lite.models.rope import RopeScaling
 
 # Totals on the Hugging Face Hub (safetensors.total of huggingface.co/api/models/<model>).
@@ -218,3 +218,18 @@ def test_the_fields_of_a_plugins_config_are_overridden_by_their_types(
         resolve("wide", "tiny", None, wrong)
     assert [problem.key for problem in caught.value.problems] == [f"model.overrides.{key}" for key in wrong]
     assert read("wide", "tiny", None, wrong)[0] == base
+
+
+def test_an_architecture_of_two_classes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    preset = families["qwen3"]["debugmodel"]
+    values = {field.name: getattr(preset, field.name) for field in dataclasses.fields(preset)}
+
+    class Other(DecoderConfig):
+        architecture: ClassVar[str] = "wide"
+
+    for name, cls in (("wide", Wide), ("other", Other)):
+        monkeypatch.setitem(
+            registry.families.members, name, Family(name=name, presets={"tiny": cls(**values)})
+        )
+    with pytest.raises(ConfigError, match=r"is that of Wide and .*Other: name one of their plugins alone"):
+        config_class("wide")

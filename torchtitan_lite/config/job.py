@@ -42,6 +42,8 @@ from torchtitan_lite.training.outputs import is_inside
 from torchtitan_lite.training.schedule import LRSchedulerConfig
 from torchtitan_lite.training.validation import ValidationConfig
 
+_EMPTY = {"path": "", "field": "text"}
+"""What earlier versions wrote out for a dataset without such options."""
 _OVERRIDES = "model.overrides."
 _REFUSED_KEYS = {
     "device": "job.device",
@@ -67,7 +69,7 @@ class JobSection:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where there is one, else cpu."""
     plugins: tuple[str, ...] = ()
-    """Modules to import before anything else is read, such as my_package.module: they add model families,
+    """Modules to import before other keys are read, such as my_package.module: they add model families,
     attention backends, datasets, tokenizers, optimizers and hooks."""
 
     def problems(self, key: str) -> list[Problem]:
@@ -298,11 +300,7 @@ def load_job(
 
 def expand(layer: dict[str, Any]) -> dict[str, Any]:
     """A layer with what stands for something longer written out: the flavor's suffix, and a null scaling."""
-    data = layer.get("data")
-    if isinstance(data, dict):
-        # Earlier versions wrote these out for every dataset: they say nothing.
-        empty = {"path": "", "field": "text"}
-        layer = {**layer, "data": {k: v for k, v in data.items() if k not in empty or v != empty[k]}}
+    layer = _without_empty_options(layer)
     model = layer.get("model")
     overrides = model.get("overrides") if isinstance(model, dict) else None
     if isinstance(model, dict) and isinstance(overrides, dict) and overrides.get("rope_scaling", 0) is None:
@@ -310,6 +308,17 @@ def expand(layer: dict[str, Any]) -> dict[str, Any]:
         overrides = overlay(overrides, {"rope_scaling": Afresh(factor=1.0)})
         layer = {**layer, "model": {**model, "overrides": overrides}}
     return expand_flavor(layer)
+
+
+def _without_empty_options(layer: dict[str, Any]) -> dict[str, Any]:
+    """A layer without the `path` and `field` that earlier versions wrote out for datasets that have none."""
+    data = layer.get("data")
+    name = data.get("dataset") if isinstance(data, dict) else None
+    if not isinstance(data, dict) or not isinstance(name, str) or name not in registry.datasets.members:
+        return layer
+    options = {option.name for option in fields(registry.datasets.members[name])}
+    unused = [key for key, empty in _EMPTY.items() if key not in options and data.get(key) == empty]
+    return {**layer, "data": {key: value for key, value in data.items() if key not in unused}}
 
 
 def expand_flavor(layer: dict[str, Any]) -> dict[str, Any]:

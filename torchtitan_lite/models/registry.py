@@ -196,8 +196,15 @@ def _typed(hint: Any, base: object, value: object, key: str) -> tuple[object, li
 
 
 def config_class(architecture: str) -> type[DecoderConfig] | None:
-    """The class of the decoders of an architecture; None if no family has it."""
+    """The class of the decoders of an architecture; None if no family has it.
+
+    Raises ConfigError if several classes have it.
+    """
     configs = [config for sizes in families.values() for config in sizes.values()]
     found = {type(config) for config in configs if config.architecture == architecture}
-    assert len(found) < 2, f"several classes have the architecture {architecture}"
+    if len(found) > 1:
+        rule = f"is that of {' and '.join(sorted(cls.__qualname__ for cls in found))}"
+        raise ConfigError(
+            [Problem("model.architecture", architecture, rule, "name one of their plugins alone")]
+        )
     return next(iter(found), None)
