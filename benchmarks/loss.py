@@ -29,12 +29,7 @@ import torch
 from clock import Clock
 from torch import Tensor
 
-from torchtitan_lite.models.loss import (
-    IGNORE,
-    linear_cross_entropy,
-    reference_cross_entropy,
-    rows_of_chunks,
-)
+from torchtitan_lite.models.loss import IGNORE, chunk_rows, linear_cross_entropy, reference_cross_entropy
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WAYS: dict[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
@@ -121,7 +116,7 @@ def on_a_gpu(sizes: Sizes) -> dict[str, Any]:
     inputs = sizes.inputs()
     return {
         **{f"{way}_launches": launches(way, *inputs) for way in WAYS},
-        "chunked_moved_bytes": moved_bytes(sizes, rows_of_chunks(sizes.rows, sizes.vocabulary, inputs[0])),
+        "chunked_moved_bytes": moved_bytes(sizes, chunk_rows(sizes.rows, sizes.vocabulary, inputs[0])),
         "least_moved_bytes": 2 * sum(x.numel() * x.itemsize for x in inputs[:2]),
         "tflop": round(6 * sizes.rows * sizes.dim * sizes.vocabulary / 1e12, 3),
     }

@@ -249,7 +249,7 @@ def watched_step(trainer: Trainer, clock: Clock) -> Callable[[], float]:
         clock.mark("optimizer")
         return lr
 
-    trainer.state.model.loss.register_forward_pre_hook(lambda *_: clock.mark("forward"))
+    trainer.state.model.norm.register_forward_hook(lambda *_: clock.mark("forward"))
     replaced = {"loss_of": timed_loss_of, "reduce_and_clip": timed_clip, "update": timed_update}
     for name, act in replaced.items():
         setattr(trainer.stepper, name, act)

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 from unittest import mock
 
 import torch
@@ -18,7 +18,7 @@ from attention_cases import HEAD_DIM, qkv
 from parallel_cases import new_trainer, precision, whole
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -27,15 +27,15 @@ from torchtitan_lite.attention import AttentionConfig, Sdpa
 from torchtitan_lite.models import init, loss
 from torchtitan_lite.models.decoder import Decoder
 from torchtitan_lite.models.init import init_weights
-from torchtitan_lite.models.loss import IGNORE, LinearCrossEntropy
+from torchtitan_lite.models.loss import IGNORE, linear_cross_entropy
 from torchtitan_lite.models.registry import resolve
 from torchtitan_lite.parallel.apply import CompileConfig, apply
-from torchtitan_lite.parallel.context import ContextParallel, Split
+from torchtitan_lite.parallel.context import Chunks, ContextParallel
 from torchtitan_lite.parallel.fsdp import own_shard
 from torchtitan_lite.parallel.gradients import squared_norm, sum_partial
 from torchtitan_lite.parallel.mesh import Degrees, ParallelismConfig, build_mesh
 from torchtitan_lite.parallel.recompute import ActivationCheckpointConfig
-from torchtitan_lite.parallel.tensor import OwnShareOfTokens, OwnShareOfVocabulary, apply_tensor_parallel
+from torchtitan_lite.parallel.tensor import apply_tensor_parallel, loss_by_tokens, loss_by_vocabulary
 from torchtitan_lite.training.optimizer import AdamW
 
 SDPA, ALONE = Sdpa(), Degrees()
@@ -114,7 +114,7 @@ def _attend(case: Attention) -> Part:
     n_ranks, rank = dist.get_world_size(), dist.get_rank()
     context = ContextParallel(
         method=case.method,
-        split=Split(n_ranks, case.balanced),
+        chunks=Chunks(n_ranks, case.balanced),
         rank=rank,
         group=dist.distributed_c10d._get_default_group(),
     )
@@ -177,24 +177,24 @@ def loss_inputs(batch: int, seq_len: int, dim: int, vocab: int) -> tuple[Tensor,
 
 def losses(by_vocabulary: bool, cases: Sequence[tuple[Tensor, Tensor, Tensor]]) -> list[Loss]:
     mesh = build_mesh(Degrees(tensor=dist.get_world_size()), "cpu").tensor
-    kind = OwnShareOfVocabulary if by_vocabulary else OwnShareOfTokens
-    return [_loss(kind(LinearCrossEntropy(), mesh), *case) for case in cases]
+    way = loss_by_vocabulary if by_vocabulary else loss_by_tokens
+    return [_loss(way, mesh, *case) for case in cases]
 
 
-def _loss(module: Any, x_BSD: Tensor, weight_VD: Tensor, labels_BS: Tensor) -> Loss:
-    x_BsD, weight = _tokens_and_rows(module.mesh, x_BSD, weight_VD)
-    value, n_valid = module(x_BsD, weight, labels_BS)
+def _loss(way: Any, mesh: DeviceMesh, x_BSD: Tensor, weight_VD: Tensor, labels_BS: Tensor) -> Loss:
+    x_BsD, weight = _tokens_and_rows(mesh, x_BSD, weight_VD)
+    value, n_valid = way(linear_cross_entropy, mesh, x_BsD, weight, labels_BS)
     (SCALE * value).backward()
     assert x_BsD.grad is not None and isinstance(weight, DTensor) and isinstance(weight.grad, DTensor)
     assert weight.grad.placements == weight.placements
-    dx_BSD = DTensor.from_local(x_BsD.grad, module.mesh, [Shard(1)])
+    dx_BSD = DTensor.from_local(x_BsD.grad, mesh, [Shard(1)])
     with torch.no_grad():
-        again, _ = module(x_BsD, weight, labels_BS)
+        again, _ = way(linear_cross_entropy, mesh, x_BsD, weight, labels_BS)
     assert torch.equal(again, value)
     return Loss(value.detach(), n_valid, whole(dx_BSD), whole(weight.grad))
 
 
-def _tokens_and_rows(mesh: Any, x_BSD: Tensor, weight_VD: Tensor) -> tuple[Tensor, nn.Parameter]:
+def _tokens_and_rows(mesh: DeviceMesh, x_BSD: Tensor, weight_VD: Tensor) -> tuple[Tensor, nn.Parameter]:
     x_BsD = x_BSD.chunk(mesh.size(), dim=1)[mesh.get_local_rank()].clone().requires_grad_()
     return x_BsD, nn.Parameter(distribute_tensor(weight_VD, mesh, [Shard(0)]))
 
@@ -202,10 +202,10 @@ def _tokens_and_rows(mesh: Any, x_BSD: Tensor, weight_VD: Tensor) -> tuple[Tenso
 def watch_loss(x_BSD: Tensor, weight_VD: Tensor, labels_BS: Tensor) -> tuple[list[tuple[str, int]], int]:
     """What the loss on a share of the vocabulary sends, and the largest tensor that it makes."""
     mesh = build_mesh(Degrees(tensor=dist.get_world_size()), "cpu").tensor
-    module = OwnShareOfVocabulary(LinearCrossEntropy(), mesh)
     x_BsD, weight = _tokens_and_rows(mesh, x_BSD, weight_VD)
     with Watch() as seen, mock.patch.object(loss, "_LITTLE_BYTES", 0):  # so few logits are in several chunks
-        module(x_BsD, weight, labels_BS)[0].backward()
+        value, _ = loss_by_vocabulary(linear_cross_entropy, mesh, x_BsD, cast(DTensor, weight), labels_BS)
+        value.backward()
     return seen.sent, seen.largest
 
 

@@ -46,7 +46,8 @@ PORTABLE_VARLEN = "            return attend(q_BQHK, k_BSGK, v_BSGK, mask.tiles,
 EVALUATE = "_evaluate(q_BQHK, k_BSGK, v_BSGK, table, cumulative, scale, window, kernel)"
 HEADS_FIRST = "(x.transpose(1, 2) for x in (q_BSHK, k_BSGK, v_BSGK))"
 REPEATED = HEADS_FIRST.replace(" for", ".repeat_interleave(q_BSHK.shape[2] // x.shape[2], 1) for")
-SUMMED_KEYS = '_reduce_scatter(both_C2BcGK, "sum", 0, ctx.group)'
+SUMMED_KEYS = "reduce_scatter(chunks.by_rank(x_BSGK), 0, group)"
+GATHERED_KEYS = "        both = torch.cat([k_BsGK, v_BsGK])\n"
 PREPARED = "torchtitan_lite/models/decoder.py"
 ON_DEVICE = "return tokens_BS, positions_BS, mask, labels_BS"
 MUTANTS = {
@@ -192,27 +193,27 @@ MUTANTS = {
     ),
     "keys and values of the ranks gathered on the dim of heads, hidden by a view": Mutant(
         PARALLEL + "context.py",
-        "return torch.cat([piece for piece in pieces if piece is not None], dim=SEQ_DIM)",
-        "whole = torch.cat([piece for piece in pieces if piece is not None], dim=min(2, parts[0].ndim - 1)); "
+        "return torch.cat([pieces[chunk] for chunk in range(len(self.owners))], dim=SEQ_DIM)",
+        "whole = torch.cat([pieces[i] for i in range(len(self.owners))], dim=min(2, parts[0].ndim - 1)); "
         "return whole.reshape(len(whole), -1, *parts[0].shape[2:])",
         IN_PARTS,
     ),
     "the order of head and tail not undone": Mutant(
         PARALLEL + "context.py",
-        "return torch.cat([piece for piece in pieces if piece is not None], dim=SEQ_DIM)",
+        "return torch.cat([pieces[chunk] for chunk in range(len(self.owners))], dim=SEQ_DIM)",
         "return torch.cat(parts, dim=SEQ_DIM)",
         IN_PARTS,
     ),
     "the order of head and tail not undone in the backward pass": Mutant(
         PARALLEL + "context.py",
-        "return torch.stack([chunks[i] for rank in range(self.n_ranks) for i in self.chunks_of(rank)])",
+        "return torch.stack([chunks[i] for rank in range(self.n_ranks) for i in self.of_rank(rank)])",
         "return torch.stack(chunks)",
         IN_PARTS,
     ),
     "the mask of another rank's chunks": Mutant(
         PARALLEL + "context.py",
-        "        return self.split.ranges(self.rank, seq_len)\n",
-        "        return self.split.ranges(self.split.n_ranks - 1 - self.rank, seq_len)\n",
+        "        return self.chunks.ranges(self.rank, seq_len)\n",
+        "        return self.chunks.ranges(self.chunks.n_ranks - 1 - self.rank, seq_len)\n",
         IN_PARTS,
     ),
     "two heads and no tail: right, but unbalanced": Mutant(
@@ -220,22 +221,20 @@ MUTANTS = {
     ),
     "keys and values repeated before they are gathered": Mutant(
         PARALLEL + "context.py",
-        "        k_BSGK, v_BSGK = _Gather.apply(k_BsGK, v_BsGK, self.split, self.group)\n",
-        "        n = q_BsHK.shape[2] // k_BsGK.shape[2]\n"
-        "        repeated = (x.repeat_interleave(n, 2) for x in (k_BsGK, v_BsGK))\n"
-        "        k_BSGK, v_BSGK = _Gather.apply(*repeated, self.split, self.group)\n",
+        GATHERED_KEYS,
+        GATHERED_KEYS.replace("])", "]).repeat_interleave(q_BsHK.shape[2] // k_BsGK.shape[2], 2)"),
         f"{CONTEXT}::test_what_is_sent_grows_with_the_heads_that_the_method_sends_and_no_others[allgather-2]",
     ),
     "gradients of keys summed over ranks twice": Mutant(
         PARALLEL + "context.py",
         SUMMED_KEYS,
-        SUMMED_KEYS.replace("both_C2BcGK", 'collectives.all_reduce(both_C2BcGK, "sum", ctx.group)'),
+        SUMMED_KEYS.replace(", 0, group", ", 0, group) * chunks.n_ranks * (1"),
         IN_PARTS,
     ),
     "gradients of keys not summed over ranks": Mutant(
         PARALLEL + "context.py",
         SUMMED_KEYS,
-        "both_C2BcGK.chunk(ctx.split.n_ranks)[dist.get_rank(ctx.group)]",
+        "chunks.by_rank(x_BSGK).chunk(chunks.n_ranks)[torch.distributed.get_rank(group)]",
         IN_PARTS,
     ),
     "gradients of shards not summed": Mutant(
@@ -267,8 +266,8 @@ MUTANTS = {
     ),
     "weights are as wide as if the blocks at hand were all": Mutant(
         "torchtitan_lite/models/init.py",
-        "config.n_layers, seed)",
-        "len(model.layers), seed)",
+        "model.config.rows, model.config.n_layers",
+        "model.config.rows, len(model.layers)",
         "tests/models/test_init.py::test_the_depth_is_that_of_the_config_and_not_of_the_blocks_at_hand",
     ),
     "the output projection split by columns, as the others are": Mutant(
@@ -308,7 +307,7 @@ MUTANTS = {
         PREPARED, ON_DEVICE, ON_DEVICE.replace("positions_BS", "positions_BT[:, : tokens_BS.shape[1]]"), CP_2
     ),
     "labels not sharded with the tokens": Mutant(
-        PREPARED, "share.shard(labels_BS)", "labels_BS[:, : tokens_BS.shape[1]]", CP_2
+        PREPARED, "else own(labels_BS)", "else to_device(labels_BS[:, : tokens_BS.shape[1]], device)", CP_2
     ),
     "rotation at local positions": Mutant(
         PREPARED,
@@ -337,7 +336,8 @@ MUTANTS = {
     "recompute by a function of torch, which torch.compile passes over": Mutant(
         PARALLEL + "recompute.py",
         "    block.forward = recomputed\n",
-        "    import functools\n\n    block.forward = functools.partial(checkpoint, forward, **options)\n",
+        "    import functools\n\n    options |= {'use_reentrant': False, 'preserve_rng_state': False}\n"
+        "    block.forward = functools.partial(checkpoint, forward, **options)\n",
         f"{RECOMPUTE}::test_blocks_are_compiled_whole_and_share_a_graph[full]",
     ),
     "attention computed again although it is kept": Mutant(
@@ -348,7 +348,7 @@ MUTANTS = {
     ),
     "a kept product multiplied again": Mutant(
         PARALLEL + "recompute.py",
-        "        if kept.is_second:\n",
+        "        if kept.is_recompute:\n",
         "        if False:\n",
         f"{RECOMPUTE}::test_choosing_by_modules_is_choosing_by_operators[sdpa]",
     ),

@@ -1,23 +1,23 @@
-"""Initial weights are a function of the seed and the parameter's name."""
+"""Initial weights are a function of seed, parameter name and element."""
 
 import pytest
 import torch
 
-from torchtitan_lite.models.decoder import PARAMETERS
-from torchtitan_lite.models.init import init_weights, initial_weight
+from torchtitan_lite.models.decoder import Decoder
+from torchtitan_lite.models.init import init_weights
 from torchtitan_lite.models.registry import resolve
 
 SMALL = {"n_layers": 3, "dim": 64, "ffn_dim": 96, "vocab_size": 300}
 
 
+def small_model(family: str = "llama3", seed: int = 0) -> Decoder:
+    model = resolve(family, "debugmodel", overrides=SMALL).build()
+    init_weights(model, seed)
+    return model
+
+
 def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-
-
-def drawn_weight(name: str, shape: list[int], seed: int = 0) -> torch.Tensor:
-    row = PARAMETERS.row(name)
-    assert row is not None
-    return initial_weight(row, name, torch.Size(shape), 2, seed)
 
 
 def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
@@ -26,7 +26,7 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
 
 
 @pytest.mark.parametrize("family", ["llama3", "qwen3"])
-def test_meta_construction_gives_the_weights_of_direct_construction(family: str):
+def test_a_model_from_the_meta_device_has_the_weights_of_a_model_built_directly(family: str):
     config = resolve(family, "debugmodel", overrides=SMALL)
     with torch.device("meta"):
         model = config.build()
@@ -37,8 +37,8 @@ def test_meta_construction_gives_the_weights_of_direct_construction(family: str)
 
 
 def test_neither_the_order_nor_the_rest_of_the_model_matters():
-    expected = weights(resolve("llama3", "debugmodel", overrides=SMALL).build())
-    part = resolve("llama3", "debugmodel", overrides=SMALL).build()
+    expected = weights(small_model())
+    part = small_model()
     part.head = None
     part._modules = dict(reversed(part._modules.items()))
     with torch.no_grad():
@@ -51,8 +51,7 @@ def test_neither_the_order_nor_the_rest_of_the_model_matters():
 
 
 def test_the_depth_is_that_of_the_config_and_not_of_the_blocks_at_hand():
-    whole = resolve("llama3", "debugmodel", overrides=SMALL).build()
-    part = resolve("llama3", "debugmodel", overrides=SMALL).build()
+    whole, part = small_model(), small_model()
     part.blocks = part.blocks[:1]
     init_weights(part, seed=0)
     found, expected = weights(part), weights(whole)
@@ -65,32 +64,31 @@ def test_the_number_of_threads_does_not_matter():
     try:
         for n_threads in (1, 2):
             torch.set_num_threads(n_threads)
-            drawn.append(drawn_weight("embedding.weight", [500, 100]))
+            drawn.append(weights(small_model()))
     finally:
         torch.set_num_threads(threads)
-    assert torch.equal(*drawn)
+    assert_same(*drawn)
 
 
 def test_the_random_state_of_the_caller_is_left_alone():
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    resolve("qwen3", "debugmodel", overrides=SMALL).build()
+    small_model()
     assert torch.equal(torch.rand(3), expected)
 
 
 def test_other_names_and_other_seeds_give_other_weights():
     names = ("blocks.0.ffn.w1.weight", "blocks.1.ffn.w1.weight", "blocks.0.ffn.w3.weight")
-    drawn = [drawn_weight(name, [40, 50], seed=seed).flatten() for name in names for seed in (0, 1)]
+    drawn = [small_model(seed=seed).get_parameter(name).flatten() for name in names for seed in (0, 1)]
     correlation = torch.corrcoef(torch.stack(drawn)) - torch.eye(len(drawn))
     assert correlation.abs().max() < 0.1
 
 
 def test_weights_stay_the_same_from_release_to_release():
-    drawn = drawn_weight("embedding.weight", [300, 64])[0, :3]
-    assert torch.equal(
-        drawn, torch.tensor([0.003365172306075692, 0.01813359186053276, -0.021590406075119972])
-    )
+    first = small_model().embedding.weight[0, :3]
+    expected = torch.tensor([0.003365172306075692, 0.01813359186053276, -0.021590406075119972])
+    assert torch.equal(first, expected)
 
 
 def test_standard_deviations_are_as_stated():
@@ -106,7 +104,7 @@ def test_standard_deviations_are_as_stated():
 
 
 def test_parameters_of_another_dtype_get_the_same_weights_rounded():
-    model = resolve("qwen3", "debugmodel", overrides=SMALL).build()
+    model = small_model("qwen3")
     expected = weights(model)
     model.bfloat16()
     init_weights(model, seed=0)

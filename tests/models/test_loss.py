@@ -52,7 +52,7 @@ def assert_equal_to_reference(x: Tensor, weight: Tensor, labels: Tensor, toleran
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 def test_value_and_gradients_equal_the_reference(dtype: torch.dtype, tolerance: float, n_rows: int):
     x, weight, labels = inputs(n_rows, vocab=97, dim=24, dtype=dtype, weight_dtype=dtype)
-    assert n_rows < 100 or n_rows % chunk_rows(n_rows, x) != 0, "the last chunk was meant to be smaller"
+    assert n_rows < 100 or n_rows % chunk_rows(n_rows, 97, x) != 0, "the last chunk was meant to be smaller"
     assert_equal_to_reference(x, weight, labels, tolerance)
 
 
@@ -83,7 +83,7 @@ def test_gradients_pass_gradcheck_also_where_only_one_is_needed():
 def test_chunks_without_any_label_add_nothing():
     x, weight, labels = inputs(128, vocab=50, dim=8, dtype=torch.float64, weight_dtype=torch.float64)
     labels.flatten()[:48] = IGNORE
-    assert chunk_rows(128, x) <= 24, "a whole chunk was meant to be ignored"
+    assert chunk_rows(128, 50, x) <= 24, "a whole chunk was meant to be ignored"
     assert_equal_to_reference(x, weight, labels, tolerance=1e-12)
 
 
@@ -140,9 +140,9 @@ def test_a_chunk_of_little_memory_has_more_rows_and_gives_the_same(monkeypatch, 
 
 def test_chunks_are_a_sixteenth_of_the_logits_within_bounds():
     wide, narrow = torch.empty(0, dtype=torch.float32), torch.empty(0, dtype=torch.bfloat16)
-    assert [chunk_rows(n, wide) for n in (10, 512, 8192, 100_000)] == [16, 32, 512, 2048]
-    assert [chunk_rows(n, narrow) for n in (10, 1024, 8192, 100_000)] == [16, 32, 256, 2048]
-    assert chunk_rows(512, wide.to("meta")) == 2048, "devices other than the CPU have one size of chunk"
+    assert [chunk_rows(n, VOCAB, wide) for n in (10, 100, 512, 8192, 100_000)] == [10, 16, 32, 512, 2048]
+    assert [chunk_rows(n, VOCAB, narrow) for n in (100, 1024, 8192, 100_000)] == [16, 32, 256, 2048]
+    assert chunk_rows(5000, VOCAB, wide.to("meta")) == 2048, "other devices have one size of chunk"
 
 
 class Memory(TorchDispatchMode):
@@ -191,7 +191,7 @@ def test_evaluation_holds_one_chunk_and_no_gradient():
     x, weight, labels = inputs(ROWS, VOCAB, dim=4, dtype=torch.float32, weight_dtype=torch.float32)
     with Memory() as memory, torch.no_grad():
         linear_cross_entropy(x, weight, labels)
-    chunk = chunk_rows(ROWS, x) * VOCAB * 4
+    chunk = chunk_rows(ROWS, VOCAB, x) * VOCAB * 4
     assert chunk <= memory.peak < 1.05 * chunk
     assert memory.largest == chunk
 
@@ -201,5 +201,5 @@ def test_the_gradient_of_the_weight_is_made_once_and_handed_over():
     with Memory() as memory:
         linear_cross_entropy(x, weight, labels)[0].backward()
     assert weight.grad is not None
-    made = weight.grad.nbytes + chunk_rows(ROWS, x) * 20_000 * 4
+    made = weight.grad.nbytes + chunk_rows(ROWS, 20_000, x) * 20_000 * 4
     assert memory.peak < made + weight.grad.nbytes / 2

@@ -45,7 +45,7 @@ def inputs(
 def chunks_of_64_rows(monkeypatch) -> None:
     """Several of them, the last one smaller."""
     monkeypatch.setattr(loss_module, "_LITTLE_BYTES", 0)
-    monkeypatch.setattr(loss_module, "chunk_rows", lambda n_rows, x: 64)
+    monkeypatch.setattr(loss_module, "chunk_rows", lambda *_: 64)
 
 
 def results(loss: Loss, x: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, ...]:

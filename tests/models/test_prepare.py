@@ -13,7 +13,6 @@ from torchtitan_lite.inference.evaluate import evaluate
 from torchtitan_lite.inference.generate import Cache, Newest
 from torchtitan_lite.models.decoder import Decoder
 from torchtitan_lite.models.registry import resolve
-from torchtitan_lite.models.share import WHOLE
 from torchtitan_lite.parallel import context
 from torchtitan_lite.parallel.context import ContextParallel
 
@@ -61,10 +60,10 @@ def test_training_evaluation_and_generation_find_the_same_loss(attention: Attent
 @pytest.mark.parametrize(
     ("share", "own"),
     [
-        (WHOLE, slice(0, 8)),
+        (None, slice(0, 8)),
         (ContextParallel(), slice(0, 8)),
-        (ContextParallel(split=context.Split(2, balanced=True), rank=1), slice(2, 6)),
-        (ContextParallel(split=context.Split(2, balanced=False), rank=1), slice(4, 8)),
+        (ContextParallel(chunks=context.Chunks(2, balanced=True), rank=1), slice(2, 6)),
+        (ContextParallel(chunks=context.Chunks(2, balanced=False), rank=1), slice(4, 8)),
         (Newest(3), slice(5, 8)),
     ],
     ids=["whole", "one rank", "head and tail", "second half", "newest"],

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from torchtitan_lite.attention import Flex, Sdpa, Varlen, reference_attention
 from torchtitan_lite.attention.mask import explicit_mask
-from torchtitan_lite.parallel.context import ContextParallel, Split
+from torchtitan_lite.parallel.context import Chunks, ContextParallel
 
 SEQ_LEN = 56  # eight chunks of seven: no document below begins or ends at the edge of one
 POSITIONS = {
@@ -130,37 +130,36 @@ def test_what_is_sent_grows_with_the_heads_that_the_method_sends_and_no_others(
 @pytest.mark.parametrize("balanced", [False, True])
 @pytest.mark.parametrize("n_ranks", [1, 2, 3, 4, 7])
 def test_a_split_is_put_together_as_it_was(n_ranks: int, balanced: bool) -> None:
-    split = Split(n_ranks, balanced)
+    chunks = Chunks(n_ranks, balanced)
     n_chunks = (1 + balanced) * n_ranks
     seq_len = 5 * n_chunks
     whole = torch.arange(2 * seq_len).view(2, seq_len)
-    assert sorted(split.owners) == sorted(list(range(n_ranks)) * (1 + balanced))
-    contexts = [ContextParallel(split=split, rank=rank) for rank in range(n_ranks)]
+    assert sorted(chunks.owners) == sorted(list(range(n_ranks)) * (1 + balanced))
+    contexts = [ContextParallel(chunks=chunks, rank=rank) for rank in range(n_ranks)]
     parts = [context.shard(whole) for context in contexts]
-    assert torch.equal(split.join(tuple(parts)), whole)
+    assert torch.equal(chunks.join(tuple(parts)), whole)
     for rank, part in enumerate(parts):
         tokens = tokens_of(rank, n_ranks, balanced, seq_len)
         assert torch.equal(part, whole[:, tokens])
-        assert [i for start, stop in split.ranges(rank, seq_len) for i in range(start, stop)] == tokens
-    chunks = split.by_rank(whole).unflatten(0, (n_ranks, -1))
-    for part, own in zip(parts, chunks, strict=True):
+        assert [i for start, stop in chunks.ranges(rank, seq_len) for i in range(start, stop)] == tokens
+    for part, own in zip(parts, chunks.by_rank(whole).unflatten(0, (n_ranks, -1)), strict=True):
         assert torch.equal(torch.cat(own.unbind(), dim=1), part)
 
 
 def test_a_rank_has_a_chunk_from_either_end() -> None:
-    split = Split(4, balanced=True)
-    assert [split.chunks_of(rank) for rank in range(4)] == [(0, 7), (1, 6), (2, 5), (3, 4)]
-    assert [Split(4, balanced=False).chunks_of(rank) for rank in range(4)] == [(0,), (1,), (2,), (3,)]
+    chunks = Chunks(4, balanced=True)
+    assert [chunks.of_rank(rank) for rank in range(4)] == [(0, 7), (1, 6), (2, 5), (3, 4)]
+    assert [Chunks(4, balanced=False).of_rank(rank) for rank in range(4)] == [(0,), (1,), (2,), (3,)]
 
 
 def test_one_rank_has_everything() -> None:
-    alone, inner, x = ContextParallel(), Sdpa().build(), POSITIONS["packed"]
-    assert alone.shard(x) is x and alone.wrap(inner) is inner and alone.queries(SEQ_LEN) is None
+    alone, x = ContextParallel(), POSITIONS["packed"]
+    assert alone.shard(x) is x and alone.queries(SEQ_LEN) is None
 
 
 def test_a_sequence_that_chunks_do_not_divide_is_refused() -> None:
     with pytest.raises(AssertionError, match="57 tokens in 8 chunks"):
-        ContextParallel(split=Split(4, balanced=True)).queries(57)
+        ContextParallel(chunks=Chunks(4, balanced=True)).queries(57)
 
 
 @pytest.mark.parametrize("window", [None, 9])
@@ -168,7 +167,7 @@ def test_a_sequence_that_chunks_do_not_divide_is_refused() -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_the_work_of_all_ranks_is_that_of_the_mask(method: str, positions: str, window: int | None) -> None:
     name, balanced = METHODS[method]
-    contexts = [ContextParallel(method=name, split=Split(4, balanced), rank=rank) for rank in range(4)]
+    contexts = [ContextParallel(method=name, chunks=Chunks(4, balanced), rank=rank) for rank in range(4)]
     work = [context.work(POSITIONS[positions], window) for context in contexts]
     assert sum(work) == explicit_mask(POSITIONS[positions], None, window).sum()
 
@@ -178,8 +177,8 @@ def test_one_document_costs_every_rank_the_same(n_ranks: int) -> None:
     positions_BS = rows([16 * n_ranks])
 
     def max_to_mean(method: Any, balanced: bool) -> float:
-        split = Split(n_ranks, balanced)
-        contexts = [ContextParallel(method=method, split=split, rank=rank) for rank in range(n_ranks)]
+        chunks = Chunks(n_ranks, balanced)
+        contexts = [ContextParallel(method=method, chunks=chunks, rank=rank) for rank in range(n_ranks)]
         work = [context.work(positions_BS, None) for context in contexts]
         return max(work) * n_ranks / sum(work)
 

@@ -104,7 +104,7 @@ def test_kept_is_what_a_gradient_needs_and_no_more(monkeypatch: pytest.MonkeyPat
     """The last product of a block is in no gradient: to keep it would be memory for nothing."""
     made: list[Kept] = []
     init = Kept.__init__
-    monkeypatch.setattr(Kept, "__init__", lambda self, n: made.append(self) or init(self, n))
+    monkeypatch.setattr(Kept, "__init__", lambda self, keeper: made.append(self) or init(self, keeper))
     model = cases.small_model("qwen3", n_layers=1)
     apply_recompute(model.blocks, MODES["selective, op"])
     (loss,) = losses(model, 0)

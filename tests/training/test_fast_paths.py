@@ -8,8 +8,8 @@ import torch
 from torchtitan_lite.attention import native, tile_kernels
 from torchtitan_lite.attention.tile_kernels import PlainKernel, WholeCpuKernel
 from torchtitan_lite.config.job import load_job
-from torchtitan_lite.models import loss
-from torchtitan_lite.models.loss import LinearCrossEntropy, reference_cross_entropy
+from torchtitan_lite.models import decoder, loss
+from torchtitan_lite.models.loss import linear_cross_entropy, reference_cross_entropy
 from torchtitan_lite.training.trainer import Trainer
 
 STEPS = 50
@@ -27,9 +27,9 @@ def losses(small_run, monkeypatch):
             if fast != "attention in blocks":
                 patched.setattr(tile_kernels, "CpuKernel", WholeCpuKernel)
             if fast != "chunked loss":
-                patched.setattr(LinearCrossEntropy, "forward", _full_logits)
+                patched.setattr(decoder, "linear_cross_entropy", reference_cross_entropy)
             if fast == "weight cast in tiles":
-                patched.setattr(LinearCrossEntropy, "forward", _chunked)
+                patched.setattr(decoder, "linear_cross_entropy", linear_cross_entropy)
                 patched.setattr(loss, "_LITTLE_BYTES", 0)
             options = {
                 "model.overrides": json.dumps(MODEL),
@@ -53,13 +53,6 @@ def losses(small_run, monkeypatch):
             return found
 
     return run
-
-
-_chunked = LinearCrossEntropy.forward
-
-
-def _full_logits(self, x_BSD, weight_VD, labels_BS, vocabulary=None):
-    return reference_cross_entropy(x_BSD, weight_VD, labels_BS)
 
 
 @pytest.fixture(scope="module")

@@ -2,28 +2,27 @@
 
 B batch, S sequence, D model dim, H query heads, G key/value heads, K head dim, V vocab.
 
-The embedding casts its output to the compute dtype once; every layer after it computes in the dtype of its
-input (`layers`).
+The embedding casts its output to the compute dtype. Every layer after it computes in the dtype of its input.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torchtitan_lite.attention import AttentionConfig, Sdpa
+from torchtitan_lite.attention.mask import Ranges
 from torchtitan_lite.attention.transfer import to_device
 from torchtitan_lite.config.load import Problem
 from torchtitan_lite.models.init import init_weights
-from torchtitan_lite.models.layers import Embedding, Linear, Logits, RMSNorm
-from torchtitan_lite.models.loss import LinearCrossEntropy
+from torchtitan_lite.models.layers import Embedding, Linear, RMSNorm, logits
+from torchtitan_lite.models.loss import linear_cross_entropy
 from torchtitan_lite.models.parameters import Parameter, Table
 from torchtitan_lite.models.rope import RopeScaling, Rotation, rotate, rotation
-from torchtitan_lite.models.share import WHOLE, Share
 
 _POSITIVE = (
     "vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "max_seq_len",
@@ -61,7 +60,7 @@ PARAMETERS = Table(
         ),
     ]
 )
-"""The parameters of every decoder here; the families' weights have the same names on the Hub."""
+"""The parameters of a decoder. All families here use the same names on the Hub."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,27 +88,27 @@ class DecoderConfig:
     rope_theta: float
     """Base of the rotary frequencies."""
     rope_scaling: RopeScaling | None
-    """How the rotary frequencies are slowed for long context; none: not at all."""
+    """How the rotary frequencies are slowed for long context; none: they are not."""
     qk_norm: bool
-    """Whether queries and keys pass an RMSNorm over the head before they are rotated."""
+    """Whether an RMSNorm over each head is applied to queries and keys before the rotation."""
     tie_embeddings: bool
     """Whether the embedding and the output head are one parameter."""
     sliding_window: int | None = None
-    """How many tokens of its document each token sees, itself included; none: all up to itself."""
+    """How many tokens of its document a token sees, itself included; none: all up to itself."""
     attention: AttentionConfig = field(default_factory=Sdpa)
     """The attention backend: how the mask is evaluated, never what it allows."""
 
     architecture: ClassVar[str] = "decoder"
-    """What a checkpoint knows the model by. A family with another forward has a subclass of another name."""
+    """The name of the model in a checkpoint. A subclass for another forward has another name."""
     parameters: ClassVar[Table] = PARAMETERS
-    """A row for every parameter. A family with others has a subclass with a table of its own."""
+    """A row for every parameter. A subclass with other parameters has its own table."""
     dealt_by_ulysses: ClassVar[str] = "n_kv_heads"
-    """The field that counts the heads which Ulysses deals out among the ranks that share a sequence."""
+    """The field that counts the heads which Ulysses deals out to the ranks that share a sequence."""
     extensible: ClassVar[str] = "vocab_size"
-    """The field that may be larger than the data needs: a row that no token uses does no harm."""
+    """The field that may be larger than the data needs: unused rows do no harm."""
 
     def __init_subclass__(cls) -> None:
-        """A checkpoint of another model must not be read as one of this: raises TypeError without a name."""
+        """Raise TypeError without a name: the checkpoint of another model must not be read as one of this."""
         super().__init_subclass__()
         if "architecture" not in vars(cls):
             raise TypeError(f"{cls.__name__} has no architecture of its own: give it one, by its name")
@@ -132,9 +131,9 @@ class DecoderConfig:
         return found + (self.rope_scaling.problems(f"{key}.rope_scaling") if self.rope_scaling else [])
 
     def build(self, compute_dtype: torch.dtype = torch.float32) -> "Decoder":
-        """A decoder on the ambient device, with the weights of seed 0 (none on the meta device).
+        """A decoder on the current default device, with the weights of seed 0.
 
-        From meta: `model.to_empty(device=...)`, then `init_weights(model, seed)`.
+        On the meta device it has no weights: call `model.to_empty(device=...)` and `init_weights` next.
         """
         model = Decoder(self, compute_dtype)
         self.parameters.rows_of((name for name, _ in model.named_parameters()), type(self).__name__)
@@ -143,23 +142,23 @@ class DecoderConfig:
         return model
 
     def build_block(self) -> "Block":
-        """One of the model's blocks; a family with another block has a subclass that builds it."""
+        """One of the model's blocks. A subclass overrides this method for blocks of another class."""
         return Block(self)
 
     @cached_property
     def shapes(self) -> Mapping[str, torch.Size]:
-        """The shape of every parameter; a tied embedding is one parameter."""
+        """The shape of every parameter, by name; a tied embedding is one parameter."""
         with torch.device("meta"):
             return {name: weight.shape for name, weight in self.build().named_parameters()}
 
     @cached_property
     def rows(self) -> Mapping[str, Parameter]:
-        """The row of every parameter in the table."""
+        """The row of every parameter, by name."""
         return self.parameters.rows_of(self.shapes, type(self).__name__)
 
     @property
     def shard_dims(self) -> Mapping[str, int | None]:
-        """For every parameter the dim that tensor parallel splits; None: every rank has it whole."""
+        """The dim of every parameter that tensor parallel splits; None: every rank has all of it."""
         return {name: row.shard_dim for name, row in self.rows.items()}
 
     @property
@@ -173,28 +172,23 @@ class DecoderConfig:
         return sum(shape.numel() for shape in self.shapes.values())
 
     def flops_per_token(self, seq_len: int) -> float:
-        """Floating-point operations of a training step per token of one causal document of `seq_len` tokens.
+        """Floating-point operations of a training step, per token of a causal document of `seq_len` tokens.
 
-        Six per matrix parameter, with the head and without the embedding's look-up, and twelve per query
-        feature and visible key (https://arxiv.org/abs/2204.02311, appendix B; the mask leaves about half).
+        Six per matrix parameter, and twelve per query feature and visible key
+        (https://arxiv.org/abs/2204.02311, appendix B; the causal mask leaves about half of the keys).
         """
+        # An embedding is looked up, not multiplied, unless it is tied and so the head as well.
+        others = {"vector"} if self.tie_embeddings else {"vector", "embedding"}
+        n_multiplied = sum(
+            shape.numel() for name, shape in self.shapes.items() if self.rows[name].group not in others
+        )
         window = min(seq_len, self.sliding_window or seq_len)
         mean_visible_keys = window * (1 - window / (2 * seq_len))
-        attention = 12 * self.n_layers * self.n_heads * self.head_dim * mean_visible_keys
-        return 6 * self._n_multiplied + attention
-
-    @property
-    def _n_multiplied(self) -> int:
-        """Parameters that every token is multiplied with; a tied embedding is the head as well."""
-        looked_up = () if self.tie_embeddings else ("embedding",)
-        groups = {name: row.group for name, row in self.rows.items()}
-        return sum(
-            shape.numel() for name, shape in self.shapes.items() if groups[name] not in ("vector", *looked_up)
-        )
+        return 6 * n_multiplied + 12 * self.n_layers * self.n_heads * self.head_dim * mean_visible_keys
 
 
 class Attention(nn.Module):
-    """Grouped-query attention around the inner attention of a backend."""
+    """Grouped-query attention: projections around the inner attention of a backend."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -208,7 +202,7 @@ class Attention(nn.Module):
         self.inner = config.attention.build()
 
     def forward(self, x_BSD: Tensor, rotation: Rotation, mask: object) -> Tensor:
-        # -1: the number of heads is read from the weights, which tensor parallel may have split.
+        # -1: tensor parallel may have split the weights, so their size says how many heads there are.
         q_BSHK = self.wq(x_BSD).unflatten(-1, (-1, self.head_dim))
         k_BSGK = self.wk(x_BSD).unflatten(-1, (-1, self.head_dim))
         v_BSGK = self.wv(x_BSD).unflatten(-1, (-1, self.head_dim))
@@ -232,7 +226,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then feed-forward, each normed before and added to the residual stream."""
+    """Attention, then feed-forward. Each has a norm before it and is added to the residual stream."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -246,17 +240,32 @@ class Block(nn.Module):
         return x_BSD + self.ffn(self.ffn_norm(x_BSD))
 
     def wrap_attention(self, wrap: Callable[[nn.Module], nn.Module]) -> None:
-        """Put `wrap(inner)` in the place of the inner attention."""
+        """Replace the inner attention by `wrap(inner)`."""
         self.attention.inner = wrap(self.attention.inner)
 
     @property
     def sums(self) -> tuple[nn.Module, ...]:
-        """The modules whose output, of a share of their weights, is a term of the whole output."""
+        """The modules that, with a rank's share of their weights, compute a term of their whole output."""
         return self.attention, self.ffn
 
 
+class Share(Protocol):
+    """The tokens of a sequence that are computed here. Attention sees the keys of all tokens."""
+
+    def queries(self, seq_len: int) -> Ranges | None:
+        """The ranges of these tokens in a sequence of `seq_len` tokens; None: all tokens."""
+        ...
+
+    def shard(self, x_BS: Tensor) -> Tensor:
+        """The columns of `x_BS` that belong to these tokens."""
+        ...
+
+
 class Decoder(nn.Module):
-    """Embedding, blocks, norm and output head."""
+    """Embedding, blocks, norm and output head.
+
+    `forward` ends with the function `loss` or `logits`, which tensor parallel replaces.
+    """
 
     def __init__(self, config: DecoderConfig, compute_dtype: torch.dtype) -> None:
         super().__init__()
@@ -264,9 +273,10 @@ class Decoder(nn.Module):
         self.embedding = Embedding(config.vocab_size, config.dim, compute_dtype)
         self.blocks = nn.ModuleList(config.build_block() for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        # A tied head owns no parameter: `to_empty` would make two of one that is registered twice.
+        # A tied head owns no parameter: `to_empty` would make two of one that has two names.
         self.head = None if config.tie_embeddings else Linear(config.dim, config.vocab_size)
-        self.loss, self.logits = LinearCrossEntropy(), Logits()
+        self.loss: Callable[..., tuple[Tensor, Tensor]] = linear_cross_entropy
+        self.logits: Callable[..., Tensor] = logits
 
     def prepare(
         self,
@@ -274,33 +284,37 @@ class Decoder(nn.Module):
         positions_BT: Tensor,
         labels_BS: Tensor | None = None,
         *,
-        share: Share = WHOLE,
+        share: Share | None = None,
         device: torch.device,
     ) -> tuple[Tensor, Tensor, object, Tensor | None]:
-        """What `forward` takes, on `device`, for the `share` of the sequences that is computed here.
+        """The arguments of `forward`, on `device`, for the tokens of `share` (None: all tokens).
 
         The mask is made once for all blocks, and on the CPU: nothing is read from the device.
 
         Args:
-            tokens_BS: of whole sequences, or the last ones alone where the share has no others.
+            tokens_BS: whole sequences; with a KV cache, the tokens of the share alone.
             positions_BT: of all keys, on the CPU: 0 at the start of every document, -1 on padding.
         """
         mask = self.config.attention.mask(
             positions_BT,
-            queries=share.queries(positions_BT.shape[1]),
+            queries=share.queries(positions_BT.shape[1]) if share else None,
             sliding_window=self.config.sliding_window,
             device=device,
         )
-        tokens_BS, positions_BS = (to_device(share.shard(x), device) for x in (tokens_BS, positions_BT))
-        labels_BS = None if labels_BS is None else to_device(share.shard(labels_BS), device)
+
+        def own(x_BS: Tensor) -> Tensor:
+            return to_device(share.shard(x_BS) if share else x_BS, device)
+
+        tokens_BS, positions_BS = own(tokens_BS), own(positions_BT)
+        labels_BS = None if labels_BS is None else own(labels_BS)
         return tokens_BS, positions_BS, mask, labels_BS
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return next(self.parameters()).device
 
-    # What parallelism, recompute and generation change about a finished model they reach by these.
+    # Parallelism, recompute and generation change a finished model through `loss`, `logits` and these:
 
     @property
     def layers(self) -> list[Block]:
@@ -309,30 +323,22 @@ class Decoder(nn.Module):
 
     @property
     def token_vectors(self) -> Embedding:
-        """What gives each token its vector."""
+        """The module that returns each token's vector."""
         return self.embedding
 
     @property
     def sums(self) -> list[nn.Module]:
-        """The modules whose output, of a share of their weights, is a term of the whole output."""
+        """The `sums` of all blocks."""
         return [part for block in self.layers for part in block.sums]
 
     def wrap_attention(self, wrap: Callable[[nn.Module], nn.Module]) -> None:
-        """Put `wrap(inner)` in the place of every inner attention."""
+        """Replace every inner attention by `wrap(inner)`."""
         for block in self.layers:
             block.wrap_attention(wrap)
 
-    def wrap_loss(self, wrap: Callable[[nn.Module], nn.Module]) -> None:
-        """Put `wrap(loss)` in the place of the loss: (x_BSD, weight_VD, labels_BS) to (sum, count)."""
-        self.loss = wrap(self.loss)
-
-    def wrap_logits(self, wrap: Callable[[nn.Module], nn.Module]) -> None:
-        """Put `wrap(logits)` in the place of the output projection: (x_BD, weight_VD) to logits_BV."""
-        self.logits = wrap(self.logits)
-
     @property
     def head_weight_VD(self) -> Tensor:
-        """The output projection, which is the embedding's own weight where they are tied."""
+        """The weight of the output projection; if tied, the embedding's."""
         return self.embedding.weight if self.head is None else self.head.weight
 
     def forward(
@@ -342,8 +348,8 @@ class Decoder(nn.Module):
 
         Args:
             positions_BS: int64, 0 at the start of every document, -1 on padding.
-            mask: made from the positions by `config.attention.mask`; the same object serves every block.
-            labels_BS: int64, -100 where there is nothing to predict.
+            mask: made from the positions by `config.attention.mask`; every block gets the same object.
+            labels_BS: int64, -100 for a token with nothing to predict.
 
         Returns:
             With labels: the float32 sum of the losses in nats, and the int64 count of valid labels.
@@ -360,6 +366,6 @@ class Decoder(nn.Module):
 
 
 def _last_token(positions_BS: Tensor) -> Tensor:
-    """Index of the last token of each row that is not padding."""
+    """The index of each row's last token that is not padding."""
     index_S = torch.arange(positions_BS.shape[1], device=positions_BS.device)
     return torch.where(positions_BS >= 0, index_S, 0).amax(dim=1)

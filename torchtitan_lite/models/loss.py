@@ -1,18 +1,18 @@
-"""Output projection and cross-entropy in one, chunk by chunk, so that the logits never exist as a whole.
+"""Output projection and cross-entropy in one, chunk by chunk, so that all logits never exist at once.
 
 B batch, S sequence, N = B * S rows, C rows of a chunk, D model dim, V vocab, T columns of a tile of V.
 
     for each chunk of rows:
-        logits_CV   = x_CD @ weight_VD^T                the one buffer, used again by every chunk
+        logits_CV   = x_CD @ weight_VD^T                the one buffer, which every chunk overwrites
         loss       += log(sum(exp(logits))) - logits[label]
         logits_CV   = softmax(logits) - onehot(label)   its gradient, in the same buffer
         dx_CD       = logits_CV @ weight_VD
         dweight_VD += logits_CV^T @ x_CD
 
-The gradients are made in the forward pass, where the logits are at hand; the backward pass only scales them.
+The forward pass makes the gradients, while it has the logits; the backward pass only scales them.
 
 On CUDA the two lines between the products are the kernels of `models.loss_kernels`, which write the gradient
-in the dtype of the next products, and products of half precision add to float32 without a copy.
+in the dtype of the next products. Products of half precision are added to float32 without a copy.
 """
 
 import logging
@@ -22,7 +22,7 @@ from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
@@ -31,49 +31,49 @@ IGNORE = -100
 
 _TILE_COLUMNS = 8192
 _ALIGNED_COLUMNS = 16
-"""The rows of the buffer on CUDA start at multiples of this: products are slow where they do not."""
+"""On CUDA the rows of the buffer start at multiples of this number: otherwise products are slow."""
 _LITTLE_BYTES = 8 << 20
-"""A chunk may always take this much memory: it fits a processor's cache."""
+"""A chunk may always take this much memory, which fits a processor's cache."""
 _LOG = logging.getLogger(__name__)
 
 
 class Vocabulary:
-    """The part of the vocabulary whose rows of the weight are at hand: here all of it.
+    """The part of the vocabulary whose rows of the weight this process has: here all of them.
 
-    A class for a smaller part exchanges maxima and sums with those who hold the other parts.
+    A class for a smaller part exchanges maxima and sums with the processes that have the other parts.
     """
 
     n_parts = 1
-    """Into how many equal parts the vocabulary is split."""
+    """The number of equal parts that the vocabulary is split into."""
 
     def rows(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The row of the weight for each label, and whether it is here; if not, the row is arbitrary."""
+        """Each label's row of the weight, and whether this part has it; otherwise the row is arbitrary."""
         here = labels != IGNORE
         return torch.where(here, labels, 0), here
 
     def max(self, x: Tensor) -> Tensor:
-        """The maximum over all parts of what is known of this one; `x` may be overwritten."""
+        """The maximum over all parts of their `x`, which may be overwritten."""
         return x
 
     def sum(self, x: Tensor) -> Tensor:
-        """The sum over all parts of what is known of this one; `x` may be overwritten."""
+        """The sum over all parts of their `x`, which may be overwritten."""
         return x
 
 
 class Labels(NamedTuple):
-    """The labels of some rows, for a part of the vocabulary."""
+    """The labels of some tokens, for one part of the vocabulary."""
 
     row: Tensor
-    """The row of the weight for each label; arbitrary where it is not `here`."""
+    """Each label's row of the weight; arbitrary unless `here`."""
     here: Tensor
-    """Whether the row of the weight is at hand."""
+    """Whether this part has the row."""
     valid: Tensor
-    """Whether there is a label at all."""
+    """Whether the token has a label."""
 
     @classmethod
     def of(cls, labels_N: Tensor, vocabulary: Vocabulary, n_weights: int) -> "Labels":
         is_valid_N = labels_N != IGNORE
-        # The kernels do not check bounds, and a part takes a label that it lacks for another part's.
+        # The kernels do not check bounds, and a part takes an unknown label for a label of another part.
         if labels_N.is_cuda or vocabulary.n_parts > 1:
             is_known_N = (labels_N >= 0) & (labels_N < n_weights * vocabulary.n_parts)
             torch._assert_async((is_known_N | ~is_valid_N).all(), "a label is out of bounds")  # pyright: ignore[reportPrivateImportUsage]
@@ -83,57 +83,40 @@ class Labels(NamedTuple):
         return Labels(*(each[rows] for each in self))
 
 
-class LinearCrossEntropy(nn.Module):
-    """`linear_cross_entropy` as a part of the model, so that tensor parallel can replace it from outside."""
-
-    def forward(
-        self, x_BSD: Tensor, weight_VD: Tensor, labels_BS: Tensor, vocabulary: Vocabulary | None = None
-    ) -> tuple[Tensor, Tensor]:
-        return linear_cross_entropy(x_BSD, weight_VD, labels_BS, vocabulary)
-
-
 def linear_cross_entropy(
     x_BSD: Tensor, weight_VD: Tensor, labels_BS: Tensor, vocabulary: Vocabulary | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Sum of -log softmax(x @ weight^T)[label] over the labels that are not IGNORE, and how many those are.
+    """Sum of -log softmax(x @ weight^T)[label] over the labels that are not IGNORE, and their number.
 
-    The products are computed in the dtype of `x_BSD`, all else in float32 (float64 if that is float64).
+    The products are computed in the dtype of `x_BSD`, all else in float32 (float64 if `x_BSD` is float64).
     The sum is a scalar in nats, the count int64. Memory beyond the two gradients: one chunk of logits, and on
-    CUDA the weight in the dtype of `x_BSD` if it has another.
-    Where `weight_VD` is a part of the `vocabulary`, so is the gradient of `x_BSD`: a term of the whole one.
+    CUDA a copy of the weight in the dtype of `x_BSD` if it has another.
+    If `weight_VD` is a part of the `vocabulary`, the gradient of `x_BSD` is that part's term of the whole.
     """
     x_ND, labels_N = x_BSD.flatten(0, -2), labels_BS.flatten()
-    grad = torch.is_grad_enabled()
-    needs = grad and x_ND.requires_grad, grad and weight_VD.requires_grad
-    loss = _LinearCrossEntropy.apply(x_ND, weight_VD, labels_N, *needs, vocabulary or Vocabulary())
-    return loss, (labels_N != IGNORE).sum()
+    args = x_ND, weight_VD, labels_N, vocabulary or Vocabulary(), torch.is_grad_enabled()
+    return _LinearCrossEntropy.apply(*args), (labels_N != IGNORE).sum()
 
 
 def reference_cross_entropy(x_BSD: Tensor, weight_VD: Tensor, labels_BS: Tensor) -> tuple[Tensor, Tensor]:
-    """The reference for `linear_cross_entropy`, with all the logits at once: for tests and measurements."""
+    """The reference for `linear_cross_entropy`, with all logits at once: for tests and benchmarks."""
     logits_BSV = F.linear(x_BSD, weight_VD.to(x_BSD.dtype)).to(_sum_dtype(x_BSD))
     logits_NV, labels_N = logits_BSV.flatten(0, -2), labels_BS.flatten()
     loss = F.cross_entropy(logits_NV, labels_N, ignore_index=IGNORE, reduction="sum")
     return loss, (labels_N != IGNORE).sum()
 
 
-def chunk_rows(n_rows: int, x: Tensor) -> int:
-    """Rows of a chunk for a large vocabulary.
+def chunk_rows(n_rows: int, n_columns: int, x: Tensor) -> int:
+    """The rows of a chunk, where `n_rows` of hidden states like `x` meet `n_columns` of the vocabulary.
 
     On a GPU 2048, so that the weight and its gradient are seldom read and written. On a CPU, where that
-    matters less, so many that the chunk takes a sixteenth of the memory of all the logits in the dtype of
-    `x`, between 16 and 2048. docs/models.md has the measurements.
+    matters less, a chunk takes a sixteenth of the memory of all logits in the dtype of `x`, but has between
+    16 and 2048 rows. On any device more rows, if they fit _LITTLE_BYTES. docs/models.md has measurements.
     """
-    if x.device.type != "cpu":
-        return 2048
-    share = n_rows * x.dtype.itemsize // (16 * _sum_dtype(x).itemsize)
-    return min(max(share, 16), 2048)
-
-
-def rows_of_chunks(n_rows: int, n_columns: int, x: Tensor) -> int:
-    """Rows of a chunk: those of `chunk_rows`, or more if they fit _LITTLE_BYTES; at most all."""
-    little = _LITTLE_BYTES // (_sum_dtype(x).itemsize * n_columns)
-    return min(max(chunk_rows(n_rows, x), little), n_rows)
+    itemsize = _sum_dtype(x).itemsize
+    sixteenth = n_rows * x.dtype.itemsize // (16 * itemsize)
+    rows = min(max(sixteenth, 16), 2048) if x.device.type == "cpu" else 2048
+    return min(max(rows, _LITTLE_BYTES // (itemsize * n_columns)), n_rows)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -143,15 +126,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         x_ND: Tensor,
         weight_VD: Tensor,
         labels_N: Tensor,
-        needs_dx: bool,
-        needs_dweight: bool,
         vocabulary: Vocabulary,
+        is_grad_enabled: bool,
     ) -> Tensor:
         n_rows, sum_dtype = len(x_ND), _sum_dtype(x_ND)
-        rows = rows_of_chunks(n_rows, len(weight_VD), x_ND)
+        rows = chunk_rows(n_rows, len(weight_VD), x_ND)
         kernels = _kernels(x_ND.device, sum_dtype)
         cross_entropy_ = _cross_entropy_ if kernels is None else partial(_fused_cross_entropy_, kernels)
         loss = x_ND.new_zeros((), dtype=sum_dtype)
+        needs_dx, needs_dweight = (is_grad_enabled and needed for needed in ctx.needs_input_grad[:2])
         dx_ND = torch.empty_like(x_ND) if needs_dx else None
         dweight_VD = torch.zeros_like(weight_VD, dtype=sum_dtype) if needs_dweight else None
         buffer_CV = _buffer(rows, len(weight_VD), x_ND)
@@ -167,37 +150,29 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if gradient is not None:
                 dx_CD = None if dx_ND is None else dx_ND[chunk]
                 _project_back(dlogits_CV, x_ND[chunk], weight_VD, dx_CD, dweight_VD)
-        ctx.gradients = dx_ND, dweight_VD
+        ctx.save_for_backward(dx_ND, dweight_VD)
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        if ctx.gradients is None:
-            raise RuntimeError("this loss was differentiated before: pass retain_graph=True the first time")
-        dx_ND, dweight_VD = ctx.gradients
-        if _graph_is_kept():
-            dx_ND, dweight_VD = (None if each is None else each * dloss for each in (dx_ND, dweight_VD))
-        else:
-            # The gradient is given away: it is scaled in place and becomes `.grad` without a copy.
-            ctx.gradients = None
-            for each in (dx_ND, dweight_VD):
-                if each is not None:
-                    each *= dloss
-        return dx_ND, None if dweight_VD is None else dweight_VD.to(ctx.weight_dtype), None, None, None, None
+        # The gradient is given away unless the graph is kept: scaled in place, and `.grad` without a copy.
+        scale = torch.mul if torch._C._autograd._get_current_graph_task_keep_graph() else Tensor.mul_  # pyright: ignore[reportAttributeAccessIssue]
+        dx_ND, dweight_VD = (None if each is None else scale(each, dloss) for each in ctx.saved_tensors)
+        return dx_ND, None if dweight_VD is None else dweight_VD.to(ctx.weight_dtype), None, None, None
 
 
 def _cross_entropy_(
     logits_CV: Tensor, labels: Labels, gradient: torch.dtype | None, vocabulary: Vocabulary
 ) -> tuple[Tensor, Tensor]:
-    """The sum of a chunk's losses, and the gradient if `gradient` is not None; overwrites the logits.
+    """The sum of a chunk's losses, and the gradient of the logits unless `gradient` is None.
 
-    The reference for `_fused_cross_entropy_`. Its gradient keeps the dtype of the logits.
+    Overwrites the logits; the gradient has their dtype. The reference for `_fused_cross_entropy_`.
     """
     label_C1, here_C1, valid_C1 = (each[:, None] for each in labels)
     logits_CV -= vocabulary.max(logits_CV.amax(dim=1))[:, None]
     label_logit_C1 = torch.where(here_C1, logits_CV.gather(1, label_C1), 0)
-    # Laid out as the kernels have it: ranks that share the vocabulary may differ in what they use.
+    # Laid out as in `_fused_cross_entropy_`, which other ranks that share the vocabulary may use.
     sums_2C = torch.stack([logits_CV.exp_().sum(dim=1), label_logit_C1[:, 0]])
     total_C1, label_logit_C1 = (each[:, None] for each in vocabulary.sum(sums_2C))
     if gradient is not None:
@@ -226,28 +201,28 @@ def _fused_cross_entropy_(
 
 @cache
 def _kernels(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
-    """`models.loss_kernels` if it takes such logits; None, with the reason logged, where Triton fails."""
+    """`models.loss_kernels`, or None: for other devices and dtypes and, with a warning, if Triton fails."""
     if device.type != "cuda" or dtype != torch.float32:
         return None
     try:
         from torchtitan_lite.models import loss_kernels
 
-        # Triton also needs a C compiler and Python's headers; only a launch shows whether they are there.
+        # Triton needs a C compiler and Python's headers too; only a launch shows whether they are there.
         loss_kernels.try_on(device)
-    except Exception as error:  # noqa: BLE001 (whatever Triton raises, torch's own kernels can do it)
+    except Exception as error:  # noqa: BLE001 (whatever Triton raises, torch's own kernels do the same work)
         _LOG.warning("the loss is left to PyTorch's own kernels: %s: %s", type(error).__name__, error)
         return None
     return loss_kernels
 
 
 def _buffer(rows: int, columns: int, x: Tensor) -> Tensor:
-    """Room for the logits of so many rows."""
+    """Memory for logits of this many rows and columns."""
     stride = -(-columns // _ALIGNED_COLUMNS) * _ALIGNED_COLUMNS if x.is_cuda else columns
     return x.new_empty(rows, stride, dtype=_sum_dtype(x))[:, :columns]
 
 
 def _cast_once(weight_VD: Tensor, x: Tensor, n_bytes: int) -> Tensor:
-    """The weight in the dtype of `x`; on a CPU only if the copy is small beside a buffer of `n_bytes`."""
+    """The weight in the dtype of `x`. On a CPU as given, unless the copy is small beside `n_bytes`."""
     is_little = weight_VD.numel() * x.dtype.itemsize <= max(n_bytes // 4, _LITTLE_BYTES)
     return weight_VD.to(x.dtype) if x.is_cuda or is_little else weight_VD
 
@@ -261,7 +236,7 @@ def _project(x_CD: Tensor, weight_VD: Tensor, logits_CV: Tensor) -> None:
 def _project_back(
     dlogits_CV: Tensor, x_CD: Tensor, weight_VD: Tensor, dx_CD: Tensor | None, dweight_VD: Tensor | None
 ) -> None:
-    """dx_CD = dlogits_CV @ weight_VD, and dweight_VD += dlogits_CV^T @ x_CD; those that are asked for."""
+    """dx_CD = dlogits_CV @ weight_VD and dweight_VD += dlogits_CV^T @ x_CD, unless they are None."""
     sum_CD = torch.empty_like(x_CD, dtype=_sum_dtype(x_CD))
     for tile in _tiles(x_CD, weight_VD, dlogits_CV):
         dlogits_CT = dlogits_CV[:, tile].to(x_CD.dtype)
@@ -283,7 +258,7 @@ def _tiles(x_CD: Tensor, weight_VD: Tensor, *others: Tensor) -> Iterator[slice]:
 
 
 def _matmul_into(out: Tensor, a: Tensor, b: Tensor, beta: Literal[0, 1]) -> None:
-    """out = beta * out + a @ b, the sum in the dtype of `out`."""
+    """out = beta * out + a @ b, summed in the dtype of `out`."""
     if out.dtype == a.dtype:
         torch.addmm(out, a, b, beta=beta, out=out)
     elif out.is_cuda:
@@ -296,9 +271,3 @@ def _matmul_into(out: Tensor, a: Tensor, b: Tensor, beta: Literal[0, 1]) -> None
 
 def _sum_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
-
-
-def _graph_is_kept() -> bool:
-    """True if the running backward pass keeps its graph, or if torch cannot tell."""
-    tell = getattr(getattr(torch._C, "_autograd", None), "_get_current_graph_task_keep_graph", None)
-    return tell is None or tell()

@@ -1,11 +1,11 @@
-"""What a model says of its own parameters, once: a table, of which the first row that matches a name counts.
+"""The table in which a model describes its parameters. The first row that matches a parameter's name counts.
 
-Tensor parallel, initialisation, optimizers, the Hugging Face names, the rules of what a mesh must divide, the
-counts of parameters and the printed plan read the table. None of them has a list of its own.
+Tensor parallel, initialisation, optimizers, Hugging Face names, the rules of what a mesh must divide, the
+counts of parameters and the printed plan read this table. None of them has its own list of parameters.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -13,29 +13,30 @@ from typing import Literal
 from torchtitan_lite.config.load import MISSING, ConfigError, Problem
 
 Group = Literal["matrix", "embedding", "head", "vector", "router", "expert"]
-"""What optimizers choose by."""
+"""The kinds of parameters that an optimizer may treat differently."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parameter:
-    """A row: what is true of every parameter whose name matches the pattern."""
+    """A row of the table: it describes every parameter whose name matches the pattern."""
 
     pattern: str
-    """The parameter's name in the model, with * for a part of it: "blocks.*.attention.wo.weight"."""
+    """The name in the model; * stands for one part of the name: "blocks.*.attention.wo.weight"."""
     shard_dim: int | None = None
     """The dim that tensor parallel splits; None: every rank has the whole parameter."""
     split_by: str | None = None
-    """The config field that counts what tensor parallel deals out along `shard_dim`, such as "n_heads"."""
+    """The config field whose value the ranks divide along `shard_dim`, such as "n_heads"."""
     init: Literal["normal", "residual", "ones", "zeros"] = "normal"
-    """residual: normal, narrowed by the depth of the model, for what adds to the residual stream."""
+    """residual: normal, and narrower in a deeper model; for outputs that add to the residual stream."""
     group: Group = "matrix"
     hub: str | None = None
-    """The name on the Hugging Face Hub, with {} for each * of the pattern; None: there is none."""
+    """The name on the Hugging Face Hub, with {} for each * of the pattern; None: no name."""
 
     def __post_init__(self) -> None:
-        assert (self.shard_dim is None) == (self.split_by is None), f"{self.pattern}: what is split, by what"
+        has_both = (self.shard_dim is None) == (self.split_by is None)
+        assert has_both, f"{self.pattern}: shard_dim and split_by belong together"
         wildcards = self.pattern.count("*")
-        assert self.hub is None or self.hub.count("{}") == wildcards, f"{self.pattern} is not {self.hub}"
+        assert self.hub is None or self.hub.count("{}") == wildcards, f"{self.hub} needs {wildcards} of {{}}"
 
     def hub_name(self, name: str) -> str | None:
         """The name on the Hub of the parameter `name`, which matches the pattern."""
@@ -44,21 +45,15 @@ class Parameter:
         return None if self.hub is None else self.hub.format(*found.groups())
 
 
-class Table:
+class Table(tuple[Parameter, ...]):
     """The rows of a model, in order."""
 
-    def __init__(self, rows: Iterable[Parameter]) -> None:
-        self.rows = tuple(rows)
-
-    def __iter__(self) -> Iterator[Parameter]:
-        return iter(self.rows)
-
     def row(self, name: str) -> Parameter | None:
-        """The first row whose pattern matches `name`; None if there is none."""
-        return next((row for row in self.rows if _expression(row.pattern).fullmatch(name)), None)
+        """The first row whose pattern matches `name`, or None."""
+        return next((row for row in self if _expression(row.pattern).fullmatch(name)), None)
 
     def rows_of(self, names: Iterable[str], owner: str) -> dict[str, Parameter]:
-        """The row of every name. Raises ConfigError, which speaks of `owner`, if a name has no row."""
+        """The row of every name. Raises ConfigError, which names the class `owner`, if a name has no row."""
         found = {name: self.row(name) for name in names}
         lacking = dict.fromkeys(_with_wildcards(name) for name, row in found.items() if row is None)
         if lacking:
@@ -68,7 +63,7 @@ class Table:
         return {name: row for name, row in found.items() if row is not None}
 
     def hub_name(self, name: str) -> str:
-        """The name on the Hub of the parameter `name`, which has one."""
+        """The name on the Hub of the parameter `name`, which must have one."""
         row = self.row(name)
         theirs = None if row is None else row.hub_name(name)
         assert theirs is not None, f"{name} has no name on the Hub"
@@ -76,16 +71,16 @@ class Table:
 
     def of_group(self, group: Group) -> Parameter:
         """The first row of `group`."""
-        return next(row for row in self.rows if row.group == group)
+        return next(row for row in self if row.group == group)
 
     @property
     def splits(self) -> list[str]:
-        """The config fields that tensor parallel deals out."""
-        return list(dict.fromkeys(row.split_by for row in self.rows if row.split_by))
+        """The config fields that a tensor-parallel degree must divide."""
+        return list(dict.fromkeys(row.split_by for row in self if row.split_by))
 
 
 def hub_names(rows: Mapping[str, Parameter]) -> dict[str, str]:
-    """Our name of every parameter that has a name on the Hub, by that name."""
+    """Our names of the parameters, by their names on the Hub."""
     return {theirs: name for name, row in rows.items() if (theirs := row.hub_name(name)) is not None}
 
 
@@ -95,5 +90,5 @@ def _expression(pattern: str) -> re.Pattern[str]:
 
 
 def _with_wildcards(name: str) -> str:
-    """The name with * for every number, so that all layers read as one."""
+    """The name with * for every number, so that an error names a parameter of all layers once."""
     return ".".join("*" if part.isdigit() else part for part in name.split("."))

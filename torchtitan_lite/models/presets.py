@@ -1,4 +1,4 @@
-"""Presets as tables: what all sizes of a family share, and a row for each size."""
+"""Presets from tables: the fields that all sizes of a family share, and a row of fields for each size."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,20 +7,20 @@ from typing import Any
 from torchtitan_lite.models.decoder import DecoderConfig
 
 _DEBUGMODEL = {"vocab_size": 512, "max_seq_len": 2048}
-"""What makes the debugmodel of a family small besides its row: it reads bytes, and short documents."""
+"""Fields of every family's debugmodel, which reads bytes and short documents."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """Models of one name."""
+    """A model family: sizes under one name."""
 
     name: str
-    """What `model.name` chooses it by."""
+    """The value of `model.name` that chooses this family."""
     presets: Mapping[str, DecoderConfig]
-    """The config of each size; a family with a decoder of its own has a subclass of DecoderConfig there."""
+    """The config of each size; a subclass of DecoderConfig for a decoder of another kind."""
 
     def __post_init__(self) -> None:
-        """Raise TypeError where a preset is no DecoderConfig, or its table names a field that it lacks."""
+        """Raise TypeError if a preset is no DecoderConfig, or if its table names a field that it lacks."""
         for size, config in self.presets.items():
             if not isinstance(config, DecoderConfig):
                 raise TypeError(f"{self.name} {size} is no DecoderConfig")
@@ -31,7 +31,7 @@ class Family:
 def presets(
     family: Mapping[str, Any], columns: Sequence[str], sizes: Mapping[str, Sequence[Any]]
 ) -> dict[str, DecoderConfig]:
-    """The config of every size: the family's fields, and those in `columns` from the size's row."""
+    """The config of every size: the fields of the family, and the size's row of `columns`."""
     found = {}
     for size, row in sizes.items():
         small = _DEBUGMODEL if size == "debugmodel" else {}

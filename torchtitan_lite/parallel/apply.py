@@ -1,4 +1,4 @@
-"""What is applied to the finished single-device model, in the one order that works."""
+"""The changes that parallelism, recompute and compile make to the finished single-device model, in order."""
 
 import math
 import shutil
@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torchtitan_lite.attention.native import CXX, compile_kernel, forget_kernels
 from torchtitan_lite.config.load import ConfigError, Problem, near
 from torchtitan_lite.models.decoder import Decoder, DecoderConfig
-from torchtitan_lite.parallel.context import ContextParallel, Split
+from torchtitan_lite.parallel.context import Chunks, ContextParallel
 from torchtitan_lite.parallel.fsdp import apply_fsdp
 from torchtitan_lite.parallel.mesh import AXES, Degrees, Mesh, ParallelismConfig
 from torchtitan_lite.parallel.recompute import ActivationCheckpointConfig, apply_recompute
@@ -53,14 +53,14 @@ def apply(
     compile: CompileConfig = _EAGER,
     offload: bool = False,
 ) -> ContextParallel:
-    """Change `model` in place, whatever device it is on, and return what is to be done with its sequences.
+    """Change `model` in place, on any device, and return the context parallelism of its sequences.
 
-    1. Tensor parallel rewrites the projections, which all else finds as they then are.
-    2. Context parallel wraps the inner attention, whose heads are by then this rank's.
-    3. Recompute wraps a block's forward with all its exchanges.
-    4. Compiling freezes what it sees of a block: so after all that changes its inside, and per block, so that
-       all blocks share one graph and the head's chunked loss stays eager.
-    5. FSDP acts around a block's call and shards what tensor parallel has left of each weight.
+    1. Tensor parallel rewrites the projections; every later step finds them rewritten.
+    2. Context parallel wraps the inner attention, whose heads are now this rank's share.
+    3. Recompute wraps a block's forward, exchanges included.
+    4. Compile freezes a block, so it comes after every change inside the block. Block by block, so that all
+       blocks share one graph and the head's chunked loss stays eager.
+    5. FSDP acts around the call of a block, and shards this rank's share of the weights.
     """
     context = ContextParallel()
     if mesh is not None and mesh.tensor.size() > 1:
@@ -88,7 +88,7 @@ def apply(
 
 
 def model_problems(config: DecoderConfig, degrees: Degrees) -> list[Problem]:
-    """What a family's own model lacks for `apply`: rows for its parameters, ways to read a share of them."""
+    """Problems of another family's model: parameters without a row, and modules that cannot read a share."""
     try:
         with torch.device("meta"):
             model = config.build()
@@ -100,9 +100,9 @@ def model_problems(config: DecoderConfig, degrees: Degrees) -> list[Problem]:
 
 
 def prepare_compile(config: CompileConfig, *, device: str, attention: str, head_dim: int) -> None:
-    """Set up in this process what inductor makes for `device`, "cpu" or "cuda", before it makes any of it."""
+    """Set, for this process, how inductor compiles for `device`, "cpu" or "cuda"."""
     if device == "cpu":
-        forget_kernels()  # an earlier trainer's, in this process
+        forget_kernels()  # of an earlier trainer in this process
     if not config.enable or config.backend != "inductor":
         return
     _recompute_what_is_cheap()
@@ -113,11 +113,11 @@ def prepare_compile(config: CompileConfig, *, device: str, attention: str, head_
 
 
 def _trust_the_processor() -> None:
-    """Spare the compiler programs that only try out which vector instructions there are: 6 s of 19.
+    """Skip the programs that inductor compiles to try out vector instructions: 6 s of 19.
 
-    torch's own kernels have chosen theirs by asking the processor, too.
+    torch's own kernels ask the processor too.
     """
-    from torch._inductor import config  # slow, and for compiled runs alone
+    from torch._inductor import config  # slow to import: only compiled runs need it
 
     if config.cpp.vec_isa_ok is None and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):
         config.cpp.vec_isa_ok = True
@@ -126,7 +126,7 @@ def _trust_the_processor() -> None:
 def _recompute_what_is_cheap() -> None:
     """Let a compiled backward recompute the normalised and gated inputs of a block's products.
 
-    They are more than a quarter of what a block would keep, and elementwise functions of what it keeps.
+    They are elementwise functions of other kept tensors, and would be a quarter of the memory of a block.
     """
     from torch._functorch import config
 
@@ -137,39 +137,52 @@ def plan(
     model: DecoderConfig,
     degrees: Degrees,
     *,
-    parallelism: ParallelismConfig = _ALONE,
-    recompute: ActivationCheckpointConfig = _KEEP_ALL,
-    compile: CompileConfig = _EAGER,
-    offload: bool = False,
+    parallelism: ParallelismConfig,
+    recompute: ActivationCheckpointConfig,
+    compile: CompileConfig,
+    offload: bool,
 ) -> list[str]:
-    """What `apply` does to a `model`, in a few lines; needs no ranks."""
+    """The changes of `apply` to a `model` of this config, as lines of text; needs no ranks."""
     axes = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, degrees.sizes, strict=True))
-    total = model.n_params
+    total, tp = model.n_params, degrees.tensor
     largest = sum(
         _largest_shard(shape, model.shard_dims[name], degrees) for name, shape in model.shapes.items()
     )
-    tp, is_sharded = degrees.tensor, degrees.replicate * degrees.fsdp > 1 or offload
+    projections, ends, loss = [], [], ["in chunks"]
+    attention, blocks = [model.attention.kind], [f"recompute {recompute.described()}"]
+    if tp > 1:
+        projections = [f"{_projection_words(model)}, norms by tokens (tp {tp})"]
+        ends = [f"by vocabulary (tp {tp})"]
+        share = "its own tokens" if parallelism.disable_loss_parallel else "its share of the vocabulary"
+        loss.append(f"each rank {share} (tp {tp})")
+    if degrees.context > 1:
+        balance = f"keys and values gathered, {parallelism.context_parallel_load_balancer} balance"
+        is_ulysses = parallelism.context_parallel_method == "ulysses"
+        way = "heads for tokens by ulysses" if is_ulysses else balance
+        attention.append(f"{way} (cp {degrees.context})")
+    if compile.enable:
+        blocks.append(f"compiled by {compile.backend}")
+    if degrees.replicate * degrees.fsdp > 1 or offload:
+        copies = f", {degrees.replicate} copies" if degrees.replicate > 1 else ""
+        kept = "kept" if parallelism.fsdp_reshard_after_forward == "never" else "dropped"
+        blocks += [f"FSDP over {degrees.fsdp}{copies}", f"gathered weights {kept} after forward"]
+        ends.append("one FSDP group with the last norm, kept until the backward")
+    if offload:
+        blocks.append("shards in host memory")
     rows = {
-        "mesh": [f"{degrees.world} rank{'s' * (degrees.world > 1)} = {axes}"],
+        "mesh": [f"{degrees.world} rank{'s' if degrees.world > 1 else ''} = {axes}"],
         "parameters": [f"{total:,} in all, {largest:,} per rank ({largest / total:.1%})"],
-        "projections": [f"{_projection_words(model)}, norms by tokens (tp {tp})"] * (tp > 1),
-        "attention": [model.attention.kind, *_context_words(degrees, parallelism)],
-        "blocks": [
-            f"recompute {recompute.described()}",
-            *[f"compiled by {compile.backend}"] * compile.enable,
-            *_fsdp_words(degrees, parallelism, offload) * is_sharded,
-        ],
-        "embedding and head": [
-            *[f"by vocabulary (tp {tp})"] * (tp > 1),
-            *["one FSDP group with the last norm, kept until the backward"] * is_sharded,
-        ],
-        "loss": ["in chunks", *_loss_words(degrees, parallelism)],
+        "projections": projections,
+        "attention": attention,
+        "blocks": blocks,
+        "embedding and head": ends,
+        "loss": loss,
     }
     return [f"{part}: {'; '.join(words)}" for part, words in rows.items() if words]
 
 
 def _projection_words(model: DecoderConfig) -> str:
-    """Which matrices tensor parallel splits by columns of the product, and which by rows."""
+    """The matrices that tensor parallel splits by columns of the product, and by rows."""
     words = []
     for dim, way in ((0, "by columns"), (1, "by rows")):
         rows = [row for row in model.rows.values() if row.group == "matrix" and row.shard_dim == dim]
@@ -179,7 +192,7 @@ def _projection_words(model: DecoderConfig) -> str:
 
 
 def _largest_shard(shape: torch.Size, dim: int | None, degrees: Degrees) -> int:
-    """How much of a parameter, split along `dim`, the rank has that has most of it."""
+    """The number of elements in the largest shard of a parameter that tensor parallel splits along `dim`."""
     sizes = list(shape)
     if dim is not None:
         sizes[dim] //= degrees.tensor
@@ -187,38 +200,15 @@ def _largest_shard(shape: torch.Size, dim: int | None, degrees: Degrees) -> int:
     return math.prod(sizes)
 
 
-def _context_words(degrees: Degrees, parallelism: ParallelismConfig) -> list[str]:
-    if degrees.context == 1:
-        return []
-    if parallelism.context_parallel_method == "ulysses":
-        return [f"heads for tokens by ulysses (cp {degrees.context})"]
-    balancer = parallelism.context_parallel_load_balancer
-    return [f"keys and values gathered, {balancer} balance (cp {degrees.context})"]
-
-
-def _fsdp_words(degrees: Degrees, parallelism: ParallelismConfig, offload: bool) -> list[str]:
-    kept = "kept" if parallelism.fsdp_reshard_after_forward == "never" else "dropped"
-    return [
-        f"FSDP over {degrees.fsdp}" + f", {degrees.replicate} copies" * (degrees.replicate > 1),
-        f"gathered weights {kept} after forward",
-        *["shards in host memory"] * offload,
-    ]
-
-
-def _loss_words(degrees: Degrees, parallelism: ParallelismConfig) -> list[str]:
-    share = "its own tokens" if parallelism.disable_loss_parallel else "its share of the vocabulary"
-    return [f"each rank {share} (tp {degrees.tensor})"] * (degrees.tensor > 1)
-
-
 def _context(mesh: DeviceMesh, parallelism: ParallelismConfig) -> ContextParallel:
     # Ulysses computes on all tokens, so there is nothing to balance.
     method, balancer = parallelism.context_parallel_method, parallelism.context_parallel_load_balancer
     balanced = method == "allgather" and balancer == "headtail"
-    split = Split(mesh.size(), balanced)
-    return ContextParallel(method=method, split=split, rank=mesh.get_local_rank(), group=mesh.get_group())
+    chunks = Chunks(mesh.size(), balanced)
+    return ContextParallel(method=method, chunks=chunks, rank=mesh.get_local_rank(), group=mesh.get_group())
 
 
 def _refuse_to_predict(model: torch.nn.Module, args: tuple, kwargs: dict) -> None:
-    """A row's last token is on one rank, and so are no more than a share of its logits."""
+    """A hook. The logits of a row would be split: its last token is on one rank, and vocabulary is shared."""
     labels = args[3] if len(args) > 3 else kwargs.get("labels_BS")
     assert labels is not None, "a model split by tp or cp has a loss, and no logits"

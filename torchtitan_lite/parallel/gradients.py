@@ -10,12 +10,15 @@ from torch.distributed.tensor import DTensor
 
 
 def sum_partial(parameters: Iterable[nn.Parameter]) -> None:
-    """Sum the gradients of which each rank of an axis has a term, all of them in one exchange.
+    """Sum, in one exchange, the gradients of the weights that tensor parallel leaves whole.
 
-    Those are the gradients of weights that tensor parallel leaves whole, where FSDP does not see to them.
+    Each rank has a term of such a gradient. Under FSDP, FSDP has summed the terms already.
     """
-    pairs = [(p, p.grad) for p in parameters if isinstance(p, DTensor) and isinstance(p.grad, DTensor)]
-    pairs = [(p, gradient) for p, gradient in pairs if gradient.placements != p.placements]
+    pairs = [
+        (p, p.grad)
+        for p in parameters
+        if isinstance(p, DTensor) and isinstance(p.grad, DTensor) and p.grad.placements != p.placements
+    ]
     if not pairs:
         return
     mesh = pairs[0][0].device_mesh
@@ -29,16 +32,16 @@ def sum_partial(parameters: Iterable[nn.Parameter]) -> None:
 
 @torch.no_grad()
 def squared_norm(parameters: Iterable[nn.Parameter], world_size: int) -> Tensor:
-    """This rank's term of the square of the global norm: over all `world_size` ranks they add up to it.
+    """This rank's term of the square of the global norm; the terms of all `world_size` ranks add up to it.
 
-    So one sum of one number does, where the norm of a DTensor would take one for each axis of its mesh.
+    So one all-reduce of one number is enough; the norm of a DTensor would take one for each axis of its mesh.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     local = _local(gradients)
-    # On a CPU torch adds up float32 squares one after the other: at 10M elements four digits are left.
+    # On a CPU torch adds up float32 squares one after the other: of 10M elements only four digits are right.
     dtype = torch.float64 if local[0].device.type == "cpu" else None
     norms = torch._foreach_norm(local, dtype=dtype)  # pyright: ignore[reportPrivateImportUsage]
-    # Each shard is on so many ranks that all the shards together are on all of them.
+    # Each of n shards is on world_size / n ranks, each of which counts its n / world_size.
     shares = [(_n_shards(gradient) / world_size) ** 0.5 for gradient in gradients]
     torch._foreach_mul_(norms, shares)  # pyright: ignore[reportPrivateImportUsage]
     return torch.stack(norms).square().sum()
@@ -52,13 +55,13 @@ def scale(parameters: Iterable[nn.Parameter], factor: float) -> None:
 
 
 def _local(gradients: Sequence[Tensor]) -> list[Tensor]:
-    # With gradients enabled, each `to_local` would be an autograd function in Python.
+    # With gradients enabled, each `to_local` would run an autograd function in Python.
     assert not torch.is_grad_enabled()
     return [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
 
 
 def _n_shards(gradient: Tensor) -> int:
-    """How many different shards there are; the ranks of the other axes have copies."""
+    """The number of different shards of the gradient; other ranks have copies of them."""
     if not isinstance(gradient, DTensor):
         return 1
     mesh = gradient.device_mesh

@@ -1,11 +1,11 @@
-"""How the ranks of a run are arranged.
+"""The mesh of all ranks of a run.
 
-One mesh with four axes. The ranks of an axis further right are closer to each other, since they talk more:
+It has four axes. Ranks along an axis further right exchange more, so their numbers are closer together:
 
-    dp_replicate   each holds the whole model (HSDP's outer axis)
-    dp_shard       share one copy of the weights and see different samples
-    cp             share one copy of the weights and each sequence
-    tp             share each matrix
+    dp_replicate   each rank has a copy of the model (HSDP's outer axis)
+    dp_shard       the ranks share one copy of the weights, and see different samples
+    cp             the ranks share one copy of the weights, and each sequence
+    tp             the ranks share each matrix
 """
 
 from dataclasses import dataclass
@@ -30,26 +30,26 @@ class Degrees:
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
-        """In the order of AXES."""
+        """The sizes in the order of AXES."""
         return self.replicate, self.shard, self.context, self.tensor
 
     @property
     def data(self) -> int:
-        """Groups of ranks that see different samples."""
+        """The number of groups of ranks that see different samples."""
         return self.replicate * self.shard
 
     @property
     def fsdp(self) -> int:
-        """Ranks that share one copy of the weights, apart from tensor parallel."""
+        """The number of ranks over which FSDP shards one copy of the weights."""
         return self.shard * self.context
 
     @property
     def world(self) -> int:
-        """All ranks."""
+        """The number of all ranks."""
         return prod(self.sizes)
 
     def data_rank(self, rank: int) -> int:
-        """Which of the `data` groups `rank` belongs to."""
+        """The number of the `data` group that `rank` belongs to."""
         return rank // (self.context * self.tensor)
 
 
@@ -126,12 +126,12 @@ def _started(n_ranks: int) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Mesh:
-    """The mesh of a run, and the parts of it that weights and sequences are split over."""
+    """The mesh of a run, and its parts over which weights and sequences are split."""
 
     root: DeviceMesh
-    """With the axes AXES."""
+    """The whole mesh, with the axes AXES."""
     weights: DeviceMesh
-    """One axis over all ranks that share a copy of the weights, after one over the copies if several."""
+    """FSDP's mesh: an axis over the ranks that share a copy; with several copies, an axis over them first."""
 
     @property
     def context(self) -> DeviceMesh:
@@ -150,7 +150,7 @@ def build_mesh(degrees: Degrees, device_type: str) -> Mesh:
     if degrees.context == 1:
         weights = root["dp_replicate", "dp_shard"] if degrees.replicate > 1 else root["dp_shard"]
         return Mesh(root=root, weights=weights)
-    # Gradients are summed over the ranks of a sequence as over those of other sequences: one axis to FSDP.
+    # One axis for FSDP: gradients are summed over the ranks of a sequence and over sequences alike.
     weights = root["dp_shard", "cp"]._flatten("dp_shard_cp")
     if degrees.replicate > 1:
         weights = DeviceMesh._concatenate([root["dp_replicate"], weights])

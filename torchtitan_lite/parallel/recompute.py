@@ -1,8 +1,8 @@
-"""Which activations are computed again in the backward pass instead of being kept."""
+"""Activation checkpointing: the backward pass computes activations again instead of keeping them."""
 
 import re
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -42,14 +42,14 @@ class ActivationCheckpointConfig:
         return [Problem(f"{key}.selective_ac_option", option, rule, f'use at most "{n_blocks}", or "op"')]
 
     def described(self) -> str:
-        """In words, for the plan."""
+        """The words of the plan."""
         if self.mode != "selective":
             return self.mode
         option = self.selective_ac_option
         return "selective (op)" if option == "op" else f"full in one block out of {option}"
 
 
-# By name: most are registered only if their package is installed.
+# Names, since most of these operators are registered only if their package is installed.
 _ATTENTION = (
     "torchtitan_lite::attend_tiles",
     "torchtitan_lite::attend_runs",
@@ -66,44 +66,37 @@ _MATMULS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.a
 def apply_recompute(
     blocks: Iterable[nn.Module], config: ActivationCheckpointConfig, *, by_operator: bool = False
 ) -> None:
-    """Make `blocks`, in place, compute again in the backward pass what `config` does not keep.
+    """Change `blocks`, in place: the backward pass recomputes the activations that `config` does not keep.
 
     Args:
-        by_operator: choose what to keep by looking at every operator, which is free while torch.compile
-            traces. Otherwise choose by the modules of a block: the same choice, and much cheaper when eager.
+        by_operator: choose the results to keep by looking at every operator, which costs nothing while
+            torch.compile traces. Otherwise choose by the modules of a block, which is cheaper when eager.
     """
-    every = 1
     if config.mode == "none":
         return
-    keeps_some = config.mode == "selective" and config.selective_ac_option == "op"
-    if config.mode == "selective" and not keeps_some:
-        every = int(config.selective_ac_option)
+    option = config.selective_ac_option if config.mode == "selective" else "1"
     for number, block in enumerate(blocks, start=1):
-        if keeps_some and by_operator:
-            _recompute(block, _keep_attention_and_every_second_matmul)
-        elif keeps_some:
-            _recompute(block, Keeper(block).contexts)
-        elif number % every == 0:
-            _recompute(block, None)
+        if option == "op":
+            contexts = _keep_attention_and_every_second_matmul if by_operator else Keeper(block).contexts
+            _recompute(block, context_fn=contexts)
+        elif number % int(option) == 0:
+            _recompute(block)
 
 
-def _recompute(block: nn.Module, contexts: Callable[[], Any] | None) -> None:
-    # Nothing in a block is random.
-    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-    if contexts is not None:
-        options["context_fn"] = contexts
+def _recompute(block: nn.Module, **options: Any) -> None:
     forward = block.forward
 
     def recomputed(*args: Any) -> Any:
-        return checkpoint(forward, *args, **options)
+        # Nothing in a block is random.
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **options)
 
-    # The forward is replaced rather than the module wrapped, so that parameters keep their names; and by a
-    # function of this file, since torch.compile passes over a forward that is a function of torch itself.
+    # Replacing the forward, not wrapping the module, leaves the names of parameters alone. The new forward is
+    # a function of this file, because torch.compile skips a forward that is a function of torch itself.
     block.forward = recomputed
 
 
 def _keep_attention_and_every_second_matmul() -> Any:
-    """The contexts of one block's forward and of its second forward, each with a count of its own."""
+    """The contexts of a block's forward and of its recompute. Each counts its own matmuls."""
     n_matmuls = {False: 0, True: 0}
 
     def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -126,47 +119,27 @@ def _qualified(op: Any) -> str:
     return op._schema.name if isinstance(op, torch._ops.OpOverload) else str(op)
 
 
-class Kept:
-    """The results that one forward of a block keeps for its recompute."""
-
-    def __init__(self, n_products: int) -> None:
-        self.n_products, self.products = n_products, 0
-        self.results: deque[Tensor] = deque()
-        self.is_second = False
-        # torch's modes look at every operator that runs under them: here only those of the attention.
-        self.attention_modes = create_selective_checkpoint_contexts(_keep_attention)
-
-    def begin(self, is_second: bool) -> None:
-        """Count from the block's first product again."""
-        self.is_second, self.products = is_second, 0
-
-    def keeps_next(self) -> bool:
-        """True if the next product is kept: every second one, except the last, which no gradient needs."""
-        self.products += 1
-        return self.products % 2 == 1 and self.products < self.n_products
-
-
 class Keeper:
-    """Keeps attention and every second matmul of a block for its second forward, by the block's modules.
+    """Keeps attention and every second matmul of a block for its recompute, by the modules of the block.
 
-    A dispatch mode around the whole block would call Python for each operator, in both forwards, which takes
-    longer than launching the kernels. So only the attention runs under a mode. A kept product is an autograd
-    function: both forwards save the same tensors, and the second returns the kept result.
+    A dispatch mode around the whole block would call Python for each operator, which takes longer than
+    launching the kernels. So only the attention runs under a mode. A kept product is an autograd function:
+    forward and recompute save the same tensors, and the recompute returns the kept result.
     """
 
     def __init__(self, block: Any) -> None:
-        """`block` is a module with `wrap_attention`, as the decoder's blocks have it."""
+        """`block` is a module with `wrap_attention`, like the decoder's blocks."""
         self.now: Kept | None = None
         products = [module for module in block.modules() if isinstance(module, nn.Linear)]
         self.n_products = len(products)
         for module in products:
             setattr(module, "multiply", self.multiply)  # noqa: B010
-        block.wrap_attention(self._attending)
+        block.wrap_attention(self._wrap)
 
     def contexts(self) -> tuple[Any, Any]:
-        """The contexts of a forward and of its recompute."""
-        kept = Kept(self.n_products)
-        return _Running(self, kept, is_second=False), _Running(self, kept, is_second=True)
+        """The contexts of the block's forward and of its recompute."""
+        kept = Kept(self)
+        return kept, kept
 
     def multiply(self, x: Tensor, weight: Tensor) -> Tensor:
         """F.linear, or a kept product."""
@@ -174,44 +147,57 @@ class Keeper:
             return F.linear(x, weight)
         return _KeptProduct.apply(x, weight, self.now)
 
-    def _attending(self, inner: nn.Module) -> nn.Module:
+    def _wrap(self, inner: nn.Module) -> nn.Module:
         attend = inner.forward
 
         def kept(*args: Any, **kwargs: Any) -> Tensor:
             if self.now is None:
                 return attend(*args, **kwargs)
-            with self.now.attention_modes[self.now.is_second]:
+            with self.now.attention_modes[self.now.is_recompute]:
                 return attend(*args, **kwargs)
 
         inner.forward = kept
         return inner
 
 
-class _Running(AbstractContextManager[None]):
-    """While a block's forward or its recompute runs."""
+class Kept(AbstractContextManager[None]):
+    """The results that a block's forward keeps for its recompute: the context in which each of them runs."""
 
-    def __init__(self, keeper: Keeper, kept: Kept, is_second: bool) -> None:
-        self.keeper, self.kept, self.is_second = keeper, kept, is_second
+    def __init__(self, keeper: Keeper) -> None:
+        self.keeper, self.n_passes, self.n_counted = keeper, 0, 0
+        self.results: deque[Tensor] = deque()
+        # torch's modes look at every operator that runs under them: only attention runs under these.
+        self.attention_modes = create_selective_checkpoint_contexts(_keep_attention)
+
+    @property
+    def is_recompute(self) -> bool:
+        """Whether the recompute is running, not the forward."""
+        return self.n_passes == 2
 
     def __enter__(self) -> None:
-        if self.is_second and self.kept.is_second:
+        if self.is_recompute:
             raise RuntimeError(
                 "this block was differentiated before: selective recompute keeps its results for one backward"
             )
-        self.kept.begin(self.is_second)
-        self.keeper.now = self.kept
+        self.n_passes, self.n_counted = self.n_passes + 1, 0
+        self.keeper.now = self
 
     def __exit__(self, *_: object) -> None:
         self.keeper.now = None
 
+    def keeps_next(self) -> bool:
+        """True if the next product is kept: every second one, but not the last, which no gradient needs."""
+        self.n_counted += 1
+        return self.n_counted % 2 == 1 and self.n_counted < self.keeper.n_products
+
 
 class _KeptProduct(torch.autograd.Function):
-    """F.linear without bias, with its own backward; the second forward returns the kept result."""
+    """F.linear without bias, with its own backward; the recompute returns the kept result."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, kept: Kept) -> Tensor:
         ctx.save_for_backward(x, weight)
-        if kept.is_second:
+        if kept.is_recompute:
             return kept.results.popleft()
         out = F.linear(x, weight)
         kept.results.append(out.detach())  # not `out` itself: its graph holds `kept`

@@ -1,77 +1,61 @@
-"""Tensor parallel with sequence parallel: each rank has a share of every matrix, and of the tokens between.
+"""Tensor parallel with sequence parallel: each rank has a share of every matrix, and of the residual stream.
 
 B batch, S tokens of this rank's context share, s = S / n on each of n ranks, D model dim, V vocab.
 
-The residual stream is split along the sequence; attention and feed-forward gather it before their column-wise
-projections and scatter the sum of their row-wise ones (https://arxiv.org/abs/2205.05198). Every parameter
-becomes a DTensor, the norms too, since one optimizer serves them all; activations are this rank's plain
-tensors, which costs less than DTensors do and leaves torch.compile nothing but tensors to see.
+The residual stream is split along the sequence. Attention and feed-forward gather it before their column-wise
+projections, and scatter the sum of their row-wise ones (https://arxiv.org/abs/2205.05198). Every parameter
+becomes a DTensor, the norms too, since one optimizer updates them all. Activations are this rank's plain
+tensors: they cost less than DTensors, and torch.compile sees nothing but tensors.
+
+A model to split has `token_vectors`, `sums`, `loss` and `logits`, as `models.decoder.Decoder` has them.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed import _functional_collectives as collectives
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.nn import functional as F
 
 from torchtitan_lite.config.load import MISSING, ConfigError, Problem
+from torchtitan_lite.parallel.exchange import Exchange, all_gather, reduce_scatter
 
 _MOST_PROBLEMS = 5
-# torch.compile sees these as operators, unlike those of torch.distributed. Renamed after torch 2.11.
-_all_gather = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor
-_reduce_scatter = getattr(collectives, "reduce_scatter_single", None) or collectives.reduce_scatter_tensor
-
-
-class Splittable(Protocol):
-    """What tensor parallel changes about a model."""
-
-    @property
-    def token_vectors(self) -> Any:
-        """The embedding, whose `look_up(tokens, weight)` reads the vectors."""
-        ...
-
-    @property
-    def sums(self) -> list[nn.Module]:
-        """The modules whose output, of a share of their weights, is a term of the whole output."""
-        ...
-
-    def wrap_loss(self, wrap: Callable[[nn.Module], nn.Module]) -> None: ...
-
-    def wrap_logits(self, wrap: Callable[[nn.Module], nn.Module]) -> None: ...
 
 
 def apply_tensor_parallel(
-    model: Splittable, mesh: DeviceMesh, shard_dims: Mapping[str, int | None], *, loss_parallel: bool
+    model: Any, mesh: DeviceMesh, shard_dims: Mapping[str, int | None], *, loss_parallel: bool
 ) -> None:
     """Split `model`, in place, over the one axis of `mesh`.
 
     Args:
-        shard_dims: for the name of every parameter the dim that is split; None: every rank has it whole.
-        loss_parallel: each rank projects all tokens onto its share of the vocabulary, else its own tokens
-            onto all of it.
+        shard_dims: by the name of every parameter the dim that is split; None: every rank has all of it.
+        loss_parallel: each rank projects all tokens onto its share of the vocabulary; otherwise each rank
+            projects its own tokens onto the whole vocabulary.
     """
     _split_weights(model, mesh, shard_dims)
-    for part in (model.token_vectors, *model.sums):
-        # The embedding takes the tokens themselves, which every rank has.
-        scatter = _scattered if part is model.token_vectors else _on_all_tokens
-        part.forward = scatter(part.forward, mesh)
-    loss = OwnShareOfVocabulary if loss_parallel else OwnShareOfTokens
-    model.wrap_loss(lambda inner: loss(inner, mesh))
+    group = mesh.get_group()
+    # The embedding takes token ids, which every rank has already.
+    model.token_vectors.forward = _scatter_sum_of(model.token_vectors.forward, group)
+    for part in model.sums:
+        part.forward = _gather_and_scatter_sum_of(part.forward, group)
+    loss = loss_by_vocabulary if loss_parallel else loss_by_tokens
+    model.loss = partial(loss, model.loss, mesh)
 
 
 def apply_tensor_parallel_to_predict(
-    model: Splittable, mesh: DeviceMesh, shard_dims: Mapping[str, int | None]
+    model: Any, mesh: DeviceMesh, shard_dims: Mapping[str, int | None]
 ) -> None:
-    """Split `model`, in place, to give logits: every rank has all tokens, of which there may be one alone."""
+    """Split `model`, in place, for logits without gradients: every rank has all tokens, which may be one."""
     _split_weights(model, mesh, shard_dims)
     for part in (model.token_vectors, *model.sums):
-        part.forward = _summed(part.forward, mesh.get_group())
-    model.wrap_logits(lambda inner: LogitsOfAll(inner, mesh))
+        part.forward = _sum_of(part.forward, mesh.get_group())
+    model.logits = partial(_logits_of_all, model.logits, mesh)
 
 
 def _split_weights(model: Any, mesh: DeviceMesh, shard_dims: Mapping[str, int | None]) -> None:
@@ -81,12 +65,12 @@ def _split_weights(model: Any, mesh: DeviceMesh, shard_dims: Mapping[str, int | 
         module, dim = model.get_submodule(owner), shard_dims[name]
         placement = Replicate() if dim is None else Shard(dim)
         setattr(module, own_name, nn.Parameter(distribute_tensor(parameter, mesh, [placement])))
-        module.weight_for = _whole if dim is None else _own_share
-    model.token_vectors.look_up = _share_of_rows(mesh)
+        module.weight_for = _read_whole if dim is None else _read_share
+    model.token_vectors.look_up = partial(_look_up, mesh)
 
 
 def check_readers(model: Any) -> None:
-    """Raise ConfigError where a module would not read its rank's share: it does so by one `weight_for`."""
+    """Raise ConfigError unless every module with a parameter has one only, and reads it by `weight_for`."""
     found = []
     for path, module in model.named_modules():
         names = [name for name, _ in module.named_parameters(recurse=False)]
@@ -100,130 +84,71 @@ def check_readers(model: Any) -> None:
         raise ConfigError(found[:_MOST_PROBLEMS])
 
 
-def _own_share(weight: Any, x: Tensor) -> Tensor:
+def _read_share(weight: Any, x: Tensor) -> Tensor:
     return weight.to_local().to(x.dtype)
 
 
-def _whole(weight: Any, x: Tensor) -> Tensor:
-    # The gradient is the term of this rank's tokens or heads.
+def _read_whole(weight: Any, x: Tensor) -> Tensor:
+    # Each rank has the gradient of its own tokens or heads: the ranks' gradients must be summed.
     return weight.to_local(grad_placements=[Partial()]).to(x.dtype)
 
 
-def _on_all_tokens(forward: Callable[..., Tensor], mesh: DeviceMesh) -> Callable[..., Tensor]:
-    """`forward`, which sums over its rank's share, from this rank's tokens of all ranks' sum to the same."""
-    group = mesh.get_group().group_name
-
-    def gathered_and_scattered(x_BsD: Tensor, *rest: Any) -> Tensor:
-        return _ScatterSum.apply(forward(_Gather.apply(x_BsD, group), *rest), group)
-
-    return gathered_and_scattered
+def _look_up(mesh: DeviceMesh, tokens_BS: Tensor, weight_VD: DTensor) -> Tensor:
+    """The vectors of the tokens whose rows this rank has; zeros for other tokens."""
+    share_VD = weight_VD.to_local()
+    row_BS, here_BS = VocabularyShare(mesh, len(share_VD)).rows(tokens_BS)
+    return F.embedding(row_BS, share_VD) * here_BS[..., None]
 
 
-def _scattered(forward: Callable[..., Tensor], mesh: DeviceMesh) -> Callable[..., Tensor]:
-    """`forward`, which sums over its rank's share of all tokens, to all ranks' sum of this rank's tokens."""
-    group = mesh.get_group().group_name
-    return lambda *args: _ScatterSum.apply(forward(*args), group)
+# torch.compile cannot trace a forward that is a partial: these are functions.
 
 
-def _share_of_rows(mesh: DeviceMesh) -> Callable[[Tensor, Any], Tensor]:
-    """The vectors of the tokens that this rank has a row for; zeros for the others."""
+def _gather_and_scatter_sum_of(forward: Callable[..., Tensor], group: ProcessGroup) -> Callable[..., Tensor]:
+    """`forward` between this rank's tokens: gather all tokens, then sum what the ranks compute."""
 
-    def look_up(tokens_BS: Tensor, weight_VD: DTensor) -> Tensor:
-        share_VD = weight_VD.to_local()
-        row_BS, here_BS = VocabularyShare(mesh, len(share_VD)).rows(tokens_BS)
-        return F.embedding(row_BS, share_VD) * here_BS[..., None]
+    def summed(x_BsD: Tensor, *rest: Any) -> Tensor:
+        x_BSD = Exchange.apply(x_BsD, _gather, _scatter_sum, group)
+        return Exchange.apply(forward(x_BSD, *rest), _scatter_sum, _gather, group)
 
-    return look_up
+    return summed
 
 
-def _summed(forward: Callable[..., Tensor], group: dist.ProcessGroup) -> Callable[..., Tensor]:
-    """`forward`, summed over all ranks; without a gradient."""
+def _scatter_sum_of(forward: Callable[..., Tensor], group: ProcessGroup) -> Callable[..., Tensor]:
+    """`forward` from all tokens to this rank's tokens: sum what the ranks compute."""
+    return lambda *args: Exchange.apply(forward(*args), _scatter_sum, _gather, group)
 
-    def summed(*words: Any) -> Tensor:
-        x = forward(*words)
+
+def _sum_of(forward: Callable[..., Tensor], group: ProcessGroup) -> Callable[..., Tensor]:
+    """`forward` from all tokens to all tokens, without a gradient: sum what the ranks compute."""
+
+    def summed(*args: Any) -> Tensor:
+        x = forward(*args)
         dist.all_reduce(x, group=group)
         return x
 
     return summed
 
 
-def _waited(x: Tensor) -> Tensor:
-    # torch.compile loses the gradient of an input that still waits, as the embedding's output would.
-    return x.wait() if isinstance(x, collectives.AsyncCollectiveTensor) else x
+def _gather(x_BsD: Tensor, group: ProcessGroup) -> Tensor:
+    """The tokens of all ranks, [B, S, D]."""
+    x_nBsD = all_gather(x_BsD, group).unflatten(0, (-1, len(x_BsD)))
+    return x_nBsD.movedim(0, 1).flatten(1, 2)
 
 
-def _of_all_ranks(x_BsD: Tensor, group: Any) -> Tensor:
-    """The tokens of all ranks, [B, S, D], from this rank's.
-
-    Gathered along the first dim: to put them in order along another one, torch 2.11 breaks the graph.
-    """
-    gathered_nBsD = _waited(_all_gather(x_BsD.contiguous(), 0, group)).unflatten(0, (-1, len(x_BsD)))
-    return gathered_nBsD.movedim(0, 1).flatten(1, 2)
-
-
-class _Gather(torch.autograd.Function):
-    """The tokens of all ranks; backward, each rank gets the sum for its own."""
-
-    @staticmethod
-    def forward(ctx: Any, x_BsD: Tensor, group: Any) -> Tensor:
-        ctx.group = group
-        return _of_all_ranks(x_BsD, group)
-
-    @staticmethod
-    def backward(ctx: Any, dx_BSD: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _waited(_reduce_scatter(dx_BSD, "sum", 1, ctx.group)), None
-
-
-class _ScatterSum(torch.autograd.Function):
-    """The sum over all ranks, of which each gets its own tokens; backward, each gets those of all."""
-
-    @staticmethod
-    def forward(ctx: Any, x_BSD: Tensor, group: Any) -> Tensor:
-        ctx.group = group
-        return _waited(_reduce_scatter(x_BSD, "sum", 1, group))
-
-    @staticmethod
-    def backward(ctx: Any, dx_BsD: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _of_all_ranks(dx_BsD, ctx.group), None
-
-
-class OwnShareOfVocabulary(nn.Module):
-    """The loss of all tokens on a share of the vocabulary: no rank ever has the logits of all of it."""
-
-    def __init__(self, loss: nn.Module, mesh: DeviceMesh) -> None:
-        super().__init__()
-        self.loss, self.mesh = loss, mesh
-
-    def forward(self, x_BsD: Tensor, weight_VD: DTensor, labels_BS: Tensor) -> tuple[Tensor, Tensor]:
-        # Each rank's gradient is the term of its share of the vocabulary, which the gather's backward sums.
-        x_BSD = _Gather.apply(x_BsD, self.mesh.get_group().group_name)
-        share_VD = weight_VD.to_local()
-        return self.loss(x_BSD, share_VD, labels_BS, VocabularyShare(self.mesh, len(share_VD)))
-
-
-class LogitsOfAll(nn.Module):
-    """The logits of the whole vocabulary on every rank, each of which has a share of it."""
-
-    def __init__(self, logits: nn.Module, mesh: DeviceMesh) -> None:
-        super().__init__()
-        self.logits, self.mesh = logits, mesh
-
-    def forward(self, x_BD: Tensor, weight_VD: DTensor) -> Tensor:
-        share_BV = self.logits(x_BD, weight_VD.to_local())
-        shares = [torch.empty_like(share_BV) for _ in range(self.mesh.size())]
-        dist.all_gather(shares, share_BV.contiguous(), group=self.mesh.get_group())
-        return torch.cat(shares, dim=1)
+def _scatter_sum(x_BSD: Tensor, group: ProcessGroup) -> Tensor:
+    """The sum over all ranks, of this rank's tokens: [B, s, D]."""
+    return reduce_scatter(x_BSD, 1, group)
 
 
 class VocabularyShare:
-    """What `models.loss.Vocabulary` is on one rank, for `n_rows` of the rows of the weight."""
+    """A `models.loss.Vocabulary` of which this rank has `n_rows` rows of the weight."""
 
     def __init__(self, mesh: DeviceMesh, n_rows: int) -> None:
         self.group, self.n_parts, self.n_rows = mesh.get_group(), mesh.size(), n_rows
         self.start = mesh.get_local_rank() * n_rows
 
     def rows(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The row of the weight for each label, and whether it is here; if not, the row is arbitrary."""
+        """Each label's row of the weight, and whether this rank has the row; otherwise the row is 0."""
         row = labels - self.start
         here = (row >= 0) & (row < self.n_rows)
         return torch.where(here, row, 0), here
@@ -239,19 +164,43 @@ class VocabularyShare:
         return x
 
 
-class OwnShareOfTokens(nn.Module):
-    """The loss of a rank's own tokens on the whole vocabulary, whose weight is gathered."""
+def loss_by_vocabulary(
+    loss: Callable[..., tuple[Tensor, Tensor]],
+    mesh: DeviceMesh,
+    x_BsD: Tensor,
+    weight_VD: DTensor,
+    labels_BS: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """`loss` of all tokens on this rank's share of the vocabulary: no rank has logits of the whole."""
+    # Each rank's gradient is the term of its share of the vocabulary; the gather's backward sums the terms.
+    x_BSD = Exchange.apply(x_BsD, _gather, _scatter_sum, mesh.get_group())
+    share_VD = weight_VD.to_local()
+    return loss(x_BSD, share_VD, labels_BS, VocabularyShare(mesh, len(share_VD)))
 
-    def __init__(self, loss: nn.Module, mesh: DeviceMesh) -> None:
-        super().__init__()
-        self.loss, self.mesh = loss, mesh
 
-    def forward(self, x_BsD: Tensor, weight_VD: DTensor, labels_BS: Tensor) -> tuple[Tensor, Tensor]:
-        whole_VD = weight_VD.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
-        labels_Bs = labels_BS.chunk(self.mesh.size(), dim=1)[self.mesh.get_local_rank()]
-        own, n_valid = self.loss(x_BsD, whole_VD, labels_Bs)
-        total = own.detach().clone()
-        for sum_ in (total, n_valid):
-            dist.all_reduce(sum_, group=self.mesh.get_group())
-        # The value is that of all tokens, the gradient that of this rank's.
-        return own + (total - own.detach()), n_valid
+def loss_by_tokens(
+    loss: Callable[..., tuple[Tensor, Tensor]],
+    mesh: DeviceMesh,
+    x_BsD: Tensor,
+    weight_VD: DTensor,
+    labels_BS: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """`loss` of this rank's tokens on the whole vocabulary, whose weight is gathered."""
+    whole_VD = weight_VD.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
+    labels_Bs = labels_BS.chunk(mesh.size(), dim=1)[mesh.get_local_rank()]
+    own, n_valid = loss(x_BsD, whole_VD, labels_Bs)
+    total = own.detach().clone()
+    for sum_ in (total, n_valid):
+        dist.all_reduce(sum_, group=mesh.get_group())
+    # The value of all tokens, with the gradient of this rank's tokens.
+    return own + (total - own.detach()), n_valid
+
+
+def _logits_of_all(
+    logits: Callable[..., Tensor], mesh: DeviceMesh, x_BD: Tensor, weight_VD: DTensor
+) -> Tensor:
+    """`logits` of the whole vocabulary on every rank, from each rank's share."""
+    share_BV = logits(x_BD, weight_VD.to_local())
+    shares = [torch.empty_like(share_BV) for _ in range(mesh.size())]
+    dist.all_gather(shares, share_BV.contiguous(), group=mesh.get_group())
+    return torch.cat(shares, dim=1)

@@ -24,8 +24,6 @@ class TrainingConfig:
     """Gradients are scaled down to this global norm. 0: measured but never clipped."""
     mixed_precision_param: Literal["float32", "bfloat16"] = "bfloat16"
     """Precision that the model computes in; the weights themselves and their updates stay float32."""
-    mixed_precision_reduce: Literal["float32"] = "float32"
-    """Precision that gradients are summed over ranks in."""
     enable_cpu_offload: bool = False
     """Keep weights, gradients and the optimizer's state in host memory, and update them there."""
 
