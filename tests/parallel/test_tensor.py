@@ -152,6 +152,7 @@ MESHES = {
     "replicate 2 x cp 2": (Degrees(replicate=2, context=2), SMALL),
     "replicate 2 x tp 2": (Degrees(replicate=2, tensor=2), SMALL),
     "fsdp 4, uneven": (Degrees(shard=4), UNEVEN),
+    "fsdp 2 x tp 2, uneven": (Degrees(shard=2, tensor=2), {**SMALL, "ffn_dim": 10, "vocab_size": 42}),
 }
 
 

@@ -1,6 +1,6 @@
-"""A decoder in the terms of Hugging Face: its config.json. The table of parameters has the names of weights.
+"""The config.json of Hugging Face: reading one as a DecoderConfig, and writing one for a DecoderConfig.
 
-Llama and Qwen3, dense, as transformers has them
+Dense Llama and Qwen3, as transformers computes them
 (https://github.com/huggingface/transformers/tree/main/src/transformers/models/llama, .../qwen3).
 """
 
@@ -29,14 +29,14 @@ _FIELDS = {
     "rms_norm_eps": "norm_eps",
     "tie_word_embeddings": "tie_embeddings",
 }
-"""Our fields by theirs."""
+"""Our name of each field, by its key in config.json."""
 _LARGEST = {
     "num_hidden_layers": 2**14,
     "max_position_embeddings": 2**31,
     "original_max_position_embeddings": 2**31,
 }
 _LARGEST_SIZE = 2**24
-"""Beyond these no model is, and torch may fail before anything can be said."""
+"""No model is larger, and with larger numbers torch may fail before an error can name the key."""
 _TYPES: dict[str, type] = {"norm_eps": float, "tie_embeddings": bool}
 _COMMON = {"tie_word_embeddings": False, "rms_norm_eps": 1e-6, "rope_theta": 10000.0}
 _DEFAULTS = {
@@ -49,7 +49,7 @@ _DEFAULTS = {
         "sliding_window": 4096,
     },
 }
-"""What a key means that is not there: transformers leaves out what is its default."""
+"""The values of missing keys, by model type: transformers does not write its defaults."""
 _SCALING = {
     "factor": "factor",
     "low_freq_factor": "low_freq_factor",
@@ -66,13 +66,14 @@ _MUST_BE: dict[str, tuple[object, ...]] = {
     "is_causal": (True, None),
     "quantization_config": (None,),
 }
-"""What this decoder computes, for keys that may say otherwise; None: the key is not there."""
+"""The only values that this decoder computes; None: the key may be missing."""
+_OTHER_FILE = "use the file that belongs to the weights"
 
 
 def read_config(folder: Path) -> tuple[DecoderConfig | None, list[Problem]]:
-    """The decoder that `folder`/config.json describes, and all that this one does not compute the same way.
+    """The decoder that `folder`/config.json describes, and a problem for each key that we do not compute.
 
-    No decoder where a field is missing or mistyped. Nothing but numbers is taken from the file.
+    The decoder is None if a field is missing or has a wrong type. Only numbers are taken from the file.
     """
     path = folder / CONFIG
     try:
@@ -85,18 +86,18 @@ def read_config(folder: Path) -> tuple[DecoderConfig | None, list[Problem]]:
     if not isinstance(kind, str) or kind not in _DEFAULTS:
         rule = "is not a model that this decoder can be"
         return None, [Problem(f"{path}: model_type", kind, rule, "use one of llama, qwen3")]
-    return _Reading(str(path), {**_DEFAULTS[kind], **content}, kind).decoder()
+    return _Reader(str(path), {**_DEFAULTS[kind], **content}, kind).decoder()
 
 
-class _Reading:
-    """Reads a config.json and notes what is wrong with it."""
+class _Reader:
+    """Reads the content of a config.json, and collects its problems."""
 
     def __init__(self, path: str, content: Mapping[str, Any], kind: str) -> None:
         self.path, self.content, self.kind = path, content, kind
         self.problems: list[Problem] = []
 
     def decoder(self) -> tuple[DecoderConfig | None, list[Problem]]:
-        """The decoder, and everything that is wrong."""
+        """The decoder, and all problems."""
         content = dict(self.content)
         if content.get("num_key_value_heads") is None and "num_attention_heads" in content:
             content["num_key_value_heads"] = content["num_attention_heads"]
@@ -125,34 +126,34 @@ class _Reading:
         return config, config.problems(self.path)
 
     def problem(self, key: str, value: object, rule: str, remedy: str) -> None:
-        """Note what is wrong with a key."""
+        """Add a problem of a key."""
         self.problems.append(Problem(f"{self.path}: {key}", value, rule, remedy))
 
     def value(self, key: str, value: object, wanted: type) -> Any:
-        """`value` as a number of the type that is wanted."""
+        """`value` if it is a finite and not too large number of type `wanted`; otherwise add a problem."""
         if wanted is float and type(value) is int and abs(value) < 2**63:
             value = float(value)
         if type(value) is not wanted or (isinstance(value, float) and not math.isfinite(value)):
             rule = "is not there" if value is MISSING else f"is not of type {wanted.__name__}"
-            self.problem(key, value, rule, "use the file that belongs to the weights")
+            self.problem(key, value, rule, _OTHER_FILE)
             return wanted()
         if isinstance(value, int) and value > (most := _LARGEST.get(key.rpartition(".")[2], _LARGEST_SIZE)):
-            self.problem(key, value, f"is more than {most}", "use the file that belongs to the weights")
+            self.problem(key, value, f"is more than {most}", _OTHER_FILE)
             return wanted()
         return value
 
     def rope(self, content: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
-        """The rotary base and scaling: in a table `rope_parameters`, before transformers 5 in two keys."""
-        # Where both are there, transformers 5 takes the older one.
+        """The rotary base and scaling, from the table `rope_parameters` or from transformers 4's keys."""
+        # If the file has both, transformers 5 takes the older one.
         key = "rope_scaling" if content.get("rope_scaling") else "rope_parameters"
         table = content.get(key)
         if table is not None and not isinstance(table, dict):
-            self.problem(key, table, "is not a table", "use the file that belongs to the weights")
+            self.problem(key, table, "is not a table", _OTHER_FILE)
             table = None
         table = table or {}
         for name in table.keys() - _ROPE:
             if table[name] is not None and (name, table[name]) != ("partial_rotary_factor", 1):
-                rule = "is nothing that this decoder computes"
+                rule = "is not a setting of this decoder"
                 self.problem(f"{key}.{name}", table[name], rule, "use a model without it")
         theta = self.value("rope_theta", table.get("rope_theta", content.get("rope_theta")), float)
         kind = table.get("rope_type", table.get("type", "default"))
@@ -169,13 +170,13 @@ class _Reading:
         return theta, RopeScaling(**values)
 
     def window(self, content: Mapping[str, Any]) -> int | None:
-        """The window of all layers; one of some layers alone is none of ours."""
+        """The sliding window of all layers, or None. A window of only some layers is a problem."""
         if not content.get("use_sliding_window") or content.get("sliding_window") is None:
             return None
         n_layers, kinds = content.get("num_hidden_layers"), content.get("layer_types")
         first = content.get("max_window_layers", 28)
         n_layers = n_layers if isinstance(n_layers, int) else 0
-        # As transformers fills it in: all layers from max_window_layers on.
+        # Without layer_types, transformers gives a window to the layers from max_window_layers on.
         n_sliding = max(0, n_layers - first) if isinstance(first, int) else -1
         if isinstance(kinds, list):
             n_sliding = kinds.count("sliding_attention")
@@ -189,25 +190,25 @@ class _Reading:
 
 
 def differences(found: DecoderConfig, config: DecoderConfig, path: str) -> list[Problem]:
-    """A problem for each field in which `found`, read from `path`, is not `config`; not for the backend."""
-    remedy = "choose the model that the weights are of, or --model.name hf --model.flavor with their folder"
+    """A problem for each field but attention in which `found`, read from `path`, differs from `config`."""
+    remedy = "choose the model of these weights, or use --model.name hf --model.flavor with their folder"
     if found.architecture != config.architecture:
         rule = f"is {json.dumps(found.architecture)} in {path}"
         return [Problem("model.architecture", config.architecture, rule, remedy)]
     return [
-        Problem(f"model.overrides.{field.name}", ours, f"is {_said(theirs)} in {path}", remedy)
+        Problem(f"model.overrides.{field.name}", ours, f"is {_as_text(theirs)} in {path}", remedy)
         for field in fields(config)
         if field.name != "attention"
         and (theirs := getattr(found, field.name)) != (ours := getattr(config, field.name))
     ]
 
 
-def _said(value: object) -> str:
+def _as_text(value: object) -> str:
     return str(value) if is_dataclass(value) else json.dumps(value)
 
 
 def export_problems(config: DecoderConfig, key: str) -> list[Problem]:
-    """What transformers has no model with."""
+    """The problems of a config for which transformers has no model."""
     if config.architecture != DecoderConfig.architecture:
         rule = "is an architecture that has no config.json for transformers here"
         return [Problem(f"{key}.architecture", config.architecture, rule, "leave out the export")]
@@ -222,7 +223,7 @@ def export_problems(config: DecoderConfig, key: str) -> list[Problem]:
 def config_json(
     config: DecoderConfig, *, dtype: str, eos_id: int, bos_id: int | None = None
 ) -> dict[str, Any]:
-    """What config.json says of a decoder; Llama where queries and keys have no norm, else Qwen3."""
+    """The content of config.json for a decoder: Qwen3 if queries and keys have a norm, otherwise Llama."""
     assert not export_problems(config, "")
     is_qwen = config.qk_norm
     ours = {theirs: getattr(config, name) for theirs, name in _FIELDS.items()}

@@ -2,9 +2,9 @@
 
 C rows of a chunk, V vocab (or this rank's share of it).
 
-There are two kernels because a split vocabulary exchanges the rows' maxima and sums between them. A single
-kernel would not move fewer bytes: the rows that a GPU has in work at once do not fit its cache.
-`models.loss` computes the same with PyTorch alone; the tests compare them.
+There are two kernels because ranks that share the vocabulary exchange maxima and sums of rows between them. A
+single kernel would not move fewer bytes: the rows that a GPU works on at once do not fit its cache.
+`models.loss` computes the same with PyTorch alone; the tests compare the two.
 """
 
 # Pyright takes Triton's language for Python, and Triton is not installed everywhere.
@@ -23,7 +23,7 @@ _WARPS = 8
 
 
 def row_sums(logits_CV: Tensor, labels: Labels) -> tuple[Tensor, Tensor, Tensor]:
-    """Maximum of each row, sum of exp(logit - maximum), and the label's logit, 0 where it is not here."""
+    """The maximum of each row, the sum of exp(logit - maximum), and the logit of the label (0: not here)."""
     # Separate tensors: Triton compiles again if the alignment of an argument changes.
     max_C, sum_C, label_logit_C = (logits_CV.new_empty(len(logits_CV)) for _ in range(3))
     with torch.cuda.device_of(logits_CV):
@@ -45,9 +45,9 @@ def row_sums(logits_CV: Tensor, labels: Labels) -> tuple[Tensor, Tensor, Tensor]
 def gradient_(
     logits_CV: Tensor, labels: Labels, max_C: Tensor, total_C: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """softmax(logits) - onehot(label) in `dtype`, 0 in rows without a label; overwrites the logits.
+    """softmax(logits) - onehot(label) in `dtype`, 0 in rows without a label. Overwrites the logits.
 
-    `total_C` is the sum of exp(logit - max_C). The result lies at the start of each row of the logits.
+    `total_C` is the sum of exp(logit - max_C). The result shares the memory of the logits, row by row.
     """
     dlogits_CV = logits_CV.view(dtype)[:, : logits_CV.shape[1]]
     with torch.cuda.device_of(logits_CV):
@@ -84,14 +84,14 @@ def _row_sums(
 ):
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
-    # A maximum and a sum for each lane: lanes are combined only at the end.
+    # Each lane has its own maximum and sum; they are combined at the end.
     top = tl.full([BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, n_columns, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         x = tl.load(logits + columns, mask=columns < n_columns, other=float("-inf"))
         higher = tl.maximum(top, x)
-        # A lane that has met nothing but -inf: -inf - -inf would be NaN.
+        # For a lane that has seen only -inf: -inf - -inf would be NaN.
         base = tl.where(higher == float("-inf"), 0.0, higher)
         total = total * tl.exp(top - base) + tl.exp(x - base)
         top = higher
@@ -123,12 +123,12 @@ def _gradient(
     label = tl.where(tl.load(here + row), tl.load(labels + row), -1)
     is_valid, top, total = tl.load(valid + row), tl.load(maxima + row), tl.load(totals + row)
     scale = 1.0 / total
-    # One stage: the loads of the next turn must not come before the store of this one.
+    # One stage: the loads of the next iteration must not come before the store of this one.
     for start in tl.range(0, n_columns, BLOCK, num_stages=1):
         columns = start + tl.arange(0, BLOCK)
         x = tl.exp(tl.load(logits + columns, mask=columns < n_columns, other=0.0) - top)
         x = tl.where(columns == label, x - total, x) * scale
-        # A narrower gradient overwrites logits that other warps still have to read: all load, then all store.
+        # All warps load, then all store: a narrower gradient overwrites logits that other warps must read.
         tl.debug_barrier()
         x = tl.where(is_valid, x, 0.0).to(gradient.dtype.element_ty)
         tl.store(gradient + columns, x, mask=columns < n_columns)

@@ -1,15 +1,15 @@
-"""Normal numbers as a function of a key and of their place, so that any part of a tensor can be drawn alone.
+"""Normal numbers as a function of a key and a place, so that any part of a tensor can be drawn alone.
 
 R rows, P pairs of neighbouring columns, C columns.
 
-A counter-based generator: the 64 bits of a pair are splitmix64's output at the pair's place
-(https://prng.di.unimi.it/splitmix64.c), 32 for each of the two columns. One bit is the sign. The other 31 are
-the probability that a normal number is at least as far from zero; its inverse is read from a table of
-straight lines, 256 for every power of two.
+The generator is counter-based: splitmix64 gives 64 bits for the place of a pair
+(https://prng.di.unimi.it/splitmix64.c), 32 bits for each of its two columns. One bit is the sign. The other
+31 bits are the probability that a normal number is at least as far from zero. The inverse of this
+probability comes from a table of straight lines, 256 for every power of two.
 
-All that is computed is integer arithmetic, one look-up, one product and one sum of float32, each correctly
-rounded wherever it runs. So the numbers are equal bit for bit on every device, mesh and number of threads,
-which logarithms and cosines are not.
+A number takes integer arithmetic, one look-up, and one product and one sum of float32. Every device rounds
+these in the same way, so the numbers are equal bit for bit on every device, mesh and number of threads.
+Logarithms and cosines are not.
 """
 
 from functools import cache
@@ -21,27 +21,27 @@ from torch import Tensor
 Box = list[tuple[int, int]]
 """A part of a tensor: its start and its length in each dim."""
 
-# https://prng.di.unimi.it/splitmix64.c, as signed numbers, which torch multiplies modulo 2**64 too.
+# https://prng.di.unimi.it/splitmix64.c, as signed numbers: torch multiplies them modulo 2**64 too.
 _GOLDEN, _MIX1, _MIX2 = (
     number - 2**64 for number in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 )
 _SIGN = -(2**31)
 _LINE_BITS = 8
-"""2**8 lines for every power of two of the probability."""
+"""There are 2**8 lines for every power of two of the probability."""
 _REST_BITS = 23 - _LINE_BITS
-"""The other bits of a float32's fraction say where on the line."""
+"""The other bits of a float32's fraction: the place on the line."""
 _ONE = 127 << _LINE_BITS
-"""The line of the float32 number 1."""
+"""The number of the line at which 1.0 lies, counted from float32's exponent 0."""
 _MOST = {"cpu": 1 << 16, "cuda": 1 << 24}
-"""Numbers drawn at a time: those that fit a processor's cache, or keep a GPU busy."""
+"""Numbers drawn at a time: few enough for a processor's cache, many enough to keep a GPU busy."""
 
 
 @torch.no_grad()
 def fill_normal(out: Tensor, key: int, shape: torch.Size, box: Box, std: float) -> None:
-    """Fill `out`, which is the part `box` of a tensor of `shape`, with normal numbers.
+    """Fill `out`, the part `box` of a tensor of `shape`, with normal numbers of standard deviation `std`.
 
     Args:
-        key: any whole number of 64 bits; another one gives unrelated numbers.
+        key: a number of 64 bits; another key gives unrelated numbers.
     """
     if out.numel() == 0:
         return
@@ -54,7 +54,7 @@ def fill_normal(out: Tensor, key: int, shape: torch.Size, box: Box, std: float) 
     pair_P = torch.arange(start // 2, start // 2 + n_pairs, device=out.device)
     step = max(1, _MOST.get(out.device.type, 1 << 16) // (2 * n_pairs))
     for first in range(0, len(row_R), step):
-        # An even number of places for every row, so that a pair never belongs to two.
+        # Every row has a whole number of places, so no pair belongs to two rows.
         place_RP = row_R[first : first + step, None] * -(-shape[-1] // 2) + pair_P
         normal_RC = _normal(_splitmix(place_RP, key)).view(len(place_RP), -1)
         torch.mul(normal_RC[:, start % 2 :][:, :n_columns], std, out=flat_RC[first : first + step])
@@ -63,7 +63,7 @@ def fill_normal(out: Tensor, key: int, shape: torch.Size, box: Box, std: float) 
 
 
 def _rows(shape: torch.Size, box: Box, device: torch.device) -> Tensor:
-    """The number of each row that the box has a part of, all dims but the last counted as one."""
+    """The index of each row of the box, with all dims but the last flattened to one."""
     row = torch.zeros(1, dtype=torch.int64, device=device)
     for dim, (start, n) in enumerate(box[:-1]):
         index = torch.arange(start, start + n, device=device) * prod(shape[dim + 1 : -1])
@@ -72,10 +72,10 @@ def _rows(shape: torch.Size, box: Box, device: torch.device) -> Tensor:
 
 
 def _splitmix(place: Tensor, key: int) -> Tensor:
-    """The output of splitmix64, seeded with `key`, at `place` of its sequence; overwrites `place`."""
+    """The outputs of splitmix64, seeded with `key`, at each `place` of its sequence. Overwrites `place`."""
     x = place.add_(1).mul_(_GOLDEN).add_((key + 2**63) % 2**64 - 2**63)
     for bits, factor in ((30, _MIX1), (27, _MIX2), (31, 1)):
-        # torch shifts copies of the sign in from the left.
+        # The mask removes the copies of the sign bit that torch shifts in from the left.
         x ^= (x >> bits) & ((1 << (64 - bits)) - 1)
         if factor != 1:
             x *= factor
@@ -83,9 +83,9 @@ def _splitmix(place: Tensor, key: int) -> Tensor:
 
 
 def _normal(bits: Tensor) -> Tensor:
-    """Two normal numbers, float32, from every int64."""
+    """Two float32 normal numbers from every int64."""
     half = bits.view(torch.int32)
-    # Never 0, and at most 2**31, which is certainty.
+    # Between 1 and 2**31, which stands for the probability 1.
     probability = (half & ~_SIGN | 1).float().view(torch.int32)
     line = (probability >> _REST_BITS) - _ONE
     rest = (probability & ((1 << _REST_BITS) - 1)).float()
@@ -97,7 +97,7 @@ def _normal(bits: Tensor) -> Tensor:
 
 @cache
 def _lines(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Start and slope of the lines by which the inverse of the normal distribution's tails is read."""
+    """Start and slope of the lines that approximate the inverse of the normal distribution's tails."""
     with torch.device("cpu"):
         fraction = torch.arange(2**_LINE_BITS, dtype=torch.float64) / 2**_LINE_BITS
         nodes = torch.cat([2.0**power * (1 + fraction) for power in range(31)])

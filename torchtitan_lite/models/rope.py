@@ -2,8 +2,8 @@
 
 B batch, S sequence, H heads (query or key), K head dim, F = K / 2 frequencies.
 
-Feature f of a head is paired with feature f + K/2, and each pair turns by position * frequency[f]
-(https://arxiv.org/abs/2104.09864; the pairing is the one of the Hugging Face checkpoints).
+Features f and f + K/2 of a head are a pair, which is rotated by the angle position * frequency[f]
+(https://arxiv.org/abs/2104.09864; Hugging Face checkpoints pair features in the same way).
 """
 
 import math
@@ -15,7 +15,7 @@ from torch import Tensor
 from torchtitan_lite.config.load import Problem
 
 Rotation = tuple[Tensor, Tensor]
-"""(cos_BS1F, sin_BS1F) of every token's angles, float32: computed once per forward, used by every block."""
+"""(cos_BS1F, sin_BS1F) of every token's angles, float32. Computed once per forward, for all blocks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class RopeScaling:
         return found
 
     def apply(self, frequency_F: Tensor) -> Tensor:
-        """The scaled frequencies: slowed where the wavelength is long, a smooth blend in between.
+        """The scaled frequencies: low ones are slowed, high ones are not, and those in between are blended.
 
         Source: https://github.com/meta-llama/llama-models/blob/main/models/llama3/model.py (apply_scaling).
         """
@@ -59,21 +59,21 @@ class RopeScaling:
 
 
 def rotation(positions_BS: Tensor, head_dim: int, theta: float, scaling: RopeScaling | None) -> Rotation:
-    """Cosines and sines of the angles at `positions_BS`; padding (-1) counts as position 0."""
-    # Computed anew in every forward: a buffer would not survive construction on the meta device.
+    """Cosines and sines of the angles at `positions_BS`; padding (-1) is treated as position 0."""
+    # Computed in every forward: a buffer would have no values after construction on the meta device.
     exponent_F = torch.arange(0, head_dim, 2, device=positions_BS.device, dtype=torch.float32) / head_dim
     frequency_F = 1.0 / theta**exponent_F
     if scaling is not None:
         frequency_F = scaling.apply(frequency_F)
-    # float32: bfloat16 angles cannot tell neighbours apart at long context.
+    # float32: at long context neighbouring positions have the same angle in bfloat16.
     angle_BS1F = positions_BS.clamp(min=0).float()[:, :, None, None] * frequency_F
     return angle_BS1F.cos(), angle_BS1F.sin()
 
 
 def rotate(x_BSHK: Tensor, rotation: Rotation) -> Tensor:
-    """`x_BSHK` turned by `rotation`, in float32, returned in the dtype of the input."""
+    """`x_BSHK` rotated in float32, returned in the dtype of the input."""
     cos_BS1F, sin_BS1F = rotation
-    # chunk, not slices: the backward of a slice fills zeros and copies, that of chunk concatenates once.
+    # chunk, not slices: the backward of a slice fills zeros and copies; the backward of chunk concatenates.
     first_BSHF, second_BSHF = x_BSHK.chunk(2, dim=-1)
     turned = (first_BSHF * cos_BS1F - second_BSHF * sin_BS1F, second_BSHF * cos_BS1F + first_BSHF * sin_BS1F)
     return torch.cat(turned, dim=-1).to(x_BSHK.dtype)
