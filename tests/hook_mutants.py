@@ -55,6 +55,6 @@ MUTANTS = {
         "torchtitan_lite/models/decoder.py",
         "            sliding_window=self.config.sliding_window,\n",
         "",
-        f"{PREPARE}::test_the_mask_is_of_all_positions_and_the_tensors_are_of_the_share[whole]",
+        f"{PREPARE}::test_the_mask_gets_all_positions_and_the_forward_gets_the_tokens_of_the_share[whole]",
     ),
 }

@@ -25,13 +25,13 @@ MUTANTS = {
         NAMES,
         'if kind == "default":',
         "if True:",
-        f"{PARITY}::test_config_json_says_what_it_is_made_of[llama3, 3.1 scaling]",
+        f"{PARITY}::test_a_written_config_json_is_read_as_the_same_config[llama3, 3.1 scaling]",
     ),
     "hub: an activation that is not computed here is accepted": Mutant(
         NAMES,
         '"hidden_act": ("silu", None),',
         '"hidden_act": ("silu", "gelu", None),',
-        f"{PARITY}::test_what_this_decoder_does_not_compute_is_an_error_by_name",
+        f"{PARITY}::test_a_config_that_this_decoder_does_not_compute_is_refused_by_key",
     ),
     "hub: an index leads out of the folder": Mutant(
         WEIGHTS,

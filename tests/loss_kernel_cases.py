@@ -1,16 +1,40 @@
-"""Inputs and references for the two kernels of the loss: for the tests, and for Triton's interpreter.
+"""Inputs and references of the loss and of its two kernels, for the tests and for Triton's interpreter:
 
 TRITON_INTERPRET=1 python -c "import loss_kernel_cases; loss_kernel_cases.check_kernels('cpu')"
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from torchtitan_lite.models.loss import IGNORE, Labels, Vocabulary
 
+Loss = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def inputs(
+    n_rows: int, vocab: int, dim: int, dtype: torch.dtype, weight_dtype: torch.dtype, device: str = "cpu"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states [2, n_rows / 2, dim], a weight, and labels, some of which are IGNORE."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, n_rows // 2, dim, generator=generator, dtype=torch.float64).to(device, dtype)
+    weight = torch.randn(vocab, dim, generator=generator, dtype=torch.float64).mul(0.2)
+    labels = torch.randint(vocab, (2, n_rows // 2), generator=generator)
+    labels[torch.rand(labels.shape, generator=generator) < 0.2] = IGNORE
+    weight = weight.to(device, weight_dtype)
+    return x.requires_grad_(), weight.requires_grad_(), labels.to(device)
+
+
+def results(loss: Loss, x: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The value, the count, and the gradients of 0.3 times the mean."""
+    value, count = loss(x, weight, labels)
+    dx, dweight = torch.autograd.grad(0.3 * value / count.clamp(min=1), (x, weight))
+    return value.detach(), count, dx, dweight
+
 
 class PlainKernels:
-    """`models.loss_kernels` in PyTorch: its reference."""
+    """The reference of `models.loss_kernels`, in PyTorch."""
 
     @staticmethod
     def row_sums(logits_CV: Tensor, labels: Labels) -> tuple[Tensor, Tensor, Tensor]:
@@ -30,7 +54,7 @@ class PlainKernels:
 
 
 def case(vocab: int, device: str) -> tuple[Tensor, Labels]:
-    """Six rows of logits, which start at multiples of 16 numbers; labels first, last, none, and not here."""
+    """Six rows of logits, which start at multiples of 16 numbers. Labels: first, last, none, and not here."""
     generator = torch.Generator().manual_seed(0)
     room_CV = torch.randn(6, (vocab // 16 + 1) * 16, generator=generator).mul_(5)
     logits_CV = room_CV[:, :vocab]
@@ -39,13 +63,13 @@ def case(vocab: int, device: str) -> tuple[Tensor, Labels]:
     logits_CV[4] = -torch.inf  # A row without a label: its gradient must be zero all the same.
     labels_C = torch.tensor([0, vocab - 1, 1, vocab - 1, IGNORE, 7])
     labels = Labels.of(labels_C, Vocabulary(), vocab)
-    labels.here[5] = False  # As if another rank had it.
+    labels.here[5] = False  # As if another rank had this row of the weight.
     room_CV, *parts = (each.to(device) for each in (room_CV, *labels))
     return room_CV[:, :vocab], Labels(*parts)
 
 
 def check_kernels(device: str) -> None:
-    """Compare the kernels with PlainKernels, for a part of a block to more than two blocks."""
+    """Compare the kernels with PlainKernels, for vocabularies of less than one to more than two blocks."""
     from torchtitan_lite.models import loss_kernels
 
     for vocab in (17, 300, 4096, 9001):

@@ -223,7 +223,7 @@ MUTANTS = {
         PARALLEL + "context.py",
         GATHERED_KEYS,
         GATHERED_KEYS.replace("])", "]).repeat_interleave(q_BsHK.shape[2] // k_BsGK.shape[2], 2)"),
-        f"{CONTEXT}::test_what_is_sent_grows_with_the_heads_that_the_method_sends_and_no_others[allgather-2]",
+        f"{CONTEXT}::test_the_bytes_sent_grow_with_the_heads_that_the_method_sends_and_no_others[allgather-2]",
     ),
     "gradients of keys summed over ranks twice": Mutant(
         PARALLEL + "context.py",

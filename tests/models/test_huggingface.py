@@ -1,4 +1,4 @@
-"""Our decoder against transformers' own, from the config.json that we write and from the ones published."""
+"""Our decoder equals transformers' model, from config.json files that we write and from published ones."""
 
 import dataclasses
 import json
@@ -13,7 +13,7 @@ from torchtitan_lite.models.decoder import PARAMETERS, DecoderConfig
 from torchtitan_lite.models.huggingface import config_json, differences, read_config
 from torchtitan_lite.models.registry import families, resolve
 
-# One of each kind: plain, scaled and tied; with and without norms of queries and keys.
+# Every kind of model: plain, scaled and tied; with and without norms of queries and keys.
 KINDS = {
     "llama3, plain": dataclasses.replace(families["llama3"]["8B"], rope_scaling=None),
     "llama3, 3.1 scaling": families["llama3"]["8B"],
@@ -24,7 +24,7 @@ KINDS = {
 }
 BEYOND = 5 * cases.ORIGINAL
 CONFIGS = {name: cases.small(config) for name, config in {**cases.PRESETS, **KINDS}.items()}
-# Presets that differ in size alone are one small model; the last name of each is that of its kind.
+# Presets that differ only in size become the same small model, which is tested once.
 DISTINCT = {repr(config): name for name, config in CONFIGS.items()}.values()
 
 
@@ -78,7 +78,7 @@ def test_the_loss_and_every_gradient_are_theirs(kind: str, tmp_path: Path) -> No
         assert (weight.grad - theirs).abs().max() <= 1e-5 * theirs.abs().max(), name
 
 
-def test_config_json_says_what_it_is_made_of(config: DecoderConfig, tmp_path: Path) -> None:
+def test_a_written_config_json_is_read_as_the_same_config(config: DecoderConfig, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config_json(config, dtype="bfloat16", eos_id=3)))
     assert read_config(tmp_path) == (config, [])
 
@@ -91,7 +91,7 @@ def test_a_config_json_that_transformers_writes_is_read(config: DecoderConfig, t
     assert read_config(tmp_path / "again") == (config, [])
 
 
-# What affects the numbers in each config.json, of huggingface.co/<name>/blob/main/config.json.
+# The keys that affect the numbers, from huggingface.co/<name>/blob/main/config.json.
 LLAMA = {
     "architectures": ["LlamaForCausalLM"], "attention_bias": False, "hidden_act": "silu", "mlp_bias": False,
     "model_type": "llama", "rms_norm_eps": 1e-05, "rope_theta": 500000.0, "vocab_size": 128256,
@@ -126,7 +126,7 @@ SIZES = {
 
 
 @pytest.mark.parametrize(("name", "size"), SIZES)
-def test_what_is_exported_of_a_preset_is_the_published_config(name: str, size: str) -> None:
+def test_an_exported_preset_has_the_published_config(name: str, size: str) -> None:
     published = {
         **(LLAMA if name == "llama3" else QWEN),
         **dict(zip(COLUMNS, SIZES[name, size], strict=True)),
@@ -154,7 +154,7 @@ def test_what_is_exported_of_a_preset_is_the_published_config(name: str, size: s
 
 
 def broken(tmp_path: Path, **changes: object) -> list[str]:
-    """What is said of a config.json with these changes."""
+    """The problems of a config.json with these changes."""
     content = {**config_json(cases.small(families["qwen3"]["8B"]), dtype="bfloat16", eos_id=0), **changes}
     content = {key: value for key, value in content.items() if value != "gone"}
     (tmp_path / "config.json").write_text(json.dumps(content))
@@ -193,7 +193,7 @@ def broken(tmp_path: Path, **changes: object) -> list[str]:
         ({"num_key_value_heads": 3}, "config.json.n_kv_heads = 3 does not divide n_heads"),
     ],
 )
-def test_what_this_decoder_does_not_compute_is_an_error_by_name(
+def test_a_config_that_this_decoder_does_not_compute_is_refused_by_key(
     changes: dict, expected: str, tmp_path: Path
 ) -> None:
     assert any(line.startswith(expected) for line in broken(tmp_path, **changes)), broken(tmp_path, **changes)
@@ -231,7 +231,7 @@ SCALED = {
         ("qwen3, tied", {"use_sliding_window": False, "sliding_window": 9, "max_window_layers": 0}),
     ],
 )
-def test_what_is_read_is_what_transformers_computes(kind: str, changes: dict, tmp_path: Path) -> None:
+def test_a_config_means_the_same_here_and_in_transformers(kind: str, changes: dict, tmp_path: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     content = config_json(cases.small(KINDS[kind]), dtype="float32", eos_id=0)
@@ -251,13 +251,13 @@ def test_what_is_read_is_what_transformers_computes(kind: str, changes: dict, tm
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "null", "[" * 100_000])
-def test_a_config_json_that_is_none_is_a_line(text: str, tmp_path: Path) -> None:
+def test_a_broken_config_json_is_reported_in_one_line(text: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(text)
     config, (problem,) = read_config(tmp_path)
     assert config is None and str(problem).startswith(str(tmp_path / "config.json"))
 
 
-def test_every_difference_from_a_preset_is_told_by_name(tmp_path: Path) -> None:
+def test_every_difference_from_a_preset_is_reported_by_key(tmp_path: Path) -> None:
     found = dataclasses.replace(families["qwen3"]["0.6B"], n_layers=3, rope_theta=5.0, tie_embeddings=False)
     lines = [str(problem) for problem in differences(found, families["qwen3"]["0.6B"], "x/config.json")]
     assert [line.partition(":")[0] for line in lines] == [

@@ -1,9 +1,8 @@
-"""The chunked loss equals the plain one, and never holds the logits."""
-
-from collections.abc import Callable
+"""The chunked loss equals the plain loss, and never holds all logits."""
 
 import pytest
 import torch
+from loss_kernel_cases import Loss, inputs, results
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -12,32 +11,11 @@ from torch.utils._pytree import tree_leaves
 from torchtitan_lite.models import loss as loss_module
 from torchtitan_lite.models.loss import IGNORE, chunk_rows, linear_cross_entropy, reference_cross_entropy
 
-Loss = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-
-
-def inputs(
-    n_rows: int, vocab: int, dim: int, dtype: torch.dtype, weight_dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states [2, n_rows / 2, dim], weight and labels, a part of them ignored."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, n_rows // 2, dim, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
-    weight = torch.randn(vocab, dim, generator=generator, dtype=torch.float64).mul(0.2).to(weight_dtype)
-    labels = torch.randint(vocab, (2, n_rows // 2), generator=generator)
-    labels[torch.rand(labels.shape, generator=generator) < 0.2] = IGNORE
-    return x, weight.requires_grad_(), labels
-
 
 @pytest.fixture(autouse=True)
 def several_chunks(monkeypatch) -> None:
-    """Logits as few as those of these tests would be one chunk."""
+    """Split even the few logits of these tests into several chunks."""
     monkeypatch.setattr(loss_module, "_LITTLE_BYTES", 0)
-
-
-def results(loss: Loss, x: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Value, count and the gradients of 0.3 times the mean."""
-    value, count = loss(x, weight, labels)
-    dx, dweight = torch.autograd.grad(0.3 * value / count.clamp(min=1), (x, weight))
-    return value, count, dx, dweight
 
 
 def assert_equal_to_reference(x: Tensor, weight: Tensor, labels: Tensor, tolerance: float) -> None:
@@ -80,14 +58,14 @@ def test_gradients_pass_gradcheck_also_where_only_one_is_needed():
     assert torch.autograd.gradcheck(lambda w: linear_cross_entropy(x.detach(), w, labels)[0], (weight,))
 
 
-def test_chunks_without_any_label_add_nothing():
+def test_a_chunk_without_labels_adds_nothing():
     x, weight, labels = inputs(128, vocab=50, dim=8, dtype=torch.float64, weight_dtype=torch.float64)
     labels.flatten()[:48] = IGNORE
     assert chunk_rows(128, 50, x) <= 24, "a whole chunk was meant to be ignored"
     assert_equal_to_reference(x, weight, labels, tolerance=1e-12)
 
 
-def test_no_label_at_all_gives_zero_loss_and_zero_gradients():
+def test_without_any_label_loss_and_gradients_are_zero():
     x, weight, labels = inputs(40, vocab=50, dim=8, dtype=torch.float32, weight_dtype=torch.float32)
     value, count, dx, dweight = results(linear_cross_entropy, x, weight, torch.full_like(labels, IGNORE))
     assert value == 0 and count == 0
@@ -127,7 +105,7 @@ def test_without_gradients_the_value_is_the_same():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_chunk_of_little_memory_has_more_rows_and_gives_the_same(monkeypatch, dtype: torch.dtype):
+def test_chunks_of_little_memory_have_more_rows_and_give_the_same(monkeypatch, dtype: torch.dtype):
     x, weight, labels = inputs(326, vocab=1000, dim=24, dtype=dtype, weight_dtype=torch.float32)
     chunked = results(linear_cross_entropy, x, weight, labels)
     monkeypatch.setattr(loss_module, "_LITTLE_BYTES", 200 * 1000 * 4)
@@ -146,7 +124,7 @@ def test_chunks_are_a_sixteenth_of_the_logits_within_bounds():
 
 
 class Memory(TorchDispatchMode):
-    """Records the bytes that the tensors made under it hold at once, at most, and the largest of them."""
+    """Records the largest tensor made within it, and the most bytes that such tensors hold at once."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -196,7 +174,7 @@ def test_evaluation_holds_one_chunk_and_no_gradient():
     assert memory.largest == chunk
 
 
-def test_the_gradient_of_the_weight_is_made_once_and_handed_over():
+def test_the_gradient_of_the_weight_is_made_once_and_never_copied():
     x, weight, labels = inputs(ROWS, 20_000, dim=64, dtype=torch.float32, weight_dtype=torch.float32)
     with Memory() as memory:
         linear_cross_entropy(x, weight, labels)[0].backward()

@@ -1,17 +1,19 @@
-"""The loss by kernels equals the plain one: on a CPU with their references, by an interpreter, on a GPU."""
+"""The loss with its CUDA kernels equals the plain loss.
+
+Without a GPU the kernels are replaced by references in PyTorch, or run by Triton's interpreter.
+"""
 
 import importlib.util
 import itertools
 import subprocess
 import sys
-from collections.abc import Callable
 from functools import partial
 from types import ModuleType
 from unittest import mock
 
 import pytest
 import torch
-from loss_kernel_cases import PlainKernels, case, check_kernels
+from loss_kernel_cases import Loss, PlainKernels, check_kernels, inputs, results
 from programs import environment
 from torch import Tensor
 
@@ -25,33 +27,12 @@ from torchtitan_lite.models.loss import (
     reference_cross_entropy,
 )
 
-Loss = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-
-
-def inputs(
-    dtype: torch.dtype, weight_dtype: torch.dtype, vocab: int = 97, dim: int = 24, device: str = "cpu"
-) -> tuple[Tensor, Tensor, Tensor]:
-    """326 hidden states, a weight and labels, a part of them ignored."""
-    generator = torch.Generator().manual_seed(0)
-    x_ND = torch.randn(326, dim, generator=generator).to(device, dtype).requires_grad_()
-    weight_VD = torch.randn(vocab, dim, generator=generator).mul(0.2).to(device, weight_dtype)
-    labels_N = torch.randint(vocab, (326,), generator=generator)
-    labels_N[torch.rand(326, generator=generator) < 0.2] = IGNORE
-    labels_N[:16] = IGNORE
-    return x_ND, weight_VD.requires_grad_(), labels_N.to(device)
-
 
 @pytest.fixture(autouse=True)
 def chunks_of_64_rows(monkeypatch) -> None:
-    """Several of them, the last one smaller."""
+    """Six chunks, the last one smaller."""
     monkeypatch.setattr(loss_module, "_LITTLE_BYTES", 0)
     monkeypatch.setattr(loss_module, "chunk_rows", lambda *_: 64)
-
-
-def results(loss: Loss, x: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-    """Value, count and the gradients of the mean."""
-    value, count = loss(x, weight, labels)
-    return value.detach(), count, *torch.autograd.grad(value / count, (x, weight))
 
 
 def exact_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,11 +59,11 @@ DTYPES = [
 @pytest.mark.parametrize(("dtype", "weight_dtype"), DTYPES)
 def test_the_loss_around_the_kernels_equals_the_reference(monkeypatch, dtype, weight_dtype):
     monkeypatch.setattr(loss_module, "_kernels", lambda *_: PlainKernels)
-    assert_equal_to(reference_cross_entropy, *inputs(dtype, weight_dtype))
+    assert_equal_to(reference_cross_entropy, *inputs(326, 97, 24, dtype, weight_dtype))
 
 
 class Known(Vocabulary):
-    """Half of the vocabulary, with known answers of the other half; records what it is told."""
+    """Half of the vocabulary. Its maxima and sums over both halves are given; it records its own half's."""
 
     n_parts = 2
 
@@ -115,7 +96,7 @@ def test_the_kernels_serve_a_part_of_the_vocabulary():
     label_logit_C[4] = 0
     sums_2C = torch.stack([(logits_CV - max_C[:, None]).exp().sum(dim=1), label_logit_C])
     parts = [Known(slice(start, start + 45), max_C, sums_2C) for start in (0, 45)]
-    # One rank may have the kernels, and another one do without: what they exchange must fit together.
+    # One rank may use the kernels and another PyTorch: their maxima and sums must fit together.
     ways = partial(loss_module._fused_cross_entropy_, PlainKernels), loss_module._cross_entropy_
     for first, second in itertools.product(ways, ways):
         for way, part in zip((first, second), parts, strict=True):
@@ -134,20 +115,6 @@ def test_a_label_out_of_bounds_is_no_label_of_another_part(label: int):
     part = Known(slice(0, 45), torch.zeros(2), torch.zeros(2, 2))
     with pytest.raises(RuntimeError, match="a label is out of bounds"):
         Labels.of(torch.tensor([3, label]), part, 45)
-
-
-def test_the_references_of_the_kernels_equal_the_plain_loss():
-    logits_CV, labels = case(300, "cpu")
-    rows = torch.tensor([0, 1, 2, 3])  # The others have a gradient that the plain loss does not share.
-    logits_CV, labels = logits_CV[rows], Labels(*(each[rows] for each in labels))
-    expected, expected_CV = loss_module._cross_entropy_(
-        logits_CV.clone(), labels, torch.float32, Vocabulary()
-    )
-    found, found_CV = loss_module._fused_cross_entropy_(
-        PlainKernels, logits_CV, labels, torch.float32, Vocabulary()
-    )
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(found_CV, expected_CV)
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="Triton is not installed")
@@ -169,7 +136,7 @@ def test_on_a_gpu_the_kernels_equal_their_references():
 def test_on_a_gpu_the_loss_equals_the_reference_with_and_without_the_kernels(
     monkeypatch, dtype, weight_dtype, vocab
 ):
-    given = inputs(dtype, weight_dtype, vocab, dim=16, device="cuda")
+    given = inputs(326, vocab, 16, dtype, weight_dtype, "cuda")
     assert loss_module._kernels(given[0].device, torch.float32) is not None
     assert_equal_to(exact_cross_entropy, *given)
     monkeypatch.setattr(loss_module, "_kernels", lambda *_: None)
@@ -178,7 +145,7 @@ def test_on_a_gpu_the_loss_equals_the_reference_with_and_without_the_kernels(
 
 @pytest.mark.gpu
 def test_on_a_gpu_bfloat16_gradients_are_as_exact_as_those_of_one_product():
-    x, weight, labels = inputs(torch.bfloat16, torch.float32, 65_536, dim=16, device="cuda")
+    x, weight, labels = inputs(326, 65_536, 16, torch.bfloat16, torch.float32, "cuda")
     found, expected = (results(f, x, weight, labels) for f in (linear_cross_entropy, reference_cross_entropy))
     exact = results(reference_cross_entropy, x.double(), weight, labels)
     for ours, theirs, truth in list(zip(found, expected, exact, strict=True))[2:]:
@@ -188,7 +155,7 @@ def test_on_a_gpu_bfloat16_gradients_are_as_exact_as_those_of_one_product():
 @pytest.mark.gpu
 def test_on_a_gpu_the_loss_holds_one_chunk_of_logits_and_a_copy_of_the_weight():
     vocab = 50_257  # Not a multiple of what rows are aligned to.
-    x, weight, labels = inputs(torch.bfloat16, torch.float32, vocab, dim=32, device="cuda")
+    x, weight, labels = inputs(326, vocab, 32, torch.bfloat16, torch.float32, "cuda")
     buffer = loss_module._buffer(2, vocab, x)
     assert buffer.shape == (2, vocab) and buffer.stride(0) % 16 == 0
     linear_cross_entropy(x, weight, labels)[0].backward()  # Loads the libraries, which hold memory too.
@@ -202,22 +169,22 @@ def test_on_a_gpu_the_loss_holds_one_chunk_of_logits_and_a_copy_of_the_weight():
     assert chunk + copy <= beyond < 1.05 * (chunk + copy)
 
 
-def test_without_triton_the_loss_is_left_to_pytorch_and_says_so(monkeypatch, caplog):
-    monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.delitem(sys.modules, "torchtitan_lite.models.loss_kernels", raising=False)
-    found = loss_module._kernels.__wrapped__(torch.device("cuda", 0), torch.float32)
-    assert found is None
-    assert "the loss is left to PyTorch's own kernels: ModuleNotFoundError" in caplog.text
-
-
 class NoSuchCard(Exception):
-    """As Triton's errors, no RuntimeError."""
+    """Triton's errors are no RuntimeError either."""
 
 
-def test_where_triton_cannot_compile_the_loss_is_left_to_pytorch_too(monkeypatch, caplog):
+@pytest.mark.parametrize("is_installed", [True, False])
+def test_if_triton_fails_pytorch_computes_the_loss_and_a_warning_says_so(
+    monkeypatch, caplog, is_installed: bool
+):
     kernels = ModuleType("torchtitan_lite.models.loss_kernels")
     monkeypatch.setattr(kernels, "try_on", mock.Mock(side_effect=NoSuchCard("sm_999")), raising=False)
-    monkeypatch.setitem(sys.modules, kernels.__name__, kernels)
-    monkeypatch.setattr(models, "loss_kernels", kernels, raising=False)
+    if is_installed:
+        monkeypatch.setitem(sys.modules, kernels.__name__, kernels)
+        monkeypatch.setattr(models, "loss_kernels", kernels, raising=False)
+    else:
+        monkeypatch.setitem(sys.modules, "triton", None)
+        monkeypatch.delitem(sys.modules, kernels.__name__, raising=False)
     assert loss_module._kernels.__wrapped__(torch.device("cuda", 0), torch.float32) is None
-    assert "the loss is left to PyTorch's own kernels: NoSuchCard: sm_999" in caplog.text
+    error = "NoSuchCard: sm_999" if is_installed else "ModuleNotFoundError"
+    assert f"the loss is left to PyTorch's own kernels: {error}" in caplog.text

@@ -1,4 +1,4 @@
-"""Normal numbers are a function of the key and the place, and as normal as they are said to be."""
+"""`fill_normal` draws normal numbers as a function of key and place, whatever part of a tensor is drawn."""
 
 from statistics import NormalDist
 

@@ -1,4 +1,4 @@
-"""The table of parameters: every parameter has one row, and the first that matches counts."""
+"""The table of parameters: every parameter has a row, and the first row that matches counts."""
 
 from dataclasses import dataclass, fields
 from typing import ClassVar
@@ -19,7 +19,7 @@ SMALL = {"n_layers": 2, "dim": 64, "n_heads": 4, "n_kv_heads": 2, "head_dim": 16
 
 
 class GatedBlock(Block):
-    """A block with a parameter that the decoder's own table does not know."""
+    """A block with a parameter that has no row in the decoder's table."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__(config)
@@ -31,7 +31,7 @@ class GatedBlock(Block):
 
 @dataclass(frozen=True, kw_only=True)
 class Gated(DecoderConfig):
-    """A decoder of such blocks, and no rows of its own."""
+    """A decoder of gated blocks, without a row for the gate."""
 
     architecture: ClassVar[str] = "gated"
 
@@ -41,7 +41,7 @@ class Gated(DecoderConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class GatedWithRow(Gated):
-    """The same with a row."""
+    """A decoder of gated blocks, with a row for the gate."""
 
     architecture: ClassVar[str] = "gated with a row"
     parameters: ClassVar[Table] = Table(

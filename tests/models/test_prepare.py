@@ -1,4 +1,4 @@
-"""The inputs of a forward: one method makes them for training, evaluation and generation."""
+"""`Decoder.prepare` makes the inputs of a forward for training, evaluation and generation."""
 
 from unittest import mock
 
@@ -21,7 +21,7 @@ N_TOKENS = 24
 
 
 def model_of(attention: AttentionConfig) -> Decoder:
-    """A small model with a sliding window, whose weights are large enough for the mask to matter."""
+    """A small model with a sliding window. Its weights are large, so a wrong mask changes the loss."""
     sizes = {"n_layers": 2, "dim": 32, "n_heads": 4, "n_kv_heads": 2, "head_dim": 8, "ffn_dim": 48}
     model = resolve("qwen3", "debugmodel", attention, {**sizes, "sliding_window": 7}).build()
     torch.manual_seed(0)
@@ -68,7 +68,7 @@ def test_training_evaluation_and_generation_find_the_same_loss(attention: Attent
     ],
     ids=["whole", "one rank", "head and tail", "second half", "newest"],
 )
-def test_the_mask_is_of_all_positions_and_the_tensors_are_of_the_share(share, own: slice) -> None:
+def test_the_mask_gets_all_positions_and_the_forward_gets_the_tokens_of_the_share(share, own: slice) -> None:
     model = model_of(Sdpa())
     tokens_BS, labels_BS = torch.randint(1, 500, (2, 2, 8))
     positions_BS = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5, 6, 7]])

@@ -1,4 +1,4 @@
-"""Rotary embedding against complex numbers, and the scaling of Llama 3.1 against its description."""
+"""Rotary embedding equals complex rotation; scaled frequencies are those that Llama 3.1 describes."""
 
 import math
 
@@ -11,7 +11,7 @@ HEAD_DIM, THETA = 16, 10_000.0
 
 
 def complex_rotation(x_BSHK: torch.Tensor, positions_BS: torch.Tensor, theta: float) -> torch.Tensor:
-    """As the paper has it: neighbouring features are one complex number, times e^(i position frequency)."""
+    """The paper's rotation: a complex number of two neighbouring features, times e^(i position frequency)."""
     head_dim = x_BSHK.shape[-1]
     frequency_F = torch.tensor(
         [theta ** (-2 * i / head_dim) for i in range(head_dim // 2)], dtype=torch.float64

@@ -1,19 +1,12 @@
-"""What is applied to the finished model."""
+"""Compiled blocks give the numbers of eager blocks, and inductor is set up as it should be."""
 
 import pytest
 import torch
 import torch._dynamo
 
 from torchtitan_lite.config.job import load_job
-from torchtitan_lite.parallel.apply import CompileConfig, apply, prepare_compile
+from torchtitan_lite.parallel.apply import CompileConfig, prepare_compile
 from torchtitan_lite.training.trainer import Trainer
-
-
-def test_without_compile_the_model_is_left_as_it_is(small_run) -> None:
-    model = Trainer(load_job(small_run).config).state.model
-    apply(model, compile=CompileConfig())
-    assert all(block._compiled_call_impl is None for block in model.blocks)
-
 
 INDUCTOR = pytest.param("inductor", marks=[pytest.mark.slow, pytest.mark.compiler])
 
@@ -60,7 +53,7 @@ def test_compiling_for_a_cpu_without_a_compiler_is_a_problem(monkeypatch: pytest
 
 
 @pytest.mark.parametrize("set_before", [None, False])
-def test_vector_instructions_are_not_tried_out_unless_someone_wants_it(monkeypatch, set_before) -> None:
+def test_inductor_does_not_try_out_vector_instructions_unless_asked_to(monkeypatch, set_before) -> None:
     from torch._inductor import config
 
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
@@ -74,7 +67,7 @@ def test_vector_instructions_are_not_tried_out_unless_someone_wants_it(monkeypat
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_a_compiled_backward_makes_cheap_inputs_again_on_every_device(device: str) -> None:
+def test_a_compiled_backward_recomputes_cheap_inputs_on_every_device(device: str) -> None:
     from torch._functorch import config
 
     for compile, wanted in ((CompileConfig(), True), (CompileConfig(enable=True), False)):

@@ -1,4 +1,4 @@
-"""Attention to a sequence of which each rank has a part: exact, balanced, and as cheap as it can be."""
+"""Context parallel: attention in parts is exact, its work is balanced, and only what is needed is sent."""
 
 import itertools
 from functools import partial
@@ -15,7 +15,7 @@ from torchtitan_lite.attention import Flex, Sdpa, Varlen, reference_attention
 from torchtitan_lite.attention.mask import explicit_mask
 from torchtitan_lite.parallel.context import Chunks, ContextParallel
 
-SEQ_LEN = 56  # eight chunks of seven: no document below begins or ends at the edge of one
+SEQ_LEN = 56  # eight chunks of seven tokens: no document below begins or ends at the edge of a chunk
 POSITIONS = {
     "one document": rows([56], [56]),
     "packed": rows([1, 19, 1, 35], [17, 39]),
@@ -32,14 +32,14 @@ assert_equal = partial(torch.testing.assert_close, rtol=1e-12, atol=1e-12)
 
 
 def tokens_of(rank: int, n_ranks: int, balanced: bool, seq_len: int = SEQ_LEN) -> list[int]:
-    """Of one stretch each or, balanced, of the chunks r and 2n - 1 - r."""
+    """The tokens of rank r: one stretch or, if balanced, the chunks r and 2n - 1 - r."""
     size = seq_len // (2 * n_ranks if balanced else n_ranks)
     chunks = (rank, 2 * n_ranks - 1 - rank) if balanced else (rank,)
     return [token for chunk in chunks for token in range(chunk * size, (chunk + 1) * size)]
 
 
 def in_order(parts: list[Tensor], balanced: bool) -> Tensor:
-    """The whole sequence, of each rank's part."""
+    """The whole sequence, from each rank's part."""
     n_ranks = len(parts)
     whole = torch.full((len(parts[0]), SEQ_LEN, *parts[0].shape[2:]), torch.nan, dtype=parts[0].dtype)
     for rank, part in enumerate(parts):
@@ -48,14 +48,14 @@ def in_order(parts: list[Tensor], balanced: bool) -> Tensor:
 
 
 def wanted(case: Attention) -> list[Tensor]:
-    """Output and gradients of the reference on the whole sequence."""
+    """The output and the gradients of the reference on the whole sequence."""
     q, k, v, dout = case.tensors()
     out = reference_attention(q, k, v, case.positions_BS, None, case.window, case.scale)
     return [out.detach(), *torch.autograd.grad(out, (q, k, v), dout)]
 
 
 def found(ranks, n_ranks: int, some: list[Attention]) -> list[list[Tensor]]:
-    """Output and gradients of all ranks together, of each case."""
+    """For each case the output and the gradients of the whole sequence, from the parts of all ranks."""
     of_ranks = ranks(n_ranks).run(cases.attend, some)
     return [
         [in_order(list(parts), case.balanced) for parts in zip(*(part[:4] for part in of_case), strict=True)]
@@ -91,7 +91,7 @@ def test_attention_in_parts_equals_the_reference_on_the_whole(
 @pytest.mark.parametrize("attention", CONFIGS)
 @pytest.mark.parametrize("method", METHODS)
 def test_bfloat16_is_exchanged_and_summed_in_bfloat16(ranks, method: str, attention: str) -> None:
-    """Four roundings of 2**-8: the softmax's, the result's, the sum's over ranks, and the reference's own."""
+    """Four roundings of 2**-8: of the softmax, the result, the sum over ranks, and the reference."""
     name, balanced = METHODS[method]
     case = Attention(
         method=name,
@@ -109,7 +109,7 @@ def test_bfloat16_is_exchanged_and_summed_in_bfloat16(ranks, method: str, attent
 
 @pytest.mark.parametrize("n_ranks", [2, 4])
 @pytest.mark.parametrize("method", ["allgather", "ulysses"])
-def test_what_is_sent_grows_with_the_heads_that_the_method_sends_and_no_others(
+def test_the_bytes_sent_grow_with_the_heads_that_the_method_sends_and_no_others(
     ranks, method: str, n_ranks: int
 ) -> None:
     positions_BS, all_heads = POSITIONS["packed"], [(4, 4), (8, 4), (16, 4), (8, 8), (16, 8)]
@@ -129,7 +129,7 @@ def test_what_is_sent_grows_with_the_heads_that_the_method_sends_and_no_others(
 
 @pytest.mark.parametrize("balanced", [False, True])
 @pytest.mark.parametrize("n_ranks", [1, 2, 3, 4, 7])
-def test_a_split_is_put_together_as_it_was(n_ranks: int, balanced: bool) -> None:
+def test_chunks_put_together_are_the_whole_sequence(n_ranks: int, balanced: bool) -> None:
     chunks = Chunks(n_ranks, balanced)
     n_chunks = (1 + balanced) * n_ranks
     seq_len = 5 * n_chunks
@@ -146,12 +146,6 @@ def test_a_split_is_put_together_as_it_was(n_ranks: int, balanced: bool) -> None
         assert torch.equal(torch.cat(own.unbind(), dim=1), part)
 
 
-def test_a_rank_has_a_chunk_from_either_end() -> None:
-    chunks = Chunks(4, balanced=True)
-    assert [chunks.of_rank(rank) for rank in range(4)] == [(0, 7), (1, 6), (2, 5), (3, 4)]
-    assert [Chunks(4, balanced=False).of_rank(rank) for rank in range(4)] == [(0,), (1,), (2,), (3,)]
-
-
 def test_one_rank_has_everything() -> None:
     alone, x = ContextParallel(), POSITIONS["packed"]
     assert alone.shard(x) is x and alone.queries(SEQ_LEN) is None
@@ -165,7 +159,9 @@ def test_a_sequence_that_chunks_do_not_divide_is_refused() -> None:
 @pytest.mark.parametrize("window", [None, 9])
 @pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize("method", METHODS)
-def test_the_work_of_all_ranks_is_that_of_the_mask(method: str, positions: str, window: int | None) -> None:
+def test_the_work_of_all_ranks_is_the_number_of_visible_pairs(
+    method: str, positions: str, window: int | None
+) -> None:
     name, balanced = METHODS[method]
     contexts = [ContextParallel(method=name, chunks=Chunks(4, balanced), rank=rank) for rank in range(4)]
     work = [context.work(POSITIONS[positions], window) for context in contexts]
@@ -173,7 +169,7 @@ def test_the_work_of_all_ranks_is_that_of_the_mask(method: str, positions: str, 
 
 
 @pytest.mark.parametrize("n_ranks", [2, 4, 8])
-def test_one_document_costs_every_rank_the_same(n_ranks: int) -> None:
+def test_with_balance_a_single_document_costs_every_rank_the_same(n_ranks: int) -> None:
     positions_BS = rows([16 * n_ranks])
 
     def max_to_mean(method: Any, balanced: bool) -> float:

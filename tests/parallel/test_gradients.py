@@ -1,4 +1,4 @@
-"""The norm of gradients in shards, and the sum of those of which ranks have terms."""
+"""The norm of gradients in shards, and the sum of gradients of which each rank has a term."""
 
 import exchange_cases as cases
 import pytest
@@ -16,7 +16,7 @@ def test_the_ranks_terms_add_up_to_the_norm_of_the_whole_gradient(ranks, names: 
 
 
 def test_a_norm_of_ten_million_float32_numbers_is_exact_on_a_cpu() -> None:
-    """torch adds their squares up in float32, and is off by 4e-4."""
+    """torch would add their squares up in float32, with an error of 4e-4."""
     parameter = nn.Parameter(torch.empty(10_000_000))
     parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
     assert squared_norm([parameter], 1).item() == pytest.approx(parameter.grad.double().square().sum().item())

@@ -1,4 +1,4 @@
-"""What a rank holds: its share of the state and no more, and the activations that recompute leaves."""
+"""A rank holds its share of the state and no more, and as many activations as its recompute mode says."""
 
 import functools
 import json
@@ -11,7 +11,7 @@ import torch._dynamo
 
 SEQ_LEN, BATCH, DIM = 64, 2, 64
 BLOCK_INPUT = SEQ_LEN * BATCH * DIM * 4
-"""Bytes of what goes from one block to the next."""
+"""Bytes of a block's input."""
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ TWO_LAYERS = ("--model.overrides", '{"n_layers": 2}')
 
 @pytest.mark.parametrize(("mesh", "reshard"), [("fsdp", "default"), ("cp and fsdp", "never")])
 def test_a_rank_holds_its_share_of_weights_gradients_and_optimizer(ranks, words, mesh: str, reshard) -> None:
-    """Up to a row or two that does not divide, as FSDP fills up shards."""
+    """Up to a row or two: FSDP pads shards that do not divide."""
     flags = [*TWO_LAYERS, "--parallelism.fsdp-reshard-after-forward", reshard]
     whole = cases.state_bytes([*words, *flags])
     n_parameters = sum(p.numel() for p in cases.new_trainer([*words, *flags]).state.model.parameters())
@@ -60,7 +60,7 @@ def test_tensor_parallel_splits_all_but_the_norms(ranks, words) -> None:
 
 
 def of_size(n_layers: int) -> tuple[str, str]:
-    """Options of a model with so many blocks."""
+    """Options of a model with `n_layers` blocks."""
     shape = {"n_layers": n_layers, "dim": DIM, "n_heads": 4, "n_kv_heads": 2, "head_dim": 16, "ffn_dim": 192}
     return "--model.overrides", json.dumps(shape)
 
@@ -73,7 +73,7 @@ PerBlock = Callable[..., float]
 
 @pytest.fixture(scope="module")
 def per_block(words) -> PerBlock:
-    """How many block inputs' worth of bytes each further block keeps for the backward."""
+    """The memory that each further block keeps for the backward, in units of a block's input."""
 
     @functools.cache
     def per_block(*recompute: str) -> float:
@@ -84,25 +84,17 @@ def per_block(words) -> PerBlock:
     return per_block
 
 
-def test_full_recompute_keeps_one_tensor_per_block(per_block: PerBlock) -> None:
-    assert per_block(*FULL) == 1
-
-
-def test_without_recompute_a_block_keeps_many_tensors(per_block: PerBlock) -> None:
-    assert per_block() > 10
-
-
-def test_selective_recompute_lies_in_between(per_block: PerBlock) -> None:
-    assert 1.5 * per_block(*FULL) < per_block(*SELECTIVE) < per_block() / 1.5
-
-
-def test_every_second_block_keeps_half_of_the_difference(per_block: PerBlock) -> None:
-    assert per_block(*EVERY_SECOND) == (per_block(*FULL) + per_block()) / 2
+def test_a_block_keeps_as_much_as_its_recompute_mode_says(per_block: PerBlock) -> None:
+    full, selective, everything = per_block(*FULL), per_block(*SELECTIVE), per_block()
+    assert full == 1
+    assert everything > 10
+    assert 1.5 * full < selective < everything / 1.5
+    assert per_block(*EVERY_SECOND) == (full + everything) / 2
 
 
 @pytest.mark.slow
 @pytest.mark.compiler
-def test_a_compiled_block_keeps_what_its_products_make_and_nothing_elementwise_from_that(words) -> None:
+def test_a_compiled_block_keeps_products_and_no_elementwise_functions_of_them(words) -> None:
     def n_bytes(n_layers: int) -> int:
         torch._dynamo.reset()
         trainer = cases.new_trainer([*words, *of_size(n_layers), "--compile.enable"])
@@ -117,7 +109,7 @@ def test_a_compiled_block_keeps_what_its_products_make_and_nothing_elementwise_f
             trainer.stepper.loss_of(next(trainer.state.batches))
         return sum(storages.values())
 
-    # The inputs of both norms 2, q before and after its norm 2, k 1, v 0.5, attention's output 1, w1 3, w3 3.
+    # Inputs of both norms 2, q before and after its norm 2, k 1, v 0.5, output of attention 1, w1 3, w3 3.
     a_block = (n_bytes(4) - n_bytes(2)) / 2 / BLOCK_INPUT
     assert 12.5 < a_block < 13, "beside these no more than the norms' factors and the log-sum-exp"
 

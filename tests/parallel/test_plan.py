@@ -1,4 +1,4 @@
-"""What rank 0 says of the plan, which nobody would otherwise check against what is done."""
+"""The printed plan says what is done to the model."""
 
 import re
 

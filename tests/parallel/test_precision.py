@@ -1,4 +1,4 @@
-"""bfloat16 on many ranks is as near to float32 as it is on one: none adds up more in bfloat16 than that."""
+"""bfloat16 on many ranks is as near to float32 as on one rank: sums over ranks lose no precision."""
 
 import json
 
@@ -19,7 +19,7 @@ MESHES = {
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """One step of 16,384 tokens: so many rows that adding them up in bfloat16 shows."""
+    """The options of one step of 16,384 tokens: a sum of so many rows in bfloat16 would show."""
     folder = tmp_path_factory.mktemp("precision")
     cases.write_documents(folder / "short.jsonl")
     size = {"n_layers": 1, "dim": 64, "n_heads": 4, "n_kv_heads": 2, "head_dim": 16, "ffn_dim": 96}

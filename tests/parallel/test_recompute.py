@@ -1,4 +1,4 @@
-"""What is computed again in the backward pass changes no gradient, and compiles as the rest does."""
+"""Recompute changes no gradient, keeps what its mode says, and compiles without graph breaks."""
 
 from collections import Counter
 
@@ -28,7 +28,7 @@ CONFIGS = {"sdpa": Sdpa(), "flex": Flex(), "varlen": Varlen()}
 
 @pytest.fixture(scope="module")
 def alone() -> Pass:
-    """On one rank, with everything kept."""
+    """One rank's pass, without recompute."""
     return cases.run_pass(MODES["none"], EAGER)
 
 
@@ -43,7 +43,7 @@ def assert_same(found: Pass, wanted: Pass) -> None:
 
 @pytest.mark.parametrize("attention", CONFIGS)
 @pytest.mark.parametrize("mode", AGAIN)
-def test_gradients_are_those_of_keeping_everything(alone: Pass, mode: str, attention: str) -> None:
+def test_gradients_are_those_without_recompute(alone: Pass, mode: str, attention: str) -> None:
     found = cases.run_pass(MODES[mode], EAGER, config=CONFIGS[attention])
     if attention == "sdpa":
         assert all(torch.equal(found.gradients[name], alone.gradients[name]) for name in alone.gradients)
@@ -73,7 +73,7 @@ def test_a_block_computes_again_what_its_mode_does_not_keep(alone: Pass, mode: s
 def test_choosing_by_modules_is_choosing_by_operators(
     alone: Pass, monkeypatch: pytest.MonkeyPatch, attention: str
 ) -> None:
-    """The slow way, which looks at every operator, is the reference of the fast one."""
+    """Choosing by operators, which is slow, is the reference for choosing by modules."""
     mode, config = MODES["selective, op"], CONFIGS[attention]
     fast = cases.run_pass(mode, EAGER, config=config)
     by_operator = lambda blocks, config, **_: apply_recompute(blocks, config, by_operator=True)
@@ -94,14 +94,14 @@ def test_only_the_operators_of_attention_are_looked_at(monkeypatch: pytest.Monke
 
 
 def losses(model: Decoder, *shifts: int) -> list[torch.Tensor]:
-    """Of one forward for each of `shifts`, with tokens that are shifted by so many."""
+    """The losses of a forward for each of `shifts`, by which the tokens are shifted."""
     positions_BS = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5, 0, 1]])
     mask, tokens_BS = model.config.attention.mask(positions_BS), cases.TOKENS_BS
     return [model(tokens_BS.roll(n, 1), positions_BS, mask, tokens_BS)[0] for n in shifts]
 
 
-def test_kept_is_what_a_gradient_needs_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last product of a block is in no gradient: to keep it would be memory for nothing."""
+def test_only_products_that_a_gradient_needs_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No gradient needs a block's last product, so keeping it would waste memory."""
     made: list[Kept] = []
     init = Kept.__init__
     monkeypatch.setattr(Kept, "__init__", lambda self, keeper: made.append(self) or init(self, keeper))
@@ -117,7 +117,7 @@ def test_kept_is_what_a_gradient_needs_and_no_more(monkeypatch: pytest.MonkeyPat
     assert not kept.results, "every one was used"
 
 
-def test_a_second_backward_says_that_results_are_kept_for_one() -> None:
+def test_a_second_backward_is_refused() -> None:
     model = cases.small_model("qwen3", n_layers=1)
     apply_recompute(model.blocks, MODES["selective, op"])
     (loss,) = losses(model, 0)
@@ -165,7 +165,7 @@ SHARES = {
         "selective, op",  # wraps the exchanges too, and looks at each
     ],
 )
-def test_blocks_in_shares_are_compiled_whole_too(ranks, alone: Pass, shares: str, mode: str) -> None:
+def test_blocks_with_exchanges_are_compiled_whole_too(ranks, alone: Pass, shares: str, mode: str) -> None:
     degrees, method = SHARES[shares]
     found = ranks(2).run(cases.run_pass, MODES[mode], COMPILED, degrees, method)
     for each in found:
@@ -174,7 +174,7 @@ def test_blocks_in_shares_are_compiled_whole_too(ranks, alone: Pass, shares: str
 
 
 @pytest.mark.parametrize("shares", SHARES)
-def test_blocks_in_shares_keep_the_same_when_nothing_is_compiled(ranks, alone: Pass, shares: str) -> None:
+def test_blocks_with_exchanges_keep_the_same_results_when_eager(ranks, alone: Pass, shares: str) -> None:
     degrees, method = SHARES[shares]
     found = ranks(2).run(cases.run_pass, MODES["selective, op"], EAGER, degrees, method)
     assert_same_in_shares(found, alone, degrees)

@@ -1,4 +1,4 @@
-"""Shares of every matrix and of the vocabulary: the same loss and gradients, and no more than a share."""
+"""Tensor parallel: the loss and the gradients of one rank, while each rank has only its share."""
 
 from functools import partial
 
@@ -54,7 +54,7 @@ def test_the_loss_in_shares_equals_the_whole_loss_and_so_do_its_gradients(
 
 
 def test_large_logits_do_not_overflow(ranks) -> None:
-    """The maximum is that of all shares: its own would make infinity of another's."""
+    """With the maximum of its own share alone, a rank would overflow on the logits of another share."""
     x_BSD, weight_VD, labels_BS = loss_inputs(BATCH, SEQ_LEN, DIM, VOCAB)
     case = x_BSD, torch.cat([weight_VD[: VOCAB // 2] + 1e4, weight_VD[VOCAB // 2 :]]), labels_BS
     wanted = whole_loss(*case)
@@ -94,7 +94,7 @@ def test_an_embedding_by_rows_equals_the_whole_one(ranks, n_ranks: int) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama3", "qwen3"])
-def test_every_parameter_is_split_as_it_says_and_all_are_known(ranks, family: str) -> None:
+def test_every_parameter_is_split_along_the_dim_of_its_row(ranks, family: str) -> None:
     dims = cases.small_model(family).config.shard_dims
     for shapes in ranks(2).run(cases.local_shapes, family):
         assert sorted(shapes) == sorted(dims)
@@ -106,7 +106,7 @@ def test_every_parameter_is_split_as_it_says_and_all_are_known(ranks, family: st
             assert list(local) == halved, name
 
 
-def test_a_module_that_would_not_read_its_share_is_refused() -> None:
+def test_a_module_that_cannot_read_its_share_is_refused() -> None:
     class Scale(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -127,17 +127,6 @@ def test_a_module_that_would_not_read_its_share_is_refused() -> None:
     assert pair.startswith(
         "module pair has several parameters, so tensor parallel cannot give each rank its share"
     )
-
-
-def test_projections_are_split_by_heads_and_by_hidden_features() -> None:
-    """By columns into a head or a feature, by rows out of it: nothing in between needs the others'."""
-    rows = cases.small_model("qwen3").config.parameters
-    dims = {row.pattern.split(".")[-2]: row.shard_dim for row in rows}
-    assert dims == {
-        **dict.fromkeys(["embedding", "head", "wq", "wk", "wv", "w1", "w3"], 0),
-        **dict.fromkeys(["wo", "w2"], 1),
-        **dict.fromkeys(["norm", "attention_norm", "ffn_norm", "q_norm", "k_norm"], None),
-    }
 
 
 UNEVEN = {**SMALL, "dim": 6, "n_heads": 3, "n_kv_heads": 3, "head_dim": 2, "ffn_dim": 10}
