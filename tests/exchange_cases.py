@@ -15,12 +15,12 @@ import torch
 import torch._dynamo
 import torch.distributed as dist
 from attention_cases import HEAD_DIM, qkv
+from operators import Operators
 from parallel_cases import new_trainer, precision, whole
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from torchtitan_lite.attention import AttentionConfig, Sdpa
@@ -40,43 +40,12 @@ from torchtitan_lite.training.optimizer import AdamW
 
 SDPA, ALONE = Sdpa(), Degrees()
 
-_WAITING = ("wait_tensor", "_wrap_tensor_autograd")
-"""Operators of torch.distributed that send nothing."""
-
-
-class Watch(TorchDispatchMode):
-    """Records what operators send to other ranks, and the size of the largest tensor that one returns."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sent: list[tuple[str, int]] = []
-        """The name of each exchange, and the bytes that this rank has put into it."""
-        self.largest = 0
-        self.calls: list[str] = []
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        name = func.overloadpacket.__name__
-        self.calls.append(name)
-        if func.namespace in ("c10d", "_c10d_functional") and name not in _WAITING:
-            self.sent.append((name, sum(x.nbytes for x in tree_leaves(args[0]) if isinstance(x, Tensor))))
-        out = func(*args, **(kwargs or {}))
-        made = [x.numel() for x in tree_leaves(out) if isinstance(x, Tensor)]
-        self.largest = max(self.largest, *made, 0)
-        return out
-
-    @property
-    def bytes_sent(self) -> int:
-        return sum(n_bytes for _, n_bytes in self.sent)
-
-
 # Attention with the sequence split over ranks.
 
 
 @dataclass(frozen=True, kw_only=True)
 class Attention:
-    """One attention, forward and backward, of the tensors of `attention_cases.qkv`."""
+    """An attention, forward and backward, of the tensors of `attention_cases.qkv`."""
 
     positions_BS: Tensor
     method: Any = "allgather"
@@ -123,16 +92,16 @@ def _attend(case: Attention) -> Part:
     )
     q, k, v, dout = (context.shard(x.detach()).requires_grad_() for x in case.tensors())
     inner = context.wrap(case.config.build())
-    with Watch() as forward:
+    with Operators() as forward:
         out = inner(q, k, v, mask, scale=case.scale)
-    with Watch() as backward:
+    with Operators() as backward:
         dq, dk, dv = torch.autograd.grad(out, (q, k, v), dout)
     assert all(type(x) is Tensor for x in (out, dq, dk, dv)), "none still waits for its exchange"
     return Part(out.detach(), dq, dk, dv, (forward.bytes_sent, backward.bytes_sent))
 
 
 def attention_bytes(method: str, n_ranks: int, n_tokens: int, heads: tuple[int, int]) -> tuple[int, int]:
-    """What a rank puts into exchanges of float64, forward and backward, counted by hand."""
+    """The bytes that a rank puts into exchanges of float64, forward and backward, counted by hand."""
     n_heads, n_kv_heads = heads
     head = n_tokens // n_ranks * HEAD_DIM * 8
     if method == "allgather":
@@ -149,7 +118,7 @@ def block_sizes_of_masks(argv: Sequence[str]) -> set[tuple[int, int]]:
     return found
 
 
-# The vocabulary in shares.
+# The loss by shares of the vocabulary, and by tokens.
 
 
 class Loss(NamedTuple):
@@ -166,7 +135,7 @@ SCALE = 0.3
 
 
 def loss_inputs(batch: int, seq_len: int, dim: int, vocab: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states, weight and labels from all of the vocabulary, its ends included; every fifth ignored."""
+    """Hidden states, a weight, and labels from the whole vocabulary; every fifth label is IGNORE."""
     generator = torch.Generator().manual_seed(0)
     x_BSD = torch.randn(batch, seq_len, dim, generator=generator, dtype=torch.float64)
     weight_VD = torch.randn(vocab, dim, generator=generator, dtype=torch.float64)
@@ -200,17 +169,20 @@ def _tokens_and_rows(mesh: DeviceMesh, x_BSD: Tensor, weight_VD: Tensor) -> tupl
 
 
 def watch_loss(x_BSD: Tensor, weight_VD: Tensor, labels_BS: Tensor) -> tuple[list[tuple[str, int]], int]:
-    """What the loss on a share of the vocabulary sends, and the largest tensor that it makes."""
+    """The exchanges of the loss on a share of the vocabulary, and the size of its largest tensor."""
     mesh = build_mesh(Degrees(tensor=dist.get_world_size()), "cpu").tensor
     x_BsD, weight = _tokens_and_rows(mesh, x_BSD, weight_VD)
-    with Watch() as seen, mock.patch.object(loss, "_LITTLE_BYTES", 0):  # so few logits are in several chunks
+    with (
+        Operators() as seen,
+        mock.patch.object(loss, "_LITTLE_BYTES", 0),
+    ):  # so few logits are in several chunks
         value, _ = loss_by_vocabulary(linear_cross_entropy, mesh, x_BsD, cast(DTensor, weight), labels_BS)
         value.backward()
     return seen.sent, seen.largest
 
 
 def small_model(family: str, **overrides: Any) -> Decoder:
-    """In float64, of random weights."""
+    """A small model in float64, with random weights."""
     config = resolve(family, "debugmodel", overrides=SMALL | overrides)
     return config.build(compute_dtype=torch.float64).double()
 
@@ -219,11 +191,11 @@ SMALL = {
     "n_layers": 2, "dim": 16, "n_heads": 4, "n_kv_heads": 2, "head_dim": 6, "ffn_dim": 20, "vocab_size": 40
 }  # fmt: skip
 TOKENS_BS = torch.tensor([[0, 19, 20, 39, 7, 25, 7, 7], [10, 9, 29, 30, 0, 1, 38, 39]])
-"""Of every share of a vocabulary of 40, the first and the last among them; some twice."""
+"""Tokens from every share of a vocabulary of 40, with the first and last of each; some occur twice."""
 
 
 def look_up(upstream_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """This rank's tokens' vectors, its rows of the embedding's gradient, and the whole gradient."""
+    """The vectors of this rank's tokens, its rows of the embedding's gradient, and the whole gradient."""
     model = small_model("llama3")
     mesh = build_mesh(Degrees(tensor=dist.get_world_size()), "cpu").tensor
     apply_tensor_parallel(model, mesh, model.config.shard_dims, loss_parallel=True)
@@ -250,7 +222,7 @@ def local_shapes(family: str) -> dict[str, tuple[torch.Size, torch.Size]]:
 def initial_weights(
     family: str, overrides: Mapping[str, Any], degrees: Degrees
 ) -> tuple[dict[str, Tensor], int, int]:
-    """The whole weights of a model that was made in shards; how many numbers this rank drew, and holds."""
+    """The whole weights of a model that was made in shards, and how many numbers this rank drew and has."""
     with torch.device("meta"):
         model = resolve(family, "debugmodel", overrides=overrides).build()
     apply(model, mesh=build_mesh(degrees, "cpu"))
@@ -271,12 +243,12 @@ class Pass(NamedTuple):
 
     loss: Tensor
     gradients: dict[str, Tensor]
-    """Whole ones."""
+    """The gradients of whole parameters."""
     forward_calls: list[str]
-    """The operators, by name; none of what is compiled."""
+    """The names of the operators; empty if compiled."""
     backward_calls: list[str]
     n_graphs: int
-    """Compiled by torch.compile."""
+    """The graphs that torch.compile has compiled."""
     graph_breaks: list[str]
 
 
@@ -288,7 +260,7 @@ def run_pass(
     config: AttentionConfig = SDPA,
     n_layers: int = 2,
 ) -> Pass:
-    """One forward and backward of a small model, of packed documents."""
+    """A forward and a backward of a small model, on packed documents."""
     torch._dynamo.reset()
     counters.clear()
     model = small_model("qwen3", n_layers=n_layers)
@@ -301,9 +273,9 @@ def run_pass(
     positions_BS = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5, 0, 1]])
     mask = config.mask(positions_BS, queries=context.queries(positions_BS.shape[1]))
     tokens_BS, own_BS, labels_BS = (context.shard(x) for x in (TOKENS_BS, positions_BS, TOKENS_BS.flip(1)))
-    forward, backward = Watch(), Watch()
+    forward, backward = Operators(), Operators()
     with precision(double=True):
-        # torch.compile leaves alone what runs under a mode.
+        # torch.compile does not compile code that runs under a mode.
         with nullcontext() if compile.enable else forward:
             loss, _ = model(tokens_BS, own_BS, mask, labels_BS)
         with nullcontext() if compile.enable else backward:
@@ -318,8 +290,8 @@ def run_pass(
 # Weights in shards.
 
 
-class Gathers(Watch):
-    """Records the order of events: "gather", or the number of a block whose attention begins."""
+class Gathers(Operators):
+    """Records events in order: "gather", or the number of a block when its attention begins."""
 
     def __init__(self, model: Decoder) -> None:
         super().__init__()
@@ -336,7 +308,7 @@ class Gathers(Watch):
 
 
 def gathers_of_a_step(n_layers: int) -> tuple[list[str | int], list[str | int]]:
-    """The events of a forward and of a backward, with full recompute."""
+    """The events of a forward and a backward with full recompute."""
     model = small_model("qwen3", n_layers=n_layers)
     recompute = ActivationCheckpointConfig(mode="full")
     mesh = build_mesh(Degrees(shard=dist.get_world_size()), "cpu")
@@ -351,9 +323,9 @@ def gathers_of_a_step(n_layers: int) -> tuple[list[str | int], list[str | int]]:
 
 
 def updates(n_steps: int) -> tuple[list[Tensor], list[Tensor], set[type]]:
-    """Weights and state of uneven shards after `n_steps`, by our AdamW and by torch's.
+    """Weights and state of uneven shards after `n_steps` of our AdamW, and of torch's.
 
-    The third result is the types of the tensors that ours updates.
+    The third result is the types of the tensors that our AdamW updates.
     """
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     found: list[list[Tensor]] = []
@@ -396,17 +368,17 @@ PLACEMENTS: dict[str, tuple[tuple[str, ...], tuple[Placement, ...]]] = {
     "on the inner alone": (("inner",), (Shard(0),)),
     "whole, on the inner alone": (("inner",), (Replicate(),)),
 }
-"""Axes of a mesh of 2 x 2, and how a tensor lies on them."""
+"""Axes of a mesh of 2 x 2, and the placements of a tensor on these axes."""
 
 
 def gradient_of(name: str) -> Tensor:
-    """Seven rows: nothing divides them."""
+    """A gradient of seven rows, which no number of ranks divides."""
     generator = torch.Generator().manual_seed(list(PLACEMENTS).index(name))
     return torch.randn(7, 5, generator=generator, dtype=torch.float64)
 
 
 def squared_norms(names: Sequence[str]) -> float:
-    """The square of the norm of all gradients, summed over ranks; one gradient is a plain tensor."""
+    """The squared norm of all gradients, summed over ranks. One gradient is a plain tensor."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
     parameters = [nn.Parameter(torch.zeros(3, dtype=torch.float64)), nn.Parameter(torch.zeros(1))]
     parameters[0].grad = torch.ones(3, dtype=torch.float64)  # the other has none
@@ -421,7 +393,10 @@ def squared_norms(names: Sequence[str]) -> float:
 
 
 def summed() -> tuple[list[Tensor], list[tuple[str, int]]]:
-    """Gradients of two whole weights, which ranks have terms of, and of a sharded one; and what was sent."""
+    """The summed gradients of two whole weights and a sharded one, and the exchanges.
+
+    Each rank has a term of the gradient of a whole weight.
+    """
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
     parameters = []
     whole_in_terms, sharded = (Replicate(), Partial()), (Shard(0), Shard(0))
@@ -429,7 +404,7 @@ def summed() -> tuple[list[Tensor], list[tuple[str, int]]]:
         parameters.append(nn.Parameter(DTensor.from_local(torch.zeros(size), mesh, [placement])))
         own = torch.full((size,), float(dist.get_rank() + size))
         parameters[-1].grad = DTensor.from_local(own, mesh, [term], run_check=False)
-    with Watch() as seen:
+    with Operators() as seen:
         sum_partial(parameters)
     assert all(p.grad.placements == p.placements for p in parameters if isinstance(p.grad, DTensor))
     return [whole(p.grad) for p in parameters if p.grad is not None], seen.sent

@@ -9,7 +9,7 @@ import signal
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -20,11 +20,9 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from hook_cases import run_info
+from operators import Memory, Operators
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from torchtitan_lite.config.job import load_job
 from torchtitan_lite.parallel.world import World
@@ -108,39 +106,39 @@ def unpicklable() -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """What a few steps come to."""
+    """The results of a few steps."""
 
     losses: list[float]
     norms: list[float]
     n_tokens: list[int]
     validation: float
     gradients: dict[str, Tensor]
-    """Whole ones, of the last step, clipped."""
+    """The whole, clipped gradients of the last step."""
     parameters: dict[str, Tensor]
-    """Whole ones, after the last step."""
+    """The whole parameters after the last step."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Distance:
-    """How far one training is from another, at worst; with the name of the tensor where there is one."""
+    """The largest differences between two trainings; for tensors with the name of the tensor."""
 
     loss: float
     norm: float
     validation: float
     gradient: tuple[float, str]
-    """max |a - b| / max |b| of the tensor where that is largest."""
+    """The largest max |a - b| / max |b| of a tensor."""
     parameter: tuple[float, str]
     gradient_norm: tuple[float, str]
-    """norm(a - b) / norm(b) of the tensor where that is largest."""
+    """The largest norm(a - b) / norm(b) of a tensor."""
     parameter_norm: tuple[float, str]
     other_names: list[str]
-    """Of gradients and parameters that only one of the two has."""
+    """The gradients and parameters that only one of the two has."""
     other_tokens: bool
     """Whether they count different numbers of tokens."""
 
 
 def write_documents(path: Path) -> None:
-    """Short documents, of which a sample has several, and now and then one that is longer than any sample."""
+    """Write short documents, several of which fit a sample, and a few that are longer than a sample."""
     rng = random.Random(0)
     words = ["".join(rng.choices("abcdefghij", k=rng.randint(1, 6))) for _ in range(40)]
     with path.open("w", encoding="utf-8") as file:
@@ -151,7 +149,7 @@ def write_documents(path: Path) -> None:
 
 @contextmanager
 def precision(double: bool) -> Iterator[None]:
-    """Within it models are built of, and compute in, float64 where `double` says so."""
+    """With `double`, models are built in float64 and compute in float64."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64 if double else torch.float32)
     dtype = mock.PropertyMock(return_value=torch.float64)
@@ -163,7 +161,7 @@ def precision(double: bool) -> Iterator[None]:
 
 
 def here() -> World:
-    """The place of this process among the ranks of its process group, or alone."""
+    """This process's place among the ranks of its process group; without a group, the only rank."""
     if not dist.is_initialized():
         return World()
     rank, size = dist.get_rank(), dist.get_world_size()
@@ -177,7 +175,7 @@ def new_trainer(argv: Sequence[str]) -> Trainer:
 
 
 def keep_gradients(trainer: Trainer) -> None:
-    """From now on a step leaves its gradients where they are."""
+    """Make steps keep their gradients."""
     trainer.state.optimizer.zero_grad = lambda set_to_none=True: None
 
 
@@ -187,7 +185,7 @@ def train(argv: Sequence[str], n_steps: int, double: bool) -> Training:
         steps = [trainer.stepper.train_step() for _ in range(n_steps - 1)]
         keep_gradients(trainer)
         steps.append(trainer.stepper.train_step())
-        # Before the validation, which leaves no gradients where weights are kept after a forward.
+        # Before the validation, which drops gradients if weights are kept after a forward.
         parameters = dict(trainer.state.model.named_parameters())
         gradients = {name: whole(p.grad) for name, p in parameters.items() if p.grad is not None}
         parameters = {name: whole(p) for name, p in parameters.items()}
@@ -203,12 +201,12 @@ def train(argv: Sequence[str], n_steps: int, double: bool) -> Training:
 
 
 def whole(x: Tensor) -> Tensor:
-    """All of a tensor of which this rank may have a shard."""
+    """The whole tensor, if this rank has a shard of it."""
     return (x.full_tensor() if isinstance(x, DTensor) else x).detach().cpu()
 
 
 def distance_to(saved: Path, argv: Sequence[str], n_steps: int, double: bool) -> Distance:
-    """How far this rank's training is from the one that is saved."""
+    """The distance of this rank's training from the saved one."""
     return distance(train(argv, n_steps, double), Training(**torch.load(saved, mmap=True)))
 
 
@@ -238,7 +236,7 @@ def distance(found: Training, wanted: Training) -> Distance:
 
 
 def state_bytes(argv: Sequence[str]) -> dict[str, int]:
-    """The bytes that this rank holds between two steps of the weights, their gradients and the optimizer."""
+    """The bytes of weights, gradients and optimizer state that this rank holds between two steps."""
     trainer = new_trainer(argv)
     keep_gradients(trainer)
     trainer.stepper.train_step()
@@ -252,7 +250,7 @@ def state_bytes(argv: Sequence[str]) -> dict[str, int]:
 
 
 def n_parameters(argv: Sequence[str]) -> int:
-    """How many parameters this rank holds."""
+    """The number of parameters that this rank holds."""
     parameters = new_trainer(argv).state.model.parameters()
     return sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in parameters)
 
@@ -260,7 +258,7 @@ def n_parameters(argv: Sequence[str]) -> int:
 def agreed_flags(
     argv: Sequence[str], own: Sequence[Sequence[bool]]
 ) -> tuple[list[Sequence[bool]], list[int]]:
-    """The flags that this rank gets where each rank sets its `own`, and in none; the sums of both steps."""
+    """The agreed flags of a step in which each rank sets its `own`, and of one without; the sums of both."""
     trainer, sums = new_trainer(argv), []
     trainer.stepper.train_step()
     rank = trainer.world.rank
@@ -273,7 +271,7 @@ def agreed_flags(
 
 
 def said_of_work(argv: Sequence[str]) -> list[str]:
-    """The lines that this rank's console gets about the work of the first step."""
+    """The lines about the attention work of the first step that this rank prints."""
     trainer, said = new_trainer(argv), []
     run = run_info(job=trainer.job, rank=trainer.world.rank, world_size=trainer.world.size)
     hook = work.WorkConfig().build(run)
@@ -285,78 +283,35 @@ def said_of_work(argv: Sequence[str]) -> list[str]:
 
 
 def n_bytes(tensors: Sequence[Tensor]) -> int:
-    """What the memory below this rank's tensors takes; what several share, once."""
+    """The bytes of the storages of these tensors; a shared storage counts once."""
     storages = [(x.to_local() if isinstance(x, DTensor) else x).untyped_storage() for x in tensors]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-class Made(TorchDispatchMode):
-    """Notes the memory that operators take for what they return, without keeping it alive."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.storages: dict[int, StorageWeakRef] = {}
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        given = self._storages((args, kwargs))
-        self.storages |= {key: made for key, made in self._storages(out).items() if key not in given}
-        return out
-
-    def _storages(self, tree: Any) -> dict[int, StorageWeakRef]:
-        tensors = [x for x in tree_leaves(tree) if isinstance(x, Tensor) and not isinstance(x, DTensor)]
-        references = [StorageWeakRef(x.untyped_storage()) for x in tensors]
-        return {reference.cdata: reference for reference in references}
-
-    def alive(self) -> int:
-        """Bytes of what is still there."""
-        storages = [
-            torch.UntypedStorage._new_with_weak_ptr(reference.cdata) for reference in self.storages.values()
-        ]
-        return sum(storage.nbytes() for storage in storages if storage is not None)
-
-
 def kept_bytes(argv: Sequence[str]) -> int:
-    """What the forward of one micro-batch leaves for its backward, besides the weights.
+    """The bytes that the forward of a micro-batch keeps for its backward, without the weights.
 
-    Measured as what is still there of all that it made: recompute keeps some out of autograd's sight.
+    Counts all tensors of the forward that still exist: autograd does not know all that recompute keeps.
     """
     trainer = new_trainer(argv)
-    trainer.stepper.train_step()  # what is made once, and stays
+    trainer.stepper.train_step()  # makes the tensors that stay
     batch = next(trainer.state.batches)
-    with Made() as made:
+    with Memory() as memory:
         loss, _ = trainer.stepper.loss_of(batch)
     gc.collect()
-    kept = made.alive()
-    # Threads of gloo let go of what they have sent a moment later.
+    kept = memory.alive()
+    # Threads of gloo release sent tensors a moment later.
     for _ in range(20 if dist.is_initialized() else 0):
         time.sleep(0.01)
-        kept = min(kept, made.alive())
+        kept = min(kept, memory.alive())
     loss.backward()
     return kept
 
 
 def exchanges(argv: Sequence[str]) -> dict[str, int]:
-    """How often each collective operator ran in a step, the second one."""
+    """How often each collective operator runs in the second step."""
     trainer = new_trainer(argv)
     trainer.stepper.train_step()
-    with Exchanges() as counted:
+    with Operators() as operators:
         trainer.stepper.train_step()
-    return dict(counted.counts)
-
-
-class Exchanges(TorchDispatchMode):
-    """Counts the operators that talk to other ranks."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        if func.namespace in ("c10d", "_c10d_functional"):
-            self.counts[func.overloadpacket.__name__] += 1
-        return func(*args, **(kwargs or {}))
+    return dict(Counter(name for name, _ in operators.sent))

@@ -3,10 +3,8 @@
 import pytest
 import torch
 from loss_kernel_cases import Loss, inputs, results
+from operators import Memory
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from torchtitan_lite.models import loss as loss_module
 from torchtitan_lite.models.loss import IGNORE, chunk_rows, linear_cross_entropy, reference_cross_entropy
@@ -121,28 +119,6 @@ def test_chunks_are_a_sixteenth_of_the_logits_within_bounds():
     assert [chunk_rows(n, VOCAB, wide) for n in (10, 100, 512, 8192, 100_000)] == [10, 16, 32, 512, 2048]
     assert [chunk_rows(n, VOCAB, narrow) for n in (100, 1024, 8192, 100_000)] == [16, 32, 256, 2048]
     assert chunk_rows(5000, VOCAB, wide.to("meta")) == 2048, "other devices have one size of chunk"
-
-
-class Memory(TorchDispatchMode):
-    """Records the largest tensor made within it, and the most bytes that such tensors hold at once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.peak = self.largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        known = {
-            leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)
-        }
-        made = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(made):
-            if isinstance(leaf, Tensor) and (storage := leaf.untyped_storage())._cdata not in known:
-                self.live[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-                self.largest = max(self.largest, storage.nbytes())
-        self.live = {key: entry for key, entry in self.live.items() if not entry[0].expired()}
-        self.peak = max(self.peak, sum(n_bytes for _, n_bytes in self.live.values()))
-        return made
 
 
 VOCAB, ROWS = 49_152, 512
