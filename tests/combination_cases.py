@@ -1,4 +1,4 @@
-"""Every combination of attention, context parallel, tensor parallel, compile and recompute, and its verdict.
+"""Every combination of attention, context parallel, tensor parallel, compile and recompute: works or refused.
 
 `python tests/combination_cases.py` writes the table of docs/parallelism.md.
 """
@@ -60,11 +60,11 @@ class Combination:
 
     @property
     def size(self) -> int:
-        """How many ranks it takes."""
+        """The number of ranks."""
         return int(self.tensor) * (1 if self.method == "none" else 2)
 
     def words(self, compiler: str = "aot_eager") -> list[str]:
-        """The options of its training on all its ranks together."""
+        """The options of a training of this combination."""
         method = {} if self.method == "none" else {"context-parallel-method": self.method}
         options = {
             "parallelism.tensor-parallel-degree": self.tensor,
@@ -181,7 +181,7 @@ def verdicts() -> dict[Combination, tuple[Verdict, Verdict]]:
 
 
 def with_table(page: str) -> str:
-    """The page with the table of `ROWS` in place of the one that it has."""
+    """The page, with its table replaced by the table of `ROWS`."""
     header = as_line(HEADER)
     table = "\n".join([header, "|---" * len(HEADER) + "|", *map(str, ROWS)]) + "\n"
     old = re.compile(rf"^{re.escape(header)}\n(\|.*\n)*", re.MULTILINE)
@@ -220,12 +220,12 @@ def product() -> Iterator[Combination]:
 
 
 def pairwise(combinations: Iterable[Combination]) -> list[Combination]:
-    """A few of them, in which any two values meet that meet in one of all."""
+    """A few of the combinations, which together have every pair of values that the combinations have."""
     candidates = list(combinations)
     wanted = set().union(*map(pairs, candidates))
     chosen = []
     while wanted:
-        # The cheapest of those that bring most.
+        # The combination with the most new pairs; of several, the cheapest.
         best = max(candidates, key=lambda c: (len(pairs(c) & wanted), -c.size, c.compile == "off"))
         chosen.append(best)
         wanted -= pairs(best)
@@ -238,26 +238,26 @@ def pairs(combination: Combination) -> set[tuple[tuple[str, str], tuple[str, str
 
 
 class Curve(NamedTuple):
-    """A training in numbers."""
+    """The numbers of a training, by step."""
 
     losses: list[float]
     norms: list[float]
 
 
 def curves(runs: Sequence[Sequence[str]]) -> list[Curve]:
-    """What the trainings with these options come to, on the ranks at hand."""
+    """The curves of trainings with these options, on all ranks of this process group."""
     return [curve(argv) for argv in runs]
 
 
 def curve(argv: Sequence[str]) -> Curve:
-    torch._dynamo.reset()  # what is compiled of one training counts against the limit of the next
+    torch._dynamo.reset()  # otherwise the graphs of one training count against the limit of the next
     trainer = parallel_cases.new_trainer(argv)
     steps = [trainer.stepper.train_step() for _ in range(N_STEPS)]
     return Curve([step.loss for step in steps], [step.grad_norm for step in steps])
 
 
 def curves_on_gpus(runs: Sequence[Sequence[str]]) -> list[Curve]:
-    """The same with a GPU for each rank, which talk over NCCL."""
+    """The curves, with a GPU for each rank and NCCL."""
     torch.cuda.set_device(dist.get_rank())
     store = dist.distributed_c10d._get_default_store()
     _meet_again("nccl", PrefixStore("gpus", store))
@@ -268,7 +268,7 @@ def curves_on_gpus(runs: Sequence[Sequence[str]]) -> list[Curve]:
 
 def _meet_again(backend: str, store: Store) -> None:
     rank, size = dist.get_rank(), dist.get_world_size()
-    # A rank that leaves cuts off another that is still joining.
+    # A rank that leaves early would disconnect a rank that is still joining.
     on_gpus = dist.get_backend() == "nccl"
     dist.barrier(device_ids=[torch.cuda.current_device()] if on_gpus else None)
     dist.destroy_process_group()

@@ -24,7 +24,7 @@ TABLE = cases.verdicts()
 ON_CPU = {combination: cpu for combination, (cpu, _) in TABLE.items()}
 ON_CUDA = {combination: cuda for combination, (_, cuda) in TABLE.items()}
 WORKING = [combination for combination, cpu in ON_CPU.items() if isinstance(cpu, Works)]
-# To compile on four ranks takes longest, and brings no pair that fewer do not.
+# Without compiling on four ranks, which takes longest and adds no pair of values.
 SOME = cases.pairwise(c for c in WORKING if c.size < 4 or c.compile == "off")
 WITH_INDUCTOR = [
     Combination(attention=attention, method=method, tensor=tensor, compile="on", recompute=recompute)
@@ -45,12 +45,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tiny(folder: Path) -> list[str]:
-    """The options that all trainings on a CPU share."""
+    """The options of all trainings on a CPU."""
     return cases.tiny_run(folder / "short.jsonl", folder / "cache")
 
 
 def alone(combination: Combination) -> Combination:
-    """The same attention with nothing done to the model."""
+    """The same attention on one rank, eager and without recompute."""
     plain = {"method": "none", "tensor": "1", "compile": "off", "recompute": "none"}
     return dataclasses.replace(combination, **plain)
 
@@ -60,7 +60,7 @@ Wanted = Callable[[Combination], Curve]
 
 @pytest.fixture(scope="module")
 def wanted(tiny: list[str]) -> Wanted:
-    """What one rank's training comes to, eager and with everything kept; made once for each attention."""
+    """The curve of one rank, eager and without recompute; computed once for each attention."""
     known: dict[Combination, Curve] = {}
 
     def wanted(combination: Combination) -> Curve:
@@ -73,7 +73,7 @@ def wanted(tiny: list[str]) -> Wanted:
 
 
 def far(found: Curve, wanted: Curve) -> float:
-    """The largest relative distance of a loss or a gradient norm."""
+    """The largest relative difference of a loss or a gradient norm."""
     pairs = zip(found.losses + found.norms, wanted.losses + wanted.norms, strict=True)
     return max(abs(a - b) / b for a, b in pairs)
 
@@ -97,7 +97,7 @@ def test_the_page_has_the_table() -> None:
     assert cases.with_table(GUIDE) == GUIDE, remedy
 
 
-def test_the_attentions_of_the_table_are_all_implementations_that_there_are(tiny: list[str]) -> None:
+def test_the_table_has_every_implementation_of_attention(tiny: list[str]) -> None:
     named = {
         backend.implementation(device).name
         for words in cases.ATTENTIONS.values()
@@ -144,7 +144,7 @@ def test_compiled_by_inductor(ranks, tiny, wanted: Wanted, combination: Combinat
 
 
 def refusal(argv: Sequence[str], size: int) -> list[str]:
-    """The lines with which a configuration is refused; none where it is not."""
+    """The lines of the error that refuses a configuration; none if it is accepted."""
     try:
         load_job(argv, world_size=size)
     except ConfigError as error:
@@ -153,14 +153,14 @@ def refusal(argv: Sequence[str], size: int) -> list[str]:
 
 
 def half_or_single(attention: str) -> str:
-    """A dtype that the attention has on CUDA."""
+    """A dtype that the attention supports on CUDA."""
     words = ["--model.attention", *cases.ATTENTIONS[attention], "--job.device", "cuda", "--dry-run"]
     can = load_job(words).config.model.attention.implementation("cuda")
     return "float32" if "float32" in can.dtypes else "bfloat16"
 
 
 @pytest.mark.parametrize("attention", sorted({c.attention for c in ON_CPU if c not in WORKING}))
-def test_what_is_refused_on_a_cpu_says_so(tiny, attention: str) -> None:
+def test_a_combination_refused_on_a_cpu_has_its_line(tiny, attention: str) -> None:
     dtype = ["--training.mixed-precision-param", "bfloat16"]
     for combination, cpu in ON_CPU.items():
         if combination.attention == attention and isinstance(cpu, Refused):
@@ -168,7 +168,7 @@ def test_what_is_refused_on_a_cpu_says_so(tiny, attention: str) -> None:
 
 
 @pytest.mark.parametrize("attention", cases.ATTENTIONS)
-def test_what_is_refused_on_cuda_is_so_without_a_gpu_already(folder: Path, attention: str) -> None:
+def test_a_combination_refused_on_cuda_has_its_line_without_a_gpu_too(folder: Path, attention: str) -> None:
     tiny = cases.tiny_run(folder / "short.jsonl", folder / "cache", "cuda", half_or_single(attention))
     for combination, cuda in ON_CUDA.items():
         if combination.attention == attention:
@@ -181,7 +181,7 @@ def test_what_is_refused_on_cuda_is_so_without_a_gpu_already(folder: Path, atten
 @pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize("attention", cases.ATTENTIONS)
 def test_on_gpus(ranks, folder: Path, attention: str, size: int) -> None:
-    """On a GPU for each rank; refused is only what lacks a package, or another GPU."""
+    """With a GPU for each rank. Attention is refused only if it needs a missing package or another GPU."""
     if torch.cuda.device_count() < size:
         pytest.skip(f"{torch.cuda.device_count()} GPUs here, and {size} ranks want one each")
     words = ["--model.attention", *cases.ATTENTIONS[attention], "--job.device", "cuda"]

@@ -1,4 +1,4 @@
-"""N ranks give the loss, the gradient norm and the weights that one rank gives, for every combination."""
+"""N ranks give the losses, gradients and weights of one rank, for every combination."""
 
 import itertools
 import json
@@ -18,7 +18,7 @@ TIED, UNTIED = "qwen3", "llama3"
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """A mesh, and what runs on it."""
+    """A mesh, and the training that runs on it."""
 
     replicate: int = 1
     shard: int = 1
@@ -29,7 +29,7 @@ class Cell:
     accumulation: int = 1
     recompute: str = "none"
     family: str = TIED
-    """qwen3: tied embeddings and QK norm; llama3: neither."""
+    """qwen3 has tied embeddings and QK norm; llama3 has neither."""
     overrides: tuple[tuple[str, object], ...] = tuple(SMALL.items())
     flags: tuple[str, ...] = ()
 
@@ -39,11 +39,11 @@ class Cell:
 
     @property
     def alone(self) -> "Cell":
-        """The same on one rank."""
+        """The same training on one rank."""
         return Cell(attention=self.attention, family=self.family, overrides=self.overrides)
 
     def words(self) -> list[str]:
-        """The options of its training on all its ranks together."""
+        """The options of the training."""
         local = GLOBAL_BATCH // (self.replicate * self.shard * self.accumulation)
         options = {
             "model.name": self.family,
@@ -153,7 +153,7 @@ RUNS = [
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The options of all trainings: samples of 64 tokens with several documents each."""
+    """The options of all trainings, with samples of 64 tokens and several documents."""
     folder = tmp_path_factory.mktemp("grid")
     cases.write_documents(folder / "short.jsonl")
     options = {
@@ -179,7 +179,7 @@ Reference = Callable[[Cell, int, bool], Path]
 
 @pytest.fixture(scope="module")
 def reference(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Reference:
-    """The file of what a cell's training comes to on one rank, in this process; made once."""
+    """The file with the results of a cell's training on one rank, in this process; computed once."""
     folder = tmp_path_factory.mktemp("references")
     known: dict[tuple[Cell, int, bool], Path] = {}
 
@@ -194,14 +194,14 @@ def reference(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Ref
 
 
 def check(found: cases.Distance, double: bool) -> None:
-    """That one rank's training is as close to the reference as its precision lets it be."""
+    """Assert that one rank's training is as close to the reference as its precision allows."""
     curve, tensor = (1e-9, 1e-9) if double else (1e-5, 1e-4)
     distances = {
         "loss": (found.loss, curve),
         "gradient norm": (found.norm, curve),
         "validation loss": (found.validation, curve),
     }
-    # Not element by element in float32: AdamW turns the rounding of tiny gradients into whole steps.
+    # In float32 not element by element: AdamW turns rounding errors of tiny gradients into whole steps.
     gradient, name = found.gradient if double else found.gradient_norm
     distances[f"gradient of {name}"] = gradient, tensor
     parameter, name = found.parameter if double else found.parameter_norm
@@ -245,7 +245,7 @@ def test_every_combination(ranks, words, reference: Reference, mesh: str, attent
 
 
 def test_every_pair_of_settings_meets_in_a_cell() -> None:
-    """And each setting meets each axis of the mesh, and each way of context parallel."""
+    """Each setting also meets each axis of the mesh, and each attention each context-parallel method."""
     settings = {
         "attention": {*ATTENTIONS},
         "accumulation": {1, 2},
