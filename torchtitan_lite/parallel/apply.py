@@ -209,6 +209,6 @@ def _context(mesh: DeviceMesh, parallelism: ParallelismConfig) -> ContextParalle
 
 
 def _refuse_to_predict(model: torch.nn.Module, args: tuple, kwargs: dict) -> None:
-    """A hook. The logits of a row would be split: its last token is on one rank, and vocabulary is shared."""
+    """A hook that refuses logits: the last token of a row is on one rank only, or the vocabulary is split."""
     labels = args[3] if len(args) > 3 else kwargs.get("labels_BS")
     assert labels is not None, "a model split by tp or cp has a loss, and no logits"
