@@ -160,9 +160,8 @@ def test_a_number_that_is_not_finite_stops_the_run_before_the_weights_change(
         monkeypatch.setattr(trainer.stepper, "loss_of", _times(trainer.stepper.loss_of, math.nan))
     else:
         trainer.state.model.norm.weight.register_hook(lambda grad: grad * math.inf)
-    with pytest.raises(NonFinite) as caught:
+    with pytest.raises(NonFinite, match=rf"^the {broken} of step 2 is .* ids are 4, 5, 6, 7$"):
         trainer.stepper.train_step()
-    assert (caught.value.step, caught.value.name, caught.value.sample_ids) == (2, broken, [4, 5, 6, 7])
     torch.testing.assert_close(weights(trainer), before, rtol=0, atol=0)
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from hook_cases import DONE, job_with, run_info, started, stats
 
-from torchtitan_lite.training.determinism import DebugConfig
 from torchtitan_lite.training.hooks.samples import SampleLogConfig, cut
+from torchtitan_lite.training.process import DebugConfig
 
 LOGGED = job_with(debug=DebugConfig(log_sample_ids=True))
 
