@@ -101,7 +101,7 @@ def tokens_of_ranks(attention: str, tied: bool, prompts: list[list[int]]) -> lis
         for name, weight in model.named_parameters():
             share, box = own_shard(weight)
             share.copy_(weights[name][tuple(slice(start, start + n) for start, n in box)])
-    return generate(model, prompts, max_new_tokens=20, eos_id=None)
+    return generate(model, prompts, max_new_tokens=20)
 
 
 def refusal_of(argv: list[str]) -> str:
