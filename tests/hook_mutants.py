@@ -37,13 +37,13 @@ MUTANTS = {
         "torchtitan_lite/training/step.py",
         "tuple(count > 0 for count in counts)",
         "tuple(flags())",
-        f"{FLAGS}::test_a_flag_that_one_rank_sets_is_set_on_all_and_takes_no_exchange_of_its_own",
+        f"{FLAGS}::test_a_flag_of_one_rank_is_set_on_all_without_another_exchange",
     ),
-    "hooks: flags are asked for before the forward": Mutant(
+    "hooks: flags are read before the forward": Mutant(
         "torchtitan_lite/training/step.py",
         "        start, state = perf_counter(), self.state\n",
         "        start, state, early = perf_counter(), self.state, flags()\n        flags = lambda: early\n",
-        f"{FLAGS}::test_flags_are_asked_for_when_the_forward_and_the_backward_are_done",
+        f"{FLAGS}::test_flags_are_read_after_the_backward",
     ),
     "prepare: the newest tokens see what one of their number fewer sees": Mutant(
         "torchtitan_lite/inference/generate.py",

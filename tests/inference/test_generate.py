@@ -147,6 +147,7 @@ def test_a_row_that_has_ended_stays_ended_and_changes_no_other() -> None:
     cut = [tokens[: tokens.index(end)] if end in tokens else tokens for tokens in free]
     assert found == cut and len(found[1]) <= 4
     assert [[token for token in column if token is not None] for column in zip(*told, strict=True)] == found
+    assert told[-1] == [None] * len(PROMPTS)
 
 
 def test_a_cache_restores_the_model_also_after_an_error() -> None:

@@ -121,8 +121,8 @@ def build_optimizer(
 
 
 @torch.no_grad()
-def fill_state(optimizer: torch.optim.Optimizer) -> None:
-    """Create the state of every weight, all zeros, by a step at rate 0 that leaves the weights unchanged.
+def create_state(optimizer: torch.optim.Optimizer) -> None:
+    """Create the state of every weight, to load into, by a step that leaves the weights unchanged.
 
     The rates stay 0: the schedule sets them before each step.
     """
@@ -132,6 +132,3 @@ def fill_state(optimizer: torch.optim.Optimizer) -> None:
             parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad()
-    for state in optimizer.state.values():
-        for value in state.values():
-            value.zero_()

@@ -23,7 +23,7 @@ from torchtitan_lite.parallel.fsdp import own_shard
 from torchtitan_lite.parallel.mesh import build_mesh
 from torchtitan_lite.parallel.world import World
 from torchtitan_lite.training.corpus import Corpus
-from torchtitan_lite.training.optimizer import build_optimizer, fill_state
+from torchtitan_lite.training.optimizer import build_optimizer, create_state
 from torchtitan_lite.training.record import Record, load_initial, pieces, ranks_of
 
 
@@ -79,7 +79,7 @@ class TrainState:
         state = found.state
         if not state.model_only:
             if state.step > 0:  # before the first step an optimizer has no state
-                fill_state(self.optimizer)
+                create_state(self.optimizer)
             own = pieces(self.parameters, self.optimizer if state.step > 0 else None)
             patiently(lambda: load(found, own, ranks, "checkpoint.folder"), alive)
         self.step, self.n_tokens_seen, self.validated = state.step, state.n_tokens_seen, state.validated
