@@ -223,6 +223,8 @@ def watched_step(trainer: Trainer, clock: Clock) -> Callable[[], float]:
     reduce_and_clip, update = trainer.stepper.reduce_and_clip, trainer.stepper.update
 
     class Batches:
+        consumed_samples = 0  # only an error message needs the true number
+
         def __next__(self) -> Batch:
             clock.mark("")
             batch = next(batches)

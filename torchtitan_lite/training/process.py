@@ -35,28 +35,19 @@ def set_up_process(config: DebugConfig, device: str) -> None:
 
     Call it before the first CUDA kernel: cuBLAS reads its environment variable only once.
     """
-    _seed_generators(config.seed)
+    # For plugins that draw from the global generators: our own code has its own generators.
+    random.seed(config.seed)
+    np.random.seed(config.seed % 2**32)
+    torch.manual_seed(config.seed)
     if config.deterministic:
-        _require_deterministic_kernels()
+        # https://docs.nvidia.com/cuda/cublas/#results-reproducibility
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+        # Filling new tensors with NaN finds reads of uninitialised memory, costs time, and repeats no run.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
     if device == "cpu":
         _keep_freed_memory()
-
-
-def _seed_generators(seed: int) -> None:
-    """Seed every global generator, for plugins that draw from one: our own code has its own generators."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
-def _require_deterministic_kernels() -> None:
-    """Make torch raise an error where only a kernel is available whose result depends on timing."""
-    # https://docs.nvidia.com/cuda/cublas/#results-reproducibility
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False
-    # Filling new tensors with NaN finds reads of uninitialised memory, costs time, and repeats no run.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _keep_freed_memory() -> None:

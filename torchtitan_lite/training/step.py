@@ -46,6 +46,7 @@ class Stepper:
         this rank; in the result a flag is set if any rank set it.
         """
         start, state = perf_counter(), self.state
+        first_sample = state.batches.consumed_samples
         micro = [next(state.batches) for _ in range(self.accumulation)]
         data_seconds = perf_counter() - start
         work = self.attention_work(micro) if state.step == state.began else None
@@ -58,8 +59,8 @@ class Stepper:
             (loss_sum / n_valid).backward()
             loss = loss + loss_sum.detach() / n_valid
         loss_value, norm_value, agreed = self.reduce_and_clip(loss, flags)
-        sample_ids = [index for batch in micro for index in self.sample_ids(batch)]
-        check_finite(step=state.step + 1, loss=loss_value, grad_norm=norm_value, sample_ids=sample_ids)
+        of_all_ranks = range(first_sample, state.batches.consumed_samples)
+        check_finite(step=state.step + 1, loss=loss_value, grad_norm=norm_value, sample_ids=of_all_ranks)
         lr = self.update()
         n_tokens = sum(batch.tokens_BS.numel() for batch in micro) * self.degrees.data
         state.n_tokens_seen += n_tokens
@@ -82,13 +83,6 @@ class Stepper:
         """The number of visible pairs of query and key that this rank computes in a step, per head."""
         window = self.state.model.config.sliding_window
         return sum(self.state.context.work(batch.positions_BS, window) for batch in micro)
-
-    def sample_ids(self, batch: Batch) -> range:
-        """The global sample ids of `batch` and of the batches that other ranks have at the same time."""
-        share, n_shares = self.share
-        size = len(batch.sample_ids)
-        first = batch.sample_ids[0] - share * size
-        return range(first, first + n_shares * size)
 
     def count_valid(self, micro: list[Batch]) -> Tensor:
         """The number of valid labels in the step, over all micro-batches and ranks; at least 1."""

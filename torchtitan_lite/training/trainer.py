@@ -4,13 +4,14 @@ import logging
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from torchtitan_lite.checkpoint.restore import Found
-from torchtitan_lite.checkpoint.save import Saver, Snapshot
+from torchtitan_lite.checkpoint.save import Saver
 from torchtitan_lite.checkpoint.steps import Steps
 from torchtitan_lite.config.job import JobConfig
 from torchtitan_lite.data import Batch, Shards, in_order
@@ -105,10 +106,6 @@ class Trainer:
         is_validated = self.corpus.held_out is None or self.state.validated == self.state.step
         return self.state.step >= self.job.training.steps and is_validated
 
-    def snapshot(self) -> Snapshot:
-        """The content of a checkpoint after the last step."""
-        return self.state.snapshot(is_done=self.is_done)
-
     def run(self) -> None:
         """Train to the last step, or until a rank is asked to stop, with validations and saves."""
         with closing(self.state.batches):
@@ -166,7 +163,7 @@ class Trainer:
         step = self.state.step
         if last or (step % self.job.checkpoint.interval == 0 and step < self.job.training.steps):
             steady, self.is_steady = self.is_steady, False
-            self.saver.save(step, self.snapshot, last=last)
+            self.saver.save(step, partial(self.state.snapshot, is_done=self.is_done), last=last)
             self.is_steady = steady
             self.alive()
             self.stop_asked = self.stop_asked or self.world.any(self.is_asked())

@@ -50,7 +50,7 @@ class ProfilerConfig:
 
     def build(self, run: RunInfo) -> "Profiler | None":
         """The hook, on every rank."""
-        return Profiler(run.job.profiling, run) if run.job.profiling.enable_profiling else None
+        return Profiler(run.job.profiling) if run.job.profiling.enable_profiling else None
 
 
 class Profiler:
@@ -59,18 +59,22 @@ class Profiler:
     The file is `step-N.json`, or `step-N-rank-R.json` if there are several ranks.
     """
 
-    def __init__(self, config: ProfilingConfig, run: RunInfo) -> None:
-        self.config, self.run = config, run
+    def __init__(self, config: ProfilingConfig) -> None:
+        self.config = config
         self._profiler: torch.profiler.profile | None = None
 
     def start(self, run: RunInfo) -> None:
         """Trace the first step if its trace is due."""
+        self.run = run
         self._begin(run.first_step)
 
     def step(self, stats: StepStats) -> None:
         """Save the trace of this step, and begin the trace of the next step if it is due."""
         if profiler := self._stop():
-            self._save(profiler, stats.step)
+            folder = self.run.folder / self.config.save_traces_folder
+            folder.mkdir(parents=True, exist_ok=True)
+            suffix = f"-rank-{self.run.rank}" if self.run.world_size > 1 else ""
+            profiler.export_chrome_trace(str(folder / f"step-{stats.step}{suffix}.json"))
         self._begin(stats.step + 1)
 
     def validated(self, result: Validation) -> None:
@@ -107,9 +111,3 @@ class Profiler:
         if profiler is not None:
             profiler.stop()
         return profiler
-
-    def _save(self, profiler: torch.profiler.profile, step: int) -> None:
-        folder = self.run.folder / self.config.save_traces_folder
-        folder.mkdir(parents=True, exist_ok=True)
-        suffix = f"-rank-{self.run.rank}" if self.run.world_size > 1 else ""
-        profiler.export_chrome_trace(str(folder / f"step-{step}{suffix}.json"))
