@@ -37,8 +37,8 @@ from torchtitan_lite.inference.trained import (
     build,
     find,
     lay_out_for_text,
-    told_as,
-    told_of_step,
+    renaming_keys,
+    reporting_damage,
 )
 from torchtitan_lite.models.decoder import DecoderConfig
 from torchtitan_lite.parallel.world import join, leave
@@ -60,10 +60,10 @@ def run(command: str, argv: Sequence[str]) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a model may generate any character
     options, act = _COMMANDS[command]
-    place = argv[0] if argv and not argv[0].startswith("-") else ""
+    path = argv[0] if argv and not argv[0].startswith("-") else ""
     try:
         _check_ranks(command)
-        act(place, _read(options, command, place, argv[1:] if place else argv))
+        act(path, _read(options, command, path, argv[1:] if path else argv))
     except ConfigError as error:
         if os.environ.get("RANK", "0") == "0":
             print(error, file=sys.stderr)
@@ -86,8 +86,8 @@ def _check_ranks(command: str) -> None:
         raise ConfigError([Problem("WORLD_SIZE", n_ranks, f"is more than {command} needs", remedy)])
 
 
-def _read(options: type, command: str, place: str, argv: Sequence[str]) -> Any:
-    """A command's options from `argv`. Raises ConfigError if they are wrong, or if `place` is empty."""
+def _read(options: type, command: str, path: str, argv: Sequence[str]) -> Any:
+    """A command's options from `argv`. Raises ConfigError if they are wrong, or if `path` is empty."""
     name = "PATH" if command == "import-hf" else KEY
     loaded = load(
         options,
@@ -98,18 +98,18 @@ def _read(options: type, command: str, place: str, argv: Sequence[str]) -> Any:
     )
     if loaded.dry_run:
         raise ConfigError([Problem("--dry-run", MISSING, "is for training", "leave it out")])
-    if not place:
+    if not path:
         rule, remedy = "is not named", f"write torchtitan-lite {command} FOLDER"
         raise ConfigError([Problem(name, MISSING, rule, remedy)])
     return loaded.config
 
 
-def _generate(place: str, config: GenerateConfig) -> None:
+def _generate(path: str, config: GenerateConfig) -> None:
     device, dtype = _placement(config)
     world = join(device.type)
     ranks = ranks_of(world)
     try:
-        trained = find(place, ranks, config.tokenizer)
+        trained = find(path, ranks, config.tokenizer)
         _check(trained.config, config.attention, device, dtype)
         tensor = _mesh(trained.config, device, world.size)
         model = build(
@@ -174,27 +174,27 @@ class _Stream:
             self._row, self._n_shown = self._row + 1, 0
 
 
-def _eval(place: str, config: EvalConfig) -> None:
+def _eval(path: str, config: EvalConfig) -> None:
     device, dtype = _placement(config)
-    trained = find(place, Ranks(), config.tokenizer)
+    trained = find(path, Ranks(), config.tokenizer)
     _check(trained.config, config.attention, device, dtype)
     split = _text(config, trained)
     longest = min(trained.config.max_seq_len, _SEQ_LEN)
     seq_len = config.seq_len or trained.found.state.identity.get("training.seq_len", longest)
     model = build(trained, attention=config.attention, device=device, dtype=dtype, ranks=Ranks())
     parts = {"seq_len": seq_len, "batch_size": config.batch_size, "rest": bool(config.data)}
-    with told_as(_KEYS):
-        found = evaluate(model, split, **parts)
+    with renaming_keys(_KEYS):
+        result = evaluate(model, split, **parts)
     print(
-        f"loss {found.loss:.4f} nats per token, perplexity {found.perplexity:.2f}, "
-        f"{found.bits_per_byte:.4f} bits per byte; {found.n_tokens:,} tokens, {found.n_bytes:,} bytes"
+        f"loss {result.loss:.4f} nats per token, perplexity {result.perplexity:.2f}, "
+        f"{result.bits_per_byte:.4f} bits per byte; {result.n_tokens:,} tokens, {result.n_bytes:,} bytes"
     )
 
 
 def _text(config: EvalConfig, trained: Trained) -> Split:
     """The text to evaluate on: all of `config.data`, or the held-out text of the run."""
     if config.data:
-        with told_as(_KEYS):
+        with renaming_keys(_KEYS):
             return prepare(_named_data(config), trained.tokenizer).train
     where = str(trained.found.folder)
     data = _saved_data(config, trained.found.state.config.get("data"), where)
@@ -230,25 +230,25 @@ def _named_data(config: EvalConfig) -> DataConfig:
     return data
 
 
-def _export(place: str, config: ExportConfig) -> None:
-    trained = find(place, Ranks(), config.tokenizer)
+def _export(path: str, config: ExportConfig) -> None:
+    trained = find(path, Ranks(), config.tokenizer)
     out = Path(os.path.expanduser(config.out)).absolute()
-    with _writing(config.out), told_of_step(place):
+    with _reporting_os_errors(config.out), reporting_damage(path):
         hub.export(trained.found, trained.tokenizer, out, getattr(torch, config.dtype))
     print(f"Files: {out}")
 
 
-def _import(place: str, config: ImportConfig) -> None:
-    folder, out = (Path(os.path.expanduser(path)).absolute() for path in (place, config.out))
-    with told_as({"data.tokenizer": "PATH"}):
+def _import(path: str, config: ImportConfig) -> None:
+    folder, out = (Path(os.path.expanduser(given)).absolute() for given in (path, config.out))
+    with renaming_keys({"data.tokenizer": "PATH"}):
         tokenizer = load_tokenizer(str(folder)) if (folder / "tokenizer.json").is_file() else None
-    with _writing(config.out):
+    with _reporting_os_errors(config.out):
         hub.import_(folder, out, tokenizer)
     print(f"Step: {out / 'step-0'}; start a run with it: --checkpoint.initial-load-path {out}")
 
 
 @contextmanager
-def _writing(out: str) -> Iterator[None]:
+def _reporting_os_errors(out: str) -> Iterator[None]:
     """Turn an OSError raised inside into a ConfigError about the folder `out`."""
     try:
         yield

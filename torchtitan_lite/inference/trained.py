@@ -41,7 +41,7 @@ def find(path: str, ranks: Ranks, tokenizer: str = "") -> Trained:
     `tokenizer` names the tokenizer if it has moved since the run. Raises ConfigError.
     """
     found = find_initial(path, ranks, KEY)
-    with told_of_step(path):
+    with reporting_damage(path):
         config = decoder_of(found.state.identity)
     own = _tokenizer(found, tokenizer)
     check_vocabulary(own, config, "tokenizer", tokenizer)
@@ -49,7 +49,7 @@ def find(path: str, ranks: Ranks, tokenizer: str = "") -> Trained:
 
 
 @contextmanager
-def told_as(keys: Mapping[str, str]) -> Iterator[None]:
+def renaming_keys(keys: Mapping[str, str]) -> Iterator[None]:
     """Translate the keys in errors raised inside, from those of a run to those of a command."""
     try:
         yield
@@ -58,7 +58,7 @@ def told_as(keys: Mapping[str, str]) -> Iterator[None]:
 
 
 @contextmanager
-def told_of_step(path: str) -> Iterator[None]:
+def reporting_damage(path: str) -> Iterator[None]:
     """Turn damage of the step at `path`, found inside, into a ConfigError."""
     try:
         yield
@@ -73,7 +73,7 @@ def _tokenizer(found: Found, given: str) -> Tokenizer:
     saved = found.state.config.get("tokenizers")
     options, _ = validate(registry.tokenizers.section, [saved] if isinstance(saved, dict) else [])
     if given:
-        with told_as({"data.tokenizer": "tokenizer"}):
+        with renaming_keys({"data.tokenizer": "tokenizer"}):
             own = load_tokenizer(given, options)
         if wanted in (None, own.fingerprint):
             return own

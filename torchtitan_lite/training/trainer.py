@@ -183,10 +183,12 @@ class Trainer:
             return
         self.state.validated = step
         split = self.corpus.shards.validation
-        per_byte, alone = loss * split.n_tokens / split.n_bytes, split.unigram_entropy
-        done = Validation(step=step, loss=loss, nats_per_byte=per_byte, unigram_entropy=alone)
-        self.validations.append(done)
-        self.hooks.validated(done)
+        per_byte = loss * split.n_tokens / split.n_bytes
+        result = Validation(
+            step=step, loss=loss, nats_per_byte=per_byte, unigram_entropy=split.unigram_entropy
+        )
+        self.validations.append(result)
+        self.hooks.validated(result)
 
     def _validation_loss_of(self, batch: Batch) -> tuple[Tensor, Tensor]:
         self.alive()
