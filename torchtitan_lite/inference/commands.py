@@ -223,8 +223,8 @@ def _named_data(config: EvalConfig) -> DataConfig:
         return PythonStdlib(**common)
     path = Path(os.path.expanduser(config.data))
     is_jsonl = path.suffix == ".jsonl" or (path.is_dir() and any(path.rglob("*.jsonl")))
-    json, text = Jsonl(path=str(path), field=config.field, **common), Text(path=str(path), **common)
-    data = json if is_jsonl else text
+    common["path"] = str(path)
+    data = Jsonl(field=config.field, **common) if is_jsonl else Text(**common)
     if problems := data.problems("data"):
         raise ConfigError(problems)
     return data
