@@ -42,7 +42,7 @@ def main() -> None:
     lengths = torch.linspace(8, 64, args.prompts).int().tolist()
     prompts = [torch.randint(1, config.vocab_size, (length,)).tolist() for length in lengths]
     ways: dict[str, Callable[[], list[list[int]]]] = {
-        "ours": lambda: generate(ours, prompts, max_new_tokens=args.new, eos_id=None),
+        "ours": lambda: generate(ours, prompts, max_new_tokens=args.new),
         "transformers": lambda: generate_theirs(theirs, prompts, args.new),
     }
     assert ways["ours"]() == ways["transformers"](), "not the same tokens"

@@ -110,14 +110,14 @@ def save_and_load(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     shards = write_shards(folder, job.decoder.vocab_size, 16, 512)
     trainer = Trainer(job, folder=folder, shards=shards)
     trainer.stepper.train_step()
-    saver = trainer.saver
+    saver, state = trainer.saver, trainer.state
     assert saver is not None
 
     def load() -> Trainer:
         found, _ = find_start(job, folder, World(), lambda: None)
         return Trainer(job, shards=shards, resumed=found)
 
-    saving, _ = clocked(lambda: saver.save(trainer.state.step, trainer.snapshot, last=True))
+    saving, _ = clocked(lambda: saver.save(state.step, lambda: state.snapshot(is_done=False), last=True))
     building, _ = clocked(lambda: Trainer(job, shards=shards))
     loading, resumed = clocked(load)
     assert resumed.state.step == trainer.state.step

@@ -30,7 +30,7 @@ from torch import Tensor
 from torchtitan_lite.config.job import JobConfig, load_job
 from torchtitan_lite.data import Batch
 from torchtitan_lite.models.decoder import DecoderConfig
-from torchtitan_lite.training.hardware import keep_freed_memory, measured_flops, peak_flops, peak_memory_gib
+from torchtitan_lite.training.hardware import measured_flops, peak_flops, peak_memory_gib
 from torchtitan_lite.training.trainer import Trainer
 
 PRESETS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -139,8 +139,6 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Every figure of one program: this process is it."""
     if args.threads:
         torch.set_num_threads(args.threads)
-    if args.device == "cpu":
-        keep_freed_memory()  # as a run does
     job, n_steps = job_of(args), args.warmup + args.steps
     decoder = job.decoder
     shards = write_shards(folder, decoder.vocab_size, args.batch * n_steps, args.seq, args.documents)
@@ -225,6 +223,8 @@ def watched_step(trainer: Trainer, clock: Clock) -> Callable[[], float]:
     reduce_and_clip, update = trainer.stepper.reduce_and_clip, trainer.stepper.update
 
     class Batches:
+        consumed_samples = 0  # only an error message needs the true number
+
         def __next__(self) -> Batch:
             clock.mark("")
             batch = next(batches)

@@ -1,4 +1,4 @@
-"""What hooks are given, made up."""
+"""Made-up arguments for hooks."""
 
 import json
 from dataclasses import dataclass
@@ -9,23 +9,23 @@ from typing import Any
 import torch
 
 from torchtitan_lite.training.config import TrainingConfig
-from torchtitan_lite.training.determinism import DebugConfig
 from torchtitan_lite.training.hooks import HookConfig, Hooks, Outcome, RunInfo, StepStats
 from torchtitan_lite.training.hooks.profiler import ProfilingConfig
 from torchtitan_lite.training.metrics import MetricsConfig
+from torchtitan_lite.training.process import DebugConfig
 from torchtitan_lite.training.validation import Validation
 
 DONE = Outcome(kind="done")
 
 
 def job_with(**sections: Any) -> SimpleNamespace:
-    """What hooks read of a job, with these sections instead of the default ones."""
+    """The sections of a job that hooks read, with `sections` in place of the defaults."""
     own = {"metrics": MetricsConfig(), "profiling": ProfilingConfig(), "debug": DebugConfig()}
     return SimpleNamespace(**{"training": TrainingConfig(mixed_precision_param="float32"), **own, **sections})
 
 
 def run_info(**changes: Any) -> RunInfo:
-    """A run of four steps on one rank, in the present folder."""
+    """A run of four steps on one rank, in the current folder."""
     values = {
         "job": job_with(),
         "folder": Path(),
@@ -59,8 +59,8 @@ def validation(step: int, loss: float) -> Validation:
 
 
 def started(config: HookConfig, run: RunInfo) -> Hooks:
-    """The hook of a config, as a run has started it."""
-    hooks = Hooks.build([("tested", config)], run)
+    """The hook of `config`, started as by a run."""
+    hooks = Hooks({"tested": config}, run)
     hooks.start()
     return hooks
 
@@ -71,7 +71,7 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Ready:
-    """Makes a hook that is there already."""
+    """A config whose hook exists already."""
 
     hook: object
 

@@ -1,4 +1,4 @@
-"""The bugs that hooks and the loop around a step must not have, for test_mutants.py."""
+"""Bugs in hooks and in the training loop that the tests must notice, for test_mutants.py."""
 
 from mutant import Mutant
 
@@ -19,31 +19,31 @@ MUTANTS = {
         TRAINER,
         '                    self.hooks.end(Outcome(kind="failed", error=error))\n',
         "                    pass\n",
-        f"{CALLS}::test_a_hook_that_raises_ends_the_run_with_its_name_and_the_others_hear_of_it[step]",
+        f"{CALLS}::test_a_hook_that_raises_ends_the_run_with_its_name_and_the_other_hooks_are_ended[step]",
     ),
     "hooks: a hook that never started is ended": Mutant(
         HOOKS + "__init__.py",
-        '            _call(name, hook, "start", self._run)\n            self._started.append((name, hook))\n',
-        '            self._started.append((name, hook))\n            _call(name, hook, "start", self._run)\n',
-        f"{CALLS}::test_a_hook_that_raises_ends_the_run_with_its_name_and_the_others_hear_of_it[start]",
+        '            _call(name, hook, "start", self._run)\n            self._started[name] = hook\n',
+        '            self._started[name] = hook\n            _call(name, hook, "start", self._run)\n',
+        f"{CALLS}::test_a_hook_that_raises_ends_the_run_with_its_name_and_the_other_hooks_are_ended[start]",
     ),
     "hooks: the trace of a step holds the validation before it": Mutant(
         HOOKS + "profiler.py",
-        "            self._profiler.stop()\n            self._begin(self._step)\n",
-        "            pass\n",
+        "        if self._stop():\n            self._begin_trace()\n",
+        "        pass\n",
         "tests/training/hooks/test_profiler.py::test_every_freqth_step_is_traced_and_no_other[1-traced0]",
     ),
     "hooks: a flag stays on the rank that sets it": Mutant(
         "torchtitan_lite/training/step.py",
         "tuple(count > 0 for count in counts)",
         "tuple(flags())",
-        f"{FLAGS}::test_a_flag_that_one_rank_sets_is_set_on_all_and_takes_no_exchange_of_its_own",
+        f"{FLAGS}::test_a_flag_of_one_rank_is_set_on_all_without_another_exchange",
     ),
-    "hooks: flags are asked for before the forward": Mutant(
+    "hooks: flags are read before the forward": Mutant(
         "torchtitan_lite/training/step.py",
         "        start, state = perf_counter(), self.state\n",
         "        start, state, early = perf_counter(), self.state, flags()\n        flags = lambda: early\n",
-        f"{FLAGS}::test_flags_are_asked_for_when_the_forward_and_the_backward_are_done",
+        f"{FLAGS}::test_flags_are_read_after_the_backward",
     ),
     "prepare: the newest tokens see what one of their number fewer sees": Mutant(
         "torchtitan_lite/inference/generate.py",

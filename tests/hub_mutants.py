@@ -1,4 +1,4 @@
-"""The bugs that exchange with Hugging Face and generation must not have, for test_mutants.py."""
+"""Bugs in Hugging Face exchange and in generation that the tests must notice, for test_mutants.py."""
 
 from mutant import Mutant
 
@@ -10,7 +10,7 @@ PARITY = "tests/models/test_huggingface.py"
 FILES = "tests/checkpoint/test_weights.py"
 EXCHANGE = "tests/training/test_hub.py"
 TEXT = "tests/inference/test_generate.py"
-CACHE = f"{TEXT}::test_logits_from_the_cache_are_those_of_the_whole_forward[7-sdpa]"
+CACHE = f"{TEXT}::test_logits_with_the_cache_equal_those_of_the_whole_forward[7-sdpa]"
 GATE, UP, SPLIT = ('"ffn.w1", "mlp.gate_proj"', '"ffn.w3", "mlp.up_proj"', 'shard_dim=0, split_by="ffn_dim"')
 BOX = "piece.local.copy_(self.box(name, piece.offsets, piece.local.shape))"
 
@@ -21,7 +21,7 @@ MUTANTS = {
         f"{GATE.replace('gate', 'up')}, {SPLIT}),\n        _in_block({UP.replace('up_', 'gate_')}",
         f"{PARITY}::test_logits_are_theirs_beyond_the_original_context",
     ),
-    "hub: a scaling of the rotary base is passed over": Mutant(
+    "hub: a scaling of the rotary base is ignored": Mutant(
         NAMES,
         'if kind == "default":',
         "if True:",
@@ -33,7 +33,7 @@ MUTANTS = {
         '"hidden_act": ("silu", "gelu", None),',
         f"{PARITY}::test_a_config_that_this_decoder_does_not_compute_is_refused_by_key",
     ),
-    "hub: an index leads out of the folder": Mutant(
+    "hub: an index names a file outside of the folder": Mutant(
         WEIGHTS,
         "os.path.basename(file) != file or ",
         "",
@@ -45,13 +45,13 @@ MUTANTS = {
         "elif False:",
         f"{FILES}::test_a_dtype_that_would_lose_bits_or_is_none_of_weights_is_refused",
     ),
-    "hub: tensors of no weight are passed over": Mutant(
+    "hub: tensors that belong to no weight are ignored": Mutant(
         WEIGHTS,
         "if name not in wanted and name not in ignored",
         "if False",
         f"{FILES}::test_what_does_not_fit_is_told_in_a_line_each",
     ),
-    "hub: the index is not held against the files": Mutant(
+    "hub: the index is not compared with the files": Mutant(
         WEIGHTS,
         "if listed and listed != (",
         "if False and listed != (",
@@ -68,31 +68,31 @@ MUTANTS = {
         BOX,
         'kept = self.__dict__.setdefault("kept", []); '
         "kept.append(self.box(name, piece.offsets, piece.local.shape).clone()); piece.local.copy_(kept[-1])",
-        f"{EXCHANGE}::test_weights_are_read_without_a_second_copy_of_the_model",
+        f"{EXCHANGE}::test_loading_holds_no_second_copy_of_the_model",
     ),
-    "hub: a head of its own is taken for a tied one": Mutant(
+    "hub: an untied head is taken for a tied one": Mutant(
         HUB,
         "if name in weights.places and embedding and",
         "if False and",
-        f"{EXCHANGE}::test_a_tied_head_that_is_stored_a_second_time_has_to_be_the_same",
+        f"{EXCHANGE}::test_a_tied_head_that_is_stored_twice_must_be_the_same",
     ),
     "hub: the export of an earlier end stays": Mutant(
         HUB,
         "if json.loads((folder / SOURCE).read_bytes()) == source:",
         "if True:",
-        f"{EXCHANGE}::test_the_export_is_of_the_last_step_whenever_a_run_goes_on",
+        f"{EXCHANGE}::test_the_export_is_always_of_the_last_step_of_the_run",
     ),
-    "hub: weights start with a tokenizer that is not theirs": Mutant(
+    "hub: weights are used with another tokenizer": Mutant(
         "torchtitan_lite/training/record.py",
         "if theirs is None or theirs == own:",
         "if True:",
-        f"{EXCHANGE}::test_a_model_is_refused_with_a_tokenizer_that_is_not_its_own",
+        f"{EXCHANGE}::test_a_model_is_refused_with_another_tokenizer",
     ),
-    "hub: any tokenizer speaks for a step": Mutant(
+    "hub: any tokenizer is accepted for a step": Mutant(
         "torchtitan_lite/inference/trained.py",
         "if own.fingerprint == wanted:",
         "if True:",
-        "tests/inference/test_commands.py::test_the_tokenizer_goes_with_the_run",
+        "tests/inference/test_commands.py::test_the_tokenizer_is_found_in_the_folder_of_the_run",
     ),
     "generate: padding is attended to": Mutant(
         GENERATE,
@@ -111,7 +111,7 @@ MUTANTS = {
         "            B, _, G, K = k_BSGK.shape\n",
         "            k_BSGK, v_BSGK = (x.repeat_interleave(q_BSHK.shape[2] // x.shape[2], 2) for x in "
         "(k_BSGK, v_BSGK))\n            B, _, G, K = k_BSGK.shape\n",
-        f"{TEXT}::test_the_cache_takes_as_many_bytes_as_it_must",
+        f"{TEXT}::test_the_cache_has_no_more_bytes_than_necessary",
     ),
     "generate: a row that has ended goes on": Mutant(
         GENERATE,
@@ -135,6 +135,6 @@ MUTANTS = {
         "torchtitan_lite/parallel/tensor.py",
         "return torch.cat(shares, dim=1)",
         "return torch.cat(shares[::-1], dim=1)",
-        f"{TEXT}::test_ranks_that_share_a_model_give_the_tokens_of_one[True-sdpa]",
+        f"{TEXT}::test_ranks_that_share_a_model_give_the_tokens_of_one_rank[True-sdpa]",
     ),
 }

@@ -138,7 +138,7 @@ def test_an_import_by_name_counts_too() -> None:
         ("parallel.mesh", "from torchtitan_lite.config.load import Problem"),
         ("training.trainer", "from torchtitan_lite.config.job import JobConfig"),
         ("training.step", "from torchtitan_lite.training.hooks import StepStats"),
-        ("training.hooks.console", "from torchtitan_lite.training.metrics import Meter"),
+        ("training.hooks.console", "from torchtitan_lite.training.metrics import Reporter"),
         ("cli", "from torchtitan_lite import train"),
     ],
 )

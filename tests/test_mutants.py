@@ -153,7 +153,7 @@ MUTANTS = {
         STEP,
         "(loss_sum / n_valid).backward()",
         "(loss_sum / (batch.labels_BS != IGNORE).sum() / len(micro)).backward()",
-        f"{TRAINING}::test_the_gradients_are_those_of_that_mean",
+        f"{TRAINING}::test_loss_and_gradients_are_those_of_the_mean_over_all_valid_tokens",
     ),
     "the weights change before a number is known to be finite": Mutant(
         STEP,
@@ -183,7 +183,7 @@ MUTANTS = {
         "torchtitan_lite/training/optimizer.py",
         '"weight_decay": 0.0}',
         '"weight_decay": self.weight_decay}',
-        "tests/training/test_optimizer.py::test_matrices_decay_and_vectors_do_not",
+        "tests/training/test_optimizer.py::test_all_groups_but_vectors_decay",
     ),
     "a layout found by substring": Mutant(
         ATTENTION + "layout.py",

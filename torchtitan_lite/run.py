@@ -20,7 +20,6 @@ from torchtitan_lite.parallel.signals import StopRequest
 from torchtitan_lite.parallel.watch import End
 from torchtitan_lite.parallel.world import World
 from torchtitan_lite.training import hub, outputs
-from torchtitan_lite.training.hardware import keep_freed_memory
 from torchtitan_lite.training.hooks import jsonl, samples
 from torchtitan_lite.training.record import find_start, ranks_of
 from torchtitan_lite.training.trainer import Trainer
@@ -55,8 +54,6 @@ class Run:
 
     def work(self, stop: StopRequest, alive: Callable[[], None]) -> int:
         """Train to the end, or until asked to stop: the status. `alive` is called as a sign of life."""
-        if self.job.device == "cpu":
-            keep_freed_memory()
         self.folder = self._on_first(self._claim, alive)
         resumed, initial = find_start(self.job, self.folder, self.world, alive)
         self.trainer = Trainer(

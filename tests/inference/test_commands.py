@@ -1,4 +1,4 @@
-"""The commands that use a trained model, as a user gives them."""
+"""The commands that use a trained model, as a user types them."""
 
 import json
 import sys
@@ -35,7 +35,7 @@ def run(texts: Path) -> Path:
 
 @pytest.fixture
 def say(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """`say("eval", folder, "--data", file)`: the status, and what was printed on both streams."""
+    """`say("eval", folder, "--data", file)`: the status, and the text on standard output and error."""
 
     def say(*words: object) -> tuple[int, str, str]:
         capsys.readouterr()
@@ -46,7 +46,7 @@ def say(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str
     return say
 
 
-def test_a_prompt_is_gone_on_with(run: Path, say) -> None:
+def test_generate_continues_a_prompt(run: Path, say) -> None:
     status, out, err = say("generate", run, "--prompt", "ab c", "--max-new-tokens", 30)
     assert (status, err) == (0, "") and out.startswith("ab c") and len(out) > 10
     assert (
@@ -58,20 +58,20 @@ def test_a_prompt_is_gone_on_with(run: Path, say) -> None:
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "flex", "varlen"])
-def test_several_prompts_stand_one_after_the_other(attention: str, run: Path, say) -> None:
+def test_several_texts_are_printed_one_after_the_other(attention: str, run: Path, say) -> None:
     more = ("--max-new-tokens", 12, "--temperature", 1, "--top-k", 40, "--seed", 3, "--attention", attention)
     status, out, _ = say("generate", run, "--prompt", "ab c", "x", *more)
     first, second, rest = out.split("\n" + "-" * 20 + "\n")
     assert status == 0 and first.startswith("ab c") and second.startswith("x") and rest == ""
 
 
-def test_a_prompt_is_text_whatever_it_looks_like(run: Path, say) -> None:
+def test_a_prompt_is_always_taken_as_text(run: Path, say) -> None:
     for prompt in ("5", "-5", "null", "true", "[a]", "{}"):
         status, out, err = say("generate", run, "--prompt", prompt, "--max-new-tokens", 2)
         assert (status, err) == (0, "") and out.startswith(prompt)
 
 
-def test_texts_are_shown_as_they_come_and_in_their_order(
+def test_texts_are_shown_while_they_grow_and_in_order(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said = []
@@ -88,18 +88,18 @@ def test_texts_are_shown_as_they_come_and_in_their_order(
     assert said == ["ab", "c", "", "", "\N{EURO SIGN}", f"{rule}xy{rule}"]
 
 
-def test_an_empty_prompt_begins_a_text(run: Path, say) -> None:
+def test_an_empty_prompt_begins_a_new_text(run: Path, say) -> None:
     status, out, err = say("generate", run, "--max-new-tokens", 5)
     assert (status, err) == (0, "") and out.endswith("\n")
 
 
-def test_the_loss_of_the_held_out_text_is_what_the_log_shows(run: Path, say) -> None:
+def test_the_loss_of_the_held_out_text_is_the_logged_one(run: Path, say) -> None:
     status, out, _ = say("eval", run)
     logged = [line["validation_loss"] for line in resume_cases.lines(run) if "validation_loss" in line][-1]
     assert status == 0 and out.startswith(f"loss {logged:.4f} nats per token, perplexity ")
 
 
-def test_any_text_may_be_evaluated(run: Path, texts: Path, say, tmp_path: Path) -> None:
+def test_any_text_can_be_evaluated(run: Path, texts: Path, say, tmp_path: Path) -> None:
     text = "".join(json.loads(line)["text"] for line in (texts / "short.jsonl").read_text().splitlines()[:20])
     (tmp_path / "text.txt").write_text(text)
     cache = ("--batch-size", 2)
@@ -112,21 +112,21 @@ def test_any_text_may_be_evaluated(run: Path, texts: Path, say, tmp_path: Path) 
     )
 
 
-def test_every_token_of_a_text_counts_in_its_evaluation(run: Path, say, tmp_path: Path) -> None:
+def test_every_token_counts_in_an_evaluation(run: Path, say, tmp_path: Path) -> None:
     def loss(text: str, *more: object) -> str:
         (tmp_path / "text.txt").write_text(text)
         status, out, err = say("eval", run, "--data", tmp_path / "text.txt", *more)
         assert (status, err) == (0, "")
         return out.partition(" nats")[0]
 
-    text = "ab cd " * 30  # two samples and a rest
+    text = "ab cd " * 30  # two samples and a shorter one
     assert loss(text) != loss(text[:-3] + "ZZZ")
     assert loss(text, "--seq-len", 60) != loss(text)
     assert loss(text[:10], "--cache-dir", tmp_path / "cache").startswith("loss ")  # less than a sample
     assert (tmp_path / "cache").is_dir()
 
 
-def test_the_rest_of_a_text_is_a_sample_like_others(texts: Path) -> None:
+def test_the_last_shorter_sample_is_treated_like_the_others(texts: Path) -> None:
     model = resolve("qwen3", "debugmodel", None, resume_cases.MODEL).build()
     data = Jsonl(path=str(texts / "short.jsonl"), cache_dir=str(texts / "cache"))
     split = prepare(data, ByteTokenizer()).train
@@ -140,11 +140,11 @@ def test_the_rest_of_a_text_is_a_sample_like_others(texts: Path) -> None:
     all_of_it = Samples(split, split.n_tokens).batch([0], [0])
     assert torch.equal(tokens_BS, all_of_it.tokens_BS[:, -700:])
     assert torch.equal(labels_BS, all_of_it.labels_BS[:, -700:])
-    # From the start of the document, or of the sample where that is later.
+    # Positions count from the start of the document or of the sample, whichever is later.
     assert torch.equal(positions_BS, all_of_it.positions_BS[:, -700:].minimum(torch.arange(700)))
 
 
-def test_a_last_step_of_the_model_alone_is_used_in_its_precision(texts: Path, say, tmp_path: Path) -> None:
+def test_a_step_with_only_the_model_is_used_in_its_precision(texts: Path, say, tmp_path: Path) -> None:
     values = {"training__steps": 1, "training__local_batch_size": 8, "job__dump_folder": tmp_path / "run"}
     values |= {"lr_scheduler__total_steps": 1, "lr_scheduler__warmup_steps": 0}
     values |= {"checkpoint__last_save_model_only": "true", "checkpoint__export_dtype": "bfloat16"}
@@ -155,7 +155,7 @@ def test_a_last_step_of_the_model_alone_is_used_in_its_precision(texts: Path, sa
     assert (status, err) == (0, "") and out.startswith("loss ")
 
 
-def test_a_model_without_a_row_for_each_token_is_refused(say, tmp_path: Path) -> None:
+def test_a_model_with_too_few_rows_for_the_tokenizer_is_refused(say, tmp_path: Path) -> None:
     cases.theirs(cases.small(families["llama3"]["1B"]), tmp_path).save_pretrained(tmp_path / "hf")
     assert say("import-hf", tmp_path / "hf", "--out", tmp_path / "steps")[0] == 0
     status, _, err = say("generate", tmp_path / "steps", "--tokenizer", "bytes")
@@ -164,7 +164,7 @@ def test_a_model_without_a_row_for_each_token_is_refused(say, tmp_path: Path) ->
     )
 
 
-def test_what_was_imported_without_a_tokenizer_starts_a_run(say, texts: Path, tmp_path: Path) -> None:
+def test_a_model_imported_without_a_tokenizer_starts_a_run(say, texts: Path, tmp_path: Path) -> None:
     config = cases.replace(cases.small(families["qwen3"]["0.6B"]), vocab_size=264)
     cases.theirs(config, tmp_path).save_pretrained(tmp_path / "hf")
     assert say("import-hf", tmp_path / "hf", "--out", tmp_path / "steps")[0] == 0
@@ -176,7 +176,7 @@ def test_what_was_imported_without_a_tokenizer_starts_a_run(say, texts: Path, tm
     assert train(*words[:at], *words[at + 2 :]) == 0
 
 
-def test_a_full_disk_is_a_line_and_leaves_nothing(run: Path, tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_in_one_line_and_leaves_no_files(run: Path, tmp_path: Path) -> None:
     code = (
         "import resource, sys; from torchtitan_lite import cli\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (10240, 10240))\n"
@@ -188,7 +188,7 @@ def test_a_full_disk_is_a_line_and_leaves_nothing(run: Path, tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_exported_can_be_imported_and_speaks_alike(run: Path, say, tmp_path: Path) -> None:
+def test_an_exported_model_is_imported_with_the_same_text(run: Path, say, tmp_path: Path) -> None:
     assert say("export-hf", run, "--out", tmp_path / "hf", "--dtype", "float32")[0] == 0
     status, out, _ = say("import-hf", tmp_path / "hf", "--out", tmp_path / "steps")
     assert status == 0 and f"--checkpoint.initial-load-path {tmp_path / 'steps'}" in out
@@ -218,7 +218,7 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("command", REFUSALS)
-def test_a_wrong_command_is_refused_in_a_line_and_nothing_is_written(
+def test_a_wrong_command_is_refused_in_one_line_and_writes_nothing(
     command: str, run: Path, say, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -231,7 +231,7 @@ def test_a_wrong_command_is_refused_in_a_line_and_nothing_is_written(
 
 
 @pytest.mark.parametrize("command", ["eval", "export-hf", "import-hf"])
-def test_what_one_process_does_is_refused_to_several(
+def test_a_command_for_one_process_is_refused_to_several(
     command: str, run: Path, say, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -241,7 +241,7 @@ def test_what_one_process_does_is_refused_to_several(
     )
 
 
-def test_a_damaged_step_does_not_speak(run: Path, say, tmp_path: Path) -> None:
+def test_a_damaged_step_is_not_used(run: Path, say, tmp_path: Path) -> None:
     import shutil
 
     shutil.copytree(run / "checkpoint" / "step-3", tmp_path / "step-3")
@@ -253,7 +253,7 @@ def test_a_damaged_step_does_not_speak(run: Path, say, tmp_path: Path) -> None:
         assert status == 2 and "__0_0.distcp is not what was written" in err
 
 
-def test_two_ranks_say_what_one_says(run: Path, say) -> None:
+def test_two_ranks_generate_the_text_of_one(run: Path, say) -> None:
     words = ["generate", str(run), "--prompt", "ab c", "--max-new-tokens", "20"]
     wanted = say(*words)[1]
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -261,7 +261,7 @@ def test_two_ranks_say_what_one_says(run: Path, say) -> None:
     assert (end.returncode, end.stdout) == (0, wanted), end.stderr
 
 
-def test_the_tokenizer_goes_with_the_run(texts: Path, say, tmp_path: Path) -> None:
+def test_the_tokenizer_is_found_in_the_folder_of_the_run(texts: Path, say, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     ByteTokenizer().save(tmp_path / "mine")
     values = {"training__steps": 1, "training__local_batch_size": 8, "job__dump_folder": tmp_path / "run"}
@@ -280,17 +280,9 @@ def test_the_tokenizer_goes_with_the_run(texts: Path, say, tmp_path: Path) -> No
     assert status == 2 and "is not the one that" in err
 
 
-def test_a_model_of_another_size_needs_no_preset(say, tmp_path: Path) -> None:
-    config = cases.replace(cases.small(families["llama3"]["1B"]), vocab_size=257)
-    cases.theirs(config, tmp_path).save_pretrained(tmp_path / "hf")
-    assert say("import-hf", tmp_path / "hf", "--out", tmp_path / "steps")[0] == 0
-    status, out, err = say("generate", tmp_path / "steps", "--prompt", "ab c", "--tokenizer", "bytes")
-    assert (status, err) == (0, "") and out.startswith("ab c")
-
-
 @pytest.fixture
 def plugged(tmp_path: Path, texts: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A run of two steps on a dataset, with a tokenizer, an optimizer and an attention of a plugin."""
+    """A run of two steps with a dataset, a tokenizer, an optimizer and an attention of a plugin."""
     monkeypatch.chdir(tmp_path)
     Path("mine.py").write_text(plugin_cases.ALL)
     more = "--job.plugins mine --data.dataset counting --data.n-documents 100 --data.tokenizer shifted"
@@ -302,12 +294,12 @@ def plugged(tmp_path: Path, texts: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
     with plugin_cases.forgotten():
         argv = resume_cases.run_of(texts / "short.jsonl", tmp_path / "cache", **values)
         assert train(*argv, *more.split()) == 0
-    with plugin_cases.forgotten():  # what the command itself imports
+    with plugin_cases.forgotten():  # so that the command has to import the plugin itself
         yield tmp_path / "run"
 
 
 @pytest.mark.parametrize("command", ["generate", "eval", "export-hf"])
-def test_a_run_with_plugins_is_used_with_them(command: str, plugged: Path, say) -> None:
+def test_a_run_with_plugins_is_used_with_the_same_plugins(command: str, plugged: Path, say) -> None:
     more = {"generate": ["--max-new-tokens", 3], "export-hf": ["--out", "hf"]}.get(command, [])
     status, out, err = say(command, plugged, "--plugins", "mine", *more)
     assert (status, err) == (0, "") and out
@@ -323,13 +315,13 @@ def test_a_checkpoint_imports_no_module_by_itself(plugged: Path, say) -> None:
     assert say("generate", plugged, *tokenizer, "--plugins", "mine", "--attention", "plain")[0] == 0
 
 
-def test_a_dataset_that_is_not_registered_is_told(run: Path, tmp_path: Path, say, monkeypatch) -> None:
+def test_a_dataset_that_is_not_registered_is_an_error(run: Path, tmp_path: Path, say, monkeypatch) -> None:
     monkeypatch.delitem(registry.datasets.members, "jsonl")
     status, _, err = say("eval", run)
     assert status == 2 and 'the dataset "jsonl", which is not registered: name the module that has it' in err
 
 
-def test_the_held_out_text_of_a_run_is_that_of_its_data_whatever_else_its_version_has_said() -> None:
+def test_unknown_keys_in_the_data_section_of_a_run_are_ignored() -> None:
     saved = {"dataset": "python_stdlib", "path": "", "field": "text", "cache_dir": "there", "num_workers": 2}
     config = commands.EvalConfig()
     assert commands._saved_data(config, saved, "") == PythonStdlib(cache_dir="there", num_workers=2)

@@ -1,4 +1,4 @@
-"""Text out of a model: what the cache holds gives what the whole forward gives, on every backend."""
+"""Generation: forwards with a cache give the logits of the whole forward, on every backend."""
 
 import math
 import warnings
@@ -23,7 +23,7 @@ BACKENDS = pytest.mark.parametrize("attention", [Sdpa(), Flex(), Varlen()], ids=
 def model_of(
     attention: AttentionConfig, compute_dtype: torch.dtype = torch.float32, **overrides: Any
 ) -> Decoder:
-    """A small model whose weights are large enough for the tokens to differ."""
+    """A small model whose weights are so large that its tokens differ."""
     sizes = {"n_layers": 2, "dim": 64, "n_heads": 6, "n_kv_heads": 2, "head_dim": 16, "ffn_dim": 96}
     model = resolve("qwen3", "debugmodel", attention, {**sizes, **overrides}).build(compute_dtype)
     torch.manual_seed(0)
@@ -34,11 +34,11 @@ def model_of(
 
 
 @pytest.mark.parametrize("name", ["llama3 1B", "llama3 8B", "qwen3 0.6B", "qwen3 8B"])
-def test_greedy_tokens_are_those_of_transformers(name: str, tmp_path: Path) -> None:
+def test_greedy_tokens_equal_those_of_transformers(name: str, tmp_path: Path) -> None:
     config = cases.small(cases.PRESETS[name])
     their = cases.theirs(config, tmp_path)
     prompts = [[token % config.vocab_size for token in prompt] for prompt in PROMPTS]
-    found = generate(cases.ours(config, their), prompts, max_new_tokens=64, eos_id=None)
+    found = generate(cases.ours(config, their), prompts, max_new_tokens=64)
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
     real = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
@@ -49,7 +49,7 @@ def test_greedy_tokens_are_those_of_transformers(name: str, tmp_path: Path) -> N
 
 @BACKENDS
 @pytest.mark.parametrize("window", [None, 7])
-def test_logits_from_the_cache_are_those_of_the_whole_forward(
+def test_logits_with_the_cache_equal_those_of_the_whole_forward(
     attention: AttentionConfig, window: int | None
 ) -> None:
     overrides: dict[str, Any] = {} if window is None else {"sliding_window": window}
@@ -75,10 +75,10 @@ def test_logits_from_the_cache_are_those_of_the_whole_forward(
             assert (logits_BV[row] - wanted[end]).abs().max() <= 1e-5
 
 
-def test_a_row_has_the_tokens_that_it_has_alone() -> None:
+def test_a_row_of_a_batch_gets_the_tokens_that_it_gets_alone() -> None:
     model = model_of(Sdpa())
-    together = generate(model, PROMPTS, max_new_tokens=20, eos_id=None)
-    alone = [generate(model, [prompt], max_new_tokens=20, eos_id=None)[0] for prompt in PROMPTS]
+    together = generate(model, PROMPTS, max_new_tokens=20)
+    alone = [generate(model, [prompt], max_new_tokens=20)[0] for prompt in PROMPTS]
     assert together == alone
     assert len({tuple(tokens) for tokens in alone}) == len(PROMPTS)
 
@@ -87,16 +87,16 @@ def test_a_row_has_the_tokens_that_it_has_alone() -> None:
 @pytest.mark.parametrize("attention", [Sdpa(), Flex()], ids=["sdpa", "flex"])
 def test_a_gpu_gives_the_tokens_of_a_cpu(attention: AttentionConfig) -> None:
     model = model_of(attention)
-    wanted = generate(model, PROMPTS, max_new_tokens=20, eos_id=None)
-    assert generate(model.cuda(), PROMPTS, max_new_tokens=20, eos_id=None) == wanted
+    wanted = generate(model, PROMPTS, max_new_tokens=20)
+    assert generate(model.cuda(), PROMPTS, max_new_tokens=20) == wanted
 
 
 @pytest.mark.gpu
 @BACKENDS
 def test_a_gpu_gives_the_logits_of_a_cpu_in_bfloat16(attention: AttentionConfig) -> None:
-    """varlen has no float32 there; and in bfloat16 the likeliest of two tokens may be the other one."""
+    """varlen has no float32 on a GPU, and rounding to bfloat16 may change which token is likeliest."""
     longest, n_new = max(map(len, PROMPTS)), 6
-    given = generate(model_of(attention), PROMPTS, max_new_tokens=n_new, eos_id=None)
+    given = generate(model_of(attention), PROMPTS, max_new_tokens=n_new)
     tokens_BS, is_token_BS = torch.zeros(2, len(PROMPTS), longest, dtype=torch.int64)
     for row, prompt in enumerate(PROMPTS):
         tokens_BS[row, longest - len(prompt) :] = torch.tensor(prompt)
@@ -114,14 +114,14 @@ def test_a_gpu_gives_the_logits_of_a_cpu_in_bfloat16(attention: AttentionConfig)
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.0, top_k=5, top_p=0.9)])
-def test_a_gpu_is_waited_for_once_a_token(sampling: Sampling) -> None:
+def test_generation_waits_for_the_gpu_once_per_token(sampling: Sampling) -> None:
     model, n_new = model_of(Sdpa(), compute_dtype=torch.bfloat16).cuda(), 5
-    generate(model, PROMPTS[:1], max_new_tokens=2, eos_id=None, sampling=sampling)
+    generate(model, PROMPTS[:1], max_new_tokens=2, sampling=sampling)
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            generate(model, PROMPTS[:1], max_new_tokens=n_new, eos_id=None, sampling=sampling)
+            generate(model, PROMPTS[:1], max_new_tokens=n_new, sampling=sampling)
         finally:
             torch.cuda.set_sync_debug_mode("default")
     waits = [f"{one.filename}:{one.lineno}" for one in seen if "called a synchronizing" in str(one.message)]
@@ -129,27 +129,28 @@ def test_a_gpu_is_waited_for_once_a_token(sampling: Sampling) -> None:
 
 
 def test_tokens_are_drawn_where_the_logits_are() -> None:
-    """A GPU's logits stay there: of 152 thousand numbers a row, one is read back."""
+    """Logits stay on the GPU: of their 152 thousand numbers per row, the host reads one token."""
     logits_BV = torch.empty(2, 5, device="meta")
     assert draw(logits_BV, Sampling(), torch.Generator()).device.type == "meta"
 
 
 def test_a_row_that_has_ended_stays_ended_and_changes_no_other() -> None:
     model = model_of(Sdpa())
-    free = generate(model, PROMPTS, max_new_tokens=20, eos_id=None)
+    free = generate(model, PROMPTS, max_new_tokens=20)
     end = free[1][4]
     told: list[list[int | None]] = []
-    several = generate(model, PROMPTS, max_new_tokens=20, eos_id=[end, free[0][2]])
+    several = generate(model, PROMPTS, max_new_tokens=20, stop_ids=[end, free[0][2]])
     assert (
         several[0] == free[0][: min(free[0].index(token) for token in (end, free[0][2]) if token in free[0])]
     )
-    found = generate(model, PROMPTS, max_new_tokens=20, eos_id=end, on_tokens=told.append)
+    found = generate(model, PROMPTS, max_new_tokens=20, stop_ids=[end], on_tokens=told.append)
     cut = [tokens[: tokens.index(end)] if end in tokens else tokens for tokens in free]
     assert found == cut and len(found[1]) <= 4
     assert [[token for token in column if token is not None] for column in zip(*told, strict=True)] == found
+    assert told[-1] == [None] * len(PROMPTS)
 
 
-def test_the_model_is_as_it_was_afterwards() -> None:
+def test_a_cache_restores_the_model_also_after_an_error() -> None:
     model = model_of(Sdpa())
     inner = [block.get_submodule("attention.inner") for block in model.blocks]
     with pytest.raises(KeyError), Cache(model, 1, 4):
@@ -157,8 +158,8 @@ def test_the_model_is_as_it_was_afterwards() -> None:
     assert [block.get_submodule("attention.inner") for block in model.blocks] == inner
 
 
-def test_a_process_holds_the_cache_and_no_second_one() -> None:
-    # In a process of its own: what an earlier test gave back would be used again, and not count.
+def test_generation_holds_no_second_copy_of_the_cache() -> None:
+    # In a new process: here memory that an earlier test has freed would be used again and not be counted.
     code = "import hub_cases; print(*hub_cases.bytes_of_a_cache())"
     end = programs.run(
         ["-c", code], env=programs.environment(PYTHONPATH=f"{programs.ROOT}:{Path(cases.__file__).parent}")
@@ -169,7 +170,7 @@ def test_a_process_holds_the_cache_and_no_second_one() -> None:
     assert most < size * 0.1
 
 
-def test_the_cache_takes_as_many_bytes_as_it_must() -> None:
+def test_the_cache_has_no_more_bytes_than_necessary() -> None:
     model = model_of(Sdpa())
     config, n_tokens, kept = model.config, 64 + 20, []
     with Cache(model, len(PROMPTS), n_tokens) as cache:
@@ -204,7 +205,7 @@ def test_tokens_are_drawn_as_often_as_the_logits_say() -> None:
     assert counts(Sampling(), logits) == [1, 0, 0, 0]
 
 
-def test_next_to_nothing_of_the_probability_is_the_likeliest_token() -> None:
+def test_a_tiny_top_p_draws_the_likeliest_token() -> None:
     assert counts(Sampling(temperature=1.0, top_p=1e-300), [1.0, 2.0, 0.0], n=100) == [0, 1, 0]
 
 
@@ -213,9 +214,9 @@ def test_any_temperature_draws_a_token(temperature: float) -> None:
     assert sum(counts(Sampling(temperature=temperature), [5.0, 4.0, -30.0], n=1000)) == pytest.approx(1)
 
 
-def test_a_seed_gives_the_same_text_again() -> None:
+def test_a_seed_repeats_a_text() -> None:
     model = model_of(Sdpa())
-    options: dict[str, Any] = {"max_new_tokens": 30, "eos_id": None}
+    options: dict[str, Any] = {"max_new_tokens": 30}
     first, again, other = (
         generate(model, PROMPTS, sampling=Sampling(temperature=1.0, seed=seed), **options)
         for seed in (1, 1, 2)
@@ -226,7 +227,9 @@ def test_a_seed_gives_the_same_text_again() -> None:
 @pytest.mark.parametrize(
     ("tied", "attention"), [(True, "sdpa"), (True, "varlen"), (True, "flex"), (False, "sdpa")]
 )
-def test_ranks_that_share_a_model_give_the_tokens_of_one(ranks: RanksOf, attention: str, tied: bool) -> None:
+def test_ranks_that_share_a_model_give_the_tokens_of_one_rank(
+    ranks: RanksOf, attention: str, tied: bool
+) -> None:
     (alone,) = ranks(1).run(cases.tokens_of_ranks, attention, tied, PROMPTS)
     for tokens in ranks(2).run(cases.tokens_of_ranks, attention, tied, PROMPTS):
         assert tokens == alone

@@ -1,19 +1,31 @@
-"""The numbers of reports: how often there is one, and what it is made of."""
+"""The numbers of reports, and how often there is a report."""
 
-from typing import Any
+from collections.abc import Mapping
 
 import pytest
 from hook_cases import run_info, stats
 
-from torchtitan_lite.training import metrics
-from torchtitan_lite.training.metrics import Meter, MetricsConfig
+from torchtitan_lite.training.metrics import MetricsConfig, Reporter
 
 
-def reports(config: MetricsConfig, n_steps: int = 4) -> list[dict[str, Any]]:
+class Recorder(Reporter):
+    """Keeps the records."""
+
+    def __init__(self, config: MetricsConfig) -> None:
+        super().__init__(config)
+        self.records: list[Mapping[str, float]] = []
+
+    def write(self, record: Mapping[str, float]) -> None:
+        self.records.append(record)
+
+
+def reports(config: MetricsConfig, n_steps: int = 4) -> list[Mapping[str, float]]:
     """The reports of a run in which step n takes n halves of a second."""
-    meter = Meter(config, run_info(n_steps=n_steps, world_size=2))
-    steps = [stats(step, seconds=0.5 * step, hook_seconds=0.1 * step) for step in range(1, n_steps + 1)]
-    return [report for step in steps if (report := meter.report(step))]
+    reporter = Recorder(config)
+    reporter.start(run_info(n_steps=n_steps, world_size=2))
+    for step in range(1, n_steps + 1):
+        reporter.step(stats(step, seconds=0.5 * step, hook_seconds=0.1 * step))
+    return reporter.records
 
 
 def test_speed_is_tokens_over_the_time_of_the_steps_since_the_last_report() -> None:
@@ -35,14 +47,6 @@ def test_speed_is_tokens_over_the_time_of_the_steps_since_the_last_report() -> N
 def test_the_first_the_last_and_every_log_freqth_step_are_reported() -> None:
     found = reports(MetricsConfig(log_freq=3, peak_flops=1.0), n_steps=8)
     assert [report["step"] for report in found] == [1, 3, 6, 8]
-
-
-def test_the_device_is_measured_once_for_all_reports(monkeypatch: pytest.MonkeyPatch) -> None:
-    measured = []
-    monkeypatch.setattr(metrics, "_peak_flops", metrics.cache(lambda *words: measured.append(words) or 1e6))
-    meters = [Meter(MetricsConfig(), run_info()) for _ in range(3)]
-    assert [meter.peak_flops for meter in meters] == [1e6] * 3
-    assert len(measured) == 1
 
 
 @pytest.mark.parametrize("wrong", [{"log_freq": 0}, {"peak_flops": -1.0}])

@@ -33,7 +33,7 @@ def test_warm_up_then_plateau_then_linear_decay(step: int, expected: float) -> N
     ("shape", "expected"),
     [("linear", 0.75), ("sqrt", 0.5), ("cosine", (1 + math.sqrt(0.5)) / 2)],
 )
-def test_a_quarter_into_the_decay_each_shape_is_where_its_formula_says(shape, expected: float) -> None:
+def test_each_shape_of_the_decay_follows_its_formula(shape, expected: float) -> None:
     assert lr_factor(70, LRSchedulerConfig(**WSD, decay_type=shape), 100) == pytest.approx(expected)
 
 
@@ -74,7 +74,7 @@ def test_the_default_warm_up_is_a_tenth_of_the_run_and_at_most_200_steps() -> No
     assert LRSchedulerConfig().warmup(5) == 0
 
 
-def test_total_steps_keeps_the_schedule_of_the_longer_run() -> None:
+def test_with_total_steps_a_shorter_run_has_the_same_schedule() -> None:
     early = LRSchedulerConfig(total_steps=100)
     assert [lr_factor(s, early, 30) for s in range(30)] == [
         lr_factor(s, LRSchedulerConfig(), 100) for s in range(30)

@@ -1,4 +1,4 @@
-"""What a start spares: garbage is looked for rarely before the first step, and as usual from then on."""
+"""Garbage collection is rare before the first step, and usual afterwards."""
 
 import gc
 import signal
@@ -15,7 +15,7 @@ USUAL = gc.get_threshold()
 
 @pytest.fixture(autouse=True)
 def _signals_as_before() -> Iterator[None]:
-    """A run in this process leaves those that ask it to stop ignored, for all that is started from here."""
+    """Restore the signal handlers: a run leaves SIGTERM and SIGUSR1 ignored, also for child processes."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
     yield
     for number, handler in before.items():
@@ -23,7 +23,7 @@ def _signals_as_before() -> Iterator[None]:
     signal.set_wakeup_fd(-1)
 
 
-def test_garbage_is_looked_for_rarely_until_training_begins(small_run, monkeypatch) -> None:
+def test_garbage_collection_is_rare_until_training_begins(small_run, monkeypatch) -> None:
     seen = []
     begin, step = Trainer.__init__, Stepper.train_step
     look = lambda: seen.append(gc.get_threshold())
@@ -35,6 +35,6 @@ def test_garbage_is_looked_for_rarely_until_training_begins(small_run, monkeypat
 
 
 @pytest.mark.parametrize("words", [["--no-such-option"], ["--dry-run"]])
-def test_garbage_is_looked_for_as_usual_however_a_start_ends(words, capsys) -> None:
+def test_garbage_collection_is_as_usual_after_a_start_that_fails_or_only_prints(words, capsys) -> None:
     train.main(words)
     assert gc.get_threshold() == USUAL

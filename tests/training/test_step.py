@@ -1,4 +1,4 @@
-"""What the ranks tell each other in the step's one sum, beside the loss and the norm."""
+"""The flags that ranks exchange in a step, and the parts of a step beside the loss."""
 
 import parallel_cases as cases
 import pytest
@@ -10,9 +10,7 @@ from torchtitan_lite.config.load import ConfigError
 from torchtitan_lite.training.trainer import Trainer
 
 
-def test_a_flag_that_one_rank_sets_is_set_on_all_and_takes_no_exchange_of_its_own(
-    ranks: RanksOf, small_run
-) -> None:
+def test_a_flag_of_one_rank_is_set_on_all_without_another_exchange(ranks: RanksOf, small_run) -> None:
     found = ranks(2).run(cases.agreed_flags, small_run, [(False, False, True), (True, False, True)])
     for (flags, none), (sums, sums_without) in found:
         assert flags == (True, False, True)
@@ -20,7 +18,7 @@ def test_a_flag_that_one_rank_sets_is_set_on_all_and_takes_no_exchange_of_its_ow
         assert sums == sums_without == 2  # the count of tokens; the loss, the norm and the flags
 
 
-def test_flags_are_asked_for_when_the_forward_and_the_backward_are_done(small_run, monkeypatch) -> None:
+def test_flags_are_read_after_the_backward(small_run, monkeypatch) -> None:
     stepper = Trainer(load_job(small_run).config).stepper
     order, loss_of = [], stepper.loss_of
     monkeypatch.setattr(stepper, "loss_of", lambda batch: order.append("forward") or loss_of(batch))
@@ -29,14 +27,14 @@ def test_flags_are_asked_for_when_the_forward_and_the_backward_are_done(small_ru
     assert stats.flags == (True,)
 
 
-def test_the_work_of_attention_is_measured_in_the_first_step_alone(small_run) -> None:
+def test_the_work_of_attention_is_measured_only_in_the_first_step(small_run) -> None:
     stepper = Trainer(load_job(small_run).config).stepper
     first, *others = (stepper.train_step().attention_work for _ in range(3))
     assert first is not None and first > 0
     assert others == [None, None]
 
 
-def test_the_schedule_scales_each_groups_own_rate(small_run) -> None:
+def test_the_schedule_scales_the_rate_of_each_group(small_run) -> None:
     trainer = Trainer(load_job(small_run).config)
     first, second = trainer.state.optimizer.param_groups
     first["initial_lr"] = 0.0
@@ -50,7 +48,7 @@ def test_the_schedule_scales_each_groups_own_rate(small_run) -> None:
     assert moved == {name for name, p in before.items() if p.ndim == 1}, "vectors are the second group"
 
 
-def test_an_optimizer_whose_state_cannot_be_saved_is_refused_after_its_first_step(small_run) -> None:
+def test_an_optimizer_whose_state_cannot_be_saved_is_refused(small_run) -> None:
     trainer = Trainer(load_job(small_run).config)
     trainer.stepper.train_step()
     trainer.state.check_optimizer("AdamW")

@@ -1,4 +1,4 @@
-"""The mean over held-out tokens."""
+"""The mean loss over held-out tokens."""
 
 import math
 
@@ -9,14 +9,14 @@ from torch import nn
 from torchtitan_lite.training.validation import ValidationConfig, mean_loss
 
 
-def test_every_token_weighs_the_same_however_the_batches_are_cut() -> None:
+def test_every_token_has_the_same_weight_however_the_batches_are_cut() -> None:
     losses = [torch.arange(8.0), torch.tensor([100.0])]
     assert mean_loss(nn.Identity(), lambda x: (x.sum(), torch.tensor(len(x))), losses) == pytest.approx(
         128 / 9
     )
 
 
-def test_the_model_is_in_eval_mode_without_gradients_and_then_back_as_it_was() -> None:
+def test_the_model_is_in_eval_mode_without_gradients_and_is_restored() -> None:
     model = nn.Dropout()
     seen = []
 
@@ -40,7 +40,7 @@ def test_without_a_valid_token_there_is_no_mean() -> None:
     assert math.isnan(mean_loss(nn.Identity(), lambda _: (torch.tensor(0.0), torch.tensor(0)), [0]))
 
 
-def test_many_small_losses_are_summed_without_losing_digits() -> None:
+def test_many_small_losses_are_summed_in_float64() -> None:
     batches = [torch.tensor(1e8), *[torch.tensor(1.0)] * 64]
     mean = mean_loss(nn.Identity(), lambda x: (x, torch.tensor(1)), batches)
     assert mean == pytest.approx((1e8 + 64) / 65, rel=1e-12)

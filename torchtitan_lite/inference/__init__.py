@@ -1,1 +1,1 @@
-"""A trained model at work: text out of it, and how well it predicts text."""
+"""Using a trained model: generate text, and measure how well the model predicts text."""

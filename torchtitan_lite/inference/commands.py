@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,52 +30,40 @@ from torchtitan_lite.data import (
 )
 from torchtitan_lite.inference.evaluate import evaluate
 from torchtitan_lite.inference.generate import Sampling, generate
-from torchtitan_lite.inference.options import (
-    Device,
-    EvalConfig,
-    ExportConfig,
-    GenerateConfig,
-    ImportConfig,
-)
+from torchtitan_lite.inference.options import EvalConfig, ExportConfig, GenerateConfig, ImportConfig
 from torchtitan_lite.inference.trained import (
     KEY,
     Trained,
     build,
     find,
     lay_out_for_text,
-    told_as,
-    told_of_step,
+    renaming_keys,
+    reporting_damage,
 )
 from torchtitan_lite.models.decoder import DecoderConfig
 from torchtitan_lite.parallel.world import join, leave
 from torchtitan_lite.training import hub
 from torchtitan_lite.training.record import ranks_of
 
-T = TypeVar("T")
-_KEYS = {
+_KEYS = {  # key of a run: key of eval
     "data.path": "data",
     "data.field": "field",
     "data.cache_dir": "cache_dir",
     "training.seq_len": "seq_len",
 }
 _SEQ_LEN = 2048
-"""Tokens of a sample of an evaluation, at the most, of a model that was not trained here."""
+"""Longest sample in the evaluation of a model that was not trained here, in tokens."""
 
 
 def run(command: str, argv: Sequence[str]) -> int:
-    """Do what the command line says; the exit status."""
-    commands: dict[str, Callable[[str, Sequence[str]], None]] = {
-        "generate": _generate,
-        "eval": _eval,
-        "export-hf": _export,
-        "import-hf": _import,
-    }
+    """Run a command with the words `argv` that follow it; return the exit status."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # whatever the model says
-    place = argv[0] if argv and not argv[0].startswith("-") else ""
+        sys.stdout.reconfigure(errors="replace")  # a model may generate any character
+    options, act = _COMMANDS[command]
+    path = argv[0] if argv and not argv[0].startswith("-") else ""
     try:
         _check_ranks(command)
-        commands[command](place, argv[1:] if place else argv)
+        act(path, _read(options, command, path, argv[1:] if path else argv))
     except ConfigError as error:
         if os.environ.get("RANK", "0") == "0":
             print(error, file=sys.stderr)
@@ -84,46 +72,44 @@ def run(command: str, argv: Sequence[str]) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # Whoever read our output, such as `head`, has had enough; Python would complain again on its way out.
+        # The reader of the output, such as `head`, has ended. Python would fail again when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     return 0
 
 
 def _check_ranks(command: str) -> None:
-    """Raise ConfigError where torchrun has started several processes of what is done by one."""
+    """Raise ConfigError if torchrun has started several processes of a command that needs one."""
     n_ranks = os.environ.get("WORLD_SIZE", "1")
     if command != "generate" and n_ranks != "1":
-        rule, remedy = (
-            f"is more than {command} needs",
-            f"start it without torchrun: torchtitan-lite {command}",
-        )
-        raise ConfigError([Problem("WORLD_SIZE", n_ranks, rule, remedy)])
+        remedy = f"start it without torchrun: torchtitan-lite {command}"
+        raise ConfigError([Problem("WORLD_SIZE", n_ranks, f"is more than {command} needs", remedy)])
 
 
-def _read(cls: type[T], command: str, place: str, argv: Sequence[str], name: str = KEY) -> T:
+def _read(options: type, command: str, path: str, argv: Sequence[str]) -> Any:
+    """A command's options from `argv`. Raises ConfigError if they are wrong, or if `path` is empty."""
+    name = "PATH" if command == "import-hf" else KEY
     loaded = load(
-        cls,
+        options,
         argv,
         prog=f"torchtitan-lite {command} {name}",
-        check=lambda config, *_: config.problems(),  # pyright: ignore[reportAttributeAccessIssue]
+        check=lambda config, *_: config.problems(),
         plugins="plugins",
     )
     if loaded.dry_run:
         raise ConfigError([Problem("--dry-run", MISSING, "is for training", "leave it out")])
-    if not place:
+    if not path:
         rule, remedy = "is not named", f"write torchtitan-lite {command} FOLDER"
         raise ConfigError([Problem(name, MISSING, rule, remedy)])
     return loaded.config
 
 
-def _generate(place: str, argv: Sequence[str]) -> None:
-    config = _read(GenerateConfig, "generate", place, argv)
-    device, dtype = _device(config.device), _dtype(config.dtype, config.device)
+def _generate(path: str, config: GenerateConfig) -> None:
+    device, dtype = _placement(config)
     world = join(device.type)
     ranks = ranks_of(world)
     try:
-        trained = find(place, ranks, config.tokenizer)
+        trained = find(path, ranks, config.tokenizer)
         _check(trained.config, config.attention, device, dtype)
         tensor = _mesh(trained.config, device, world.size)
         model = build(
@@ -138,14 +124,12 @@ def _generate(place: str, argv: Sequence[str]) -> None:
             model,
             prompts,
             max_new_tokens=config.max_new_tokens,
-            eos_id=tokenizer.stop_ids,
+            stop_ids=tokenizer.stop_ids,
             sampling=Sampling(
                 temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, seed=config.seed
             ),
             on_tokens=writer or (lambda tokens: None),
         )
-        if writer is not None:
-            writer.end()
         leave()
     except BaseException:
         leave(wait=False)
@@ -153,12 +137,12 @@ def _generate(place: str, argv: Sequence[str]) -> None:
 
 
 def _prompt(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The tokens of a prompt; where it is empty, what every document comes after."""
+    """The tokens of a prompt. An empty prompt becomes the end of a document, so that a new one begins."""
     return tokenizer.encode(text).tolist() or [tokenizer.eos_id]
 
 
 class _Stream:
-    """Prints the texts as they come, one after the other: one waits for those before it to end."""
+    """Prints the texts while they grow, in order: a text waits until those before it have ended."""
 
     def __init__(self, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]]) -> None:
         self._tokenizer = tokenizer
@@ -167,6 +151,7 @@ class _Stream:
         self._show()
 
     def __call__(self, tokens: Sequence[int | None]) -> None:
+        """Take the next token of every text; None if the text has ended."""
         for row, token in enumerate(tokens):
             if token is None:
                 self._ended[row] = True
@@ -174,16 +159,11 @@ class _Stream:
                 self._tokens[row].append(token)
         self._show()
 
-    def end(self) -> None:
-        """No more tokens come."""
-        self._ended = [True] * len(self._ended)
-        self._show()
-
     def _show(self) -> None:
         while self._row < len(self._tokens):
             ended = self._ended[self._row]
             text = self._tokenizer.decode(self._tokens[self._row])
-            # A character of several tokens is not there yet; later ones can change nothing before it.
+            # A character may need several tokens: until they are complete, the text ends with replacements.
             end = len(text) if ended else len(text.rstrip("\N{REPLACEMENT CHARACTER}"))
             if end > self._n_shown:
                 print(text[self._n_shown : end], end="", flush=True)
@@ -194,28 +174,27 @@ class _Stream:
             self._row, self._n_shown = self._row + 1, 0
 
 
-def _eval(place: str, argv: Sequence[str]) -> None:
-    config = _read(EvalConfig, "eval", place, argv)
-    device, dtype = _device(config.device), _dtype(config.dtype, config.device)
-    trained = find(place, Ranks(), config.tokenizer)
+def _eval(path: str, config: EvalConfig) -> None:
+    device, dtype = _placement(config)
+    trained = find(path, Ranks(), config.tokenizer)
     _check(trained.config, config.attention, device, dtype)
     split = _text(config, trained)
     longest = min(trained.config.max_seq_len, _SEQ_LEN)
     seq_len = config.seq_len or trained.found.state.identity.get("training.seq_len", longest)
     model = build(trained, attention=config.attention, device=device, dtype=dtype, ranks=Ranks())
     parts = {"seq_len": seq_len, "batch_size": config.batch_size, "rest": bool(config.data)}
-    with told_as(_KEYS):
-        found = evaluate(model, split, **parts)
+    with renaming_keys(_KEYS):
+        result = evaluate(model, split, **parts)
     print(
-        f"loss {found.loss:.4f} nats per token, perplexity {found.perplexity:.2f}, "
-        f"{found.bits_per_byte:.4f} bits per byte; {found.n_tokens:,} tokens, {found.n_bytes:,} bytes"
+        f"loss {result.loss:.4f} nats per token, perplexity {result.perplexity:.2f}, "
+        f"{result.bits_per_byte:.4f} bits per byte; {result.n_tokens:,} tokens, {result.n_bytes:,} bytes"
     )
 
 
 def _text(config: EvalConfig, trained: Trained) -> Split:
-    """The text to evaluate on: all of what is named, or what the run held out."""
+    """The text to evaluate on: all of `config.data`, or the held-out text of the run."""
     if config.data:
-        with told_as(_KEYS):
+        with renaming_keys(_KEYS):
             return prepare(_named_data(config), trained.tokenizer).train
     where = str(trained.found.folder)
     data = _saved_data(config, trained.found.state.config.get("data"), where)
@@ -226,53 +205,51 @@ def _text(config: EvalConfig, trained: Trained) -> Split:
 
 
 def _saved_data(config: EvalConfig, saved: object, where: str) -> DataConfig | None:
-    """The data section of the run; None where the step does not say."""
+    """The data section of the run, from the config `saved` in the step at `where`; None if there is none."""
     if not isinstance(saved, dict) or not isinstance(name := saved.get("dataset"), str):
         return None
     if name not in registry.datasets.members:
         rule = f'was trained on the dataset "{name}", which is not registered'
         raise ConfigError([Problem(KEY, where, rule, "name the module that has it with --plugins")])
-    # Keys that the dataset does not have are of another version.
+    # Keys that the dataset does not have come from another version: ignore them.
     data, _ = validate(registry.datasets.members[name], [saved])
     return replace(data, cache_dir=config.cache_dir or data.cache_dir)
 
 
 def _named_data(config: EvalConfig) -> DataConfig:
-    """All of the text that is named."""
+    """The data section for `config.data`, all of whose text is used."""
     common: dict[str, Any] = {"validation_fraction": 0.0, "cache_dir": config.cache_dir}
     if config.data == "python_stdlib":
         return PythonStdlib(**common)
     path = Path(os.path.expanduser(config.data))
     is_jsonl = path.suffix == ".jsonl" or (path.is_dir() and any(path.rglob("*.jsonl")))
-    json, text = Jsonl(path=str(path), field=config.field, **common), Text(path=str(path), **common)
-    data = json if is_jsonl else text
+    common["path"] = str(path)
+    data = Jsonl(field=config.field, **common) if is_jsonl else Text(**common)
     if problems := data.problems("data"):
         raise ConfigError(problems)
     return data
 
 
-def _export(place: str, argv: Sequence[str]) -> None:
-    config = _read(ExportConfig, "export-hf", place, argv)
-    trained = find(place, Ranks(), config.tokenizer)
+def _export(path: str, config: ExportConfig) -> None:
+    trained = find(path, Ranks(), config.tokenizer)
     out = Path(os.path.expanduser(config.out)).absolute()
-    with _writing(config.out), told_of_step(place):
+    with _reporting_os_errors(config.out), reporting_damage(path):
         hub.export(trained.found, trained.tokenizer, out, getattr(torch, config.dtype))
     print(f"Files: {out}")
 
 
-def _import(place: str, argv: Sequence[str]) -> None:
-    config = _read(ImportConfig, "import-hf", place, argv, "PATH")
-    folder, out = (Path(os.path.expanduser(path)).absolute() for path in (place, config.out))
-    with told_as({"data.tokenizer": "PATH"}):
+def _import(path: str, config: ImportConfig) -> None:
+    folder, out = (Path(os.path.expanduser(given)).absolute() for given in (path, config.out))
+    with renaming_keys({"data.tokenizer": "PATH"}):
         tokenizer = load_tokenizer(str(folder)) if (folder / "tokenizer.json").is_file() else None
-    with _writing(config.out):
+    with _reporting_os_errors(config.out):
         hub.import_(folder, out, tokenizer)
     print(f"Step: {out / 'step-0'}; start a run with it: --checkpoint.initial-load-path {out}")
 
 
 @contextmanager
-def _writing(out: str) -> Iterator[None]:
-    """Within it, what cannot be written to the folder `out` is a ConfigError."""
+def _reporting_os_errors(out: str) -> Iterator[None]:
+    """Turn an OSError raised inside into a ConfigError about the folder `out`."""
     try:
         yield
     except OSError as error:
@@ -280,23 +257,21 @@ def _writing(out: str) -> Iterator[None]:
         raise ConfigError([Problem("out", out, rule, remedy)]) from None
 
 
-def _device(name: Device) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
+def _placement(config: GenerateConfig | EvalConfig) -> tuple[torch.device, torch.dtype]:
+    """The device and the precision that the options come to here."""
+    if config.device == "cuda" and not torch.cuda.is_available():
         rule, remedy = "is not available, as torch finds no GPU", 'use "cpu" or "auto"'
-        raise ConfigError([Problem("device", name, rule, remedy)])
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def _dtype(name: str, device: Device) -> torch.dtype:
-    if name == "auto":
-        return torch.bfloat16 if _device(device).type == "cuda" else torch.float32
-    return getattr(torch, name)
+        raise ConfigError([Problem("device", config.device, rule, remedy)])
+    is_cuda = config.device != "cpu" and torch.cuda.is_available()
+    auto = "bfloat16" if is_cuda else "float32"
+    dtype = getattr(torch, auto if config.dtype == "auto" else config.dtype)
+    return torch.device("cuda" if is_cuda else "cpu"), dtype
 
 
 def _check(
     config: DecoderConfig, attention: AttentionConfig, device: torch.device, dtype: torch.dtype
 ) -> None:
-    """Raise ConfigError where the backend cannot run this model here."""
+    """Raise ConfigError if the attention backend cannot run this model here."""
     refused = refusals(
         attention,
         device=device.type,
@@ -314,7 +289,7 @@ def _check(
 
 
 def _mesh(config: DecoderConfig, device: torch.device, n_ranks: int) -> DeviceMesh | None:
-    """All ranks that torchrun has started, as one tensor-parallel group."""
+    """One tensor-parallel group of all ranks; None without torchrun."""
     if n_ranks == 1 or not dist.is_initialized():
         return None
     wrong = [name for name, size in config.splits.items() if size % n_ranks]
@@ -323,3 +298,12 @@ def _mesh(config: DecoderConfig, device: torch.device, n_ranks: int) -> DeviceMe
         remedy = "start a number of ranks that divides it"
         raise ConfigError([Problem("WORLD_SIZE", n_ranks, rule, remedy)])
     return init_device_mesh(device.type, (n_ranks,))
+
+
+_COMMANDS: dict[str, tuple[type, Callable[[str, Any], None]]] = {
+    "generate": (GenerateConfig, _generate),
+    "eval": (EvalConfig, _eval),
+    "export-hf": (ExportConfig, _export),
+    "import-hf": (ImportConfig, _import),
+}
+"""The options of each command, and the function that does its work."""

@@ -1,4 +1,4 @@
-"""How well a trained model predicts text."""
+"""How well a trained model predicts a text."""
 
 import math
 from collections.abc import Iterator
@@ -15,10 +15,10 @@ from torchtitan_lite.training.validation import mean_loss
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """The loss on a text, in its usual forms."""
+    """The loss on a text, and the usual measures that follow from it."""
 
     loss: float
-    """Nats per token, the tokens that end documents included."""
+    """Nats per token. The tokens that end documents count too."""
     n_tokens: int
     n_bytes: int
 
@@ -29,22 +29,21 @@ class Evaluation:
 
     @property
     def bits_per_byte(self) -> float:
-        """Of the UTF-8 text, whatever the tokenizer; what nothing precedes counts as the mean."""
+        """Per byte of the UTF-8 text. The first token of a document, not predicted, counts as the mean."""
         return self.loss * self.n_tokens / self.n_bytes / math.log(2)
 
 
 @torch.inference_mode()
 def evaluate(model: Decoder, split: Split, *, seq_len: int, batch_size: int, rest: bool = True) -> Evaluation:
-    """The loss of `model` on `split`, every token of it weighing the same.
+    """The mean loss of `model` over the tokens of `split`, cut into samples of `seq_len` tokens.
 
-    Text is cut into samples of `seq_len` tokens, of which the first see nothing of the sample before. The
-    `rest`, too short for another, is one too; without it, the loss is what validation in training measures.
+    A token sees only tokens of its own sample. `rest`: also measure the last, shorter sample; without this
+    sample the loss is that of a validation during training.
     """
-    device = model.device
 
     def loss_of(batch: Batch) -> tuple[Tensor, Tensor]:
         tensors = batch.tokens_BS, batch.positions_BS, batch.labels_BS
-        return model(*model.prepare(*tensors, device=device))
+        return model(*model.prepare(*tensors, device=model.device))
 
     def batches() -> Iterator[Batch]:
         n_rest = split.n_tokens % seq_len if rest else 0
@@ -58,7 +57,7 @@ def evaluate(model: Decoder, split: Split, *, seq_len: int, batch_size: int, res
 
 
 def _last(split: Split, n_tokens: int) -> Split:
-    """The last tokens of a split."""
+    """The last `n_tokens` tokens of a split."""
     start = split.n_tokens - n_tokens
     offsets = np.concatenate(([0], split.offsets[split.offsets > start] - start))
     return replace(split, n_tokens=n_tokens, tokens_T=split.tokens_T[start:], offsets=offsets)

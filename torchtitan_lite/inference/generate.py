@@ -1,9 +1,9 @@
-"""Text out of a model: a prompt in one forward, then token by token, with keys and values kept.
+"""Text from a model: the prompts in one forward, then token by token, with cached keys and values.
 
-B batch, S tokens given in a forward, T tokens so far (with padding), G key/value heads, K head dim, V vocab.
+B batch, S tokens of a forward, T tokens so far (with padding), G key/value heads, K head dim, V vocab.
 
-Prompts of different lengths are padded at their left, so that all rows end together; padding has position
--1 and is attended to by nobody. The mask of a forward has S queries for T keys, aligned at their ends.
+Shorter prompts are padded on the left, so that all rows end together. Padding has position -1, and no token
+attends to it. The mask of a forward has S queries and T keys, aligned at their ends.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,16 +22,16 @@ class Sampling:
     """How a token is drawn from the logits."""
 
     temperature: float = 0.0
-    """Logits are divided by it; 0: the likeliest token."""
+    """The logits are divided by this number; 0: always the likeliest token."""
     top_k: int = 0
-    """Only so many of the likeliest tokens may be drawn; 0: all."""
+    """Draw from this many of the likeliest tokens; 0: from all."""
     top_p: float = 1.0
-    """Only the likeliest tokens that have this much of the probability between them may be drawn."""
+    """Draw from the likeliest tokens that together have this probability."""
     seed: int = 0
 
 
 class Cached(nn.Module):
-    """An inner attention whose keys and values stay for the forwards to come."""
+    """An inner attention that keeps keys and values for later forwards."""
 
     def __init__(self, attend: nn.Module, n_tokens: int) -> None:
         super().__init__()
@@ -53,21 +53,21 @@ class Cached(nn.Module):
 
 @dataclass(frozen=True)
 class Newest:
-    """The last tokens of a sequence; the keys and values of the others are kept."""
+    """The share of a forward: the last tokens of a sequence. Keys and values of the others are cached."""
 
     n_tokens: int
 
     def queries(self, seq_len: int) -> Ranges:
-        """Where they are."""
+        """The ranges of these tokens in the sequence."""
         return ((seq_len - self.n_tokens, seq_len),)
 
     def shard(self, x_BS: Tensor) -> Tensor:
-        """What `x_BS` holds of them."""
+        """The part of `x_BS` that belongs to these tokens."""
         return x_BS[:, -self.n_tokens :]
 
 
 class Cache:
-    """A batch of sequences that grow together. A context manager: the model is as it was when it ends."""
+    """A batch of sequences that grow together. A context manager: on exit the model is restored."""
 
     def __init__(self, model: Decoder, n_rows: int, n_tokens: int) -> None:
         self.model, self.n_tokens, self.n_so_far = model, n_tokens, 0
@@ -84,7 +84,7 @@ class Cache:
 
     @torch.inference_mode()
     def step(self, tokens_BS: Tensor, is_token_BS: Tensor) -> Tensor:
-        """The logits [B, V] after more tokens of every row; where `is_token_BS` is not, there is padding."""
+        """The logits [B, V] after appending tokens to every row; `is_token_BS` is False for padding."""
         start, end = self.n_so_far, self.n_so_far + tokens_BS.shape[1]
         counted = is_token_BS.long()
         positions_BS = torch.where(is_token_BS, self.next_B[:, None] + counted.cumsum(1) - 1, -1)
@@ -102,13 +102,14 @@ def generate(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    eos_id: int | Sequence[int] | None,
+    stop_ids: Sequence[int] = (),
     sampling: Sampling = Sampling(),
     on_tokens: Callable[[list[int | None]], Any] = lambda tokens: None,
 ) -> list[list[int]]:
-    """The tokens that follow each prompt, up to `max_new_tokens` or to a token that ends a text.
+    """The tokens that follow each prompt: at most `max_new_tokens`, and up to one of `stop_ids`.
 
-    `on_tokens` is given the next token of every row as soon as there is one; None where the text has ended.
+    `on_tokens` receives the next token of every row as soon as it is drawn, or None if the row's text has
+    ended. The last call has None for every row.
     """
     longest = max(map(len, prompts))
     tokens_BS = torch.zeros(len(prompts), longest, dtype=torch.int64)
@@ -119,11 +120,11 @@ def generate(
     generator = torch.Generator(model.device).manual_seed(sampling.seed)
     found: list[list[int]] = [[] for _ in prompts]
     goes_on_B = torch.ones(len(prompts), dtype=torch.bool)
-    ends = torch.tensor([] if eos_id is None else eos_id, dtype=torch.int64)
+    ends = torch.tensor(stop_ids, dtype=torch.int64)
     with Cache(model, len(prompts), longest + max_new_tokens) as cache:
         for _ in range(max_new_tokens):
             drawn_B = draw(cache.step(tokens_BS, is_token_BS), sampling, generator)
-            next_B = drawn_B.cpu()  # the token's one wait for the device
+            next_B = drawn_B.cpu()  # the only wait for the device
             goes_on_B = goes_on_B & ~torch.isin(next_B, ends)
             if not goes_on_B.any():
                 break
@@ -134,14 +135,15 @@ def generate(
                 found[row] += [] if token is None else [token]
             on_tokens(tokens)
             tokens_BS, is_token_BS = drawn_B[:, None], goes_on_B[:, None]
+    on_tokens([None] * len(prompts))
     return found
 
 
 def draw(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """A token for each row, on the device of the logits, as `generator` is."""
+    """Draw a token for each row, on the device of the logits and of `generator`."""
     if sampling.temperature == 0:
         return logits_BV.argmax(dim=1)
-    # Less the largest: what is divided by next to nothing, which float32 has, becomes 0 or impossible.
+    # Subtract the largest logit first: dividing by a tiny temperature then gives 0 or -inf, never inf or NaN.
     logits_BV = (logits_BV - logits_BV.amax(dim=1, keepdim=True)) / max(sampling.temperature, 1e-30)
     if sampling.top_k:
         least_B1 = logits_BV.topk(min(sampling.top_k, logits_BV.shape[1]), dim=1).values[:, -1:]
@@ -150,7 +152,7 @@ def draw(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) -> T
         sorted_BV, order_BV = logits_BV.sort(dim=1, descending=True)
         before_BV = sorted_BV.softmax(dim=1).cumsum(dim=1) - sorted_BV.softmax(dim=1)
         drop_BV = before_BV >= sampling.top_p
-        drop_BV[:, 0] = False  # the likeliest, however little is asked for
+        drop_BV[:, 0] = False  # always keep the likeliest token
         drop_BV = torch.zeros_like(drop_BV).scatter(1, order_BV, drop_BV)
         logits_BV = logits_BV.masked_fill(drop_BV, -torch.inf)
     return torch.multinomial(logits_BV.softmax(dim=1), 1, generator=generator)[:, 0]

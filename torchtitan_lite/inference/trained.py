@@ -1,4 +1,4 @@
-"""A trained model, from the folder of a run or of a step, verified, on one device or split over ranks."""
+"""Load a trained model from the folder of a run or a step, on one device or split over ranks."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -23,11 +23,12 @@ from torchtitan_lite.training.record import pieces
 
 KEY = "RUN_OR_STEP"
 _SMALL = 2**19
+"""Numbers in a weight that is small."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """A verified step, what it is a step of, and the tokenizer that belongs to it."""
+    """A verified step, its model's config, and its tokenizer."""
 
     found: Found
     config: DecoderConfig
@@ -35,12 +36,12 @@ class Trained:
 
 
 def find(path: str, ranks: Ranks, tokenizer: str = "") -> Trained:
-    """The step in `path`, or the newest in the folder of a run; all of its bytes are verified.
+    """The step in `path`, or the newest step if `path` is the folder of a run. All bytes are verified.
 
-    `tokenizer` is where that is now, if it is no longer where the run found it. Raises ConfigError.
+    `tokenizer` names the tokenizer if it has moved since the run. Raises ConfigError.
     """
     found = find_initial(path, ranks, KEY)
-    with told_of_step(path):
+    with reporting_damage(path):
         config = decoder_of(found.state.identity)
     own = _tokenizer(found, tokenizer)
     check_vocabulary(own, config, "tokenizer", tokenizer)
@@ -48,8 +49,8 @@ def find(path: str, ranks: Ranks, tokenizer: str = "") -> Trained:
 
 
 @contextmanager
-def told_as(keys: Mapping[str, str]) -> Iterator[None]:
-    """Within it, what is wrong with `keys` of a run is told by the names that they have here."""
+def renaming_keys(keys: Mapping[str, str]) -> Iterator[None]:
+    """Translate the keys in errors raised inside, from those of a run to those of a command."""
     try:
         yield
     except ConfigError as error:
@@ -57,8 +58,8 @@ def told_as(keys: Mapping[str, str]) -> Iterator[None]:
 
 
 @contextmanager
-def told_of_step(path: str) -> Iterator[None]:
-    """Within it, what is wrong with the step at `path` is a ConfigError."""
+def reporting_damage(path: str) -> Iterator[None]:
+    """Turn damage of the step at `path`, found inside, into a ConfigError."""
     try:
         yield
     except (Damaged, Unreadable) as problem:
@@ -67,12 +68,12 @@ def told_of_step(path: str) -> Iterator[None]:
 
 
 def _tokenizer(found: Found, given: str) -> Tokenizer:
-    """The one whose fingerprint the step has: as given, beside the step, or where the run found it."""
+    """The tokenizer with the fingerprint of the step: `given`, beside the step, or where the run found it."""
     wanted = found.state.identity.get("data.tokenizer_fingerprint")
     saved = found.state.config.get("tokenizers")
     options, _ = validate(registry.tokenizers.section, [saved] if isinstance(saved, dict) else [])
     if given:
-        with told_as({"data.tokenizer": "tokenizer"}):
+        with renaming_keys({"data.tokenizer": "tokenizer"}):
             own = load_tokenizer(given, options)
         if wanted in (None, own.fingerprint):
             return own
@@ -91,13 +92,14 @@ def _tokenizer(found: Found, given: str) -> Tokenizer:
 
 
 def _plugins(found: Found) -> list[str]:
-    """The modules that the run says it had imported; only the user imports them here."""
+    """The plugins of the run, to name in an error. Only the user decides what is imported."""
     job = found.state.config.get("job")
     names = job.get("plugins") if isinstance(job, dict) else None
     return list(map(str, names)) if isinstance(names, list) else []
 
 
 def _places(found: Found) -> Iterator[str]:
+    """Where the tokenizer of a step may be."""
     yield "bytes"
     yield str(found.folder.parent.parent / TOKENIZER)
     yield str(found.folder.parent / TOKENIZER)
@@ -114,12 +116,12 @@ def build(
     ranks: Ranks,
     tensor: DeviceMesh | None = None,
 ) -> Decoder:
-    """The model, to give logits: with weights in `dtype`, and split over `tensor` if there is such a mesh."""
+    """The model, for inference: weights in `dtype`, split over the mesh `tensor` if there is one."""
     stored = {x.dtype for name, x in trained.found.index.items() if name.startswith("model.")}
     with torch.device("meta"):
         model = replace(trained.config, attention=attention).build(compute_dtype=dtype)
     if len(stored) == 1:
-        model.to(stored.pop())  # a last step may hold the model alone, in another precision
+        model.to(stored.pop())  # a last step with only the model may have another precision
     if tensor is not None:
         apply_tensor_parallel_to_predict(model, tensor, model.config.shard_dims)
     model.to_empty(device=device).requires_grad_(False).eval()
@@ -128,9 +130,9 @@ def build(
 
 
 def lay_out_for_text(model: nn.Module, n_rows: int) -> None:
-    """Have weights in memory as their transpose where a CPU multiplies `n_rows` tokens with that faster.
+    """Store weights transposed in memory where a CPU then multiplies `n_rows` tokens faster.
 
-    Measured by benchmarks/generate.py: always for one row; for several, where a weight is small.
+    That is always so for one row, and for small weights with several rows: see benchmarks/generate.py.
     """
     for module in model.modules():
         if isinstance(module, nn.Linear) and (n_rows == 1 or module.weight.numel() <= _SMALL):

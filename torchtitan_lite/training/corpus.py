@@ -1,4 +1,4 @@
-"""The text of a run, as samples: those to train on and those that are held out."""
+"""The text of a run: samples to train on, and held-out samples to validate on."""
 
 from dataclasses import dataclass
 
@@ -9,20 +9,20 @@ from torchtitan_lite.parallel.world import World
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """What a run reads."""
+    """The tokenizer and the samples of a run."""
 
     tokenizer: Tokenizer
     shards: Shards
     samples: Samples
-    """To train on."""
+    """Samples to train on."""
     held_out: Samples | None
-    """To validate on; None in a run without validation."""
+    """Samples to validate on; None in a run without validation."""
 
 
 def load_corpus(job: JobConfig, world: World, shards: Shards | None = None) -> Corpus:
-    """The text that the config names, prepared where it is not yet, or `shards` instead of it.
+    """Load the text that the config names, or `shards` instead. The text is tokenized if it is not cached.
 
-    Raises ConfigError when it cannot be used.
+    Raises ConfigError if the text cannot be used.
     """
     tokenizer = load_tokenizer(job.data.tokenizer, job.tokenizers)
     shards = shards or world.in_turn(lambda: prepare(job.data, tokenizer))

@@ -5,18 +5,14 @@ from collections.abc import Sequence
 
 
 class NonFinite(Exception):
-    """A loss or gradient norm that is not finite, found before it reached the weights."""
-
-    def __init__(self, *, step: int, name: str, value: float, sample_ids: Sequence[int]) -> None:
-        self.step, self.name, self.value, self.sample_ids = step, name, value, list(sample_ids)
-        super().__init__(
-            f"the {name} of step {step} is {value}: stopped before the weights were updated; "
-            f"the step's global sample ids are {', '.join(map(str, sample_ids))}"
-        )
+    """The loss or the gradient norm of a step is infinite or NaN; the weights have not been updated."""
 
 
 def check_finite(*, step: int, loss: float, grad_norm: float, sample_ids: Sequence[int]) -> None:
-    """Raise NonFinite unless both numbers are finite."""
+    """Raise NonFinite unless both numbers are finite. `sample_ids`: the step's samples on all ranks."""
     for name, value in (("loss", loss), ("gradient norm", grad_norm)):
         if not math.isfinite(value):
-            raise NonFinite(step=step, name=name, value=value, sample_ids=sample_ids)
+            raise NonFinite(
+                f"the {name} of step {step} is {value}: stopped before the weights were updated; "
+                f"the step's global sample ids are {', '.join(map(str, sample_ids))}"
+            )

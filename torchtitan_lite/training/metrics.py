@@ -1,15 +1,13 @@
 """The numbers that a run reports: how often, and how they are made from the steps."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 
 from torchtitan_lite.config.load import Problem
 from torchtitan_lite.training.hardware import peak_flops
 from torchtitan_lite.training.hooks import RunInfo, StepStats
 from torchtitan_lite.training.outputs import is_inside
-
-# A measurement takes a tenth of a second: one serves all reports.
-_peak_flops = cache(peak_flops)
+from torchtitan_lite.training.validation import Validation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,35 +42,51 @@ class MetricsConfig:
         ]
 
 
-class Meter:
-    """Makes a report of every `log_freq`-th step, and of the first and the last one."""
+class Reporter:
+    """Base of the hooks that report: makes records of steps and validations, and has a subclass `write` them.
 
-    def __init__(self, config: MetricsConfig, run: RunInfo) -> None:
-        self.log_freq, self.n_steps = config.log_freq, run.n_steps
-        self.flops_per_token = run.flops_per_token
-        peak = config.peak_flops or _peak_flops(run.device, run.job.training.compute_dtype)
+    Every `log_freq`-th step is reported, and the first and the last one.
+    """
+
+    def __init__(self, config: MetricsConfig) -> None:
+        self.config = config
+        self._unreported: list[StepStats] = []
+
+    def start(self, run: RunInfo) -> None:
+        """Find the speed that MFU is measured against."""
+        self.n_steps, self.flops_per_token = run.n_steps, run.flops_per_token
+        peak = self.config.peak_flops or peak_flops(run.device, run.job.training.compute_dtype)
         self.peak_flops = peak * run.world_size
-        self._since_report: list[tuple[int, float, float, float]] = []
-        """Tokens and seconds of each step: all, those of waiting for data, those of hooks."""
 
-    def report(self, stats: StepStats) -> dict[str, float] | None:
-        """Count a step; its report if one is due, with the speed since the report before."""
-        parts = (stats.n_tokens, stats.seconds, stats.data_seconds, stats.hook_seconds)
-        self._since_report.append(parts)
-        if stats.step % self.log_freq and stats.step not in (1, self.n_steps):
-            return None
-        n_tokens, seconds, data_seconds, hook_seconds = map(sum, zip(*self._since_report, strict=True))
-        self._since_report.clear()
-        tokens_per_second = n_tokens / seconds
+    def step(self, stats: StepStats) -> None:
+        """Write a report if one is due."""
+        self._unreported.append(stats)
+        if stats.step % self.config.log_freq == 0 or stats.step in (1, self.n_steps):
+            self.write(self._report())
+            self._unreported.clear()
+
+    def validated(self, result: Validation) -> None:
+        """Write the loss on held-out text."""
+        self.write({"step": result.step, "validation_loss": result.loss})
+
+    def write(self, record: Mapping[str, float]) -> None:
+        """Write numbers by name, `step` among them."""
+        raise NotImplementedError
+
+    def _report(self) -> dict[str, float]:
+        """The numbers of the last step, and the speed since the report before."""
+        steps, last = self._unreported, self._unreported[-1]
+        seconds = sum(step.seconds for step in steps)
+        tokens_per_second = sum(step.n_tokens for step in steps) / seconds
         return {
-            "step": stats.step,
-            "loss": stats.loss,
-            "grad_norm": stats.grad_norm,
-            "lr": stats.lr,
-            "n_tokens_seen": stats.n_tokens_seen,
+            "step": last.step,
+            "loss": last.loss,
+            "grad_norm": last.grad_norm,
+            "lr": last.lr,
+            "n_tokens_seen": last.n_tokens_seen,
             "tokens_per_second": tokens_per_second,
             "mfu": tokens_per_second * self.flops_per_token / self.peak_flops,
-            "peak_memory_gib": stats.peak_memory_gib,
-            "data_wait_fraction": data_seconds / seconds,
-            "hooks_fraction": hook_seconds / seconds,
+            "peak_memory_gib": last.peak_memory_gib,
+            "data_wait_fraction": sum(step.data_seconds for step in steps) / seconds,
+            "hooks_fraction": sum(step.hook_seconds for step in steps) / seconds,
         }

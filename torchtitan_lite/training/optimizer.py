@@ -1,4 +1,4 @@
-"""Optimizers: what each is told of the parameters, and AdamW with decay on all but vectors."""
+"""Optimizers: their interface, and AdamW, which decays everything but vectors."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from torchtitan_lite.registry import optimizers
 
 
 class OptimizerConfig(Protocol):
-    """Which optimizer updates the weights, and how strongly: the options of one that is registered."""
+    """The options of a registered optimizer; `build` makes the optimizer."""
 
     @property
     def name(self) -> str: ...
@@ -30,7 +30,7 @@ class OptimizerConfig(Protocol):
     def build(
         self, parameters: Mapping[str, nn.Parameter], groups: Mapping[str, str]
     ) -> torch.optim.Optimizer:
-        """The optimizer of `parameters`, by name. `groups` says which group each of them is in.
+        """The optimizer of `parameters`, by name. `groups` has the group of each parameter.
 
         Groups: "matrix", "embedding", "head", "vector", "router" and "expert".
         """
@@ -75,7 +75,7 @@ class AdamW:
     def build(
         self, parameters: Mapping[str, nn.Parameter], groups: Mapping[str, str]
     ) -> torch.optim.Optimizer:
-        """AdamW in two groups: vectors, which do not decay, and the rest, which does."""
+        """AdamW in two groups: vectors, without decay, and the rest."""
         decayed = [(name, p) for name, p in parameters.items() if groups[name] != "vector"]
         vectors = [(name, p) for name, p in parameters.items() if groups[name] == "vector"]
         parts = [
@@ -93,16 +93,16 @@ class AdamW:
 
 
 class LocalAdamW(torch.optim.AdamW):
-    """AdamW that updates each rank's shards as the plain tensors that they are.
+    """AdamW that updates each rank's shards as plain tensors.
 
-    The update is elementwise, and gradients are sharded like their weights, so the shards can be updated
-    directly. Through DTensor each tensor would cost time in Python, while the device is idle: the step's one
-    read comes just before.
+    The update is elementwise, and gradients are sharded like their weights, so each rank can update its own
+    shards. DTensor would add Python time for each tensor, during which the device would be idle: the host has
+    just waited for the device, to read the loss and the norm.
     """
 
     def _init_group(self, group: Any, *lists: list[Tensor]) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
         has_complex = super()._init_group(group, *lists)
-        for tensors in lists:  # weights, gradients and the state of each
+        for tensors in lists:  # weights, gradients and their state
             tensors[:] = [x.to_local() if isinstance(x, DTensor) else x for x in tensors]
         return has_complex
 
@@ -110,23 +110,25 @@ class LocalAdamW(torch.optim.AdamW):
 def build_optimizer(
     parameters: Mapping[str, nn.Parameter], config: OptimizerConfig, groups: Mapping[str, str]
 ) -> torch.optim.Optimizer:
-    """The optimizer of those `parameters` that are trained; `groups` as in `OptimizerConfig.build`."""
-    return config.build({name: p for name, p in parameters.items() if p.requires_grad}, groups)
+    """The optimizer of the `parameters` that are not frozen; `groups` as in `OptimizerConfig.build`.
+
+    Each of its own groups has an "initial_lr", which the schedule scales.
+    """
+    optimizer = config.build({name: p for name, p in parameters.items() if p.requires_grad}, groups)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    return optimizer
 
 
 @torch.no_grad()
-def fill_state(optimizer: torch.optim.Optimizer) -> None:
-    """Give every weight the state that its first update makes, all zeros; the weights stay as they are."""
-    rates = [group["lr"] for group in optimizer.param_groups]
+def create_state(optimizer: torch.optim.Optimizer) -> None:
+    """Create the state of every weight, to load into, by a step that leaves the weights unchanged.
+
+    The rates stay 0: the schedule sets them before each step.
+    """
     for group in optimizer.param_groups:
         group["lr"] = 0.0
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad()
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-    for state in optimizer.state.values():
-        for key, value in state.items():
-            assert isinstance(value, Tensor), f"{key} of the optimizer's state is no tensor"
-            value.zero_()

@@ -1,4 +1,4 @@
-"""Learning rate over the run: warm up, stay, decay."""
+"""The learning rate over a run: warm-up, plateau, decay."""
 
 import math
 from dataclasses import dataclass
@@ -53,21 +53,22 @@ class LRSchedulerConfig:
         return [*found, Problem(f"{key}.warmup_steps", self.warmup_steps, rule, remedy)]
 
     def total(self, training_steps: int) -> int:
-        """Steps that the schedule spans when the run takes `training_steps`."""
+        """Steps that the schedule spans in a run of `training_steps` steps."""
         return training_steps if self.total_steps is None else self.total_steps
 
     def warmup(self, training_steps: int) -> int:
-        """Steps of warm-up when the run takes `training_steps`."""
+        """Steps of warm-up in a run of `training_steps` steps."""
         if self.warmup_steps is not None:
             return self.warmup_steps
         return min(_LONGEST_DEFAULT_WARMUP, self.total(training_steps) // 10)
 
 
 def lr_factor(step: int, config: LRSchedulerConfig, training_steps: int) -> float:
-    """Share of the peak learning rate at the 0-based `step`: a function of these three and nothing else.
+    """Share of the peak learning rate at the 0-based `step`: a pure function of its arguments.
 
-    The warm-up starts at 1 / warm-up and the decay ends one decay step above its floor, so that no step is
-    spent at a learning rate of 0; past the end the floor stays. As in torchtitan's lr_scheduler.py.
+    The warm-up starts at 1 / warm-up, and the last step of the decay is one step above the floor, so that no
+    step has a learning rate of 0. After the end the rate stays at the floor. As in torchtitan's
+    lr_scheduler.py.
     """
     total, warmup = config.total(training_steps), config.warmup(training_steps)
     if step < warmup:

@@ -1,4 +1,4 @@
-"""What a run trains: the model, its optimizer, and how far both have come."""
+"""What a run trains and saves: the model, its optimizer, and the position in steps, tokens and data."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -23,19 +23,19 @@ from torchtitan_lite.parallel.fsdp import own_shard
 from torchtitan_lite.parallel.mesh import build_mesh
 from torchtitan_lite.parallel.world import World
 from torchtitan_lite.training.corpus import Corpus
-from torchtitan_lite.training.optimizer import build_optimizer, fill_state
+from torchtitan_lite.training.optimizer import build_optimizer, create_state
 from torchtitan_lite.training.record import Record, load_initial, pieces, ranks_of
 
 
 class TrainState:
-    """The model, the optimizer, the place in the data, and the counts of steps and tokens.
+    """The model, the optimizer, the loader with its position, and the counts of steps and tokens.
 
-    Raises ConfigError, before the model is built, when the step to go on from is another run's.
+    Raises ConfigError, before the model is built, if `resumed` is a step of another run.
 
     Args:
-        alive: called often: this rank does not hang.
-        resumed: the step to go on from.
-        initial: the step whose model a new run starts with, or a folder of Hugging Face's.
+        alive: called often, to show that this rank does not hang.
+        resumed: the step to resume from.
+        initial: a step whose model a new run starts with, or the folder of a Hugging Face model.
     """
 
     def __init__(
@@ -53,21 +53,19 @@ class TrainState:
         self.batches = Loader(corpus.samples, job.debug.seed, size, *share, n_workers=job.data.num_workers)
         self.record = Record(job, world, corpus.shards, corpus.tokenizer)
         self.notes = self.record.check(resumed) if resumed else []
-        """What there is to say of the step or the weights that the run begins with."""
+        """Lines to print about the step or the weights that the run begins with."""
         self.notes += self.record.check_initial(initial) if initial else []
         self.model, self.context = build_model(job, world, alive, draw=resumed is None and initial is None)
-        # Of the shards: a module has whole weights in their place for as long as those are gathered.
+        # The shards. While FSDP has gathered a module's weights, its parameters are the whole weights.
         self.parameters = dict(self.model.named_parameters())
         groups = {name: row.group for name, row in self.model.config.rows.items()}
         self.optimizer = build_optimizer(self.parameters, job.optimizer, groups)
-        for group in self.optimizer.param_groups:
-            group["initial_lr"] = group["lr"]  # which the schedule scales
         self.step = self.n_tokens_seen = 0
         self.resumed_step = None if resumed is None else resumed.state.step
         self.validated = -1
-        """The step that was validated last."""
+        """The step that was last validated."""
         if resumed is not None:
-            self._go_on(resumed, ranks_of(world), alive)
+            self._resume(resumed, ranks_of(world), alive)
         elif initial is not None:
             patiently(lambda: load_initial(initial, job.decoder, self.parameters, ranks_of(world)), alive)
 
@@ -76,12 +74,12 @@ class TrainState:
         """Steps done before this start."""
         return self.resumed_step or 0
 
-    def _go_on(self, found: Found, ranks: Ranks, alive: Callable[[], None]) -> None:
-        """Take over a step: weights, optimizer, position and generators; not the weights of an end."""
+    def _resume(self, found: Found, ranks: Ranks, alive: Callable[[], None]) -> None:
+        """Continue from a saved step. A step that holds only the model ends a run: nothing is loaded."""
         state = found.state
         if not state.model_only:
-            if state.step > 0:  # before the first step there is no state
-                fill_state(self.optimizer)
+            if state.step > 0:  # before the first step an optimizer has no state
+                create_state(self.optimizer)
             own = pieces(self.parameters, self.optimizer if state.step > 0 else None)
             patiently(lambda: load(found, own, ranks, "checkpoint.folder"), alive)
         self.step, self.n_tokens_seen, self.validated = state.step, state.n_tokens_seen, state.validated
@@ -91,7 +89,7 @@ class TrainState:
             set_random_state(found.random)
 
     def check_optimizer(self, name: str) -> None:
-        """Raise ConfigError if the optimizer `name` keeps state that no checkpoint can hold."""
+        """Raise ConfigError unless all state of the optimizer `name` is tensors, which can be saved."""
         for state in self.optimizer.state.values():
             if lacking := [key for key, value in state.items() if not isinstance(value, Tensor)]:
                 rule = f"keeps {lacking[0]} in its state, which is no tensor, so no checkpoint can hold it"
@@ -99,7 +97,7 @@ class TrainState:
                 raise ConfigError([Problem("optimizer.name", name, rule, remedy)])
 
     def snapshot(self, *, is_done: bool) -> Snapshot:
-        """What is saved of the step that was done last; `is_done`: the run has no more to do."""
+        """The content of a checkpoint after the last step. `is_done`: the run is complete."""
         return self.record.snapshot(
             self.parameters,
             self.optimizer,
@@ -114,9 +112,9 @@ class TrainState:
 def build_model(
     job: JobConfig, world: World, alive: Callable[[], None], *, draw: bool
 ) -> tuple[Decoder, ContextParallel]:
-    """A decoder with float32 weights, of which a rank holds and draws its shards alone.
+    """A decoder with float32 weights, and how its sequences are split. A rank holds only its own shards.
 
-    Without `draw` its weights are yet to come. Beside it, what is to be done with its sequences.
+    `draw`: draw the initial weights; otherwise the weights have no values yet.
     """
     degrees, device = job.parallelism.degrees(world.size), torch.device(job.device)
     with torch.device("meta"):

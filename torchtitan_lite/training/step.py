@@ -1,4 +1,4 @@
-"""One optimizer step: micro-batches, loss, exchange between ranks, clipping, the check, and the update.
+"""One optimizer step: micro-batches, loss, sum over ranks, clipping, the check, and the update.
 
 B batch, S sequence.
 """
@@ -22,7 +22,7 @@ from torchtitan_lite.training.state import TrainState
 
 
 class Stepper:
-    """Takes optimizer steps with a state. `alive` is called often: this rank does not hang."""
+    """Takes optimizer steps. `alive` is called often, to show that this rank does not hang."""
 
     def __init__(
         self, job: JobConfig, world: World, state: TrainState, alive: Callable[[], None] = lambda: None
@@ -36,16 +36,17 @@ class Stepper:
 
     @property
     def share(self) -> tuple[int, int]:
-        """Which share of every batch is this rank's, and of how many."""
+        """The index of this rank's share of every batch, and the number of shares."""
         return self.degrees.data_rank(self.world.rank), self.degrees.data
 
     def train_step(self, flags: Callable[[], Sequence[bool]] = tuple) -> StepStats:
-        """Forward and backward over the micro-batches, clip, update; every valid token weighs the same.
+        """Forward and backward over the micro-batches, clip, update. Every valid token has the same weight.
 
-        Raises NonFinite, before the weights change. `flags` says what this rank has to tell the others, asked
-        for as late as possible: the `flags` of the result are set where any rank set them.
+        Raises NonFinite before the weights change. `flags` is called as late as possible, for the flags of
+        this rank; in the result a flag is set if any rank set it.
         """
         start, state = perf_counter(), self.state
+        first_sample = state.batches.consumed_samples
         micro = [next(state.batches) for _ in range(self.accumulation)]
         data_seconds = perf_counter() - start
         work = self.attention_work(micro) if state.step == state.began else None
@@ -58,8 +59,8 @@ class Stepper:
             (loss_sum / n_valid).backward()
             loss = loss + loss_sum.detach() / n_valid
         loss_value, norm_value, agreed = self.reduce_and_clip(loss, flags)
-        sample_ids = [index for batch in micro for index in self.sample_ids(batch)]
-        check_finite(step=state.step + 1, loss=loss_value, grad_norm=norm_value, sample_ids=sample_ids)
+        of_all_ranks = range(first_sample, state.batches.consumed_samples)
+        check_finite(step=state.step + 1, loss=loss_value, grad_norm=norm_value, sample_ids=of_all_ranks)
         lr = self.update()
         n_tokens = sum(batch.tokens_BS.numel() for batch in micro) * self.degrees.data
         state.n_tokens_seen += n_tokens
@@ -79,27 +80,20 @@ class Stepper:
         )
 
     def attention_work(self, micro: list[Batch]) -> float:
-        """How many visible pairs of query and key this rank computes of a step, per head."""
+        """The number of visible pairs of query and key that this rank computes in a step, per head."""
         window = self.state.model.config.sliding_window
         return sum(self.state.context.work(batch.positions_BS, window) for batch in micro)
 
-    def sample_ids(self, batch: Batch) -> range:
-        """The global sample ids of `batch` and of what the other ranks have at the same time."""
-        share, n_shares = self.share
-        size = len(batch.sample_ids)
-        first = batch.sample_ids[0] - share * size
-        return range(first, first + n_shares * size)
-
     def count_valid(self, micro: list[Batch]) -> Tensor:
-        """How many labels of the whole step are valid, over all micro-batches and ranks; at least 1."""
+        """The number of valid labels in the step, over all micro-batches and ranks; at least 1."""
         count = sum(int((batch.labels_BS != IGNORE).sum()) for batch in micro)
-        # Made on the device: a copy from the host would wait for all the work that the device has left.
+        # Filled on the device: a copy from the host would wait until the device has done all its work.
         total = self.world.sum(torch.full((), count, device=self.device))
-        # The ranks that share a sequence have counted the same rows.
+        # The ranks that share a sequence have each counted the same rows.
         return (total // (self.degrees.context * self.degrees.tensor)).clamp(min=1)
 
     def loss_of(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Sum of the losses of this rank's tokens of a batch, and count of the valid ones, on the device."""
+        """The sum of the losses of this rank's tokens, and the count of its valid tokens, on the device."""
         model, share = self.state.model, self.state.context
         tensors = batch.tokens_BS, batch.positions_BS, batch.labels_BS
         return model(*model.prepare(*tensors, share=share, device=self.device))
@@ -107,22 +101,25 @@ class Stepper:
     def reduce_and_clip(
         self, loss: Tensor, flags: Callable[[], Sequence[bool]] = tuple
     ) -> tuple[float, float, tuple[bool, ...]]:
-        """The loss, the gradient norm and the flags of all ranks, in one sum; clips the gradients."""
+        """Sum the loss, the squared gradient norm and the flags over all ranks at once; clip the gradients.
+
+        Returns the loss, the norm before clipping, and the flags that any rank set.
+        """
         parameters = list(self.state.model.parameters())
         sum_partial(parameters)
         squares = squared_norm(parameters, self.world.size).to(loss)
-        # The ranks of a tensor-parallel group have the same loss.
+        # The ranks of a tensor-parallel group each have the same loss.
         both = loss / self.degrees.tensor, squares
         own = (torch.full_like(loss, is_set) for is_set in flags())
-        # The step's one read from the device, at the last moment at which the weights are still untouched.
+        # The step's only read from the device, as late as possible: next the weights change.
         loss_value, square, *counts = self.world.sum(torch.stack([*both, *own])).tolist()
         norm = max(square, 0.0) ** 0.5
-        if self.max_norm and norm > self.max_norm:  # else all gradients would be moved, to be multiplied by 1
+        if self.max_norm and norm > self.max_norm:  # else a factor of 1 would cost a pass over all gradients
             scale(parameters, self.max_norm / norm)
         return loss_value, norm, tuple(count > 0 for count in counts)
 
     def update(self) -> float:
-        """One optimizer step at the scheduled learning rate, which is returned."""
+        """Update the weights at the scheduled learning rate, which is returned."""
         state = self.state
         factor = lr_factor(state.step, self.schedule, self.n_steps)
         for group in state.optimizer.param_groups:
@@ -133,5 +130,5 @@ class Stepper:
         return self.peak_lr * factor
 
     def sum_over_ranks(self, x: Tensor) -> Tensor:
-        """The sum of what every rank found for its tokens, of which a tensor-parallel group has the same."""
+        """Sum `x` over all ranks; the ranks of a tensor-parallel group each have the same `x`."""
         return self.world.sum(x / self.degrees.tensor)

@@ -1,25 +1,26 @@
-"""The loop of a run, on every rank the same: steps, validations, saves and hooks, to the end or a stop."""
+"""The loop of a run, the same on every rank: steps, validations, saves and hooks, to the end or to a stop."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from torchtitan_lite.checkpoint.restore import Found
-from torchtitan_lite.checkpoint.save import Saver, Snapshot
+from torchtitan_lite.checkpoint.save import Saver
 from torchtitan_lite.checkpoint.steps import Steps
 from torchtitan_lite.config.job import JobConfig
 from torchtitan_lite.data import Batch, Shards, in_order
 from torchtitan_lite.parallel.world import World
 from torchtitan_lite.training.corpus import load_corpus
-from torchtitan_lite.training.determinism import set_determinism
 from torchtitan_lite.training.finite import NonFinite
-from torchtitan_lite.training.hooks import HookConfig, HookFailed, Hooks, Outcome, RunInfo
+from torchtitan_lite.training.hooks import HookFailed, Hooks, Outcome, RunInfo
 from torchtitan_lite.training.hooks.console import say
+from torchtitan_lite.training.process import set_up_process
 from torchtitan_lite.training.record import ranks_of
 from torchtitan_lite.training.state import TrainState
 from torchtitan_lite.training.step import Stepper
@@ -31,16 +32,16 @@ _LOG = logging.getLogger(__name__)
 class Trainer:
     """The loop around the state and the step.
 
-    Raises ConfigError, before the model is built, when the data that the config names cannot be used, and
-    when the step to go on from is another run's. `alive` is called often: this rank does not hang.
+    Raises ConfigError, before the model is built, if the data cannot be used or `resumed` is a step of
+    another run.
 
     Args:
-        folder: the run's own. Without one nothing is saved, and no hook is called.
-        hooks: by name, instead of those of the job.
+        alive: called often, to show that this rank does not hang.
+        folder: the run's own folder. Without a folder nothing is saved, and no hook is called.
         is_asked: whether this rank has been asked to stop.
-        resumed: the step to go on from.
-        initial: the step whose model a new run starts with, or a folder of Hugging Face's.
-        shards: tokens to train on instead of those that the config names.
+        resumed: the step to resume from.
+        initial: a step whose model a new run starts with, or the folder of a Hugging Face model.
+        shards: tokens to train on instead of the tokens of the text that the config names.
     """
 
     def __init__(
@@ -50,32 +51,27 @@ class Trainer:
         alive: Callable[[], None] = lambda: None,
         *,
         folder: Path | None = None,
-        hooks: Sequence[tuple[str, HookConfig]] | None = None,
         is_asked: Callable[[], bool] = lambda: False,
         resumed: Found | None = None,
         initial: Found | Path | None = None,
         shards: Shards | None = None,
     ) -> None:
         self.job, self.world, self.alive = job, world or World(), alive
-        set_determinism(job.debug)
+        set_up_process(job.debug, job.device)
         self.corpus = load_corpus(job, self.world, shards)
         self.state = TrainState(job, self.world, self.corpus, alive, resumed=resumed, initial=initial)
         self.stepper = Stepper(job, self.world, self.state, alive)
-        self.hooks = (
-            self._build_hooks(folder, list(job.hook_configs.items()) if hooks is None else hooks)
-            if folder
-            else Hooks()
-        )
+        self.hooks = Hooks(job.hook_configs, self._run_info(folder)) if folder else Hooks({})
         self.saver = self._build_saver(folder) if folder and job.checkpoint.enable else None
-        self.is_asked = is_asked if self.saver else lambda: False  # who cannot save does not stop early
+        self.is_asked = is_asked if self.saver else lambda: False  # without saves no early stop
         self.stop_asked = False
-        """Whether all ranks have agreed that one of them was asked to stop."""
+        """Whether all ranks know that a rank was asked to stop."""
         self.is_steady = False
-        """Whether the slow start is over, and nothing is being saved."""
+        """Whether the slow first step is done, and nothing is being saved."""
         self.validations: list[Validation] = []
 
-    def _build_hooks(self, folder: Path, hooks: Sequence[tuple[str, HookConfig]]) -> Hooks:
-        run = RunInfo(
+    def _run_info(self, folder: Path) -> RunInfo:
+        return RunInfo(
             job=self.job,
             folder=folder,
             rank=self.world.rank,
@@ -86,7 +82,6 @@ class Trainer:
             flops_per_token=self.state.model.config.flops_per_token(self.job.training.seq_len),
             resumed_step=self.state.resumed_step,
         )
-        return Hooks.build(hooks, run)
 
     def _build_saver(self, folder: Path) -> Saver:
         config = self.job.checkpoint
@@ -101,19 +96,15 @@ class Trainer:
         )
 
     def say(self, line: str) -> None:
-        """Print a line, on the first rank alone."""
+        """Print a line, on the first rank only."""
         if self.world.is_first:
             say(line)
 
     @property
     def is_done(self) -> bool:
-        """Whether all steps are done, and the validation that follows the last one."""
+        """Whether all steps are done, and the validation after the last step."""
         is_validated = self.corpus.held_out is None or self.state.validated == self.state.step
         return self.state.step >= self.job.training.steps and is_validated
-
-    def snapshot(self) -> Snapshot:
-        """What is saved of the step that was done last."""
-        return self.state.snapshot(is_done=self.is_done)
 
     def run(self) -> None:
         """Train to the last step, or until a rank is asked to stop, with validations and saves."""
@@ -131,8 +122,8 @@ class Trainer:
             self.hooks.end(Outcome(kind="done" if self.is_done else "stopped"))
 
     def _finish_save(self, error: BaseException) -> None:
-        """Finish the save that is under way when `error` ends the run; a hook that fails now is logged."""
-        # Other ranks may never come to what a save waits for, unless they have met with the same.
+        """Finish the save that is under way when `error` ends the run. A hook that fails now is logged."""
+        # A save needs all ranks. Only NonFinite is sure to end every rank at the same step.
         if self.saver and (self.world.size == 1 or isinstance(error, NonFinite)):
             try:
                 self.saver.finish()
@@ -160,25 +151,25 @@ class Trainer:
         self.save(last=True)
 
     def save(self, *, last: bool = False, after_failure: bool = False) -> None:
-        """Save the step, if it is due; always the `last` one. Raises SaveFailed.
+        """Save the present step if it is due, or the `last` one of this start. Raises SaveFailed.
 
         Args:
-            after_failure: all ranks have agreed that a rank failed to write the step before.
+            after_failure: whether all ranks know that a rank failed to write an earlier step.
         """
         if self.saver is None:
             return
-        if after_failure and not self.stop_asked:  # else the present step is about to be saved
+        if after_failure and not self.stop_asked:  # after a stop the present step is saved instead
             self.saver.report()
         step = self.state.step
         if last or (step % self.job.checkpoint.interval == 0 and step < self.job.training.steps):
             steady, self.is_steady = self.is_steady, False
-            self.saver.save(step, self.snapshot, last=last)
+            self.saver.save(step, partial(self.state.snapshot, is_done=self.is_done), last=last)
             self.is_steady = steady
             self.alive()
             self.stop_asked = self.stop_asked or self.world.any(self.is_asked())
 
     def validate(self) -> None:
-        """Measure and report the loss on held-out text, if that is due: no part of it once asked to stop."""
+        """Measure and report the loss on held-out text if that is due. A request to stop ends it halfway."""
         step, last, freq = self.state.step, self.job.training.steps, self.job.validation.freq
         is_due = step % freq == 0 or step >= last
         if self.corpus.held_out is None or not is_due or self.state.validated == step or self.stop_asked:
@@ -192,10 +183,12 @@ class Trainer:
             return
         self.state.validated = step
         split = self.corpus.shards.validation
-        per_byte, alone = loss * split.n_tokens / split.n_bytes, split.unigram_entropy
-        done = Validation(step=step, loss=loss, nats_per_byte=per_byte, unigram_entropy=alone)
-        self.validations.append(done)
-        self.hooks.validated(done)
+        per_byte = loss * split.n_tokens / split.n_bytes
+        result = Validation(
+            step=step, loss=loss, nats_per_byte=per_byte, unigram_entropy=split.unigram_entropy
+        )
+        self.validations.append(result)
+        self.hooks.validated(result)
 
     def _validation_loss_of(self, batch: Batch) -> tuple[Tensor, Tensor]:
         self.alive()
@@ -205,7 +198,7 @@ class Trainer:
         return self.stepper.loss_of(batch)
 
     def describe(self) -> list[str]:
-        """What is about to be trained, on what, and how it is spread over the ranks."""
+        """Lines about the model, the data, and how the ranks share them."""
         model, config, device = self.job.model, self.state.model.config, self.stepper.device
         threads = f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else ""
         line = (
@@ -217,4 +210,4 @@ class Trainer:
 
 
 class _Stopped(Exception):
-    """A validation was broken off, on all ranks at once."""
+    """A request to stop has ended a validation, on all ranks at once."""

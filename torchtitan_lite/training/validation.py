@@ -34,14 +34,14 @@ class ValidationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Validation:
-    """A validation's outcome."""
+    """The result of a validation."""
 
     step: int
     loss: float
     """Nats per token."""
     nats_per_byte: float
     unigram_entropy: float
-    """Nats per byte of a model that knows only the byte frequencies of the held-out text."""
+    """Loss in nats per byte of a model that knows only the byte frequencies of the held-out text."""
 
 
 BatchT = TypeVar("BatchT")
@@ -56,9 +56,12 @@ def mean_loss(
 ) -> float:
     """Mean loss over every valid token of `batches`, in nats per token.
 
-    `loss_of(batch)` gives the sum of its losses and the count of its valid tokens; `model` is in eval mode
-    meanwhile. Every token weighs the same, however the batches are cut. NaN where there is no valid token.
-    `over_ranks` sums [loss, count] over all ranks.
+    Every token has the same weight, however the batches are cut. Without a valid token the mean is NaN.
+
+    Args:
+        model: set to eval mode meanwhile.
+        loss_of: gives the sum of the losses of a batch, and the count of its valid tokens.
+        over_ranks: sums a tensor [loss, count] over all ranks.
     """
     was_training = model.training
     model.eval()

@@ -16,7 +16,7 @@ JOB = job_with(metrics=MetricsConfig(log_freq=4, peak_flops=6e6))
 
 
 def lines(capsys: pytest.CaptureFixture[str], hook_seconds: float = 0.0) -> list[str]:
-    """What a run of four steps prints."""
+    """The lines that a run of four steps prints."""
     hooks = started(ConsoleConfig(), run_info(job=JOB))
     for step in range(1, 5):
         hooks.step(stats(step, seconds=0.5 * step, hook_seconds=hook_seconds))
@@ -25,7 +25,7 @@ def lines(capsys: pytest.CaptureFixture[str], hook_seconds: float = 0.0) -> list
     return capsys.readouterr().out.splitlines()
 
 
-def test_there_is_one_readable_line_for_each_report(capsys) -> None:
+def test_a_report_is_one_readable_line(capsys) -> None:
     first, last, _ = lines(capsys)
     assert first.startswith("step 1/4 ")
     for part in (
@@ -40,14 +40,14 @@ def test_there_is_one_readable_line_for_each_report(capsys) -> None:
         assert part in last
 
 
-def test_a_validation_is_a_line_with_the_loss_and_what_bytes_alone_give(capsys) -> None:
+def test_a_validation_is_a_line_with_the_loss_and_that_of_byte_frequencies(capsys) -> None:
     assert lines(capsys)[-1] == (
         "step 4/4  validation loss 3.5000 nats per token, 1.7500 per byte (byte frequencies alone: 3.0000)"
     )
 
 
 @pytest.mark.parametrize(("hook_seconds", "end"), [(0.014, "data wait 3.3%"), (0.06, "  hooks 4.0%")])
-def test_hooks_are_mentioned_only_where_they_take_a_hundredth_of_the_time(
+def test_hooks_are_mentioned_only_from_one_percent_of_the_time_on(
     hook_seconds: float, end: str, capsys
 ) -> None:
     assert lines(capsys, hook_seconds)[1].endswith(end)
@@ -58,7 +58,7 @@ def test_other_ranks_print_nothing() -> None:
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_the_progress_bar_is_for_terminals(tmp_path: Path, terminal: bool) -> None:
+def test_only_a_terminal_has_a_progress_bar(tmp_path: Path, terminal: bool) -> None:
     code = (
         "from hook_cases import *; from torchtitan_lite.training.hooks.console import *\n"
         "job = job_with(metrics=MetricsConfig(peak_flops=1.0))\n"

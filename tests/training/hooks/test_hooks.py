@@ -1,12 +1,12 @@
-"""When hooks are called, with what, and what comes of one that fails or is slow."""
+"""When hooks are called and with what; hooks that fail or are slow."""
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import resume_cases
 from hook_cases import DONE, Ready, json_lines, run_info, stats, validation
 
 from torchtitan_lite.config.job import JobConfig, load_job
@@ -20,45 +20,56 @@ SAVES = ("--checkpoint.enable", "--checkpoint.interval", "2")
 VALIDATES = ("--validation.enable", "--validation.freq", "3", "--data.validation-fraction", "0.2")
 
 
-class Noting:
-    """A hook that notes its calls, and fails in one method if it is told to."""
+class Recorder:
+    """A hook that records its calls, and fails in one method if it is told to."""
 
     def __init__(self, calls: Calls, name: str = "a", fails_in: str = "") -> None:
         self.calls, self.name, self.fails_in = calls, name, fails_in
 
     def start(self, run: RunInfo) -> None:
-        self._note("start", run.first_step)
+        self._record("start", run.first_step)
 
     def step(self, stats: StepStats) -> None:
-        self._note("step", stats.step)
+        self._record("step", stats.step)
 
     def validated(self, result: Any) -> None:
-        self._note("validated", result.step)
+        self._record("validated", result.step)
 
     def saved(self, step: int) -> None:
-        self._note("saved", step)
+        self._record("saved", step)
 
     def end(self, outcome: Outcome) -> None:
-        self._note("end", outcome.kind)
+        self._record("end", outcome.kind)
 
-    def _note(self, method: str, value: object) -> None:
+    def _record(self, method: str, value: object) -> None:
         self.calls.append((self.name, method, value))
         if method == self.fails_in:
             raise ValueError("no more")
 
 
-def trainer_with(*hooks: object, argv: list[str], folder: Path) -> Trainer:
-    configs = [(f"hook {number}", Ready(hook)) for number, hook in enumerate(hooks, start=1)]
-    folder.mkdir(exist_ok=True)
-    job = load_job(argv).config
-    return Trainer(job, folder=folder, hooks=[*job.hook_configs.items(), *configs])
+TrainerWith = Callable[..., Trainer]
+
+
+@pytest.fixture
+def trainer_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainerWith:
+    """`trainer_with(hook, another, argv=[...])`: the hooks are called after our own."""
+    ours = JobConfig.hook_configs.fget
+    assert ours is not None
+
+    def build(*hooks: object, argv: list[str], **options: Any) -> Trainer:
+        others = {f"hook {number}": Ready(hook) for number, hook in enumerate(hooks, start=1)}
+        monkeypatch.setattr(JobConfig, "hook_configs", property(lambda job: {**ours(job), **others}))
+        (tmp_path / "run").mkdir(exist_ok=True)
+        return Trainer(load_job(argv).config, folder=tmp_path / "run", **options)
+
+    return build
 
 
 @pytest.mark.parametrize("mode", ["disabled", "async"])
-def test_a_run_calls_every_hook_in_order(mode: str, small_run, tmp_path: Path) -> None:
+def test_a_run_calls_its_hooks_in_order(mode: str, small_run, trainer_with: TrainerWith) -> None:
     calls: Calls = []
     argv = [*small_run, *SAVES, *VALIDATES, "--checkpoint.async-mode", mode]
-    trainer_with(Noting(calls, "a"), Noting(calls, "b"), argv=argv, folder=tmp_path / "run").run()
+    trainer_with(Recorder(calls, "a"), Recorder(calls, "b"), argv=argv).run()
     assert calls[::2] == [("a", *call) for _, *call in calls[1::2]]
     assert {name for name, *_ in calls[1::2]} == {"b"}
     found = [(method, value) for name, method, value in calls if name == "a"]
@@ -77,15 +88,15 @@ def test_a_run_calls_every_hook_in_order(mode: str, small_run, tmp_path: Path) -
         ("saved", 5),
         ("end", "done"),
     ]
-    if mode == "async":  # all ranks know of a step when the next one is saved
+    if mode == "async":  # ranks exchange that a step is saved when they save the next one
         expected = [call for call in expected if call not in (("saved", 2), ("saved", 4))]
         expected.insert(expected.index(("step", 4)) + 1, ("saved", 2))
         expected.insert(-2, ("saved", 4))
     assert found == expected
 
 
-def test_hooks_are_told_of_the_run_and_of_the_end_of_one_that_is_asked_to_stop(
-    small_run, tmp_path: Path
+def test_hooks_learn_about_the_run_and_that_it_was_asked_to_stop(
+    small_run, tmp_path: Path, trainer_with: TrainerWith
 ) -> None:
     seen = []
 
@@ -96,32 +107,24 @@ def test_hooks_are_told_of_the_run_and_of_the_end_of_one_that_is_asked_to_stop(
         def end(self, outcome: Outcome) -> None:
             seen.append(outcome)
 
-    job = load_job([*small_run, *SAVES]).config
     asked = iter([False, False, True])
-    hooks = [("looking", Ready(Looking()))]
-    (tmp_path / "run").mkdir()
-    trainer = Trainer(job, folder=tmp_path / "run", hooks=hooks, is_asked=lambda: next(asked))
+    trainer = trainer_with(Looking(), argv=[*small_run, *SAVES], is_asked=lambda: next(asked))
     trainer.run()
     run, outcome = seen
-    assert (run.folder, run.rank, run.world_size, run.first_step, run.n_steps) == (
-        tmp_path / "run",
-        0,
-        1,
-        1,
-        5,
-    )
-    assert (run.job, run.model, run.device.type) == (job, trainer.state.model, "cpu")
+    assert (run.folder, run.rank, run.world_size) == (tmp_path / "run", 0, 1)
+    assert (run.first_step, run.n_steps) == (1, 5)
+    assert (run.job, run.model, run.device.type) == (trainer.job, trainer.state.model, "cpu")
     assert outcome == Outcome(kind="stopped")
     assert trainer.state.step == 2
 
 
 @pytest.mark.parametrize("method", ["start", "step", "validated", "saved"])
-def test_a_hook_that_raises_ends_the_run_with_its_name_and_the_others_hear_of_it(
-    method: str, small_run, tmp_path: Path
+def test_a_hook_that_raises_ends_the_run_with_its_name_and_the_other_hooks_are_ended(
+    method: str, small_run, trainer_with: TrainerWith
 ) -> None:
     calls: Calls = []
-    failing, other = Noting([], fails_in=method), Noting(calls)
-    trainer = trainer_with(other, failing, argv=[*small_run, *SAVES, *VALIDATES], folder=tmp_path / "run")
+    failing, other = Recorder([], fails_in=method), Recorder(calls)
+    trainer = trainer_with(other, failing, argv=[*small_run, *SAVES, *VALIDATES])
     message = rf'hook "hook 2" failed in {method}\(\): ValueError: no more'
     with pytest.raises(HookFailed, match=message) as caught:
         trainer.run()
@@ -131,25 +134,30 @@ def test_a_hook_that_raises_ends_the_run_with_its_name_and_the_others_hear_of_it
     assert (("a", "end", "failed") in failing.calls) == is_started
 
 
-def test_a_hook_that_fails_at_the_end_keeps_none_from_closing_its_files() -> None:
+def test_all_hooks_are_ended_although_one_fails_in_end() -> None:
     calls: Calls = []
-    hooks = Hooks([("first", Noting(calls, fails_in="end")), ("second", Noting(calls, "b"))], run_info())
+    hooks = Hooks(
+        {"first": Ready(Recorder(calls, fails_in="end")), "second": Ready(Recorder(calls, "b"))}, run_info()
+    )
     hooks.start()
     with pytest.raises(HookFailed, match=r'hook "first" failed in end\(\)'):
         hooks.end(DONE)
     assert calls[-1] == ("b", "end", "done")
 
 
-def test_a_failure_at_the_end_of_a_run_that_has_failed_is_logged_alone(caplog) -> None:
-    hooks = Hooks([("first", Noting([], fails_in="end"))], run_info())
+def test_a_hook_that_fails_in_end_after_the_run_has_failed_is_only_logged(caplog) -> None:
+    hooks = Hooks({"first": Ready(Recorder([], fails_in="end"))}, run_info())
     hooks.start()
     with caplog.at_level(logging.ERROR):
         hooks.end(Outcome(kind="failed", error=KeyError("before")))
     assert 'hook "first" failed in end(): ValueError: no more' in caplog.text
 
 
-def test_a_hook_need_not_have_any_method() -> None:
-    hooks = Hooks([("nothing", object())], run_info())
+def test_a_hook_need_not_have_every_method() -> None:
+    class Ending:
+        def end(self, outcome: Outcome) -> None: ...
+
+    hooks = Hooks({"ending": Ready(Ending())}, run_info())
     hooks.start()
     hooks.step(stats(1))
     hooks.validated(validation(1, 1.0))
@@ -157,8 +165,8 @@ def test_a_hook_need_not_have_any_method() -> None:
     hooks.end(DONE)
 
 
-def test_a_hook_without_use_for_this_rank_is_left_out() -> None:
-    Hooks.build([("none", Ready(None))], run_info()).start()
+def test_a_rank_need_not_have_a_hook() -> None:
+    Hooks({"none": Ready(None)}, run_info()).start()
 
 
 @pytest.mark.parametrize(
@@ -169,43 +177,27 @@ def test_a_hook_without_use_for_this_rank_is_left_out() -> None:
     ],
     ids=["wrong input", "a bug"],
 )
-def test_wrong_input_that_is_found_as_a_hook_is_made_is_the_users(error: Exception, raised) -> None:
+def test_wrong_input_found_while_a_hook_is_built_is_an_error_of_the_user(error: Exception, raised) -> None:
     class Failing:
         def build(self, run: RunInfo) -> object:
             raise error
 
     with pytest.raises(raised):
-        Hooks.build([("failing", Failing())], run_info())
+        Hooks({"failing": Failing()}, run_info())
 
 
-def test_output_that_nobody_reads_is_no_failure_of_a_hook() -> None:
+def test_a_closed_output_is_not_a_failure_of_a_hook() -> None:
     class Printing:
         def step(self, stats: StepStats) -> None:
             raise BrokenPipeError
 
     with pytest.raises(BrokenPipeError):
-        Hooks([("printing", Printing())]).step(stats(1))
+        Hooks({"printing": Ready(Printing())}).step(stats(1))
 
 
-def test_a_failing_hook_of_a_run_leaves_its_name_in_the_folder(
-    small_run, tmp_path: Path, monkeypatch
+def test_a_slow_hook_shows_in_the_time_of_the_step(
+    small_run, tmp_path: Path, monkeypatch, capsys, trainer_with: TrainerWith
 ) -> None:
-    ours = JobConfig.hook_configs.fget
-    assert ours is not None
-    mine = {"mine": Ready(Noting([], fails_in="step"))}
-    monkeypatch.setattr(JobConfig, "hook_configs", property(lambda job: {**ours(job), **mine}))
-    with pytest.raises(HookFailed):
-        resume_cases.main(*small_run)
-    assert json.loads((tmp_path / "run" / "exit.json").read_text()) == {
-        "status": 1,
-        "outcome": "failed",
-        "step": 1,
-        "message": 'hook "mine" failed in step(): ValueError: no more',
-    }
-    assert [line["step"] for line in json_lines(tmp_path / "run" / "metrics.jsonl")] == [1]
-
-
-def test_a_slow_hook_shows_in_the_time_of_the_step(small_run, tmp_path: Path, monkeypatch, capsys) -> None:
     now = 0.0
 
     class Slow:
@@ -219,9 +211,9 @@ def test_a_slow_hook_shows_in_the_time_of_the_step(small_run, tmp_path: Path, mo
 
     monkeypatch.setattr(module, "perf_counter", lambda: now)
     argv = [*small_run, *VALIDATES, "--training.steps", "4"]
-    trainer_with(Slow(), argv=argv, folder=tmp_path / "run").run()
+    trainer_with(Slow(), argv=argv).run()
     steps = [line for line in json_lines(tmp_path / "run" / "metrics.jsonl") if "loss" in line]
-    # Before the first step there is a validation, before each other one a step, and before the fourth both.
+    # Hooks that ran before each step: a validation; a step; a step; a step and a validation.
     seconds = [500, 1000, 1000, 1500]
     for line, slow in zip(steps, seconds, strict=True):
         total = 4 * 64 / line["tokens_per_second"]
@@ -230,15 +222,15 @@ def test_a_slow_hook_shows_in_the_time_of_the_step(small_run, tmp_path: Path, mo
     assert all("  hooks " in line for line in capsys.readouterr().out.splitlines() if " tokens/s " in line)
 
 
-def test_the_time_of_our_own_hooks_counts_too(small_run, tmp_path: Path) -> None:
+def test_the_time_of_our_own_hooks_counts_too(small_run, tmp_path: Path, trainer_with: TrainerWith) -> None:
     argv = [*small_run, "--metrics.enable-tensorboard", "true", "--training.steps", "20"]
-    trainer_with(argv=argv, folder=tmp_path / "run").run()
+    trainer_with(argv=argv).run()
     lines = json_lines(tmp_path / "run" / "metrics.jsonl")
-    assert lines[0]["hooks_fraction"] == 0  # nothing is called before the first step
+    assert lines[0]["hooks_fraction"] == 0  # no hook is timed before the first step
     assert all(0 < line["hooks_fraction"] < 1 for line in lines[1:])
 
 
-def test_the_exit_status_of_a_failing_hook_is_1(run, small_run, tmp_path: Path) -> None:
+def test_a_failing_hook_ends_the_program_with_its_name_and_status_1(run, small_run, tmp_path: Path) -> None:
     (tmp_path / "failing_hook.py").write_text(
         "from dataclasses import dataclass\n"
         "from typing import Literal\n"
@@ -255,9 +247,16 @@ def test_the_exit_status_of_a_failing_hook_is_1(run, small_run, tmp_path: Path) 
     assert done.returncode == 1
     assert 'HookFailed: hook "mine" failed in step(): ValueError: no more' in done.stderr
     assert "ValueError: no more\n\nThe above exception was the direct cause" in done.stderr
+    assert json.loads((tmp_path / "run" / "exit.json").read_text()) == {
+        "status": 1,
+        "outcome": "failed",
+        "step": 1,
+        "message": 'hook "mine" failed in step(): ValueError: no more',
+    }
+    assert [line["step"] for line in json_lines(tmp_path / "run" / "metrics.jsonl")] == [1]
 
 
-def test_a_hook_that_ends_the_process_fails_and_a_signal_does_not() -> None:
+def test_a_hook_that_exits_has_failed_unless_a_signal_is_the_reason() -> None:
     class Leaving:
         def __init__(self, code: object) -> None:
             self.code = code
@@ -267,31 +266,31 @@ def test_a_hook_that_ends_the_process_fails_and_a_signal_does_not() -> None:
 
     for code in (0, 3, "no more"):
         with pytest.raises(HookFailed, match='hook "leaving" failed in step'):
-            Hooks([("leaving", Leaving(code))]).step(stats(1))
+            Hooks({"leaving": Ready(Leaving(code))}).step(stats(1))
     with pytest.raises(SystemExit, match="143"):
-        Hooks([("leaving", Leaving(143))]).step(stats(1))
+        Hooks({"leaving": Ready(Leaving(143))}).step(stats(1))
 
 
 def test_an_object_without_any_method_of_a_hook_is_refused() -> None:
     with pytest.raises(
         HookFailed, match=r'hook "mine" failed in build\(\): TypeError: a hook has any of start'
     ):
-        Hooks.build([("mine", Ready(object()))], run_info())
+        Hooks({"mine": Ready(object())}, run_info())
 
 
-def test_a_reader_that_has_had_enough_is_no_failure_of_a_hook(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_closed_output_is_not_logged_as_a_failure(caplog: pytest.LogCaptureFixture) -> None:
     class Printing:
         def end(self, outcome: Outcome) -> None:
             raise BrokenPipeError
 
-    hooks = Hooks.build([("printing", Ready(Printing()))], run_info())
+    hooks = Hooks({"printing": Ready(Printing())}, run_info())
     hooks.start()
     hooks.end(Outcome(kind="failed", error=ValueError()))
     assert caplog.messages == []
 
 
-def test_a_hook_that_fails_as_a_failed_run_saves_does_not_hide_why_it_failed(
-    small_run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_a_hook_that_fails_in_the_last_save_of_a_failed_run_does_not_hide_the_first_error(
+    small_run, trainer_with: TrainerWith, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Wrong:
         def step(self, stats: StepStats) -> None:
@@ -303,11 +302,5 @@ def test_a_hook_that_fails_as_a_failed_run_saves_does_not_hide_why_it_failed(
 
     argv = [*small_run, *SAVES, "--checkpoint.interval", "2", "--checkpoint.async-mode", "async"]
     with pytest.raises(HookFailed, match="the true cause"):
-        trainer_with(Wrong(), argv=argv, folder=tmp_path / "run").run()
+        trainer_with(Wrong(), argv=argv).run()
     assert any("failed in saved(): ValueError: another" in message for message in caplog.messages)
-
-
-def test_no_hooks_are_none(small_run, tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
-    Trainer(load_job(small_run).config, folder=tmp_path / "run", hooks=[]).run()
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()

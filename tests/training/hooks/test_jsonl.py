@@ -1,4 +1,4 @@
-"""metrics.jsonl, of a new run and of one that goes on."""
+"""metrics.jsonl, in a new run and in a resumed run."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def test_each_report_and_each_validation_is_a_line(tmp_path: Path) -> None:
     assert validated == {"step": 2, "validation_loss": 3.5}
 
 
-def test_a_loss_that_is_no_number_is_null(tmp_path: Path) -> None:
+def test_a_loss_of_nan_is_null(tmp_path: Path) -> None:
     hooks = started(JsonlConfig(), run_info(folder=tmp_path, job=JOB))
     hooks.validated(validation(1, float("nan")))
     hooks.end(DONE)
@@ -40,7 +40,7 @@ def test_other_ranks_write_nothing() -> None:
 
 
 @pytest.mark.parametrize(("validated", "left"), [(-1, []), (0, [0]), (2, [0, 2]), (3, [0, 2, 3])])
-def test_a_validation_that_the_resumed_step_does_not_know_of_is_dropped(
+def test_a_cut_removes_the_validations_that_are_repeated(
     tmp_path: Path, validated: int, left: list[int]
 ) -> None:
     for step in range(5):
@@ -53,13 +53,13 @@ def test_a_validation_that_the_resumed_step_does_not_know_of_is_dropped(
     assert [line["step"] for line in lines if "loss" in line] == [0, 1, 2, 3]
 
 
-def test_a_whole_last_line_stays_also_without_its_end(tmp_path: Path) -> None:
+def test_a_complete_last_line_stays_also_without_a_newline(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n{"step": 2}')
     cut(tmp_path, 2, -1)
     assert (tmp_path / "metrics.jsonl").read_bytes() == b'{"step": 1}\n{"step": 2}\n'
 
 
-def test_a_cut_that_fails_leaves_what_was_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cut_that_fails_leaves_the_file_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(_: int) -> None:
         raise OSError("the disk is full")
 
@@ -70,7 +70,7 @@ def test_a_cut_that_fails_leaves_what_was_reported(tmp_path: Path, monkeypatch: 
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
-def test_nothing_is_cut_where_nothing_was_reported(tmp_path: Path) -> None:
+def test_without_a_file_a_cut_does_nothing(tmp_path: Path) -> None:
     cut(tmp_path, 3, 3)
     cut(tmp_path / "nowhere", 3, 3)
     assert list(tmp_path.iterdir()) == []

@@ -11,7 +11,7 @@ from torchtitan_lite.training.hooks.profiler import ProfilerConfig, ProfilingCon
 
 
 def trace(folder: Path, config: ProfilingConfig, steps: int, last: int = 0, rank: int = 0) -> None:
-    """Run `steps` steps of `last` (0: all), with a validation and a save between any two."""
+    """Run `steps` steps of a run of `last` (0: of `steps`), with a validation and a save after each."""
     job = job_with(profiling=config)
     run = run_info(folder=folder, n_steps=last or steps, rank=rank, world_size=rank + 1, job=job)
     hooks = started(ProfilerConfig(), run)
@@ -37,7 +37,7 @@ def test_every_freqth_step_is_traced_and_no_other(tmp_path: Path, freq: int, tra
         assert not any(event.get("name") == "aten::cumprod" for event in events)
 
 
-def test_a_run_that_stops_before_a_step_that_is_due_leaves_no_trace_of_it(tmp_path: Path) -> None:
+def test_a_run_that_stops_before_a_traced_step_leaves_no_trace_of_it(tmp_path: Path) -> None:
     config = ProfilingConfig(enable_profiling=True, profile_freq=2)
     trace(tmp_path, config, steps=3, last=8)
     assert [path.name for path in tmp_path.glob("profile_traces/*")] == ["step-2.json"]

@@ -1,12 +1,12 @@
-"""Which samples each step and rank had."""
+"""The log of the samples of each step and rank."""
 
 import json
 from pathlib import Path
 
 from hook_cases import DONE, job_with, run_info, started, stats
 
-from torchtitan_lite.training.determinism import DebugConfig
 from torchtitan_lite.training.hooks.samples import SampleLogConfig, cut
+from torchtitan_lite.training.process import DebugConfig
 
 LOGGED = job_with(debug=DebugConfig(log_sample_ids=True))
 
@@ -31,11 +31,11 @@ def test_each_step_is_on_disk_as_soon_as_it_is_logged(tmp_path: Path) -> None:
     hooks.end(DONE)
 
 
-def test_there_is_no_log_where_none_is_asked_for() -> None:
+def test_the_log_is_written_only_on_request() -> None:
     assert SampleLogConfig().build(run_info()) is None
 
 
-def test_a_run_that_goes_on_on_fewer_ranks_logs_each_step_once(tmp_path: Path) -> None:
+def test_a_run_resumed_on_fewer_ranks_logs_each_step_once(tmp_path: Path) -> None:
     for rank in range(2):
         write(tmp_path, rank, 1, 5, [rank])
     with (tmp_path / "sample_ids" / "rank-1.jsonl").open("a") as file:
@@ -47,7 +47,7 @@ def test_a_run_that_goes_on_on_fewer_ranks_logs_each_step_once(tmp_path: Path) -
     assert len(list((tmp_path / "sample_ids").iterdir())) == 2
 
 
-def test_nothing_is_cut_where_nothing_was_logged(tmp_path: Path) -> None:
+def test_without_a_log_a_cut_does_nothing(tmp_path: Path) -> None:
     cut(tmp_path, 3)
     cut(tmp_path / "nowhere", 3)
     assert list(tmp_path.iterdir()) == []

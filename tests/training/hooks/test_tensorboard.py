@@ -1,4 +1,4 @@
-"""TensorBoard shows what metrics.jsonl holds, of a run that goes on too."""
+"""TensorBoard shows the numbers of metrics.jsonl, also after a run has resumed."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torchtitan_lite.training.hooks.tensorboard import TensorBoardConfig
 from torchtitan_lite.training.metrics import MetricsConfig
 
 
-def test_tensorboard_holds_what_the_file_holds(tmp_path: Path) -> None:
+def test_tensorboard_has_the_numbers_of_the_file(tmp_path: Path) -> None:
     lines = run(tmp_path, None, 4, loss=2.0)
     events = EventAccumulator(str(tmp_path / "tb"))
     events.Reload()
@@ -25,26 +25,26 @@ def test_tensorboard_holds_what_the_file_holds(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("rank", "enable"), [(0, False), (1, True)])
-def test_tensorboard_can_be_left_out_and_is_on_other_ranks(rank: int, enable: bool) -> None:
+def test_tensorboard_is_left_out_on_request_and_on_other_ranks(rank: int, enable: bool) -> None:
     job = job_with(metrics=MetricsConfig(enable_tensorboard=enable))
     assert TensorBoardConfig().build(run_info(rank=rank, job=job)) is None
 
 
 def scalars(folder: Path, tag: str) -> list[tuple[int, float]]:
-    """Step and value of what TensorBoard shows."""
+    """Step and value of each point that TensorBoard shows."""
     events = EventAccumulator(str(folder / "tb"))
     events.Reload()
     return [(event.step, event.value) for event in events.Scalars(tag)]
 
 
 def run(folder: Path, resumed_step: int | None, last: int, loss: float) -> list[dict[str, Any]]:
-    """Report the steps after `resumed_step`, or of a new run, to `last`, with a validation every third."""
+    """Report the steps after `resumed_step` (None: a new run) up to `last`, with a validation every third."""
     done = resumed_step or 0
     if resumed_step is not None:
         jsonl.cut(folder, resumed_step, validated=resumed_step // 3 * 3)
     metrics = MetricsConfig(log_freq=1, peak_flops=1.0)
     info = run_info(folder=folder, n_steps=12, resumed_step=resumed_step, job=job_with(metrics=metrics))
-    hooks = Hooks.build([("file", JsonlConfig()), ("board", TensorBoardConfig())], info)
+    hooks = Hooks({"file": JsonlConfig(), "board": TensorBoardConfig()}, info)
     hooks.start()
     if resumed_step is None:
         hooks.validated(validation(0, loss))
@@ -57,7 +57,7 @@ def run(folder: Path, resumed_step: int | None, last: int, loss: float) -> list[
 
 
 def make_events_older(folder: Path) -> None:
-    """Within a second, names do not tell TensorBoard which file is the older one."""
+    """Rename the file: the names of two files made within a second do not show which one is older."""
     (events,) = (folder / "tb").iterdir()
     events.rename(events.with_name("events.out.tfevents.0000000001.earlier"))
 
@@ -65,7 +65,7 @@ def make_events_older(folder: Path) -> None:
 @pytest.mark.parametrize(
     "torn", [b'{"step": 10, "lo', b'{"step": 3', b"\0\0\0", b"\xff\n", b"7\n", b'{"loss": 1}\n', b""]
 )
-def test_a_run_that_goes_on_reports_each_step_once(tmp_path: Path, torn: bytes) -> None:
+def test_a_resumed_run_reports_each_step_once(tmp_path: Path, torn: bytes) -> None:
     run(tmp_path, None, 9, loss=1.0)
     with (tmp_path / "metrics.jsonl").open("ab") as file:
         file.write(torn)
@@ -73,7 +73,7 @@ def test_a_run_that_goes_on_reports_each_step_once(tmp_path: Path, torn: bytes) 
     lines = run(tmp_path, 6, 12, loss=2.0)
     shown = [(line["step"], line["loss"]) for line in lines if "loss" in line]
     assert shown == [(step, 1.0 if step < 7 else 2.0) for step in range(1, 13)]
-    # One at the very step from which it goes on stays.
+    # The validation at the step that the run resumes from stays.
     validated = [(line["step"], line["validation_loss"]) for line in lines if "validation_loss" in line]
     assert validated == [(0, 1.0), (3, 1.0), (6, 1.0), (9, 2.0), (12, 2.0)]
     assert [line["n_tokens_seen"] for line in lines if "loss" in line] == list(range(100, 1300, 100))
@@ -81,17 +81,17 @@ def test_a_run_that_goes_on_reports_each_step_once(tmp_path: Path, torn: bytes) 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "tb"]
 
 
-def test_a_run_that_goes_on_before_its_first_step_shows_each_step_once(tmp_path: Path) -> None:
+def test_a_run_resumed_from_step_0_shows_each_step_once(tmp_path: Path) -> None:
     run(tmp_path, None, 6, loss=1.0)
     make_events_older(tmp_path)
     run(tmp_path, 0, 4, loss=2.0)
     assert scalars(tmp_path, "loss") == [(1, 2.0), (2, 2.0), (3, 2.0), (4, 2.0)]
-    # One of a validation before the first step stays.
+    # The validation before the first step stays.
     assert scalars(tmp_path, "validation_loss") == [(0, 1.0), (3, 2.0)]
 
 
 @pytest.mark.parametrize(("resumed_step", "purged_from"), [(None, None), (0, 1), (5, 6)])
-def test_tensorboard_is_told_to_forget_only_by_a_run_that_goes_on(
+def test_only_a_resumed_run_has_tensorboard_hide_earlier_points(
     tmp_path: Path, resumed_step: int | None, purged_from: int | None
 ) -> None:
     run(tmp_path, resumed_step, 6, loss=1.0)

@@ -1,15 +1,15 @@
-"""Hooks: objects that a run calls as it goes, on every rank and in their order.
+"""Hooks: objects that a run calls while it trains, on every rank, one after the other.
 
 A hook has any of the methods `start(run)`, `step(stats)`, `validated(result)`, `saved(step)`, `end(outcome)`.
-A frozen dataclass makes it: `build(run)` returns the hook, or None on a rank that has no use for one.
+Its config, a frozen dataclass, makes the hook: `build(run)` returns it, or None on a rank that needs no hook.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
@@ -18,13 +18,13 @@ from torchtitan_lite.config.load import ConfigError
 from torchtitan_lite.training.validation import Validation
 
 METHODS = ("start", "step", "validated", "saved", "end")
-"""What a hook may have."""
+"""The methods of a hook. A hook has at least one of them."""
 _LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunInfo:
-    """What a hook may know of the run."""
+    """What a hook is told about the run."""
 
     job: Any
     """The whole configuration, a `config.job.JobConfig`."""
@@ -34,23 +34,23 @@ class RunInfo:
     world_size: int
     device: torch.device
     model: nn.Module
-    """The model that is trained. Under FSDP or tensor parallel its parameters are this rank's shards."""
+    """The model. Under FSDP or tensor parallel its parameters are this rank's shards."""
     n_steps: int
     """Optimizer steps of the whole run."""
     flops_per_token: float
-    """Floating-point operations of a training step per token."""
+    """Floating-point operations of a training step, per token."""
     resumed_step: int | None = None
-    """The step that the run goes on from, which may be 0; None in a new run."""
+    """The step that the run resumes from, which may be 0; None in a new run."""
 
     @property
     def first_step(self) -> int:
-        """The step that comes first in this start, counted from 1."""
+        """The first step of this start, counted from 1."""
         return (self.resumed_step or 0) + 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepStats:
-    """What one optimizer step was like."""
+    """The numbers of one optimizer step."""
 
     step: int
     """Steps done, this one included."""
@@ -64,19 +64,19 @@ class StepStats:
     n_tokens_seen: int
     """Tokens of the whole run so far."""
     seconds: float
-    """Of the step, with the hooks that ran since the step before."""
+    """Duration of the step, with the hooks that ran since the step before."""
     data_seconds: float
-    """The part of `seconds` that went into waiting for data."""
+    """The part of `seconds` that was spent waiting for data."""
     hook_seconds: float = 0.0
-    """The part of `seconds` that went into hooks."""
+    """The part of `seconds` that was spent in hooks."""
     peak_memory_gib: float = 0.0
     """The most memory that this rank has held so far."""
     sample_ids: Sequence[int] = ()
-    """Global ids of the samples that this rank had."""
+    """Global ids of the samples that this rank read."""
     attention_work: float | None = None
     """Visible pairs of query and key that this rank computed, per head; measured in a start's first step."""
     flags: Sequence[bool] = ()
-    """What the ranks asked each other in the step's one sum: set if any rank set it."""
+    """The flags that the ranks exchanged in this step: each is set if any rank set it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,14 +85,14 @@ class Outcome:
 
     kind: Literal["done", "stopped", "failed"]
     error: BaseException | None = None
-    """What ended a run that has failed."""
+    """The exception that ended the run, if it failed."""
 
 
 class HookConfig(Protocol):
-    """What makes a hook."""
+    """The options of a hook; `build` makes the hook."""
 
     def build(self, run: RunInfo) -> object | None:
-        """The hook for this rank; None: no hook here. Files are opened in `start`, not yet here."""
+        """The hook of this rank, or None if this rank needs no hook. Open files in `start`, not here."""
         ...
 
 
@@ -104,27 +104,26 @@ class HookFailed(Exception):
 
 
 class Hooks:
-    """The hooks of a run, by name. If a method of a hook raises, the call raises HookFailed."""
+    """The hooks of a run, by name. A call raises HookFailed if a hook raises.
 
-    def __init__(self, hooks: Sequence[tuple[str, object]] = (), run: RunInfo | None = None) -> None:
-        self._hooks, self._run = hooks, run
-        self._started: list[tuple[str, object]] = []
-        self._seconds = 0.0
+    Building raises ConfigError if the `build` of a config does.
+    """
 
-    @classmethod
-    def build(cls, configs: Sequence[tuple[str, HookConfig]], run: RunInfo) -> Self:
-        """Have each config make its hook. Raises ConfigError where a config does, else HookFailed."""
-        built = [(name, _call(name, config, "build", run)) for name, config in configs]
-        for name, hook in built:
-            if hook is not None and not any(hasattr(hook, method) for method in METHODS):
+    def __init__(self, configs: Mapping[str, HookConfig], run: RunInfo | None = None) -> None:
+        self._run = run
+        built = {name: _call(name, config, "build", run) for name, config in configs.items()}
+        self._hooks = {name: hook for name, hook in built.items() if hook is not None}
+        for name, hook in self._hooks.items():
+            if not any(hasattr(hook, method) for method in METHODS):
                 raise HookFailed(name, "build", TypeError(f"a hook has any of {', '.join(METHODS)}"))
-        return cls([(name, hook) for name, hook in built if hook is not None], run)
+        self._started: dict[str, object] = {}
+        self._seconds = 0.0
 
     def start(self) -> None:
         """The run begins: everything is built, and no step is done."""
-        for name, hook in self._hooks:
+        for name, hook in self._hooks.items():
             _call(name, hook, "start", self._run)
-            self._started.append((name, hook))
+            self._started[name] = hook
 
     def step(self, stats: StepStats) -> None:
         """A step is done."""
@@ -135,21 +134,21 @@ class Hooks:
         self._timed("validated", result)
 
     def saved(self, step: int) -> None:
-        """A step is published in its folder; all ranks know of it."""
+        """A step is published in its folder, and all ranks know."""
         self._timed("saved", step)
 
     def end(self, outcome: Outcome) -> None:
-        """The run ends, however: every hook that has started hears of it, even if others fail.
+        """The run ends. Every hook that has started is called, even if another one fails.
 
-        Raises the first failure, unless the run has failed already: failures of hooks are logged then.
+        Raises the first failure. If the run has failed already, failures of hooks are only logged.
         """
         failures: list[BaseException] = []
-        while self._started:
-            name, hook = self._started.pop(0)
+        for name, hook in self._started.items():
             try:
                 _call(name, hook, "end", outcome)
-            except BaseException as error:  # noqa: BLE001 - the other hooks close their files first
+            except BaseException as error:  # noqa: BLE001 - the other hooks must close their files first
                 failures.append(error)
+        self._started.clear()
         if failures and outcome.error is None:
             raise failures[0]
         for failure in failures:
@@ -157,29 +156,30 @@ class Hooks:
                 _LOG.error("%s", failure)
 
     def take_seconds(self) -> float:
-        """Seconds spent in hooks since the last call; starting and ending do not count."""
+        """Seconds spent in hooks since the last call, without `start` and `end`."""
         seconds, self._seconds = self._seconds, 0.0
         return seconds
 
     def _timed(self, method: str, argument: object) -> None:
         began = perf_counter()
-        for name, hook in self._hooks:
+        for name, hook in self._hooks.items():
             _call(name, hook, method, argument)
         self._seconds += perf_counter() - began
 
 
 def _call(name: str, target: object, method: str, argument: object) -> Any:
-    """The result of a method of `target` if it has the method. Raises HookFailed."""
+    """The result of `target.method(argument)`; None if there is no such method. Raises HookFailed."""
     act = getattr(target, method, None)
     if act is None:
         return None
     try:
         return act(argument)
-    except BrokenPipeError:  # whoever reads the output, such as `head`, has had enough
+    except BrokenPipeError:  # the program that reads the output, such as `head`, has ended
         raise
     except (Exception, SystemExit) as error:
-        if isinstance(error, SystemExit) and isinstance(error.code, int) and error.code > 128:  # a signal's
+        # A signal handler of ours raises SystemExit with 128 + the signal's number.
+        if isinstance(error, SystemExit) and isinstance(error.code, int) and error.code > 128:
             raise
-        if method == "build" and isinstance(error, ConfigError):  # wrong input, answered as everywhere
+        if method == "build" and isinstance(error, ConfigError):  # the user's input is wrong, not the hook
             raise
         raise HookFailed(name, method, error) from error

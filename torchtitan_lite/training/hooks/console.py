@@ -1,21 +1,22 @@
-"""Lines on the console, and a progress bar where that is a terminal."""
+"""Lines on the console, and a progress bar if the console is a terminal."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from tqdm import tqdm
 
 from torchtitan_lite.training.hooks import Outcome, RunInfo, StepStats
-from torchtitan_lite.training.metrics import Meter, MetricsConfig
+from torchtitan_lite.training.metrics import Reporter
 from torchtitan_lite.training.validation import Validation
 
 _NEGLIGIBLE = 0.01
-"""The share of the time below which hooks are not mentioned."""
+"""Share of the time below which the console does not mention hooks."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConsoleConfig:
-    """The console of the first rank."""
+    """Reports on the console, on the first rank."""
 
     name: Literal["console"] = "console"
 
@@ -24,16 +25,12 @@ class ConsoleConfig:
         return Console(run.job.metrics) if run.rank == 0 else None
 
 
-class Console:
+class Console(Reporter):
     """Prints a line for each report and each validation."""
-
-    def __init__(self, config: MetricsConfig) -> None:
-        self.config = config
 
     def start(self, run: RunInfo) -> None:
         """Show the progress bar."""
-        self.n_steps = run.n_steps
-        self._meter = Meter(self.config, run)
+        super().start(run)
         self._bar = tqdm(
             initial=run.resumed_step or 0,
             total=run.n_steps,
@@ -44,19 +41,20 @@ class Console:
         )
 
     def step(self, stats: StepStats) -> None:
-        """Move the bar, and print the report if one is due."""
+        """Move the bar, and print a report if one is due."""
         self._bar.update(stats.step - self._bar.n)
-        report = self._meter.report(stats)
-        if report is None:
-            return
+        super().step(stats)
+
+    def write(self, record: Mapping[str, float]) -> None:
+        """Print a report."""
         line = (
             "step {step:>{width}}/{steps}  loss {loss:7.4f}  gradient norm {grad_norm:7.3f}  lr {lr:.2e}  "
             "{tokens_per_second:,.0f} tokens/s  memory {peak_memory_gib:.2f} GiB  MFU {mfu:.1%}  "
             "data wait {data_wait_fraction:.1%}".format(
-                width=len(str(self.n_steps)), steps=self.n_steps, **report
+                width=len(str(self.n_steps)), steps=self.n_steps, **record
             )
         )
-        share = report["hooks_fraction"]
+        share = record["hooks_fraction"]
         say(line if share < _NEGLIGIBLE else f"{line}  hooks {share:.1%}")
 
     def validated(self, result: Validation) -> None:

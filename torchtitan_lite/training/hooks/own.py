@@ -1,4 +1,4 @@
-"""Our own hooks, registered as those of plugins are, and called in this order before them."""
+"""The hooks of this package. They are registered like those of plugins, and called before these."""
 
 from torchtitan_lite import registry
 from torchtitan_lite.training.hooks.console import ConsoleConfig
@@ -8,13 +8,13 @@ from torchtitan_lite.training.hooks.samples import SampleLogConfig
 from torchtitan_lite.training.hooks.tensorboard import TensorBoardConfig
 from torchtitan_lite.training.hooks.work import WorkConfig
 
-OWN = (
+OWN = (  # in the order of their calls
     ProfilerConfig,  # first, so that a trace ends with its step
     SampleLogConfig,
     WorkConfig,
     JsonlConfig,
     TensorBoardConfig,
-    ConsoleConfig,  # last: what a line says is in the files by then
+    ConsoleConfig,  # last, so that the files have a report before the console shows it
 )
 
 for hook in OWN:

@@ -44,36 +44,37 @@ class ProfilingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ProfilerConfig:
-    """The traces of every rank, if they are asked for."""
+    """Traces steps on every rank, if `profiling.enable_profiling` is set."""
 
     name: Literal["profiler"] = "profiler"
 
     def build(self, run: RunInfo) -> "Profiler | None":
         """The hook, on every rank."""
-        return Profiler(run.job.profiling, run) if run.job.profiling.enable_profiling else None
+        return Profiler(run.job.profiling) if run.job.profiling.enable_profiling else None
 
 
 class Profiler:
     """Saves a trace of every `profile_freq`-th step.
 
-    As `step-N.json`, or `step-N-rank-R.json` for each of several ranks.
+    The file is `step-N.json`, or `step-N-rank-R.json` if there are several ranks.
     """
 
-    def __init__(self, config: ProfilingConfig, run: RunInfo) -> None:
-        self.config, self.run = config, run
-        self._step = 0
-        """The step that the next trace would be of."""
+    def __init__(self, config: ProfilingConfig) -> None:
+        self.config = config
         self._profiler: torch.profiler.profile | None = None
 
     def start(self, run: RunInfo) -> None:
         """Trace the first step if its trace is due."""
+        self.run = run
         self._begin(run.first_step)
 
     def step(self, stats: StepStats) -> None:
-        """Save the trace of this step, and begin that of the next one."""
-        if self._profiler is not None:
-            self._profiler.stop()
-            self._save(self._profiler, stats.step)
+        """Save the trace of this step, and begin the trace of the next step if it is due."""
+        if profiler := self._stop():
+            folder = self.run.folder / self.config.save_traces_folder
+            folder.mkdir(parents=True, exist_ok=True)
+            suffix = f"-rank-{self.run.rank}" if self.run.world_size > 1 else ""
+            profiler.export_chrome_trace(str(folder / f"step-{stats.step}{suffix}.json"))
         self._begin(stats.step + 1)
 
     def validated(self, result: Validation) -> None:
@@ -85,29 +86,28 @@ class Profiler:
         self._begin_again()
 
     def end(self, outcome: Outcome) -> None:
-        """Drop the trace of a step that does not come."""
-        if self._profiler is not None:
-            self._profiler.stop()
+        """Drop an unfinished trace."""
+        self._stop()
 
     def _begin(self, step: int) -> None:
-        self._step, self._profiler = step, None
-        if step > self.run.n_steps or step % self.config.profile_freq:
-            return
+        if step <= self.run.n_steps and step % self.config.profile_freq == 0:
+            self._begin_trace()
+
+    def _begin_trace(self) -> None:
         activities = [torch.profiler.ProfilerActivity.CPU]
         if self.run.device.type == "cuda":
             activities.append(torch.profiler.ProfilerActivity.CUDA)
-        # acc_events: without it some versions warn of further cycles, of which there are none here.
+        # acc_events: without it some versions of torch warn about several cycles, and here is only one.
         self._profiler = torch.profiler.profile(activities=activities, record_shapes=True, acc_events=True)
         self._profiler.start()
 
     def _begin_again(self) -> None:
-        if self._profiler is not None:
-            self._profiler.stop()
-            self._begin(self._step)
+        if self._stop():
+            self._begin_trace()
 
-    def _save(self, profiler: torch.profiler.profile, step: int) -> None:
-        folder = self.run.folder / self.config.save_traces_folder
-        folder.mkdir(parents=True, exist_ok=True)
-        several = self.run.world_size > 1
-        name = f"step-{step}-rank-{self.run.rank}.json" if several else f"step-{step}.json"
-        profiler.export_chrome_trace(str(folder / name))
+    def _stop(self) -> torch.profiler.profile | None:
+        """Stop the trace that is under way, and return it."""
+        profiler, self._profiler = self._profiler, None
+        if profiler is not None:
+            profiler.stop()
+        return profiler

@@ -1,4 +1,4 @@
-"""Which samples each step and rank had, to hold a resumed run against an uninterrupted one."""
+"""The samples of each step and rank: shows that a resumed run reads the data of an uninterrupted one."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +12,12 @@ _FOLDER = "sample_ids"
 
 @dataclass(frozen=True, kw_only=True)
 class SampleLogConfig:
-    """The sample log of every rank, if it is asked for."""
+    """Writes the sample log, on every rank, if `debug.log_sample_ids` is set."""
 
     name: Literal["samples"] = "samples"
 
     def build(self, run: RunInfo) -> "SampleLog | None":
-        """The hook."""
+        """The hook, on every rank."""
         return SampleLog() if run.job.debug.log_sample_ids else None
 
 
@@ -30,7 +30,7 @@ class SampleLog:
         self._lines = Lines(run.folder / _FOLDER / f"rank-{run.rank}.jsonl")
 
     def step(self, stats: StepStats) -> None:
-        """Record the global sample ids of this rank's micro-batches."""
+        """Append the global ids of the samples that this rank read."""
         self._lines.write({"step": stats.step, "sample_ids": list(stats.sample_ids)})
 
     def end(self, outcome: Outcome) -> None:
@@ -39,6 +39,6 @@ class SampleLog:
 
 
 def cut(folder: Path, step: int) -> None:
-    """Drop what any rank of the run in `folder` recorded after `step`, from which it goes on."""
+    """Remove what any rank recorded after `step`, from which the run in `folder` resumes."""
     for path in sorted((folder / _FOLDER).glob("rank-*.jsonl")):
         keep_lines(path, lambda line: line["step"] <= step)

@@ -1,0 +1,70 @@
+"""The settings of the process; test_train.py compares whole deterministic runs."""
+
+import os
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from torchtitan_lite.training import process
+from torchtitan_lite.training.process import DebugConfig, set_up_process
+
+
+@pytest.fixture(autouse=True)
+def restored(monkeypatch: pytest.MonkeyPatch):
+    """Put back the settings of the whole process."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_a_deterministic_run_refuses_kernels_whose_result_depends_on_timing() -> None:
+    set_up_process(DebugConfig(deterministic=True), "cuda")
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    with pytest.raises(RuntimeError, match="does not have a deterministic implementation"):
+        torch.ones(4).put_(torch.tensor([0, 0]), torch.ones(2), accumulate=False)
+
+
+def test_an_ordinary_run_may_use_every_kernel() -> None:
+    set_up_process(DebugConfig(), "cuda")
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+
+
+def test_the_seed_reaches_torch() -> None:
+    draws = []
+    for seed in (1, 1, 2):
+        set_up_process(DebugConfig(seed=seed), "cuda")
+        draws.append(torch.rand(4))
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_a_seed_that_torch_cannot_take_is_a_problem(seed: int) -> None:
+    (problem,) = DebugConfig(seed=seed).problems("debug")
+    assert problem.key == "debug.seed"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only glibc has these settings")
+@pytest.mark.parametrize(("device", "wanted"), [("cpu", [1, 1]), ("cuda", [])])
+def test_glibc_accepts_the_settings_that_keep_freed_memory_on_a_cpu(
+    device: str, wanted: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mallopt, accepted = process.ctypes.CDLL(None).mallopt, []
+    library = SimpleNamespace(mallopt=lambda *setting: accepted.append(mallopt(*setting)))
+    monkeypatch.setattr(process.ctypes, "CDLL", lambda name: library)
+    set_up_process(DebugConfig(), device)
+    assert accepted == wanted
+
+
+@pytest.mark.parametrize("error", [AttributeError, OSError])
+def test_other_c_libraries_keep_their_settings(error, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(name: None) -> None:
+        raise error
+
+    monkeypatch.setattr(process.ctypes, "CDLL", load)
+    set_up_process(DebugConfig(), "cpu")
