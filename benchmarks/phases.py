@@ -62,7 +62,7 @@ class Traffic(TorchDispatchMode):
 _FREE = ("detach", "empty", "new_empty", "lift_fresh", "_unsafe_view", "_record_function")
 _ONLY_WRITE = ("zero_", "fill_", "zeros_like", "new_zeros")
 _UNCHANGED = (("_fused_adamw_", "grads"),)
-"""Arguments that the schema says are changed, and are not: AdamW unscales gradients only with a scaler."""
+"""Arguments that the schema wrongly marks as changed: AdamW unscales gradients only with a scaler."""
 
 
 def n_bytes(these: list[Tensor]) -> int:
@@ -93,7 +93,7 @@ class Counter(Clock):
 def main() -> None:
     args, own = parse(sys.argv[1:])
     if args.compile and not own.counter:
-        sys.exit("--compile wants --counter: compiled operators are not dispatched, so launches are counted")
+        sys.exit("--compile needs --counter: of compiled operators, only launches can be counted")
     with tempfile.TemporaryDirectory() as folder:
         job = step.job_of(args)
         shards = write_shards(Path(folder), job.decoder.vocab_size, args.batch * 4, args.seq, args.documents)
@@ -118,7 +118,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, argparse.Namespace]:
 
 
 def count(trainer: Trainer, read: Callable[[], tuple[int, ...]]) -> dict[str, list[int]]:
-    """By phase of one step, how much what `read` returns has grown."""
+    """By how much the counts that `read` returns grow in each phase of one step."""
     counter = Counter(trainer.stepper.device, read)
     step.watched_step(trainer, counter)()
     counter.mark("")

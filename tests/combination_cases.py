@@ -1,4 +1,4 @@
-"""Every combination of attention, context parallel, tensor parallel, compile and recompute, and its verdict.
+"""All combinations of attention, context parallel, tensor parallel, compile and recompute, with verdicts.
 
 `python tests/combination_cases.py` writes the table of docs/parallelism.md.
 """
@@ -34,7 +34,7 @@ ATTENTIONS = {
         for kernel in ("documents", "torch", "flash_attn", "fa3", "fa4")
     },
 }
-"""The options of each attention of the table."""
+"""The options of each attention in the table."""
 
 METHODS, DEGREES = ("none", "allgather", "ulysses"), ("1", "2")
 COMPILE, RECOMPUTE = ("off", "on"), ("none", "selective", "full")
@@ -60,11 +60,11 @@ class Combination:
 
     @property
     def size(self) -> int:
-        """How many ranks it takes."""
+        """The number of ranks that the combination needs."""
         return int(self.tensor) * (1 if self.method == "none" else 2)
 
     def words(self, compiler: str = "aot_eager") -> list[str]:
-        """The options of its training on all its ranks together."""
+        """The options of a training with this combination."""
         method = {} if self.method == "none" else {"context-parallel-method": self.method}
         options = {
             "parallelism.tensor-parallel-degree": self.tensor,
@@ -79,7 +79,7 @@ class Combination:
 
 @dataclass(frozen=True)
 class Works:
-    """The combination works: a test of this name shows it."""
+    """The combination works. `test` is the name of the test that shows it."""
 
     test: str
 
@@ -102,7 +102,7 @@ Verdict = Works | Refused
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the table: all combinations of its values, and their verdict on a CPU and on CUDA."""
+    """A row of the table: the values of each factor, and one verdict for all their combinations."""
 
     attention: str
     methods: tuple[str, ...] = METHODS
@@ -112,7 +112,6 @@ class Row:
 
     @property
     def values(self) -> tuple[tuple[str, ...], ...]:
-        """The values of each factor."""
         return (self.attention,), self.methods, DEGREES, self.compile, RECOMPUTE
 
     def __str__(self) -> str:
@@ -181,7 +180,7 @@ def verdicts() -> dict[Combination, tuple[Verdict, Verdict]]:
 
 
 def with_table(page: str) -> str:
-    """The page with the table of `ROWS` in place of the one that it has."""
+    """The page with its table replaced by the table of `ROWS`."""
     header = as_line(HEADER)
     table = "\n".join([header, "|---" * len(HEADER) + "|", *map(str, ROWS)]) + "\n"
     old = re.compile(rf"^{re.escape(header)}\n(\|.*\n)*", re.MULTILINE)
@@ -195,7 +194,7 @@ def as_words(options: dict[str, object]) -> list[str]:
 
 
 def tiny_run(path: object, cache: object, device: str = "cpu", dtype: str = "float32") -> list[str]:
-    """The options that all combinations share: packed documents and a model of two blocks."""
+    """The options of all combinations: packed documents and a model of two blocks."""
     options = {
         "job.device": device,
         "model.flavor": "debugmodel",
@@ -220,12 +219,12 @@ def product() -> Iterator[Combination]:
 
 
 def pairwise(combinations: Iterable[Combination]) -> list[Combination]:
-    """A few of them, in which any two values meet that meet in one of all."""
+    """A few combinations that cover every pair of values that `combinations` covers."""
     candidates = list(combinations)
     wanted = set().union(*map(pairs, candidates))
     chosen = []
     while wanted:
-        # The cheapest of those that bring most.
+        # Of the combinations that cover most new pairs, the cheapest.
         best = max(candidates, key=lambda c: (len(pairs(c) & wanted), -c.size, c.compile == "off"))
         chosen.append(best)
         wanted -= pairs(best)
@@ -238,26 +237,26 @@ def pairs(combination: Combination) -> set[tuple[tuple[str, str], tuple[str, str
 
 
 class Curve(NamedTuple):
-    """A training in numbers."""
+    """Losses and gradient norms of a training, by step."""
 
     losses: list[float]
     norms: list[float]
 
 
 def curves(runs: Sequence[Sequence[str]]) -> list[Curve]:
-    """What the trainings with these options come to, on the ranks at hand."""
+    """The curves of the trainings with these options, on the ranks of this process group."""
     return [curve(argv) for argv in runs]
 
 
 def curve(argv: Sequence[str]) -> Curve:
-    torch._dynamo.reset()  # what is compiled of one training counts against the limit of the next
+    torch._dynamo.reset()  # otherwise the graphs of earlier trainings count against dynamo's limit
     trainer = parallel_cases.new_trainer(argv)
     steps = [trainer.stepper.train_step() for _ in range(N_STEPS)]
     return Curve([step.loss for step in steps], [step.grad_norm for step in steps])
 
 
 def curves_on_gpus(runs: Sequence[Sequence[str]]) -> list[Curve]:
-    """The same with a GPU for each rank, which talk over NCCL."""
+    """`curves` with a GPU for each rank, over NCCL."""
     torch.cuda.set_device(dist.get_rank())
     store = dist.distributed_c10d._get_default_store()
     _meet_again("nccl", PrefixStore("gpus", store))
@@ -268,7 +267,7 @@ def curves_on_gpus(runs: Sequence[Sequence[str]]) -> list[Curve]:
 
 def _meet_again(backend: str, store: Store) -> None:
     rank, size = dist.get_rank(), dist.get_world_size()
-    # A rank that leaves cuts off another that is still joining.
+    # Without the barrier, a rank that leaves could cut off a rank that is still joining.
     on_gpus = dist.get_backend() == "nccl"
     dist.barrier(device_ids=[torch.cuda.current_device()] if on_gpus else None)
     dist.destroy_process_group()

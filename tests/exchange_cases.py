@@ -1,6 +1,6 @@
-"""Functions that the tests of single exchanges run on ranks (ranks.py).
+"""Functions that the tests of single exchanges run on ranks (see ranks.py).
 
-B batch, S tokens, s = S / n of them on each of n ranks; H query heads, G key/value heads, K head dim;
+B batch, S tokens, s = S / n tokens on each of n ranks; H query heads, G key/value heads, K head dim;
 D model dim, V vocab.
 """
 
@@ -41,16 +41,16 @@ from torchtitan_lite.training.optimizer import AdamW
 SDPA, ALONE = Sdpa(), Degrees()
 
 _WAITING = ("wait_tensor", "_wrap_tensor_autograd")
-"""Operators of torch.distributed that send nothing."""
+"""Operators of torch.distributed that send no data."""
 
 
 class Watch(TorchDispatchMode):
-    """Records what operators send to other ranks, and the size of the largest tensor that one returns."""
+    """Records the exchanges with other ranks, and the size of the largest tensor that an operator returns."""
 
     def __init__(self) -> None:
         super().__init__()
         self.sent: list[tuple[str, int]] = []
-        """The name of each exchange, and the bytes that this rank has put into it."""
+        """The name of each exchange, and the bytes of this rank's input."""
         self.largest = 0
         self.calls: list[str] = []
 
@@ -76,7 +76,7 @@ class Watch(TorchDispatchMode):
 
 @dataclass(frozen=True, kw_only=True)
 class Attention:
-    """One attention, forward and backward, of the tensors of `attention_cases.qkv`."""
+    """One attention, forward and backward, on the tensors of `attention_cases.qkv`."""
 
     positions_BS: Tensor
     method: Any = "allgather"
@@ -88,7 +88,7 @@ class Attention:
     dtype: torch.dtype = torch.float64
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """q, k, v and the output's gradient, of whole sequences."""
+        """q, k, v and the gradient of the output, for whole sequences."""
         (batch, seq_len), (n_heads, n_kv_heads) = self.positions_BS.shape, self.heads
         q, k, v = qkv(batch, seq_len, seq_len, n_heads, n_kv_heads, self.dtype)
         generator = torch.Generator().manual_seed(1)
@@ -127,12 +127,12 @@ def _attend(case: Attention) -> Part:
         out = inner(q, k, v, mask, scale=case.scale)
     with Watch() as backward:
         dq, dk, dv = torch.autograd.grad(out, (q, k, v), dout)
-    assert all(type(x) is Tensor for x in (out, dq, dk, dv)), "none still waits for its exchange"
+    assert all(type(x) is Tensor for x in (out, dq, dk, dv)), "a result still waits for its exchange"
     return Part(out.detach(), dq, dk, dv, (forward.bytes_sent, backward.bytes_sent))
 
 
 def attention_bytes(method: str, n_ranks: int, n_tokens: int, heads: tuple[int, int]) -> tuple[int, int]:
-    """What a rank puts into exchanges of float64, forward and backward, counted by hand."""
+    """The bytes of a rank's inputs to exchanges of float64, forward and backward, counted by hand."""
     n_heads, n_kv_heads = heads
     head = n_tokens // n_ranks * HEAD_DIM * 8
     if method == "allgather":
@@ -142,7 +142,7 @@ def attention_bytes(method: str, n_ranks: int, n_tokens: int, heads: tuple[int, 
 
 
 def block_sizes_of_masks(argv: Sequence[str]) -> set[tuple[int, int]]:
-    """The block sizes of the masks that reach the model in a step."""
+    """The block sizes of the masks that the model gets in a step."""
     trainer, found = new_trainer(argv), set()
     trainer.state.model.register_forward_pre_hook(lambda _, args: found.add(args[2].block_mask.BLOCK_SIZE))
     trainer.stepper.train_step()
@@ -153,7 +153,7 @@ def block_sizes_of_masks(argv: Sequence[str]) -> set[tuple[int, int]]:
 
 
 class Loss(NamedTuple):
-    """A loss, and its gradients, whole."""
+    """A loss and its whole gradients."""
 
     value: Tensor
     n_valid: Tensor
@@ -166,7 +166,7 @@ SCALE = 0.3
 
 
 def loss_inputs(batch: int, seq_len: int, dim: int, vocab: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states, weight and labels from all of the vocabulary, its ends included; every fifth ignored."""
+    """Hidden states, weight, and labels over the whole vocabulary; every fifth label is ignored."""
     generator = torch.Generator().manual_seed(0)
     x_BSD = torch.randn(batch, seq_len, dim, generator=generator, dtype=torch.float64)
     weight_VD = torch.randn(vocab, dim, generator=generator, dtype=torch.float64)
@@ -200,17 +200,20 @@ def _tokens_and_rows(mesh: Any, x_BSD: Tensor, weight_VD: Tensor) -> tuple[Tenso
 
 
 def watch_loss(x_BSD: Tensor, weight_VD: Tensor, labels_BS: Tensor) -> tuple[list[tuple[str, int]], int]:
-    """What the loss on a share of the vocabulary sends, and the largest tensor that it makes."""
+    """The exchanges of the loss on a share of the vocabulary, and the size of its largest tensor."""
     mesh = build_mesh(Degrees(tensor=dist.get_world_size()), "cpu").tensor
     module = OwnShareOfVocabulary(LinearCrossEntropy(), mesh)
     x_BsD, weight = _tokens_and_rows(mesh, x_BSD, weight_VD)
-    with Watch() as seen, mock.patch.object(loss, "_LITTLE_BYTES", 0):  # so few logits are in several chunks
+    with (
+        Watch() as seen,
+        mock.patch.object(loss, "_LITTLE_BYTES", 0),
+    ):  # so that a few logits make several chunks
         module(x_BsD, weight, labels_BS)[0].backward()
     return seen.sent, seen.largest
 
 
 def small_model(family: str, **overrides: Any) -> Decoder:
-    """In float64, of random weights."""
+    """A small float64 model with random weights."""
     config = resolve(family, "debugmodel", overrides=SMALL | overrides)
     return config.build(compute_dtype=torch.float64).double()
 
@@ -219,11 +222,11 @@ SMALL = {
     "n_layers": 2, "dim": 16, "n_heads": 4, "n_kv_heads": 2, "head_dim": 6, "ffn_dim": 20, "vocab_size": 40
 }  # fmt: skip
 TOKENS_BS = torch.tensor([[0, 19, 20, 39, 7, 25, 7, 7], [10, 9, 29, 30, 0, 1, 38, 39]])
-"""Of every share of a vocabulary of 40, the first and the last among them; some twice."""
+"""Tokens of every share of a vocabulary of 40, with the first and the last of each; some occur twice."""
 
 
 def look_up(upstream_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """This rank's tokens' vectors, its rows of the embedding's gradient, and the whole gradient."""
+    """This rank's token vectors, its rows of the embedding's gradient, and the whole gradient."""
     model = small_model("llama3")
     mesh = build_mesh(Degrees(tensor=dist.get_world_size()), "cpu").tensor
     apply_tensor_parallel(model, mesh, model.config.shard_dims, loss_parallel=True)
@@ -231,7 +234,7 @@ def look_up(upstream_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     x_BsD.backward(upstream_BSD.chunk(mesh.size(), dim=1)[mesh.get_local_rank()])
     gradient = model.embedding.weight.grad
     assert isinstance(gradient, DTensor)
-    assert type(x_BsD) is Tensor, "it does not wait for its exchange"
+    assert type(x_BsD) is Tensor, "the vectors still wait for their exchange"
     return x_BsD.detach(), gradient.to_local(), whole(gradient)
 
 
@@ -250,7 +253,7 @@ def local_shapes(family: str) -> dict[str, tuple[torch.Size, torch.Size]]:
 def initial_weights(
     family: str, overrides: Mapping[str, Any], degrees: Degrees
 ) -> tuple[dict[str, Tensor], int, int]:
-    """The whole weights of a model that was made in shards; how many numbers this rank drew, and holds."""
+    """Whole weights of a model that was drawn in shards; the numbers that this rank drew and holds."""
     with torch.device("meta"):
         model = resolve(family, "debugmodel", overrides=overrides).build()
     apply(model, mesh=build_mesh(degrees, "cpu"))
@@ -267,16 +270,16 @@ def initial_weights(
 
 
 class Pass(NamedTuple):
-    """A model's loss and gradients, and how they were computed."""
+    """A model's loss and gradients, and the operators and graphs that computed them."""
 
     loss: Tensor
     gradients: dict[str, Tensor]
-    """Whole ones."""
+    """Whole tensors."""
     forward_calls: list[str]
-    """The operators, by name; none of what is compiled."""
+    """The names of the operators, without compiled ones."""
     backward_calls: list[str]
     n_graphs: int
-    """Compiled by torch.compile."""
+    """Graphs of torch.compile."""
     graph_breaks: list[str]
 
 
@@ -288,7 +291,7 @@ def run_pass(
     config: AttentionConfig = SDPA,
     n_layers: int = 2,
 ) -> Pass:
-    """One forward and backward of a small model, of packed documents."""
+    """One forward and backward of a small model on packed documents."""
     torch._dynamo.reset()
     counters.clear()
     model = small_model("qwen3", n_layers=n_layers)
@@ -303,7 +306,7 @@ def run_pass(
     tokens_BS, own_BS, labels_BS = (context.shard(x) for x in (TOKENS_BS, positions_BS, TOKENS_BS.flip(1)))
     forward, backward = Watch(), Watch()
     with precision(double=True):
-        # torch.compile leaves alone what runs under a mode.
+        # torch.compile does not compile code that runs under a dispatch mode.
         with nullcontext() if compile.enable else forward:
             loss, _ = model(tokens_BS, own_BS, mask, labels_BS)
         with nullcontext() if compile.enable else backward:
@@ -319,7 +322,7 @@ def run_pass(
 
 
 class Gathers(Watch):
-    """Records the order of events: "gather", or the number of a block whose attention begins."""
+    """Records events in order: "gather", or the number of the block whose attention begins."""
 
     def __init__(self, model: Decoder) -> None:
         super().__init__()
@@ -351,9 +354,9 @@ def gathers_of_a_step(n_layers: int) -> tuple[list[str | int], list[str | int]]:
 
 
 def updates(n_steps: int) -> tuple[list[Tensor], list[Tensor], set[type]]:
-    """Weights and state of uneven shards after `n_steps`, by our AdamW and by torch's.
+    """Update uneven shards for `n_steps`, with our AdamW and with torch's.
 
-    The third result is the types of the tensors that ours updates.
+    Returns the weights and state of each, and the types of the tensors that ours updates.
     """
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     found: list[list[Tensor]] = []
@@ -396,20 +399,20 @@ PLACEMENTS: dict[str, tuple[tuple[str, ...], tuple[Placement, ...]]] = {
     "on the inner alone": (("inner",), (Shard(0),)),
     "whole, on the inner alone": (("inner",), (Replicate(),)),
 }
-"""Axes of a mesh of 2 x 2, and how a tensor lies on them."""
+"""The axes of a 2 x 2 mesh on which a tensor lies, and its placement on each."""
 
 
 def gradient_of(name: str) -> Tensor:
-    """Seven rows: nothing divides them."""
+    """A gradient of seven rows, which no number of ranks divides."""
     generator = torch.Generator().manual_seed(list(PLACEMENTS).index(name))
     return torch.randn(7, 5, generator=generator, dtype=torch.float64)
 
 
 def squared_norms(names: Sequence[str]) -> float:
-    """The square of the norm of all gradients, summed over ranks; one gradient is a plain tensor."""
+    """The squared norm of all gradients, summed over ranks. One gradient is a plain tensor."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
     parameters = [nn.Parameter(torch.zeros(3, dtype=torch.float64)), nn.Parameter(torch.zeros(1))]
-    parameters[0].grad = torch.ones(3, dtype=torch.float64)  # the other has none
+    parameters[0].grad = torch.ones(3, dtype=torch.float64)  # the other parameter has no gradient
     for name in names:
         axes, placements = PLACEMENTS[name]
         gradient = distribute_tensor(gradient_of(name), mesh[axes], placements)
@@ -421,7 +424,7 @@ def squared_norms(names: Sequence[str]) -> float:
 
 
 def summed() -> tuple[list[Tensor], list[tuple[str, int]]]:
-    """Gradients of two whole weights, which ranks have terms of, and of a sharded one; and what was sent."""
+    """Sum the gradients of two replicated weights and of a sharded weight; also return the exchanges."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
     parameters = []
     whole_in_terms, sharded = (Replicate(), Partial()), (Shard(0), Shard(0))

@@ -1,4 +1,4 @@
-"""What hooks are given, made up."""
+"""Made-up arguments for hooks."""
 
 import json
 from dataclasses import dataclass
@@ -19,13 +19,13 @@ DONE = Outcome(kind="done")
 
 
 def job_with(**sections: Any) -> SimpleNamespace:
-    """What hooks read of a job, with these sections instead of the default ones."""
+    """The sections of a job that hooks read: default sections, except those in `sections`."""
     own = {"metrics": MetricsConfig(), "profiling": ProfilingConfig(), "debug": DebugConfig()}
     return SimpleNamespace(**{"training": TrainingConfig(mixed_precision_param="float32"), **own, **sections})
 
 
 def run_info(**changes: Any) -> RunInfo:
-    """A run of four steps on one rank, in the present folder."""
+    """A run of four steps on one rank, in the working directory."""
     values = {
         "job": job_with(),
         "folder": Path(),
@@ -59,7 +59,7 @@ def validation(step: int, loss: float) -> Validation:
 
 
 def started(config: HookConfig, run: RunInfo) -> Hooks:
-    """The hook of a config, as a run has started it."""
+    """The hook of a config after its `start`."""
     hooks = Hooks.build([("tested", config)], run)
     hooks.start()
     return hooks
@@ -71,7 +71,7 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Ready:
-    """Makes a hook that is there already."""
+    """A hook config that returns an existing hook."""
 
     hook: object
 

@@ -1,4 +1,4 @@
-"""Models of Hugging Face beside ours, with the same random weights: for the tests of both directions."""
+"""Pairs of a model of transformers and ours with the same random weights, for tests of import and export."""
 
 import json
 from collections.abc import Callable
@@ -24,12 +24,12 @@ from torchtitan_lite.parallel.fsdp import own_shard
 from torchtitan_lite.parallel.tensor import apply_tensor_parallel_to_predict
 
 ORIGINAL = 64
-"""Tokens of context before the rotary scaling of the small models."""
+"""Original context length in the rotary scaling of the small models."""
 PRESETS = {f"{name} {size}": config for name, sizes in families.items() for size, config in sizes.items()}
 
 
 def small(config: DecoderConfig) -> DecoderConfig:
-    """A model of a preset's ratios: heads to kv heads, head features to width, feed-forward to width."""
+    """A small model with a preset's ratios of heads to kv heads, head dim to dim, and ffn dim to dim."""
     n_kv_heads, head_dim = 2, 16
     n_heads = n_kv_heads * config.n_heads // config.n_kv_heads
     dim = n_heads * head_dim * config.dim // (config.n_heads * config.head_dim)
@@ -50,7 +50,7 @@ def small(config: DecoderConfig) -> DecoderConfig:
 
 
 def theirs(config: DecoderConfig, folder: Path) -> Any:
-    """A model of transformers, made from the config.json that we write, with random weights."""
+    """A model of transformers with random weights, built from the config.json that we write."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     (folder / "config.json").write_text(json.dumps(config_json(config, dtype="float32", eos_id=0)))
@@ -59,13 +59,13 @@ def theirs(config: DecoderConfig, folder: Path) -> Any:
     model = model.float().eval()
     with torch.no_grad():
         for weight in model.parameters():
-            # Norms too, which are ones otherwise; large enough for attention to choose.
+            # Norms are random too, and weights are large enough that attention is not uniform.
             weight.normal_(1.0 if weight.ndim == 1 else 0.0, 0.07)
     return model
 
 
 def ours(config: DecoderConfig, model: Any) -> Decoder:
-    """Our model with the weights of theirs."""
+    """Our model with the weights of transformers' `model`."""
     weights, own = model.state_dict(), config.build()
     with torch.no_grad():
         for name, weight in own.named_parameters():
@@ -74,7 +74,7 @@ def ours(config: DecoderConfig, model: Any) -> Decoder:
 
 
 def logits_of(model: Decoder, tokens_BS: Tensor, positions_BS: Tensor) -> Tensor:
-    """The logits after every token, which the model itself never has all at once."""
+    """The logits after every token. The model itself never computes them all at once."""
     normed: list[Tensor] = []
     hook = model.norm.register_forward_hook(lambda *words: normed.append(words[-1]))
     mask = model.config.attention.mask(positions_BS, sliding_window=model.config.sliding_window)
@@ -85,7 +85,7 @@ def logits_of(model: Decoder, tokens_BS: Tensor, positions_BS: Tensor) -> Tensor
 
 
 def tokens_of_ranks(attention: str, tied: bool, prompts: list[list[int]]) -> list[list[int]]:
-    """What a model that all ranks share goes on with."""
+    """The tokens that a model generates, which all ranks share by tensor parallel."""
     sizes = {"n_layers": 2, "dim": 64, "n_heads": 4, "n_kv_heads": 2, "head_dim": 16, "ffn_dim": 96}
     config = resolve(
         "qwen3", f"debugmodel_{attention}".removesuffix("_sdpa"), None, {**sizes, "tie_embeddings": tied}
@@ -105,7 +105,7 @@ def tokens_of_ranks(attention: str, tied: bool, prompts: list[list[int]]) -> lis
 
 
 def refusal_of(argv: list[str]) -> str:
-    """What one rank says of a start that is refused."""
+    """The message of a start that is refused, on this rank."""
     try:
         resume_cases.start(argv)
     except ConfigError as refused:
@@ -114,13 +114,13 @@ def refusal_of(argv: list[str]) -> str:
 
 
 def held() -> int:
-    """How many bytes this process has of its own, which are no pages of files."""
+    """The bytes of anonymous memory of this process (no pages of files)."""
     status = Path("/proc/self/status").read_text()
     return int(status.partition("RssAnon:")[2].split()[0]) << 10
 
 
 def held_during(act: Callable[[], object]) -> int:
-    """How many bytes more than before this process held at the most while it did `act`."""
+    """By how many bytes the memory of this process grows at most during `act`."""
     found, over = [before := held()], Event()
 
     def look() -> None:
@@ -138,11 +138,13 @@ def held_during(act: Callable[[], object]) -> int:
 
 
 def bytes_of_a_cache() -> tuple[int, int, int]:
-    """What keys and values must take, what they take, and what one more token takes at the most meanwhile."""
+    """Bytes of keys and values: necessary, measured, and the peak while one more token is computed."""
     torch.set_num_threads(1)
     sizes = {"n_layers": 4, "n_heads": 2, "n_kv_heads": 2, "head_dim": 64, "dim": 16, "ffn_dim": 16}
     config, n_rows, n_tokens = resolve("qwen3", "debugmodel", None, sizes), 8, 2048
-    part = torch.ones(n_rows, 64, dtype=torch.int64)  # few at a time, for little else to be held
+    part = torch.ones(
+        n_rows, 64, dtype=torch.int64
+    )  # few tokens at a time, so that little other memory is held
     with Cache(config.build(), n_rows, n_tokens) as cache:
         cache.step(part, part > 0)
         before = held()
@@ -159,5 +161,5 @@ def bytes_of_a_cache() -> tuple[int, int, int]:
 
 
 def positions_of(*lengths: int) -> Tensor:
-    """Of documents one after the other in a row."""
+    """The positions of documents of these lengths in one row."""
     return torch.cat([torch.arange(length) for length in lengths])[None]

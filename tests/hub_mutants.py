@@ -1,4 +1,4 @@
-"""The bugs that exchange with Hugging Face and generation must not have, for test_mutants.py."""
+"""Bugs in the exchange with Hugging Face and in generation, for test_mutants.py."""
 
 from mutant import Mutant
 
@@ -21,7 +21,7 @@ MUTANTS = {
         f"{GATE.replace('gate', 'up')}, {SPLIT}),\n        _in_block({UP.replace('up_', 'gate_')}",
         f"{PARITY}::test_logits_are_theirs_beyond_the_original_context",
     ),
-    "hub: a scaling of the rotary base is passed over": Mutant(
+    "hub: a scaling of the rotary base is ignored": Mutant(
         NAMES,
         'if kind == "default":',
         "if True:",
@@ -45,19 +45,19 @@ MUTANTS = {
         "elif False:",
         f"{FILES}::test_a_dtype_that_would_lose_bits_or_is_none_of_weights_is_refused",
     ),
-    "hub: tensors of no weight are passed over": Mutant(
+    "hub: tensors that are no weight of the model are ignored": Mutant(
         WEIGHTS,
         "if name not in wanted and name not in ignored",
         "if False",
         f"{FILES}::test_what_does_not_fit_is_told_in_a_line_each",
     ),
-    "hub: the index is not held against the files": Mutant(
+    "hub: the index is not compared with the files": Mutant(
         WEIGHTS,
         "if listed and listed != (",
         "if False and listed != (",
         f"{FILES}::test_a_broken_or_hostile_folder_is_one_line",
     ),
-    "hub: a folder that failed stays": Mutant(
+    "hub: a failed export leaves its folder": Mutant(
         WEIGHTS,
         "        shutil.rmtree(scratch, ignore_errors=True)\n",
         "",
@@ -70,25 +70,25 @@ MUTANTS = {
         "kept.append(self.box(name, piece.offsets, piece.local.shape).clone()); piece.local.copy_(kept[-1])",
         f"{EXCHANGE}::test_weights_are_read_without_a_second_copy_of_the_model",
     ),
-    "hub: a head of its own is taken for a tied one": Mutant(
+    "hub: a separate head is taken for a tied one": Mutant(
         HUB,
         "if name in weights.places and embedding and",
         "if False and",
         f"{EXCHANGE}::test_a_tied_head_that_is_stored_a_second_time_has_to_be_the_same",
     ),
-    "hub: the export of an earlier end stays": Mutant(
+    "hub: the export of an earlier step stays": Mutant(
         HUB,
         "if json.loads((folder / SOURCE).read_bytes()) == source:",
         "if True:",
         f"{EXCHANGE}::test_the_export_is_of_the_last_step_whenever_a_run_goes_on",
     ),
-    "hub: weights start with a tokenizer that is not theirs": Mutant(
+    "hub: weights start with another tokenizer than their own": Mutant(
         "torchtitan_lite/training/record.py",
         "if theirs is None or theirs == own:",
         "if True:",
         f"{EXCHANGE}::test_a_model_is_refused_with_a_tokenizer_that_is_not_its_own",
     ),
-    "hub: any tokenizer speaks for a step": Mutant(
+    "hub: a step is used with any tokenizer": Mutant(
         "torchtitan_lite/inference/trained.py",
         "if own.fingerprint == wanted:",
         "if True:",
@@ -106,7 +106,7 @@ MUTANTS = {
         "self.next_B += tokens_BS.shape[1]",
         CACHE,
     ),
-    "generate: keys are kept for every query head": Mutant(
+    "generate: the cache repeats keys for every query head": Mutant(
         GENERATE,
         "            B, _, G, K = k_BSGK.shape\n",
         "            k_BSGK, v_BSGK = (x.repeat_interleave(q_BSHK.shape[2] // x.shape[2], 2) for x in "
@@ -119,7 +119,7 @@ MUTANTS = {
         "goes_on_B = ~torch.isin(next_B, ends)",
         f"{TEXT}::test_a_row_that_has_ended_stays_ended_and_changes_no_other",
     ),
-    "generate: the likeliest tokens one too few": Mutant(
+    "generate: top-p keeps one token too few": Mutant(
         GENERATE,
         "sorted_BV.softmax(dim=1).cumsum(dim=1) - sorted_BV.softmax(dim=1)",
         "sorted_BV.softmax(dim=1).cumsum(dim=1)",

@@ -1,4 +1,4 @@
-"""Inputs and references for the two kernels of the loss: for the tests, and for Triton's interpreter.
+"""Inputs and references for the two kernels of the loss. To check the kernels in Triton's interpreter:
 
 TRITON_INTERPRET=1 python -c "import loss_kernel_cases; loss_kernel_cases.check_kernels('cpu')"
 """
@@ -10,7 +10,7 @@ from torchtitan_lite.models.loss import IGNORE, Labels, Vocabulary
 
 
 class PlainKernels:
-    """`models.loss_kernels` in PyTorch: its reference."""
+    """The reference of `models.loss_kernels`, in PyTorch."""
 
     @staticmethod
     def row_sums(logits_CV: Tensor, labels: Labels) -> tuple[Tensor, Tensor, Tensor]:
@@ -30,22 +30,22 @@ class PlainKernels:
 
 
 def case(vocab: int, device: str) -> tuple[Tensor, Labels]:
-    """Six rows of logits, which start at multiples of 16 numbers; labels first, last, none, and not here."""
+    """Six rows of logits, each aligned to 16 numbers; labels: first, last, ignored, and of another rank."""
     generator = torch.Generator().manual_seed(0)
     room_CV = torch.randn(6, (vocab // 16 + 1) * 16, generator=generator).mul_(5)
     logits_CV = room_CV[:, :vocab]
     logits_CV[2, 3:] = -torch.inf
     logits_CV[3, : vocab // 2] = -torch.inf
-    logits_CV[4] = -torch.inf  # A row without a label: its gradient must be zero all the same.
+    logits_CV[4] = -torch.inf  # A row without a label: its gradient must be zero, not NaN.
     labels_C = torch.tensor([0, vocab - 1, 1, vocab - 1, IGNORE, 7])
     labels = Labels.of(labels_C, Vocabulary(), vocab)
-    labels.here[5] = False  # As if another rank had it.
+    labels.here[5] = False  # The label of another rank.
     room_CV, *parts = (each.to(device) for each in (room_CV, *labels))
     return room_CV[:, :vocab], Labels(*parts)
 
 
 def check_kernels(device: str) -> None:
-    """Compare the kernels with PlainKernels, for a part of a block to more than two blocks."""
+    """Compare the kernels with PlainKernels, for vocabularies from a part of a block to over two blocks."""
     from torchtitan_lite.models import loss_kernels
 
     for vocab in (17, 300, 4096, 9001):

@@ -1,4 +1,4 @@
-"""Functions that the tests of parallelism run on ranks (ranks.py)."""
+"""Functions that the tests of parallelism run on ranks (see ranks.py)."""
 
 import gc
 import json
@@ -34,7 +34,7 @@ from torchtitan_lite.training.trainer import Trainer
 
 
 def device_of_a_tensor_on_a_gpu() -> str:
-    """Of one that this rank makes."""
+    """The device of a tensor that this rank creates."""
     return str(torch.zeros(2, device="cuda").device)
 
 
@@ -61,7 +61,7 @@ def raise_on(rank: int) -> None:
 
 
 def raise_after(first: int) -> None:
-    """One rank raises, and the others soon after it."""
+    """One rank raises, and the others raise 0.2 seconds later."""
     store = dist.distributed_c10d._get_default_store()
     if dist.get_rank() == first:
         store.set("first", "")
@@ -72,7 +72,7 @@ def raise_after(first: int) -> None:
 
 
 def die_on(rank: int) -> None:
-    """One rank's process ends; the others notice, and raise."""
+    """The process of one rank ends; the other ranks notice and raise."""
     if dist.get_rank() == rank:
         os.write(2, b"the last words\n")
         os._exit(7)
@@ -80,7 +80,7 @@ def die_on(rank: int) -> None:
 
 
 def hang_on(folder: Path, *hanging: int) -> None:
-    """Some ranks hang; the process of rank R is in the file R."""
+    """Some ranks hang. Rank R writes its process id to the file R."""
     rank = dist.get_rank()
     (folder / f"{rank}.part").write_text(str(os.getpid()))
     (folder / f"{rank}.part").rename(folder / f"{rank}")
@@ -93,7 +93,7 @@ def crash() -> None:
 
 
 def crash_at_the_end() -> None:
-    """Finish, and crash when the process ends."""
+    """Finish successfully, and crash when the process ends."""
     sound = os._exit
     os._exit = lambda _: sound(9)  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -108,39 +108,39 @@ def unpicklable() -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """What a few steps come to."""
+    """The results of a training of a few steps."""
 
     losses: list[float]
     norms: list[float]
     n_tokens: list[int]
     validation: float
     gradients: dict[str, Tensor]
-    """Whole ones, of the last step, clipped."""
+    """Clipped gradients of the last step, whole tensors."""
     parameters: dict[str, Tensor]
-    """Whole ones, after the last step."""
+    """Parameters after the last step, whole tensors."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Distance:
-    """How far one training is from another, at worst; with the name of the tensor where there is one."""
+    """The largest distances between two trainings; for tensors, with the name of the tensor."""
 
     loss: float
     norm: float
     validation: float
     gradient: tuple[float, str]
-    """max |a - b| / max |b| of the tensor where that is largest."""
+    """max |a - b| / max |b| of the tensor for which it is largest."""
     parameter: tuple[float, str]
     gradient_norm: tuple[float, str]
-    """norm(a - b) / norm(b) of the tensor where that is largest."""
+    """norm(a - b) / norm(b) of the tensor for which it is largest."""
     parameter_norm: tuple[float, str]
     other_names: list[str]
-    """Of gradients and parameters that only one of the two has."""
+    """Names of gradients and parameters that only one of the trainings has."""
     other_tokens: bool
-    """Whether they count different numbers of tokens."""
+    """Whether the trainings count different numbers of tokens."""
 
 
 def write_documents(path: Path) -> None:
-    """Short documents, of which a sample has several, and now and then one that is longer than any sample."""
+    """Write short documents, several to a sample; every twentieth is longer than a sample."""
     rng = random.Random(0)
     words = ["".join(rng.choices("abcdefghij", k=rng.randint(1, 6))) for _ in range(40)]
     with path.open("w", encoding="utf-8") as file:
@@ -151,7 +151,7 @@ def write_documents(path: Path) -> None:
 
 @contextmanager
 def precision(double: bool) -> Iterator[None]:
-    """Within it models are built of, and compute in, float64 where `double` says so."""
+    """If `double`, models that are built in this context have float64 weights and compute in float64."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64 if double else torch.float32)
     dtype = mock.PropertyMock(return_value=torch.float64)
@@ -163,7 +163,7 @@ def precision(double: bool) -> Iterator[None]:
 
 
 def here() -> World:
-    """The place of this process among the ranks of its process group, or alone."""
+    """The World of this process in its process group, or of a single process."""
     if not dist.is_initialized():
         return World()
     rank, size = dist.get_rank(), dist.get_world_size()
@@ -177,7 +177,7 @@ def new_trainer(argv: Sequence[str]) -> Trainer:
 
 
 def keep_gradients(trainer: Trainer) -> None:
-    """From now on a step leaves its gradients where they are."""
+    """Let steps keep their gradients."""
     trainer.state.optimizer.zero_grad = lambda set_to_none=True: None
 
 
@@ -187,7 +187,7 @@ def train(argv: Sequence[str], n_steps: int, double: bool) -> Training:
         steps = [trainer.stepper.train_step() for _ in range(n_steps - 1)]
         keep_gradients(trainer)
         steps.append(trainer.stepper.train_step())
-        # Before the validation, which leaves no gradients where weights are kept after a forward.
+        # Read the gradients before the validation, which removes them if weights are kept after a forward.
         parameters = dict(trainer.state.model.named_parameters())
         gradients = {name: whole(p.grad) for name, p in parameters.items() if p.grad is not None}
         parameters = {name: whole(p) for name, p in parameters.items()}
@@ -203,12 +203,12 @@ def train(argv: Sequence[str], n_steps: int, double: bool) -> Training:
 
 
 def whole(x: Tensor) -> Tensor:
-    """All of a tensor of which this rank may have a shard."""
+    """The whole tensor, of which this rank may hold a shard."""
     return (x.full_tensor() if isinstance(x, DTensor) else x).detach().cpu()
 
 
 def distance_to(saved: Path, argv: Sequence[str], n_steps: int, double: bool) -> Distance:
-    """How far this rank's training is from the one that is saved."""
+    """The distance of this rank's training from the saved training."""
     return distance(train(argv, n_steps, double), Training(**torch.load(saved, mmap=True)))
 
 
@@ -238,7 +238,7 @@ def distance(found: Training, wanted: Training) -> Distance:
 
 
 def state_bytes(argv: Sequence[str]) -> dict[str, int]:
-    """The bytes that this rank holds between two steps of the weights, their gradients and the optimizer."""
+    """The bytes of weights, gradients and optimizer state that this rank holds between two steps."""
     trainer = new_trainer(argv)
     keep_gradients(trainer)
     trainer.stepper.train_step()
@@ -252,7 +252,7 @@ def state_bytes(argv: Sequence[str]) -> dict[str, int]:
 
 
 def n_parameters(argv: Sequence[str]) -> int:
-    """How many parameters this rank holds."""
+    """The number of parameters that this rank holds."""
     parameters = new_trainer(argv).state.model.parameters()
     return sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in parameters)
 
@@ -260,7 +260,7 @@ def n_parameters(argv: Sequence[str]) -> int:
 def agreed_flags(
     argv: Sequence[str], own: Sequence[Sequence[bool]]
 ) -> tuple[list[Sequence[bool]], list[int]]:
-    """The flags that this rank gets where each rank sets its `own`, and in none; the sums of both steps."""
+    """Two steps, with each rank's `own` flags and without: the agreed flags, the numbers of all-reduces."""
     trainer, sums = new_trainer(argv), []
     trainer.stepper.train_step()
     rank = trainer.world.rank
@@ -273,7 +273,7 @@ def agreed_flags(
 
 
 def said_of_work(argv: Sequence[str]) -> list[str]:
-    """The lines that this rank's console gets about the work of the first step."""
+    """The lines about the work of the first step on this rank's console."""
     trainer, said = new_trainer(argv), []
     run = run_info(job=trainer.job, rank=trainer.world.rank, world_size=trainer.world.size)
     hook = work.WorkConfig().build(run)
@@ -285,13 +285,13 @@ def said_of_work(argv: Sequence[str]) -> list[str]:
 
 
 def n_bytes(tensors: Sequence[Tensor]) -> int:
-    """What the memory below this rank's tensors takes; what several share, once."""
+    """The bytes of memory of this rank's tensors. Shared memory counts once."""
     storages = [(x.to_local() if isinstance(x, DTensor) else x).untyped_storage() for x in tensors]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 class Made(TorchDispatchMode):
-    """Notes the memory that operators take for what they return, without keeping it alive."""
+    """Notes the memory of the tensors that operators return, without keeping the memory alive."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -311,7 +311,7 @@ class Made(TorchDispatchMode):
         return {reference.cdata: reference for reference in references}
 
     def alive(self) -> int:
-        """Bytes of what is still there."""
+        """The bytes that are not freed yet."""
         storages = [
             torch.UntypedStorage._new_with_weak_ptr(reference.cdata) for reference in self.storages.values()
         ]
@@ -319,18 +319,19 @@ class Made(TorchDispatchMode):
 
 
 def kept_bytes(argv: Sequence[str]) -> int:
-    """What the forward of one micro-batch leaves for its backward, besides the weights.
+    """The bytes that the forward of one micro-batch keeps for its backward, without weights.
 
-    Measured as what is still there of all that it made: recompute keeps some out of autograd's sight.
+    Counts all memory that the forward allocated and has not freed, because recompute keeps some tensors that
+    autograd does not see.
     """
     trainer = new_trainer(argv)
-    trainer.stepper.train_step()  # what is made once, and stays
+    trainer.stepper.train_step()  # allocates what stays for the whole run
     batch = next(trainer.state.batches)
     with Made() as made:
         loss, _ = trainer.stepper.loss_of(batch)
     gc.collect()
     kept = made.alive()
-    # Threads of gloo let go of what they have sent a moment later.
+    # Threads of gloo free sent tensors a moment later.
     for _ in range(20 if dist.is_initialized() else 0):
         time.sleep(0.01)
         kept = min(kept, made.alive())
@@ -339,7 +340,7 @@ def kept_bytes(argv: Sequence[str]) -> int:
 
 
 def exchanges(argv: Sequence[str]) -> dict[str, int]:
-    """How often each collective operator ran in a step, the second one."""
+    """The number of calls of each collective operator in the second step."""
     trainer = new_trainer(argv)
     trainer.stepper.train_step()
     with Exchanges() as counted:
@@ -348,7 +349,7 @@ def exchanges(argv: Sequence[str]) -> dict[str, int]:
 
 
 class Exchanges(TorchDispatchMode):
-    """Counts the operators that talk to other ranks."""
+    """Counts the calls of collective operators."""
 
     def __init__(self) -> None:
         super().__init__()
