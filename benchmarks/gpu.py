@@ -62,33 +62,33 @@ def main() -> None:
         peers=Path(environment["PEERS"]).absolute() if environment.get("PEERS") else None,
         commands=tuple(args.commands),
     )
-    items = items_of(args.what, sizes)
+    items = items_of(args.suite, sizes)
     if unknown := sorted(set(args.items) - {item.name for item in items}):
         sys.exit(f"no such items: {' '.join(unknown)}; there are {' '.join(item.name for item in items)}")
     items = [item for item in items if item.name in args.items or not args.items]
     if sizes.small:  # a trial may run on a slow and busy machine
         items = [replace(item, seconds=4 * item.seconds) for item in items]
     cores = os.cpu_count() or 1
-    n_lanes = int(environment.get("LANES", max(1, cores * 3 // 4))) if args.what == "check" else 1
+    n_lanes = int(environment.get("LANES", max(1, cores * 3 // 4))) if args.suite == "check" else 1
     run = Run(
         out=Path(environment.get("OUT", "outputs/benchmarks")),
         seconds=float(environment.get("SECONDS_IN_ALL", 310)),
-        environment=variables(sizes, args.what, cores, n_lanes),
+        environment=variables(sizes, args.suite, cores, n_lanes),
     )
     # Do not change a cache that the user named.
-    if args.what == "speed" and "TORCHINDUCTOR_CACHE_DIR" not in environment:
+    if args.suite == "speed" and "TORCHINDUCTOR_CACHE_DIR" not in environment:
         forget_choices(Path(run.environment["TORCHINDUCTOR_CACHE_DIR"]))
     results = run.all(items, n_lanes)
-    print(last_line(args.what, results), flush=True)
+    print(last_line(args.suite, results), flush=True)
     sys.exit(0 if all(result["status"] == "passed" for result in results) else 1)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="gpu.sh", description=__doc__, formatter_class=raw)
-    what = parser.add_subparsers(dest="what", required=True)
+    suites = parser.add_subparsers(dest="suite", required=True)
     check, speed = (
-        what.add_parser(name, description=__doc__, formatter_class=raw) for name in ("check", "speed")
+        suites.add_parser(name, description=__doc__, formatter_class=raw) for name in ("check", "speed")
     )
     speed.add_argument("commands", nargs="*", default=[], metavar="COMMAND", help="runs another program")
     for each in (check, speed):
@@ -97,7 +97,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def variables(sizes: Sizes, what: str, cores: int, n_lanes: int) -> dict[str, str]:
+def variables(sizes: Sizes, suite: str, cores: int, n_lanes: int) -> dict[str, str]:
     """The environment variables of the items."""
     cache = Path(os.environ.get("CACHE", "outputs/gpu-cache")).absolute()
     found = {
@@ -109,7 +109,7 @@ def variables(sizes: Sizes, what: str, cores: int, n_lanes: int) -> dict[str, st
         "HF_HUB_OFFLINE": "1",
         "TT022": os.environ.get("TT022", os.environ.get("PACKAGES", "")),
     }
-    if what == "check" and sizes.device == "cuda":
+    if suite == "check" and sizes.device == "cuda":
         found |= {"OMP_NUM_THREADS": str(max(1, cores // n_lanes)), "TORCHINDUCTOR_COMPILE_THREADS": "4"}
     return found
 
@@ -223,7 +223,7 @@ def described(result: dict[str, Any]) -> str:
     )
 
 
-def last_line(what: str, results: Sequence[dict[str, Any]]) -> str:
+def last_line(suite: str, results: Sequence[dict[str, Any]]) -> str:
     """How many items passed, and the names of the others."""
     passed = sum(result["status"] == "passed" for result in results)
     others = {
@@ -231,7 +231,7 @@ def last_line(what: str, results: Sequence[dict[str, Any]]) -> str:
         for status in ("failed", "timeout", "skipped")
     }
     words = [f"{status}: {' '.join(names)}" for status, names in others.items() if names]
-    return "; ".join([f"{what}: {passed} of {len(results)} passed", *words])
+    return "; ".join([f"{suite}: {passed} of {len(results)} passed", *words])
 
 
 if __name__ == "__main__":

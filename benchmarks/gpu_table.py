@@ -76,9 +76,9 @@ ONE = ("--attention", "sdpa")
 PACKED = {kind: ("--attention", kind, "--documents", 16, 700) for kind in ("varlen", "flex", "sdpa")}
 
 
-def items_of(what: str, sizes: Sizes) -> list[Item]:
+def items_of(suite: str, sizes: Sizes) -> list[Item]:
     """The items of `check` or `speed`; on a CPU, those that need no GPU."""
-    return check(sizes) if what == "check" else speed(sizes)
+    return check(sizes) if suite == "check" else speed(sizes)
 
 
 def check(sizes: Sizes) -> list[Item]:

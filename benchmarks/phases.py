@@ -3,12 +3,13 @@
     benchmarks/phases.py --preset tiny --dtype bf16
     benchmarks/phases.py --device cuda --dtype bf16 --compile --counter SYMBOL     # launches: see counters.py
 
-Takes the options of step.py too (step.py --help). Operators and bytes are counted as torch dispatches them,
-so not with --compile: the operators of a compiled block are not dispatched one by one. An operator that only
-makes a view is not counted. Any other operator counts as reading each of its tensors once, and as writing
-each tensor that it returns or changes once. Prints a line for each phase: operators, bytes read and written,
-and the bytes in units of P, the size of all parameters in float32. With a counter, prints the launches of
-each phase.
+Also takes the options of step.py (step.py --help). Prints a line for each phase: operators, bytes read and
+written, and the bytes in units of P, the size of all parameters in float32. With a counter, prints the
+launches of each phase.
+Operators and bytes are counted when torch dispatches an operator. torch does not dispatch the operators of a
+compiled block, so --compile counts only launches. An operator that only makes a view is not counted. Any
+other operator counts as reading each of its tensors once, and writing each tensor that it returns or changes
+once.
 """
 
 import argparse

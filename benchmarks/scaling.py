@@ -7,8 +7,8 @@ With --ranks: the second step on rank 0. The global batch is the same for every 
 Prints calls of collectives and the bytes of their inputs, bytes of the rank's tensors, and the bytes that one
 micro-batch keeps for its backward.
 With --sequences: the second step, on one document. Prints the peak resident memory of the step minus the
-resident memory before it (Linux), and the growth: memory grew since the shorter sequence before with this
-power of the length. 1.0 is linear, 2.0 quadratic.
+resident memory before it (Linux), and the growth: the exponent with which memory grows with the length, from
+the next shorter sequence to this one. 1.0 is linear, 2.0 quadratic.
 """
 
 import argparse
@@ -176,7 +176,7 @@ def trainer_of(options: list[str], folder: Path, n_samples: int) -> Trainer:
 
 
 def with_growth(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The reports with their growth: memory grew with this power of the length since the report before."""
+    """The reports with their growth: the exponent with which memory grows with the length, since the last."""
     for last, row in pairwise(rows):
         beyond = math.log(row["bytes_per_token"] / last["bytes_per_token"])
         row["growth"] = round(1 + beyond / math.log(row["tokens"] / last["tokens"]), 3)

@@ -4,7 +4,6 @@
 """
 
 import itertools
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -15,6 +14,7 @@ import parallel_cases
 import torch
 import torch._dynamo
 import torch.distributed as dist
+from programs import words_of
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from torchtitan_lite.attention.capabilities import INSTALL_FA4
@@ -74,7 +74,7 @@ class Combination:
             "compile.enable": "true" if self.compile == "on" else "false",
             "compile.backend": compiler,
         }
-        return ["--model.attention", *ATTENTIONS[self.attention], *as_words(options)]
+        return ["--model.attention", *ATTENTIONS[self.attention], *words_of(options)]
 
 
 @dataclass(frozen=True)
@@ -189,16 +189,12 @@ def with_table(page: str) -> str:
     return written
 
 
-def as_words(options: dict[str, object]) -> list[str]:
-    return [word for key, value in options.items() for word in (f"--{key}", str(value))]
-
-
 def tiny_run(path: object, cache: object, device: str = "cpu", dtype: str = "float32") -> list[str]:
     """The options of all combinations: packed documents and a model of two blocks."""
     options = {
         "job.device": device,
         "model.flavor": "debugmodel",
-        "model.overrides": json.dumps(SIZES),
+        "model.overrides": SIZES,
         "data.dataset": "jsonl",
         "data.path": path,
         "data.cache-dir": cache,
@@ -209,7 +205,7 @@ def tiny_run(path: object, cache: object, device: str = "cpu", dtype: str = "flo
         "training.mixed-precision-param": dtype,
         "lr-scheduler.warmup-steps": 2,
     }
-    return as_words(options)
+    return words_of(options)
 
 
 def product() -> Iterator[Combination]:

@@ -103,11 +103,11 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def small_run(text_folder: Path, tmp_path: Path) -> list[str]:
     """Options of a run of five steps in the folder `tmp_path / "run"`; it takes a second on a CPU."""
-    overrides = '{"n_layers": 2, "dim": 32, "n_heads": 4, "n_kv_heads": 2, "head_dim": 8, "ffn_dim": 64}'
+    sizes = {"n_layers": 2, "dim": 32, "n_heads": 4, "n_kv_heads": 2, "head_dim": 8, "ffn_dim": 64}
     options = {
         "job.dump-folder": tmp_path / "run",
         "job.device": "cpu",
-        "model.overrides": overrides,
+        "model.overrides": sizes,
         "data.dataset": "text",
         "data.path": text_folder,
         "data.cache-dir": text_folder.parent / "cache",
@@ -119,7 +119,7 @@ def small_run(text_folder: Path, tmp_path: Path) -> list[str]:
         "metrics.peak-flops": 1e11,
         "metrics.enable-tensorboard": "false",
     }
-    return [word for key, value in options.items() for word in (f"--{key}", str(value))]
+    return programs.words_of(options)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import contextlib
 import functools
 import gc
 import io
+import json
 import linecache
 import multiprocessing
 import multiprocessing.process
@@ -82,6 +83,15 @@ def environment(**changes: str) -> dict[str, str]:
     kept = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
     changed = {**kept, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **changes}
     return {key: value for key, value in changed.items() if value}
+
+
+def words_of(options: Mapping[str, object]) -> list[str]:
+    """The words of a command line: {"training.steps": 5} becomes --training.steps 5. A dict becomes JSON."""
+    return [
+        word
+        for key, value in options.items()
+        for word in (f"--{key}", json.dumps(value) if isinstance(value, dict) else str(value))
+    ]
 
 
 class _Forked(subprocess.Popen[str]):
@@ -218,6 +228,7 @@ def _become(
         is_unbuffered = "-u" in words[:1] or bool(env.get("PYTHONUNBUFFERED"))
         _open_streams(is_unbuffered)
         _compute_in(env.get("OMP_NUM_THREADS"))
+        _tell_launcher()
         status = _status_of(words[1:] if "-u" in words[:1] else words)
         threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue]
         atexit._run_exitfuncs()
@@ -314,13 +325,11 @@ def _run(words: list[str]) -> None:
     if how == "-m":
         sys.argv = rest
         sys.path[:0] = [os.getcwd(), *own]
-        _tell_launcher()
         sys.modules.pop(rest[0], None)
         runpy._run_module_as_main(rest[0])  # pyright: ignore[reportAttributeAccessIssue]
     elif how == "-c":
         sys.argv = ["-c", *rest[1:]]
         sys.path[:0] = ["", *own]
-        _tell_launcher()
         code = compile(rest[0], "<string>", "exec")
         if sys.version_info >= (3, 13):  # tracebacks show the lines of -c
             lines = rest[0].splitlines(keepends=True)
@@ -331,7 +340,6 @@ def _run(words: list[str]) -> None:
         sys.argv = words
         sys.path[:0] = [str(Path(how).resolve().parent), *own]
         main.__dict__.update(__file__=how, __cached__=None)
-        _tell_launcher()
         exec(compile(Path(how).read_bytes(), how, "exec"), main.__dict__)  # noqa: S102 (as Python does)
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from parallel_cases import here, precision, whole
+from programs import words_of
 from torch import Tensor
 
 from torchtitan_lite import train
@@ -35,12 +36,7 @@ MODEL = {"n_layers": 2, "dim": 32, "head_dim": 8, "ffn_dim": 48}
 
 def options(**values: object) -> list[str]:
     """The words of a command line: `data__path="x"` becomes --data.path x."""
-    pairs = ((key.replace("__", ".").replace("_", "-"), value) for key, value in values.items())
-    return [
-        word
-        for key, value in pairs
-        for word in (f"--{key}", json.dumps(value) if isinstance(value, dict) else str(value))
-    ]
+    return words_of({key.replace("__", ".").replace("_", "-"): value for key, value in values.items()})
 
 
 def run_of(texts: Path, cache: Path, **changes: object) -> list[str]:
@@ -156,13 +152,12 @@ class _Seen:
         self.stop.asked = world.rank == world.size - 1
 
 
-def wait_for_save(state: TrainState, checkpoint: CheckpointConfig, folder: Path, within: float = 60) -> None:
+def wait_for_save(state: TrainState, checkpoint: CheckpointConfig, folder: Path) -> None:
     """Wait until the last due step is saved: a save in the background may still be running."""
     due = state.step // checkpoint.interval * checkpoint.interval
-    steps, deadline = Steps(folder / checkpoint.folder), time.monotonic() + within
-    while due > state.began and due not in steps.published():
-        assert time.monotonic() < deadline, f"step {due} is not saved after {within} seconds"
-        time.sleep(0.01)
+    if due > state.began:
+        steps = Steps(folder / checkpoint.folder)
+        assert wait_until(lambda: due in steps.published()), f"step {due} is not saved after a minute"
 
 
 def hash_of(*tensors: Tensor) -> str:
@@ -267,11 +262,14 @@ def main(*words: object) -> int:
                 file.close()
 
 
-def wait_until(is_so: Callable[[], bool]) -> None:
-    """Wait until `is_so()`, for at most half a minute."""
-    deadline = time.monotonic() + 30
-    while not is_so() and time.monotonic() < deadline:
+def wait_until(is_so: Callable[[], bool]) -> bool:
+    """Wait until `is_so()`, for at most a minute. Returns whether it is so."""
+    deadline = time.monotonic() + 60
+    while not is_so():
+        if time.monotonic() > deadline:
+            return False
         time.sleep(0.01)
+    return True
 
 
 def start_with_a_failing_rank(argv: Sequence[str], rank: int) -> Start:
