@@ -176,7 +176,7 @@ def trainer_of(options: list[str], folder: Path, n_samples: int) -> Trainer:
 
 
 def with_growth(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The reports with their growth: the exponent with which memory grows with the length, since the last."""
+    """Add its growth (see the docstring of this module) to each report except the first."""
     for last, row in pairwise(rows):
         beyond = math.log(row["bytes_per_token"] / last["bytes_per_token"])
         row["growth"] = round(1 + beyond / math.log(row["tokens"] / last["tokens"]), 3)

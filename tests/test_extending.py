@@ -161,7 +161,10 @@ def test_the_norms_of_the_post_norm_block_come_after_attention_and_feed_forward(
     positions_BS = torch.arange(4)[None]
     inputs = torch.randn(1, 4, config.dim), rotation(positions_BS, config.head_dim, 1e4, None)
     mask = config.attention.mask(positions_BS)
+    last_layers = block.attention.wo, block.ffn.w2
+    for last in last_layers:
+        last.weight.data.mul_(1000)  # so that the norm's eps does not matter
     before_BSD = block(*inputs, mask)
-    for last in (block.attention.wo, block.ffn.w2):
+    for last in last_layers:
         last.weight.data.mul_(8)  # a norm right after the layer removes the factor
     torch.testing.assert_close(block(*inputs, mask), before_BSD, rtol=1e-3, atol=1e-3)
