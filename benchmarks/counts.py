@@ -58,7 +58,8 @@ TWO_RANKS = {
     "fsdp": ("data_parallel_shard_degree=2",),
 }
 FIGURES = ("launches", "of_plain", "waits", "pageable", "graphs", "breaks", "recompiles", "peak_gib")
-COLUMNS = ("attention", "rows", "how", "recompute", "with", *(name.replace("_", " ") for name in FIGURES))
+_TITLES = [name.replace("_", " ").replace("gib", "GiB") for name in FIGURES]
+COLUMNS = ("attention", "rows", "how", "recompute", "with", *_TITLES)
 
 
 @dataclass(frozen=True, order=True)
