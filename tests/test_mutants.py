@@ -164,7 +164,7 @@ MUTANTS = {
         "torchtitan_lite/registry.py",
         "elif name in self.reserved or not _is_same(",
         "elif name in self.reserved and not _is_same(",
-        "tests/test_registry.py::test_a_name_that_exists_is_refused_and_what_has_it_stays",
+        "tests/test_registry.py::test_a_taken_name_is_refused_and_its_member_stays",
     ),
     "the shards of a plugin's dataset are those of other options": Mutant(
         "torchtitan_lite/data/shards.py",
@@ -377,7 +377,7 @@ def test_a_test_fails_on(name, server):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file", sorted({test.partition("::")[0] for test in TESTS}))
-def test_none_fails_without_a_bug(file, server):
+def test_no_test_fails_without_a_bug(file, server):
     """A test that fails without a bug shows nothing when it fails with one."""
     outcome = server.run([test for test in TESTS if test.startswith(f"{file}::")])
     assert outcome.status == 0, outcome.output

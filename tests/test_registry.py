@@ -104,7 +104,7 @@ def test_a_module_that_is_imported_again_replaces_its_own_members() -> None:
     assert registry.optimizers.members["Descent"] is sys.modules["mine"].Descent
 
 
-def test_a_name_that_exists_is_refused_and_what_has_it_stays() -> None:
+def test_a_taken_name_is_refused_and_its_member_stays() -> None:
     (line,) = refusals(OPTIMIZER.replace('"Mine"', '"AdamW"'))
     assert line == 'registers the optimizer "AdamW", which exists: choose another name'
     assert registry.optimizers.members["AdamW"] is AdamW
