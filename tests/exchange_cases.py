@@ -204,10 +204,8 @@ def watch_loss(x_BSD: Tensor, weight_VD: Tensor, labels_BS: Tensor) -> tuple[lis
     mesh = build_mesh(Degrees(tensor=dist.get_world_size()), "cpu").tensor
     module = OwnShareOfVocabulary(LinearCrossEntropy(), mesh)
     x_BsD, weight = _tokens_and_rows(mesh, x_BSD, weight_VD)
-    with (
-        Watch() as seen,
-        mock.patch.object(loss, "_LITTLE_BYTES", 0),
-    ):  # so that a few logits make several chunks
+    # Few logits then make several chunks.
+    with Watch() as seen, mock.patch.object(loss, "_LITTLE_BYTES", 0):
         module(x_BsD, weight, labels_BS)[0].backward()
     return seen.sent, seen.largest
 

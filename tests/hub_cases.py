@@ -142,9 +142,7 @@ def bytes_of_a_cache() -> tuple[int, int, int]:
     torch.set_num_threads(1)
     sizes = {"n_layers": 4, "n_heads": 2, "n_kv_heads": 2, "head_dim": 64, "dim": 16, "ffn_dim": 16}
     config, n_rows, n_tokens = resolve("qwen3", "debugmodel", None, sizes), 8, 2048
-    part = torch.ones(
-        n_rows, 64, dtype=torch.int64
-    )  # few tokens at a time, so that little other memory is held
+    part = torch.ones(n_rows, 64, dtype=torch.int64)  # few tokens at a time need little other memory
     with Cache(config.build(), n_rows, n_tokens) as cache:
         cache.step(part, part > 0)
         before = held()
