@@ -1,16 +1,18 @@
-"""Each attention backend, forward and backward, against the raw kernel call, and what copies would cost.
+"""Compares each attention backend with the kernel alone, forward and backward, and measures costs of copies.
 
     benchmarks/attention.py --seq 512 2048 --heads 8/4 8/8 --dtype bf16 --compiled-kernel --json
 
-One layer's attention, of rows that are one document each (single) or many (packed). Raw is the kernel alone,
-on tensors made as it takes them: F.scaled_dot_product_attention, in a loop over packed documents; on CUDA
-torch's varlen_attn for those, and for flex a compiled flex_attention. "keys repeated" gives sdpa a key for
-each query head; "layout copied" copies q, k, v and the output to [B, H, S, K] and back.
+Runs the attention of one layer, on rows of one document (single) or of many documents (packed). The raw way
+calls the kernel alone, on tensors in the kernel's own layout: F.scaled_dot_product_attention, in a loop over
+packed documents. On CUDA, torch's varlen_attn takes packed documents, and flex is compared with a compiled
+flex_attention. "keys repeated" gives sdpa a key for each query head. "layout copied" copies q, k, v and the
+output to [B, H, S, K] and back.
 
-The ways take turns; times are medians, times_of_raw the median of the ratios within a round. TFLOP/s counts
-4 H K n (n + 1) / 2 for a document of n tokens, and 2.5 times that backward. mib is what one forward and
-backward allocate: on a CPU the sum over all operators, on CUDA the peak. copies (of q, k, v, the output and
-their gradients) and cats are aten's: compiled kernels do without. own_kernel: ours for CPUs, not torch's.
+The ways take turns. Times are medians; times_of_raw is the median of the ratios within a round. TFLOP/s
+counts 4 H K n (n + 1) / 2 for a document of n tokens, and 2.5 times that for the backward. mib is the memory
+that one forward and backward allocate: on a CPU the sum over all operators, on CUDA the peak. copies and cats
+count calls of aten's operators (copies: of q, k, v, the output and their gradients); compiled kernels make
+none. own_kernel is True for our kernel for CPUs, False for torch's.
 B rows, S tokens, H query heads, G key/value heads, K head dim.
 """
 
@@ -25,6 +27,7 @@ from time import perf_counter
 from typing import Any, NamedTuple, cast
 
 import torch
+from loss import DTYPES, table
 from synthetic import lengths_between
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
@@ -37,12 +40,11 @@ from torchtitan_lite.attention.native import compile_kernel, takes
 
 BACKENDS: dict[str, Any] = {"sdpa": Sdpa(), "flex": Flex(), "varlen": Varlen()}
 BACKENDS["flex_flash"] = Flex(kernel_options={"BACKEND": "FLASH"})
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def main() -> None:
     args = parse()
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler reports its every start
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise the profiler prints a line at each start
     if args.compiled_kernel:
         compile_kernel(args.head_dim)
     shape = {"dtype": DTYPES[args.dtype], "head_dim": args.head_dim, "n_heads": 1, "n_kv_heads": 1}
@@ -61,11 +63,18 @@ def parse() -> Namespace:
     add("--heads", nargs="+", default=["8/4", "8/8"], metavar="H/G", help="H a multiple of G")
     add("--head-dim", type=int, default=32)
     add("--tokens", type=int, help="of all rows together; default: 4096, on CUDA 16384")
-    add("--documents", type=int, nargs=2, default=(16, 700), metavar=("MIN", "MAX"), help="packed ones")
+    add(
+        "--documents",
+        type=int,
+        nargs=2,
+        default=(16, 700),
+        metavar=("MIN", "MAX"),
+        help="their lengths, if packed",
+    )
     add("--dtype", choices=DTYPES, help="default: fp32, on CUDA bf16")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     add("--backends", nargs="+", choices=BACKENDS, default=["sdpa", "flex", "varlen"])
-    add("--compiled-kernel", action="store_true", help="our own for CPUs, as in runs that are compiled")
+    add("--compiled-kernel", action="store_true", help="our kernel for CPUs, as in compiled runs")
     add("--rounds", type=int, default=7)
     add("--json", action="store_true", help="print a line of JSON")
     args = parser.parse_args()
@@ -76,7 +85,7 @@ def parse() -> Namespace:
 
 
 class Case(NamedTuple):
-    """What is computed: `ends` are the cumulative lengths of documents from 0 on, none across rows."""
+    """One attention to compute. `ends` are cumulative lengths of documents, from 0; none crosses a row."""
 
     args: Namespace
     kind: str
@@ -122,9 +131,9 @@ def ways(case: Case, names: list[str]) -> Iterator[Way]:
 
 
 def ours(case: Case, name: str, change: str = "") -> Way:
-    """A backend; `change` is what is done to the tensors before and after it."""
+    """A backend. `change` names what is done to the tensors before and after the backend."""
     inner, mask, qkv = BACKENDS[name].build(), case.mask(name), case.qkv()
-    tiles = mask.tiles  # may be none on CUDA
+    tiles = mask.tiles  # may be None on CUDA
     own_kernel = tiles is not None and takes(qkv[0], tiles.table)
 
     def act(x_BSHK: Tensor) -> Tensor:
@@ -137,7 +146,7 @@ def ours(case: Case, name: str, change: str = "") -> Way:
 
 
 def raw(case: Case, flex: str = "") -> Way:
-    """A kernel alone, one call or one for each document: all that it takes is there before."""
+    """A kernel alone, in one call or one call per document. All its inputs are made beforehand."""
     attend, calls, n = cast(Any, scaled_dot_product_attention), [case.qkv(transposed=True)], case.seq_len
     options: dict[str, Any] = {"enable_gqa": case.heads[0] != case.heads[1]}
     if flex:
@@ -159,7 +168,7 @@ def raw(case: Case, flex: str = "") -> Way:
 
 def measured(case: Case, found: list[Way]) -> Iterator[dict[str, Any]]:
     """A row for each way."""
-    torch.compiler.reset()  # else a kernel may be made for all shapes so far
+    torch.compiler.reset()  # otherwise a kernel may be compiled for all shapes so far
     turns = [(way, [torch.randn(x.shape).to(x) for x in way.forward()]) for way in found]
     seconds: dict[str, list[tuple[float, float]]] = {way.name: [] for way in found}
     for number in range(2 + case.args.rounds):
@@ -181,7 +190,7 @@ def measured(case: Case, found: list[Way]) -> Iterator[dict[str, Any]]:
 def once(way: Way, douts: list[Tensor]) -> tuple[float, float]:
     """Seconds of a forward and of its backward."""
     wait = torch.cuda.synchronize if douts[0].is_cuda else lambda: None
-    began = perf_counter()  # the device is idle: the turn before has waited for it
+    began = perf_counter()  # the device is idle: the previous turn waited for it
     outs = way.forward()
     wait()
     middle = perf_counter()
@@ -191,7 +200,7 @@ def once(way: Way, douts: list[Tensor]) -> tuple[float, float]:
 
 
 def traffic(way: Way, douts: list[Tensor]) -> dict[str, float]:
-    """What a forward and a backward allocate, and how often they copy and put together."""
+    """The MiB that a forward and a backward allocate, and their numbers of copies and concatenations."""
     is_cuda, before = douts[0].is_cuda, torch.cuda.memory_allocated()
     if is_cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -210,10 +219,7 @@ def described(report: dict[str, Any]) -> str:
     lines = ["{device}, {threads} threads, torch {torch}, {dtype}, head dim {head_dim}".format(**report)]
     for name, reasons in report["refused"].items():
         lines += [f"{name} is refused here: {' '.join(map(str, why))}" for why in reasons]
-    table = [list(report["rows"][0]), *(list(row.values()) for row in report["rows"])]
-    widths = [max(len(str(x)) for x in column) for column in zip(*table, strict=True)]
-    lines += ["  ".join(f"{x!s:>{n}}" for x, n in zip(row, widths, strict=True)) for row in table]
-    return "\n".join(lines)
+    return "\n".join([*lines, table(report["rows"])])
 
 
 if __name__ == "__main__":

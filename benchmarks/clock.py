@@ -1,4 +1,4 @@
-"""Measures time on a device, by CUDA events on a GPU, and the time of each phase of a step."""
+"""Measures time on a device (by CUDA events on a GPU), and the time of each phase of a step."""
 
 from itertools import pairwise
 from time import perf_counter
@@ -17,7 +17,7 @@ class Clock:
         self._marks: list[tuple[str, Any]] = []
 
     def mark(self, phase: str) -> None:
-        """End a phase here; "" ends a time that belongs to no phase."""
+        """End a phase here; "" ends an interval that belongs to no phase."""
         self._marks.append((phase, self.tick()))
 
     def forget(self) -> None:

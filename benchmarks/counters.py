@@ -1,7 +1,7 @@
-"""Counts what training steps ask of a GPU: with torch's profiler, or with a counting library.
+"""Counts launches, waits and copies of training steps on a GPU, with torch's profiler or a counting library.
 
-A counting library is loaded before CUDA's runtime and takes its calls. If the library does nothing else with
-them, no GPU is needed. It exports `long SYMBOL(int what)`; `_PLACES` lists the values of `what`.
+A counting library is loaded before CUDA's runtime and takes its calls. If the library only counts the calls,
+no GPU is needed. The library exports `long SYMBOL(int what)`; `_PLACES` lists the values of `what`.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-# "products" are calls of cuBLAS: the library takes them whole, so their launches are not seen.
+# "products" are calls of cuBLAS. The library takes a whole call, so it does not see the call's launches.
 _PLACES = {"launches": 0, "waits": 1, "to_device": 2, "to_host": 3, "products": 5, "pageable": 9}
 _SPAN = "the steps that count"
 _LAUNCH = re.compile(r"(cudaLaunch(Cooperative)?Kernel|cuLaunch(Cooperative)?Kernel|cudaGraphLaunch)")
@@ -47,7 +47,7 @@ class Counts:
 
 
 Counting = Callable[[Callable[[], object]], Counts]
-"""Calls a function and counts what the function asks of the device."""
+"""Calls a function and counts the function's launches, waits and copies."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -56,17 +56,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     COUNTERS="SYMBOL SYMBOL ..." in the environment gives their defaults.
     """
     first, *others = os.environ.get("COUNTERS", "").split() or [None]
-    parser.add_argument("--counter", metavar="SYMBOL", default=first, help="the counter of a library")
+    parser.add_argument("--counter", metavar="SYMBOL", default=first, help="counting function of a library")
     parser.add_argument(
-        "--also", metavar="SYMBOL", nargs="+", default=others, help="its further counters of launches"
+        "--also",
+        metavar="SYMBOL",
+        nargs="+",
+        default=others,
+        help="further functions that count launches",
     )
 
 
 def reader(symbol: str, also: Iterable[str] = ()) -> Callable[[], Counts]:
-    """Returns a function that reads the counts of a library, which is loaded in this process.
+    """Return a function that reads the counts of a library that is loaded in this process.
 
-    `symbol` names its counter. `also` names functions `long SYMBOL(void)` that count further launches: Triton
-    calls the driver without the runtime, so the driver's library is searched too.
+    `symbol` names the counting function. `also` names functions `long SYMBOL(void)` that count further
+    launches: Triton calls the driver without the runtime, so the driver's library is searched too.
     """
     counter = _function(symbol)
     others = [_function(name) for name in also]
@@ -146,7 +150,7 @@ def waits_of(act: Callable[[], object]) -> list[str]:
 
     def note(message: Warning | str, *_: Any) -> None:
         if "called a synchronizing" in str(message):
-            found.append(_where())
+            found.append(innermost_line())
 
     with warnings.catch_warnings():
         warnings.showwarning = note
@@ -160,8 +164,8 @@ def waits_of(act: Callable[[], object]) -> list[str]:
     return found
 
 
-def _where() -> str:
-    """The innermost line of the repository on the stack; lines of this file do not count."""
+def innermost_line() -> str:
+    """The innermost line of the repository on the stack, without lines of this file."""
     ours = [
         frame
         for frame in traceback.extract_stack()

@@ -1,20 +1,20 @@
-"""Counts what the trainer's step asks of a GPU (launches, waits, copies, graphs, memory), and prints a table.
+"""Counts the launches, waits, copies, graphs and memory of the trainer's step on a GPU, and prints a table.
 
     benchmarks/counts.py                                    # all cells, on a GPU, counted by torch's profiler
     benchmarks/counts.py --cells 'varlen/*/compiled/*' '*/cp-*' --jobs 8 --json
     benchmarks/counts.py --counter SYMBOL --also SYMBOL     # counted by a library: see counters.py
 
 A cell is one way to train, attention/rows/how/recompute/with: varlen/packed/compiled/full/alone, for example.
-`plain` is not a backend, but the model of plain_model.py. Each cell runs in a process of its own; cells with
-cp, tp or fsdp run in two and need two GPUs. Every step gets other documents. Counts are per step, without the
-first two steps. Graphs, breaks and peak memory are those of all steps; recompiles are graphs that were made
-after the second step.
+`plain` is not a backend, but the model of plain_model.py. Each cell runs in a new process; cells with cp, tp
+or fsdp run in two processes and need two GPUs. Every step gets other documents. Counts are per step, without
+the first two steps. Graphs, breaks and peak memory are those of all steps; recompiles are graphs that were
+made after the second step.
 
 The goals: one wait per step, no copy from pageable memory, no graph break, no recompile, and at most 1.1
 times the launches of `plain`, which has the same recompute, is eager or compiled likewise, and uses the
 trainer's settings of inductor (these trade launches for memory). A missed goal is marked ✗, and the exit
-status is 1. The model is small (--layers, --preset): a layer has as many launches as a large one, but what a
-step does only once has a larger share.
+status is 1. The model is small (--layers, --preset). Its layers have as many launches as large layers, but
+the launches outside of the layers have a larger share.
 
 The symbols of --counter and --also can also be given in the environment, as COUNTERS="SYMBOL SYMBOL ...".
 """
@@ -57,10 +57,9 @@ TWO_RANKS = {
     "tp": ("tensor_parallel_degree=2",),
     "fsdp": ("data_parallel_shard_degree=2",),
 }
-COLUMNS = (
-    "attention", "rows", "how", "recompute", "with", "launches", "of plain", "waits", "pageable",
-    "graphs", "breaks", "recompiles", "peak GiB",
-)  # fmt: skip
+FIGURES = ("launches", "of_plain", "waits", "pageable", "graphs", "breaks", "recompiles", "peak_gib")
+_TITLES = [name.replace("_", " ").replace("gib", "GiB") for name in FIGURES]
+COLUMNS = ("attention", "rows", "how", "recompute", "with", *_TITLES)
 
 
 @dataclass(frozen=True, order=True)
@@ -72,7 +71,7 @@ class Cell:
     how: str
     recompute: str
     beside: str
-    """"alone", "window" for a sliding window, or the way in which two ranks share the work."""
+    """"alone", "window" (a sliding window), or a key of `TWO_RANKS`."""
 
     @property
     def name(self) -> str:
@@ -114,7 +113,7 @@ def all_cells() -> list[Cell]:
 def main() -> None:
     args = parse(sys.argv[1:])
     chosen = [c for c in all_cells() if any(fnmatchcase(c.name, pattern) for pattern in args.cells)]
-    # The cells to compare with are counted too.
+    # Also count the cells to compare with.
     plain = {cell.plain for cell in chosen if args.device == "cuda"}
     cells = [cell for cell in all_cells() if cell in {*chosen, *plain}]
     rows: dict[Cell, dict[str, Any]] = {}
@@ -133,12 +132,12 @@ def main() -> None:
 def parse(argv: list[str]) -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--cells", nargs="+", default=["*"], help="patterns, as a shell has for files")
+    parser.add_argument("--cells", nargs="+", default=["*"], help="patterns with * and ?, as in a shell")
     parser.add_argument("--preset", choices=step.PRESETS, default="tiny")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--seq", type=int, default=1024)
     parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=20, help="each with other documents")
+    parser.add_argument("--steps", type=int, default=20, help="steps of each cell, each with other documents")
     parser.add_argument("--jobs", type=int, default=1, help="cells to run at the same time")
     parser.add_argument("--timeout", type=float, default=300, help="seconds for a cell")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="cpu counts graphs only")
@@ -149,8 +148,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def forks() -> ForkServerContext:
-    """Where cells run: forks of a process that has torch, since importing torch takes as long as a cell."""
-    # The server of forks is a new Python, which finds this module by the environment alone.
+    """A context that forks a process that has imported torch, because the import is as slow as a cell."""
+    # The server of the forks is a new Python, which finds this module only through the environment.
     here, path = str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")
     if here not in path.split(os.pathsep):
         os.environ["PYTHONPATH"] = os.pathsep.join([here, path] if path else [here])
@@ -177,7 +176,7 @@ def measure(cell: Cell, args: argparse.Namespace) -> dict[str, Any]:
     except EOFError:
         found = {"error": "died"}
     for rank in ranks:
-        rank.join(0 if "error" in found else 10)  # a rank that is left waits for one that has ended
+        rank.join(0 if "error" in found else 10)  # after an error, a rank may wait for one that has ended
         rank.kill()
         rank.join()
     return {"cell": cell.name, **found}
@@ -187,7 +186,7 @@ def serve(cell: Cell, args: argparse.Namespace, rank: int, port: int, results: C
     """Measure on one rank. The first rank reports the figures; a rank that fails reports its error."""
     try:
         if cell.n_ranks > 1 and args.device == "cuda" and torch.cuda.device_count() < cell.n_ranks:
-            results.send({"skipped": f"wants {cell.n_ranks} GPUs"})
+            results.send({"skipped": f"needs {cell.n_ranks} GPUs"})
             return
         world = World()
         if cell.n_ranks > 1:
@@ -212,7 +211,7 @@ def figures(cell: Cell, args: argparse.Namespace, world: World, folder: Path) ->
     job = step.job_of(options, *axis, world_size=world.size)
     n_samples = args.batch * args.steps * (2 if cell.beside == "fsdp" else 1) + args.batch
     shards = write_shards(folder, job.decoder.vocab_size, n_samples, args.seq, options.documents)
-    if args.counter:  # with a library that computes nothing, losses are garbage, and may be NaN
+    if args.counter:  # the library may compute nothing, so losses may be NaN
         training_step.check_finite = lambda **_: None
     act = plain_step(job, options, shards) if cell.attention == "plain" else ours(job, world, shards)
     for _ in range(N_FIRST):
@@ -232,7 +231,7 @@ def figures(cell: Cell, args: argparse.Namespace, world: World, folder: Path) ->
 
 
 def counting(args: argparse.Namespace) -> counters.Counting:
-    """The chosen way of counting."""
+    """Count with the library that --counter names, or with torch's profiler."""
     return counters.by_symbols(args.counter, args.also) if args.counter else counters.by_profiler
 
 
@@ -247,7 +246,7 @@ def plain_step(job: JobConfig, options: argparse.Namespace, shards: Shards) -> C
     batches = iter(Loader(Samples(shards.train, options.seq), job.debug.seed, options.batch, 0, 1))
     shape, dtype = job.decoder, job.training.compute_dtype
     device = torch.device(job.device)
-    # The trainer's settings of inductor, which are the whole process's.
+    # Sets the trainer's options of inductor, which are global to the process.
     prepare_compile(job.compile, device=device.type, attention="varlen", head_dim=shape.head_dim)
     plain = plain_model.Training(shape, dtype, device, options.recompute, options.compile)
     return lambda: plain.step(next(batches))
@@ -270,8 +269,7 @@ def judged(row: dict[str, Any], of_plain: float | None) -> dict[str, Any]:
 
 def progress(row: dict[str, Any]) -> str:
     """A line to print when a cell is done."""
-    names = ("launches", "of_plain", "waits", "pageable", "graphs", "breaks", "recompiles", "peak_gib")
-    numbers = "  ".join(f"{name} {row[name]:g}" for name in names if row.get(name) is not None)
+    numbers = "  ".join(f"{name} {row[name]:g}" for name in FIGURES if row.get(name) is not None)
     why = (
         row.get("error") or row.get("skipped") or f"{numbers}  misses {', '.join(row['missed']) or 'nothing'}"
     )
@@ -280,7 +278,7 @@ def progress(row: dict[str, Any]) -> str:
 
 def table(rows: dict[Cell, dict[str, Any]], args: argparse.Namespace) -> str:
     """All rows in Markdown, under a line that says how they were counted."""
-    way = "graphs alone" if args.device == "cpu" else f"by {'a library' if args.counter else 'the profiler'}"
+    way = "only graphs" if args.device == "cpu" else f"by {'a library' if args.counter else 'the profiler'}"
     head = (
         f"{args.preset}, {args.layers} layers, {args.batch} x {args.seq} tokens, bf16, on {args.device} "
         f"({way}), torch {torch.__version__}; packed: documents of {DOCUMENTS[0]} to {DOCUMENTS[1]} tokens; "
@@ -288,8 +286,7 @@ def table(rows: dict[Cell, dict[str, Any]], args: argparse.Namespace) -> str:
     )
     lines = [" | ".join(COLUMNS), " | ".join(["---"] * len(COLUMNS))]
     for cell, row in rows.items():
-        numbers = [shown(row, name) for name in ("launches", "of_plain", "waits", "pageable")]
-        numbers += [shown(row, name) for name in ("graphs", "breaks", "recompiles", "peak_gib")]
+        numbers = [shown(row, name) for name in FIGURES]
         if why := row.get("error", row.get("skipped")):
             numbers = [f"{'✗ ' if 'error' in row else ''}{why}", *[""] * (len(numbers) - 1)]
         lines.append(" | ".join([*vars(cell).values(), *numbers]))
@@ -297,7 +294,7 @@ def table(rows: dict[Cell, dict[str, Any]], args: argparse.Namespace) -> str:
 
 
 def shown(row: dict[str, Any], name: str) -> str:
-    """A figure as the table shows it."""
+    """The text of a figure in the table."""
     value = row.get(name)
     goal = "launches" if name == "of_plain" else name
     mark = " ✗" if goal in row["missed"] and name != "launches" else ""

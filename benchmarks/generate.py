@@ -1,9 +1,9 @@
-"""Tokens per second of our generate and of transformers' own, on the same weights, greedy, without a stop.
+"""Compares the tokens per second of our `generate` and of transformers, greedy, on the same random weights.
 
     benchmarks/generate.py --name qwen3 --flavor debugmodel --prompts 4 --new 128 --rounds 7
 
-In turns, in an order that changes, on a CPU, with random weights; both must give the same tokens. Prompts
-have 8 to 64 tokens. Needs the "hf" extra. Prints a line of JSON.
+The two run in turns, in alternating order, on a CPU, and must give the same tokens. Prompts have 8 to 64
+tokens; no token ends a text early. Needs the "hf" extra. Prints a line of JSON.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def main() -> None:
         "ours": lambda: generate(ours, prompts, max_new_tokens=args.new),
         "transformers": lambda: generate_theirs(theirs, prompts, args.new),
     }
-    assert ways["ours"]() == ways["transformers"](), "not the same tokens"
+    assert ways["ours"]() == ways["transformers"](), "the two generate different tokens"
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     for number in range(args.rounds):
         for way in list(ways) if number % 2 else reversed(ways):
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def models(config: DecoderConfig) -> tuple[Decoder, Any]:
-    """Ours and theirs, with the same weights."""
+    """Our model and transformers', with the same weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with tempfile.TemporaryDirectory() as folder:
@@ -77,7 +77,7 @@ def models(config: DecoderConfig) -> tuple[Decoder, Any]:
     weights = theirs.state_dict()
     with torch.no_grad():
         for name, weight in ours.named_parameters():
-            # Large enough for attention to choose, so that the tokens differ.
+            # Weights large enough that attention is not uniform and the tokens differ.
             weight.normal_(1.0 if weight.ndim == 1 else 0.0, 0.1)
             weights[config.parameters.hub_name(name)].copy_(weight)
     return ours, theirs
@@ -85,7 +85,7 @@ def models(config: DecoderConfig) -> tuple[Decoder, Any]:
 
 @torch.no_grad()
 def generate_theirs(model: Any, prompts: list[list[int]], n_new: int) -> list[list[int]]:
-    """What transformers goes on with; prompts padded at their left, as it wants them."""
+    """The new tokens of transformers, which wants prompts padded on the left."""
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
     real = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])

@@ -3,17 +3,17 @@
     gpu.sh check [--items NAME ...]     several items at a time; fills the compile caches for `speed`
     gpu.sh speed [COMMAND ...]          one item after the other; the commands take turns with our step
 
-Writes two files to the folder OUT: results.jsonl has a line for each item, logs.tgz all that the items
-printed. When the time is up, the items that are left are skipped. The last line says what passed; the exit
-status is 1 if an item failed or was skipped.
+Writes two files to the folder OUT: results.jsonl has a line for each item, logs.tgz has the output of the
+items. When the time is up, the remaining items are skipped. The last line says how many items passed; the
+exit status is 1 if an item failed or was skipped.
 
 Environment variables, with their defaults:
     OUT             outputs/benchmarks
-    CACHE           outputs/gpu-cache: a folder for what is compiled, the same for `check` and `speed`
+    CACHE           outputs/gpu-cache: the folder of the compile caches, the same for `check` and `speed`
     PEERS           no default: a folder with other trainers
     LANES           items at a time in `check`: three for each four cores
     SECONDS_IN_ALL  310
-    SIZE, DEVICE    SIZE=small makes the items tiny, DEVICE=cpu needs no GPU: for trying the script out
+    SIZE, DEVICE    SIZE=small makes the items tiny, DEVICE=cpu needs no GPU: to try the script
 """
 
 import argparse
@@ -38,7 +38,7 @@ from gpu_table import Item, Sizes, items_of
 
 HERE = Path(__file__).resolve().parent
 LEAST_SECONDS = 3
-"""An item is not started with less time left."""
+"""If less time is left, no item is started."""
 SHOWN = (
     "tests",
     "tokens_per_s_median",
@@ -62,33 +62,33 @@ def main() -> None:
         peers=Path(environment["PEERS"]).absolute() if environment.get("PEERS") else None,
         commands=tuple(args.commands),
     )
-    items = items_of(args.what, sizes)
+    items = items_of(args.suite, sizes)
     if unknown := sorted(set(args.items) - {item.name for item in items}):
         sys.exit(f"no such items: {' '.join(unknown)}; there are {' '.join(item.name for item in items)}")
     items = [item for item in items if item.name in args.items or not args.items]
-    if sizes.small:  # a trial, perhaps on a slow and busy machine
+    if sizes.small:  # a trial may run on a slow and busy machine
         items = [replace(item, seconds=4 * item.seconds) for item in items]
     cores = os.cpu_count() or 1
-    n_lanes = int(environment.get("LANES", max(1, cores * 3 // 4))) if args.what == "check" else 1
+    n_lanes = int(environment.get("LANES", max(1, cores * 3 // 4))) if args.suite == "check" else 1
     run = Run(
         out=Path(environment.get("OUT", "outputs/benchmarks")),
         seconds=float(environment.get("SECONDS_IN_ALL", 310)),
-        environment=variables(sizes, args.what, cores, n_lanes),
+        environment=variables(sizes, args.suite, cores, n_lanes),
     )
-    # A cache that the user named is left alone.
-    if args.what == "speed" and "TORCHINDUCTOR_CACHE_DIR" not in environment:
+    # Do not change a cache that the user named.
+    if args.suite == "speed" and "TORCHINDUCTOR_CACHE_DIR" not in environment:
         forget_choices(Path(run.environment["TORCHINDUCTOR_CACHE_DIR"]))
     results = run.all(items, n_lanes)
-    print(last_line(args.what, results), flush=True)
+    print(last_line(args.suite, results), flush=True)
     sys.exit(0 if all(result["status"] == "passed" for result in results) else 1)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="gpu.sh", description=__doc__, formatter_class=raw)
-    what = parser.add_subparsers(dest="what", required=True)
+    suites = parser.add_subparsers(dest="suite", required=True)
     check, speed = (
-        what.add_parser(name, description=__doc__, formatter_class=raw) for name in ("check", "speed")
+        suites.add_parser(name, description=__doc__, formatter_class=raw) for name in ("check", "speed")
     )
     speed.add_argument("commands", nargs="*", default=[], metavar="COMMAND", help="runs another program")
     for each in (check, speed):
@@ -97,7 +97,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def variables(sizes: Sizes, what: str, cores: int, n_lanes: int) -> dict[str, str]:
+def variables(sizes: Sizes, suite: str, cores: int, n_lanes: int) -> dict[str, str]:
     """The environment variables of the items."""
     cache = Path(os.environ.get("CACHE", "outputs/gpu-cache")).absolute()
     found = {
@@ -109,13 +109,13 @@ def variables(sizes: Sizes, what: str, cores: int, n_lanes: int) -> dict[str, st
         "HF_HUB_OFFLINE": "1",
         "TT022": os.environ.get("TT022", os.environ.get("PACKAGES", "")),
     }
-    if what == "check" and sizes.device == "cuda":
+    if suite == "check" and sizes.device == "cuda":
         found |= {"OMP_NUM_THREADS": str(max(1, cores // n_lanes)), "TORCHINDUCTOR_COMPILE_THREADS": "4"}
     return found
 
 
 def forget_choices(cache: Path) -> None:
-    """Make inductor time its variants of a kernel again: `check` timed them on a busy GPU."""
+    """Make inductor time its variants of each kernel again, because `check` timed them on a busy GPU."""
     for choice in cache.rglob("*.best_config"):
         choice.unlink()
 
@@ -130,7 +130,7 @@ class Run:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def all(self, items: Sequence[Item], n_lanes: int) -> list[dict[str, Any]]:
-        """Run all items, those of one lane one after the other. Returns the results in the items' order."""
+        """Run all items, the items of a lane one after the other. Return the results in the items' order."""
         self.deadline = monotonic() + self.seconds
         self.out.mkdir(parents=True, exist_ok=True)
         (self.out / "results.jsonl").write_text("")
@@ -162,13 +162,13 @@ class Run:
         return result
 
     def outcome(self, item: Item, seconds: float) -> tuple[str, dict[str, Any]]:
-        """Run an item with its output in its log. Returns its status and its figures."""
+        """Run an item and write its output to a log. Return its status and its figures."""
         log = self.logs / f"{item.name}.log"
         with log.open("w") as file:
             file.write(f"$ {' '.join(item.words)}\n")
             file.flush()
             options = {"stdout": file, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
-            # In a session of its own, so that its children can be ended with it.
+            # In a new session, so that `kill` also ends the children.
             process = subprocess.Popen(
                 item.words, env=self.environment, cwd=HERE.parent, start_new_session=True, **options
             )
@@ -181,7 +181,7 @@ class Run:
         text = log.read_text(errors="replace")
         figures = figures_of(text)
         if item.is_tests and status == "passed" and "passed" not in figures.get("tests", ""):
-            status = "failed"  # tests that are all skipped show nothing
+            status = "failed"  # all tests were skipped
         if status == "failed":
             figures["why"] = "\n".join(text.strip().splitlines()[-3:])[-600:]
         return status, figures
@@ -223,7 +223,7 @@ def described(result: dict[str, Any]) -> str:
     )
 
 
-def last_line(what: str, results: Sequence[dict[str, Any]]) -> str:
+def last_line(suite: str, results: Sequence[dict[str, Any]]) -> str:
     """How many items passed, and the names of the others."""
     passed = sum(result["status"] == "passed" for result in results)
     others = {
@@ -231,7 +231,7 @@ def last_line(what: str, results: Sequence[dict[str, Any]]) -> str:
         for status in ("failed", "timeout", "skipped")
     }
     words = [f"{status}: {' '.join(names)}" for status, names in others.items() if names]
-    return "; ".join([f"{what}: {passed} of {len(results)} passed", *words])
+    return "; ".join([f"{suite}: {passed} of {len(results)} passed", *words])
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Checks and measures the trainer on a GPU, in two commands of at most 330 seconds each. README.md here says more.
-#   benchmarks/gpu.sh check     # is it right?
-#   benchmarks/gpu.sh speed ["command of another program" ...]     # how fast is it? After check, alone on the GPU
+# Check and measure the trainer on a GPU, in two commands of at most 330 seconds each. See README.md in this folder.
+#   benchmarks/gpu.sh check     # are the results correct?
+#   benchmarks/gpu.sh speed ["command of another program" ...]     # how fast is it? Run it after check, alone on the GPU
 # WHEELS (.whl): a folder with the packages of gpu-wheels.txt, installed if it exists. PYTHON: the Python to use.
-# The other variables are those of gpu.py: see `benchmarks/gpu.sh check --help`.
+# gpu.py reads further variables: see `benchmarks/gpu.sh check --help`.
 set -euo pipefail
 
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)

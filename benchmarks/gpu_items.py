@@ -1,7 +1,7 @@
 """Items of gpu.py that no other script has. Each prints a line of JSON; exit status 1 means a wrong result.
 
-environment   the card, and the versions of what is installed
-ceilings      the speeds of a large matrix product and of a large copy: what a step can reach at most
+environment   the card, and the versions of the installed packages
+ceilings      the speeds of a large matrix product and of a large copy: upper limits for a step
 curve         losses of the debug model, compiled in bfloat16, against the same training in float32 on the CPU
 ranks         losses with a process group of one rank, and with shards in host memory, against a plain run
 large         a step of Llama-3 8B's shape, with as many blocks as fit the card's memory
@@ -53,12 +53,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("item", choices=ITEMS)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
-    parser.add_argument("--small", action="store_true", help="tiny sizes, to see that it runs")
+    parser.add_argument("--small", action="store_true", help="tiny sizes, to try the script")
     return parser.parse_args(argv)
 
 
 def environment(args: argparse.Namespace) -> dict[str, Any]:
-    """The card, and the versions of what is installed. Raises if torch does not see the device."""
+    """The card, and the versions of the installed packages. Raises if torch does not see the device."""
     found: dict[str, Any] = {name: installed(name) for name in PACKAGES}
     found |= {"python": platform.python_version(), "cores": os.cpu_count(), "cuda": torch.version.cuda}
     if args.device == "cuda":
@@ -184,7 +184,7 @@ def losses(folder: Path, *words: str, **environment: str) -> list[float]:
     options += ["--validation.no-enable"]
     command = [sys.executable, str(ROOT / "torchtitan_lite" / "train.py"), *words, *options]
     status = subprocess.run(command, env={**os.environ, **environment}, check=False).returncode
-    if status not in (0, 75):  # 75: stopped early, so its curve is short
+    if status not in (0, 75):  # 75: stopped early, so the curve is short
         raise subprocess.CalledProcessError(status, command)
     lines = (json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
     return [line["loss"] for line in lines if "loss" in line]

@@ -21,7 +21,7 @@ class Item:
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """The sizes of the items, and the places of programs."""
+    """The sizes of the items, and where programs are."""
 
     device: str
     small: bool
@@ -38,11 +38,14 @@ class Sizes:
 
     def step(self, size: str, *words: object, few: bool = False) -> tuple[str, ...]:
         """The command of step.py at a size. `few`: one block, two steps, enough to fill the compile cache."""
-        words = *self.shape(size), *words, "--dtype", "bf16", "--device", self.device, "--json"
-        counts = ("--warmup", 5, "--steps", 15)
-        if few or self.small:
-            counts = ("--warmup", 1, "--steps", 1, "--layers", 1)
-        return self.script("step.py", *words, *counts)
+        few = few or self.small
+        layers = ("--layers", 1) if few else ()
+        return self.script("step.py", *self.options(size, few), *words, *layers, "--json")
+
+    def options(self, size: str, few: bool) -> tuple[object, ...]:
+        """The options that step.py and the programs to compare with have in common."""
+        counts = ("--warmup", 1, "--steps", 1) if few else ("--warmup", 5, "--steps", 15)
+        return *self.shape(size), *counts, "--dtype", "bf16", "--device", self.device
 
     def shape(self, size: str) -> tuple[object, ...]:
         """The options of step.py for preset and tokens."""
@@ -55,11 +58,7 @@ class Sizes:
     @property
     def rivals(self) -> dict[str, tuple[str, ...]]:
         """The commands of the programs to compare with."""
-        shape = (
-            "--preset tiny --seq 256 --batch 2" if self.small else "--preset qwen3-0.6b --seq 4096 --batch 4"
-        )
-        more = "--warmup 1 --steps 1" if self.small else "--warmup 5 --steps 15"
-        options = shlex.split(f"{shape} {more} --dtype bf16 --compile --device {self.device}")
+        options = *map(str, self.options("", self.small)), "--compile"
         known = {
             "torchtitan": ("torchtitan022_trainer.py", "--attn", "sdpa"),
             "transformers": ("hf_trainer.py", "--bare"),
@@ -77,13 +76,13 @@ ONE = ("--attention", "sdpa")
 PACKED = {kind: ("--attention", kind, "--documents", 16, 700) for kind in ("varlen", "flex", "sdpa")}
 
 
-def items_of(what: str, sizes: Sizes) -> list[Item]:
+def items_of(suite: str, sizes: Sizes) -> list[Item]:
     """The items of `check` or `speed`; on a CPU, those that need no GPU."""
-    return check(sizes) if what == "check" else speed(sizes)
+    return check(sizes) if suite == "check" else speed(sizes)
 
 
 def check(sizes: Sizes) -> list[Item]:
-    """Is it right? The longest lanes come first, since not all may run at the same time."""
+    """Are the results correct? The longest lanes come first, because some lanes may have to wait."""
     on_gpu = [
         *(
             Item(f"combinations-{kind}", f"combinations-{kind}", 300, tests(sizes, "parallel", kind), True)
@@ -106,7 +105,7 @@ def check(sizes: Sizes) -> list[Item]:
             Item(f"cache-{kind}", "caches", 150, sizes.step("", *options, "--compile", few=True))
             for kind, options in PACKED.items()
         ),
-        # In one lane, since each takes a third of the GPU's memory or more.
+        # In one lane, because each takes at least a third of the GPU's memory.
         Item("cache-large", "large", 150, sizes.step("large", *ONE, "--compile", few=True)),
         *(Item(f"cache-{name}", "large", 290, words) for name, words in sizes.rivals.items()),
     ]
@@ -120,7 +119,7 @@ def tests(sizes: Sizes, folder: str, name: str = "") -> tuple[str, ...]:
 
 
 def cells(sizes: Sizes) -> tuple[str, ...]:
-    """The command that counts the steps of each backend, eager and compiled, with each kind of recompute."""
+    """The command of counts.py for each backend, eager and compiled, with each kind of recompute."""
     few = ("--steps", 4, "--seq", 256) if sizes.small else ("--jobs", 8)
     how = "eager" if sizes.small else "*"
     names = f"*/packed/{how}/*/alone", f"*/one/{how}/none/alone", f"*/packed/{how}/none/window"
@@ -133,9 +132,9 @@ def seen(sizes: Sizes, name: str) -> tuple[str, ...]:
 
 
 def speed(sizes: Sizes) -> list[Item]:
-    """How fast is it? What matters most comes first, in case the time runs out.
+    """How fast is it? The most important items come first, in case the time runs out.
 
-    A card slows down as it warms up, so the comparison has two rounds in turns (A B C ... A B C), with other
+    A GPU slows down as it warms up, so the comparison has two rounds in turns (A B C ... A B C), with other
     items between them.
     """
     first, second = (rivals_in_turn(sizes, number) for number in (1, 2))
@@ -155,7 +154,7 @@ def speed(sizes: Sizes) -> list[Item]:
 
 
 def rivals_in_turn(sizes: Sizes, number: int) -> list[Item]:
-    """A round of the comparison: our step, then those of the others."""
+    """A round of the comparison: our step, then the steps of the other programs."""
     ours = Item(f"ours-{number}", "speed", 45, sizes.step("", *ONE, "--compile"))
     others = (Item(f"{name}-{number}", "speed", 75, words) for name, words in sizes.rivals.items())
     return [ours, *others]

@@ -1,10 +1,11 @@
-"""Seconds to draw the initial weights of a model, by rank, on CPU ranks with one thread each.
+"""Measures the seconds to draw the initial weights of a model, on CPU ranks with one thread each.
 
     benchmarks/initialise.py --model qwen3 0.6B --ranks 1 2 4
     benchmarks/initialise.py --model qwen3 0.6B --ranks 2 4 --axis tp --json
 
-The slowest rank counts. Processor seconds are the rank's own, whatever else the machine does; wall seconds
-fall only as far as there are cores. `shared` is 1 where each of n ranks needs 1/n of the seconds of one rank.
+The figures are those of the slowest rank. Processor seconds do not depend on other work of the machine; wall
+seconds fall only while there are free cores. `shared` is 1 if each of n ranks needs 1/n of the processor
+seconds of one rank.
 """
 
 import argparse
@@ -47,9 +48,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--model", nargs=2, default=["qwen3", "0.6B"], metavar=("NAME", "FLAVOR"))
-    parser.add_argument("--layers", type=int, help="blocks instead of the preset's")
+    parser.add_argument("--layers", type=int, help="number of blocks; default: the preset's")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], metavar="N")
-    parser.add_argument("--axis", choices=AXES, default="fsdp", help="that N ranks are along")
+    parser.add_argument("--axis", choices=AXES, default="fsdp", help="the axis of the N ranks")
     parser.add_argument("--json", action="store_true", help="print a line of JSON")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
@@ -64,14 +65,14 @@ def on_ranks(args: argparse.Namespace, n_ranks: int) -> dict[str, Any]:
 
 
 def work(args: argparse.Namespace) -> None:
-    """Be one of the ranks; the first one prints what the slowest took."""
+    """Be one of the ranks. The first rank prints the figures of the slowest."""
     world, overrides = join("cpu"), {"n_layers": args.layers} if args.layers else {}
     with torch.device("meta"):
         model = resolve(*args.model, overrides=overrides).build()
     apply(model, mesh=build_mesh(AXES[args.axis](world.size), "cpu"))
     model.to_empty(device="cpu")
     for parameter in model.parameters():
-        own_shard(parameter)[0].zero_()  # the system hands out the memory before the clock starts
+        own_shard(parameter)[0].zero_()  # the system maps the memory before the clock starts
     dist.barrier()
     wall, processor = time.perf_counter(), time.process_time()
     init_weights(model, 0, own_shard)

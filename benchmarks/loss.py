@@ -1,15 +1,16 @@
-"""Projection and cross-entropy in chunks against all logits at once: time and memory by vocabulary.
+"""Compares projection and cross-entropy in chunks with all logits at once: time and memory by vocabulary.
 
     benchmarks/loss.py --vocabularies 512 151936 --rows 2048 --dim 256 --dtype bf16 --json
 
-Milliseconds are of a forward and backward, the median over rounds of the two ways in turns. Memory is the
-peak beyond the hidden states, the weight and the gradients of both: what torch allocates on a GPU; on a CPU
-what the process has resident, each way in a process of its own (Linux). The chunked way's memory is compared
-with that of all logits, in float32 and in the hidden states' dtype. One label in ten is none.
+The two ways, chunked and full, take turns. Milliseconds are the median over rounds of a forward and backward.
+Memory is the peak beyond the hidden states, the weight and their gradients: on a GPU the memory that torch
+allocates; on a CPU the resident memory of the process (Linux), with a new process for each way. The memory of
+the chunked way is compared with the size of all logits, in float32 and in the dtype of the hidden states. One
+label in ten is ignored.
 
-On a GPU also: the kernels that either way launches, as torch's profiler sees them; by formula, what the
-chunked way reads and writes if no cache holds anything from one kernel to the next, what any way must (inputs
-and gradients once), and the TFLOP of the three products.
+On a GPU the script also prints the launches of both ways, as torch's profiler sees them, and three figures by
+formula: the bytes that the chunked way reads and writes if no cache holds anything from one kernel to the
+next, the bytes that every way must move (inputs and gradients once), and the TFLOP of the three products.
 """
 
 import argparse
@@ -62,11 +63,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--vocabularies", type=int, nargs="+", default=[512, 8192, 32768, 151936])
     parser.add_argument("--rows", type=int, default=2048, help="tokens whose loss is computed")
     parser.add_argument("--dim", type=int, default=256, help="features of a hidden state")
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the hidden states")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="dtype of the hidden states")
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
     )
-    parser.add_argument("--rounds", type=int, default=3, help="that count, after one that does not")
+    parser.add_argument("--rounds", type=int, default=3, help="measured rounds, after a warm-up round")
     parser.add_argument("--json", action="store_true", help="print a line of JSON")
     return parser.parse_args(argv)
 
@@ -82,7 +83,7 @@ class Sizes:
     device: str
 
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Hidden states [N, D], the weight [V, D] and labels [N], always the same."""
+        """Hidden states [N, D], the weight [V, D] and labels [N]; the same in each call."""
         generator = torch.Generator().manual_seed(0)
         x_ND = torch.randn(self.rows, self.dim, generator=generator).to(self.device, DTYPES[self.dtype])
         weight_VD = torch.randn(self.vocabulary, self.dim, generator=generator).mul_(0.02)
@@ -112,7 +113,7 @@ def measure(sizes: Sizes, n_rounds: int) -> dict[str, Any]:
 
 
 def on_a_gpu(sizes: Sizes) -> dict[str, Any]:
-    """Launches of both ways, and what the chunked one has to do."""
+    """The launches of both ways, and the bytes and TFLOP by formula."""
     inputs = sizes.inputs()
     return {
         **{f"{way}_launches": launches(way, *inputs) for way in WAYS},
@@ -123,7 +124,7 @@ def on_a_gpu(sizes: Sizes) -> dict[str, Any]:
 
 
 def launches(way: str, *inputs: Tensor) -> int | None:
-    """Kernels, copies and fills of a forward and a backward; None where the profiler sees no kernel."""
+    """Kernels, copies and fills of a forward and a backward; None if the profiler sees no kernel."""
     compute(way, *inputs)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         compute(way, *inputs)
@@ -133,11 +134,11 @@ def launches(way: str, *inputs: Tensor) -> int | None:
 
 
 def moved_bytes(sizes: Sizes, rows: int) -> int:
-    """What the kernels of the chunked way read and write, in chunks of so many rows of one dtype.
+    """The bytes that the kernels of the chunked way read and write, with `rows` rows in a chunk.
 
-    Logits: written by the product, read for the sums and for the gradient, whose own bytes are written once
-    and read by two products. Weight: copied to the dtype of the products and read by two of them in each
-    chunk; its gradient is zeroed, added to by each chunk, and scaled.
+    A product writes the logits; the sums and the gradient read them. The logits' gradient is written once and
+    read by two products. The weight is copied to the dtype of the products, and two products of each chunk
+    read the copy. The weight's gradient is zeroed, each chunk adds to it, and it is scaled.
     """
     itemsize = DTYPES[sizes.dtype].itemsize
     logits, weight = sizes.rows * sizes.vocabulary, sizes.vocabulary * sizes.dim
@@ -148,13 +149,13 @@ def moved_bytes(sizes: Sizes, rows: int) -> int:
 
 
 def compute(way: str, x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> tuple[Tensor, ...]:
-    """The gradients of the mean loss, as the trainer takes it."""
+    """The gradients of the mean loss, the loss of the trainer."""
     loss_sum, count = WAYS[way](x_ND, weight_VD, labels_N)
     return torch.autograd.grad(loss_sum / count, (x_ND, weight_VD))
 
 
 def milliseconds(sizes: Sizes, n_rounds: int) -> dict[str, float]:
-    """The median of each way, in turns."""
+    """The median milliseconds of each way; the ways take turns."""
     inputs, clock = sizes.inputs(), Clock(torch.device(sizes.device))
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     for _ in range(n_rounds + 1):
@@ -168,7 +169,7 @@ def milliseconds(sizes: Sizes, n_rounds: int) -> dict[str, float]:
 
 
 def extra_bytes(sizes: Sizes, way: str) -> int:
-    """The peak of a loss and its gradients, beyond these and the inputs."""
+    """The peak memory of a loss and its gradients, without the gradients and the inputs."""
     if sizes.device == "cuda":
         return peak_of_loss(sizes, way)
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
@@ -177,7 +178,8 @@ def extra_bytes(sizes: Sizes, way: str) -> int:
 
 def peak_of_loss(sizes: Sizes, way: str) -> int:
     """`extra_bytes`, in this process."""
-    compute(way, *Sizes(32, sizes.dim, 64, sizes.dtype, sizes.device).inputs())  # loads the libraries
+    # Loads the libraries before the measurement.
+    compute(way, *Sizes(32, sizes.dim, 64, sizes.dtype, sizes.device).inputs())
     inputs = sizes.inputs()
     before = reset_peak(sizes.device)
     gradients = compute(way, *inputs)
@@ -185,7 +187,7 @@ def peak_of_loss(sizes: Sizes, way: str) -> int:
 
 
 def reset_peak(device: str) -> int:
-    """Bytes held now, with what is free given back; the peak is counted from here."""
+    """Give free memory back to the system and reset the peak. Returns the bytes that are still held."""
     gc.collect()
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -203,25 +205,25 @@ def peak(device: str) -> int:
 
 
 def resident(name: str) -> int:
-    """A line of /proc/self/status in bytes; man 5 proc."""
+    """A line of /proc/self/status, in bytes (man 5 proc)."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(lines[name].split()[0]) * 1024
 
 
 def described(report: dict[str, Any]) -> str:
-    """The report, to be read."""
+    """The report as text."""
     title = "{rows} x {dim} hidden states in {dtype} on {device} ({threads} threads), torch {torch}"
     rows = [{name: mib(name, x) for name, x in row.items()} for row in report["vocabularies"]]
     return f"{title.format(**report)}\n{table(rows)}"
 
 
 def mib(name: str, x: float) -> float | str:
-    """Bytes in MiB; what is none as it is."""
+    """A number of bytes as MiB; another value unchanged."""
     return f"{x / 2**20:,.1f} MiB" if name.endswith("_bytes") else x
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """A line of the names of what is known of the last row, and a line of numbers for each row."""
+    """A line with the names of the last row's figures, and a line of figures for each row."""
     names = [name for name, value in rows[-1].items() if not isinstance(value, dict)]
     numbers = [[row.get(name, "") for name in names] for row in rows]
     words = [[f"{x:,}" if type(x) in (int, float) else str(x) for x in line] for line in numbers]

@@ -1,9 +1,10 @@
-"""Memory of a rank: its share of parameters, gradients and optimizer state, and the activations it keeps.
+"""Measures the memory of a rank: parameters, gradients, optimizer state and activations.
 
     torchrun --nproc_per_node 4 benchmarks/memory.py --config configs/debugmodel.toml [options of the trainer]
 
-Prints a line of JSON: bytes of the tensors on rank 0 after a step, what is kept between forward and backward
-of one micro-batch, and the peak. The first three fall as 1/n for n ranks under FSDP.
+Prints a line of JSON with bytes on rank 0 after a step: parameters, gradients and optimizer state (1/n of the
+whole for n ranks under FSDP), and the activations of one micro-batch that are kept for the backward. Also
+prints the peak memory.
 """
 
 import gc
@@ -29,24 +30,35 @@ def main() -> None:
     job = load_job(sys.argv[1:], world_size=world_size()).config
     world = join(job.device, offload=job.training.enable_cpu_offload)
     trainer = Trainer(job, world)
-    # The gradients stay, to be measured afterwards.
-    trainer.state.optimizer.zero_grad = lambda *_, **__: None
+    keep_gradients(trainer)
     trainer.stepper.train_step()
-    parameters = list(trainer.state.model.parameters())
-    states = trainer.state.optimizer.state.values()
     record = {
         "ranks": world.size,
         "blocks": len(trainer.state.model.blocks),
         "recompute": job.activation_checkpoint.mode,
-        "parameters": n_bytes(parameters),
-        "gradients": n_bytes(p.grad for p in parameters if p.grad is not None),
-        "optimizer_state": n_bytes(x for state in states for x in state.values() if isinstance(x, Tensor)),
-        "kept_for_backward": kept_bytes(trainer),
+        **bytes_by_kind(trainer),
         "peak_gib": round(peak_memory_gib(trainer.stepper.device), 3),
     }
     if world.is_first:
         print(json.dumps(record))
     leave()
+
+
+def keep_gradients(trainer: Trainer) -> None:
+    """Let steps keep their gradients, so that `bytes_by_kind` can measure them."""
+    trainer.state.optimizer.zero_grad = lambda *_, **__: None
+
+
+def bytes_by_kind(trainer: Trainer) -> dict[str, int]:
+    """This rank's bytes of parameters, gradients, optimizer state and activations, after a step."""
+    parameters = list(trainer.state.model.parameters())
+    states = trainer.state.optimizer.state.values()
+    return {
+        "parameters": n_bytes(parameters),
+        "gradients": n_bytes(p.grad for p in parameters if p.grad is not None),
+        "optimizer_state": n_bytes(x for state in states for x in state.values() if isinstance(x, Tensor)),
+        "kept_for_backward": kept_bytes(trainer),
+    }
 
 
 def n_bytes(tensors: Iterable[Tensor]) -> int:
@@ -56,7 +68,7 @@ def n_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 class Made(TorchDispatchMode):
-    """Holds weakly to the memory of every tensor that an operator returns."""
+    """Keeps weak references to the memory of every tensor that an operator returns."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,9 +82,10 @@ class Made(TorchDispatchMode):
 
 
 def kept_bytes(trainer: Trainer) -> int:
-    """Bytes that the forward of one micro-batch leaves for its backward, parameters apart.
+    """Bytes that the forward of one micro-batch keeps for its backward, without parameters.
 
-    What is still there of all that it made: selective recompute keeps some out of autograd's sight.
+    Counts all memory that the forward allocated and has not freed, because selective recompute keeps some
+    tensors that autograd does not see.
     """
     batch = next(trainer.state.batches)
     parameters = local_tensors(trainer.state.model.parameters())

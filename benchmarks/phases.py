@@ -3,12 +3,13 @@
     benchmarks/phases.py --preset tiny --dtype bf16
     benchmarks/phases.py --device cuda --dtype bf16 --compile --counter SYMBOL     # launches: see counters.py
 
-Takes the options of step.py too (step.py --help). Operators and bytes are counted as torch dispatches them,
-so not with --compile: the operators of a compiled block are not dispatched one by one. An operator that only
-makes a view is not counted. Any other operator counts as reading each of its tensors once, and as writing
-each tensor that it returns or changes once. Prints a line for each phase: operators, bytes read and written,
-and the bytes in units of P, the size of all parameters in float32. With a counter, prints the launches of
-each phase.
+Also takes the options of step.py (step.py --help). Prints a line for each phase: operators, bytes read and
+written, and the bytes in units of P, the size of all parameters in float32. With a counter, prints the
+launches of each phase.
+Operators and bytes are counted when torch dispatches an operator. torch does not dispatch the operators of a
+compiled block, so --compile counts only launches. An operator that only makes a view is not counted. Any
+other operator counts as reading each of its tensors once, and writing each tensor that it returns or changes
+once.
 """
 
 import argparse
@@ -62,7 +63,7 @@ class Traffic(TorchDispatchMode):
 _FREE = ("detach", "empty", "new_empty", "lift_fresh", "_unsafe_view", "_record_function")
 _ONLY_WRITE = ("zero_", "fill_", "zeros_like", "new_zeros")
 _UNCHANGED = (("_fused_adamw_", "grads"),)
-"""Arguments that the schema says are changed, and are not: AdamW unscales gradients only with a scaler."""
+"""Arguments that the schema wrongly marks as changed: AdamW unscales gradients only with a scaler."""
 
 
 def n_bytes(these: list[Tensor]) -> int:
@@ -93,7 +94,7 @@ class Counter(Clock):
 def main() -> None:
     args, own = parse(sys.argv[1:])
     if args.compile and not own.counter:
-        sys.exit("--compile wants --counter: compiled operators are not dispatched, so launches are counted")
+        sys.exit("--compile needs --counter: of compiled operators, only launches can be counted")
     with tempfile.TemporaryDirectory() as folder:
         job = step.job_of(args)
         shards = write_shards(Path(folder), job.decoder.vocab_size, args.batch * 4, args.seq, args.documents)
@@ -118,7 +119,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, argparse.Namespace]:
 
 
 def count(trainer: Trainer, read: Callable[[], tuple[int, ...]]) -> dict[str, list[int]]:
-    """By phase of one step, how much what `read` returns has grown."""
+    """By how much the counts that `read` returns grow in each phase of one step."""
     counter = Counter(trainer.stepper.device, read)
     step.watched_step(trainer, counter)()
     counter.mark("")

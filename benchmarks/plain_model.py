@@ -2,9 +2,9 @@
 
 T packed tokens, D model dim, H query heads, G key/value heads, K head dim, V vocab.
 
-Someone who knows torch would write it like this: `varlen_attn`, fused AdamW, pinned copies, float32 weights
-that are cast where they are used, all logits at once, one read from the device per step. It takes only the
-shape and the batches from our package.
+The model is what an engineer who knows torch would write: `varlen_attn`, fused AdamW, pinned copies, float32
+weights that are cast where they are used, all logits at once, one read from the device per step. Only the
+shape and the batches come from our package.
 """
 
 from collections.abc import Callable
@@ -75,7 +75,7 @@ class Block(nn.Module):
 
 
 def varlen(is_grouped: bool) -> tuple[Callable[..., Any], dict[str, bool]]:
-    """torch's kernel for packed documents, and its option for grouped heads, which torch 2.11 lacks."""
+    """torch's kernel for packed documents, and its option for grouped heads (torch 2.11 has none)."""
     from torch.nn.attention.varlen import varlen_attn
 
     asks = is_grouped and "enable_gqa" in signature(varlen_attn).parameters
@@ -151,11 +151,11 @@ class Training:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=3e-4, fused=True)
 
     def step(self, batch: Batch) -> float:
-        """Forward, backward, clip, update; the loss."""
+        """Forward, backward, clip and update. Returns the loss."""
         positions_T = batch.positions_BS.flatten()
         starts = (positions_T == 0).nonzero().flatten()
         cu = torch.cat([starts, starts.new_tensor([len(positions_T)])])
-        # A number would become a constant of the compiled graph; the size of a tensor does not.
+        # A number would become a constant of the compiled graph, but a tensor's size stays dynamic.
         longest = torch.empty(int(cu.diff().max()), 0)
         tensors = batch.tokens_BS.flatten(), positions_T, batch.labels_BS.flatten(), cu.int()
         tokens_T, positions_T, labels_T, cu = (

@@ -1,12 +1,14 @@
-"""What ranks exchange and hold, and what a long sequence takes: the trainer's own step on a CPU, in float32.
+"""Measures traffic and memory of ranks, and memory of long sequences: the trainer's step on a CPU, float32.
 
     benchmarks/scaling.py --ranks 1 2 4 --axes fsdp tp cp
     benchmarks/scaling.py --sequences 4096 16384 65536 131072 --attention sdpa --compile --json
 
-With --ranks: rank 0 in its second step, of the same global batch for any axis and number of ranks. Calls of
-collectives and bytes put into them, bytes of its tensors, what one micro-batch keeps for its backward.
-With --sequences: the second step on one document. The most resident above what was before it (Linux), and
-the power of the length that this has grown with since the one before: 1.0 is linear, 2.0 quadratic.
+With --ranks: the second step on rank 0. The global batch is the same for every axis and number of ranks.
+Prints calls of collectives and the bytes of their inputs, bytes of the rank's tensors, and the bytes that one
+micro-batch keeps for its backward.
+With --sequences: the second step, on one document. Prints the peak resident memory of the step minus the
+resident memory before it (Linux), and the growth: the exponent with which memory grows with the length, from
+the next shorter sequence to this one. 1.0 is linear, 2.0 quadratic.
 """
 
 import argparse
@@ -23,7 +25,7 @@ from typing import Any
 
 import torch
 from loss import peak, reset_peak, table
-from memory import kept_bytes, n_bytes
+from memory import bytes_by_kind, keep_gradients
 from synthetic import write_shards
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -55,17 +57,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--ranks", type=int, nargs="+", default=[], metavar="N")
-    parser.add_argument("--axes", choices=AXES, nargs="+", default=list(AXES), help="that N ranks are along")
+    parser.add_argument("--axes", choices=AXES, nargs="+", default=list(AXES), help="axes of the N ranks")
     parser.add_argument("--batch", type=int, default=8, help="samples in a step of all ranks")
-    parser.add_argument("--seq", type=int, default=256, help="tokens in each of these")
+    parser.add_argument("--seq", type=int, default=256, help="tokens in each sample")
     parser.add_argument("--sequences", type=int, nargs="+", default=[], metavar="TOKENS")
     parser.add_argument("--attention", choices=("sdpa", "flex", "varlen"), default="sdpa")
-    parser.add_argument("--compile", action="store_true", help="as --attention, with --sequences")
+    parser.add_argument("--compile", action="store_true", help="only with --sequences, like --attention")
     parser.add_argument("--json", action="store_true", help="print a line of JSON")
     parser.add_argument("--worker", default="", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if not args.worker and not args.ranks and not args.sequences:
-        parser.error("say what to try: --ranks, --sequences or both")
+        parser.error("give --ranks, --sequences or both")
     return args
 
 
@@ -83,7 +85,7 @@ def on_sequence(args: argparse.Namespace, length: int) -> dict[str, Any]:
 
 
 def reported(argv: list[str], **environment: str) -> dict[str, Any]:
-    """The line of JSON that a worker prints; it sees no GPU."""
+    """Run a worker that sees no GPU, and return its line of JSON."""
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment}
     command = [sys.executable, *argv]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -103,10 +105,10 @@ class Traffic(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(each, DTensor) for each in types):
-            return NotImplemented  # so that it comes again as what DTensor makes of it, exchanges included
+            return NotImplemented  # DTensor then runs its own operators and exchanges, which come here too
         name = func.overloadpacket.__name__
         if func.namespace in ("c10d", "_c10d_functional") and not name.startswith(("wait_", "_wrap_")):
-            # Most say which are inputs; an all-reduce has only `tensors`, first.
+            # Most collectives name their inputs `input...`; an all-reduce has only `tensors`, first.
             named = zip(func._schema.arguments, args, strict=False)
             inputs = [value for argument, value in named if argument.name.startswith("input")] or args[:1]
             self.sent[name][0] += 1
@@ -115,19 +117,17 @@ class Traffic(TorchDispatchMode):
 
 
 def work_as_rank(args: argparse.Namespace, folder: Path) -> None:
-    """Be one of the ranks; the first one prints its report."""
+    """Be one of the ranks. The first rank prints its report."""
     axis, n_ranks = args.worker, world_size()
     local = args.batch // n_ranks if axis == "fsdp" else args.batch
     options = [f"--parallelism.{AXES[axis]}", str(n_ranks), "--training.global-batch-size", str(args.batch),
                "--training.local-batch-size", str(local), "--training.seq-len", str(args.seq)]  # fmt: skip
     trainer = trainer_of(options, folder, n_samples=3 * args.batch)
     trainer.stepper.train_step()
-    # The gradients stay, to be measured afterwards.
-    trainer.state.optimizer.zero_grad = lambda *_, **__: None
+    keep_gradients(trainer)
     reset_peak("cpu")
     with Traffic() as traffic:
         stats = trainer.stepper.train_step()
-    parameters, states = list(trainer.state.model.parameters()), trainer.state.optimizer.state.values()
     report = {
         "axis": axis,
         "ranks": n_ranks,
@@ -135,10 +135,7 @@ def work_as_rank(args: argparse.Namespace, folder: Path) -> None:
         "loss": round(stats.loss, 4),
         "collectives": dict(sorted(traffic.sent.items())),
         "bytes_into_collectives": sum(size for _, size in traffic.sent.values()),
-        "parameters": n_bytes(parameters),
-        "gradients": n_bytes(p.grad for p in parameters if p.grad is not None),
-        "optimizer_state": n_bytes(x for state in states for x in state.values() if isinstance(x, Tensor)),
-        "kept_for_backward": kept_bytes(trainer),
+        **bytes_by_kind(trainer),
     }
     if trainer.world.is_first:
         print(json.dumps(report), flush=True)
@@ -146,7 +143,7 @@ def work_as_rank(args: argparse.Namespace, folder: Path) -> None:
 
 
 def work_on_sequence(args: argparse.Namespace, folder: Path) -> None:
-    """Train on one sequence and print what that took."""
+    """Train on one sequence and print the time and the memory."""
     [length] = args.sequences
     overrides = json.dumps({**TINY, "max_seq_len": length})
     options = ["--model.overrides", overrides, "--model.attention", args.attention,
@@ -170,7 +167,7 @@ def work_on_sequence(args: argparse.Namespace, folder: Path) -> None:
 
 
 def trainer_of(options: list[str], folder: Path, n_samples: int) -> Trainer:
-    """A trainer on synthetic tokens, written into `folder`: the same on every rank."""
+    """A trainer on synthetic tokens in `folder`, the same tokens on every rank."""
     argv = ["--model.name", "qwen3", "--model.flavor", "debugmodel", "--job.device", "cpu",
             "--training.mixed-precision-param", "float32", *options]  # fmt: skip
     job = load_job(argv, world_size=world_size()).config
@@ -179,7 +176,7 @@ def trainer_of(options: list[str], folder: Path, n_samples: int) -> Trainer:
 
 
 def with_growth(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The reports with the power of the length that the memory has grown with, from each to the next."""
+    """Add its growth (see the docstring of this module) to each report except the first."""
     for last, row in pairwise(rows):
         beyond = math.log(row["bytes_per_token"] / last["bytes_per_token"])
         row["growth"] = round(1 + beyond / math.log(row["tokens"] / last["tokens"]), 3)
@@ -187,7 +184,7 @@ def with_growth(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def described(report: dict[str, Any]) -> str:
-    """The report as tables, to be read."""
+    """The report as tables."""
     tables = [table(report[mode]) for mode in ("sequences", "ranks") if report[mode]]
     exchanges = [
         f"{row['axis']} {row['ranks']}: {name}, {n_calls} calls, {size:,} bytes"

@@ -1,10 +1,11 @@
-"""How soon a run starts: imports, the first step eager and compiled, saving and loading.
+"""Measures how soon a run starts: imports, the first step eager and compiled, saving and loading.
 
     benchmarks/startup.py --rounds 3 --dtype fp32 --json
 
-Imports and first steps are fresh processes, timed from their start; a first step until it is reported.
-"cold" has an empty cache of compiled kernels, "warm" that of a cold start. Saving lasts until the step is
-published, loading until a trainer has it, beyond what building one takes; the files are in memory.
+Imports and first steps are timed in new processes, from the start of the process; a first step ends when it
+is reported. "cold" starts with an empty cache of compiled kernels, "warm" with the cache of a cold start.
+Saving ends when the step is published. Loading is the time to build a trainer from the step, minus the time
+to build a trainer without one; the files are in the page cache.
 """
 
 import argparse
@@ -43,7 +44,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print a line of JSON")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        timed(IMPORTS["import all of a run"])  # from the disk
+        timed(IMPORTS["import all of a run"])  # so that the files are in the page cache
         turns = [{name: timed(code) for name, code in IMPORTS.items()} for _ in range(args.rounds)]
         seconds = {name: [turn[name] for turn in turns] for name in IMPORTS}
         seconds |= first_steps(args, Path(folder))
@@ -63,7 +64,7 @@ def timed(code: str) -> float:
 
 
 def options(args: argparse.Namespace, folder: Path) -> list[str]:
-    """A run of the tiny preset, as step.py has it, on the text of the standard library."""
+    """A run of step.py's tiny preset, on the text of the standard library."""
     name, flavor, overrides = PRESETS["tiny"]
     return [
         "--model.name", name, "--model.flavor", flavor, "--model.overrides", json.dumps(overrides),
@@ -74,9 +75,9 @@ def options(args: argparse.Namespace, folder: Path) -> list[str]:
 
 
 def first_steps(args: argparse.Namespace, folder: Path) -> dict[str, list[float]]:
-    """Seconds until the first step is reported: eager, compiled with nothing at hand, compiled again."""
+    """Seconds until the first step is reported: eager, compiled with an empty and with a full cache."""
     common = options(args, folder)
-    first_step(common, folder, folder / "unused")  # the tokens are in the cache from now on
+    first_step(common, folder, folder / "unused")  # fills the token cache
     found: dict[str, list[float]] = {"eager": [], "cold": [], "warm": []}
     for number in range(args.rounds):
         cache = folder / f"cache-{number}"
@@ -105,7 +106,7 @@ def first_step(words: Sequence[str], folder: Path, cache: Path) -> float:
 
 
 def save_and_load(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Seconds and MiB of the tiny preset's step."""
+    """Seconds to save and to load a step of the tiny preset, and its MiB."""
     job = load_job([*options(args, folder), "--checkpoint.enable"]).config
     shards = write_shards(folder, job.decoder.vocab_size, 16, 512)
     trainer = Trainer(job, folder=folder, shards=shards)
@@ -127,7 +128,7 @@ def save_and_load(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def clocked(act: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds of `act`, and what it returns."""
+    """The seconds of `act`, and its result."""
     began = perf_counter()
     made = act()
     return perf_counter() - began, made

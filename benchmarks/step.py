@@ -1,13 +1,13 @@
-"""Speed and memory of the trainer's own step, on synthetic tokens: alone, or in turns with other programs.
+"""Measures speed and memory of the trainer's step on synthetic tokens, alone or in turns with other programs.
 
     benchmarks/step.py --preset tiny --dtype bf16 --compile --json
     benchmarks/step.py --compile --rounds 3 --compare "python other.py --compile" --compare "python third.py"
 
 Prints tokens per second, milliseconds, peak memory, MFU and the share of each phase; with --json one line of
-JSON. A command to compare with prints such a line last, with `tokens_per_s_median` and `peak_rss_gib` or
-`peak_mem_gib`. Its rounds are in turns with ours (A B C A B C), and the ratios are those of the medians; a
-command that fails is left out. First steps compile, or find in caches what rounds before them compiled:
-startup.py tells these apart.
+JSON. The last line of a command to compare with must be such a line, with `tokens_per_s_median` and
+`peak_rss_gib` or `peak_mem_gib`. The programs take turns (A B C A B C), and the ratios are those of the
+medians. A command that fails is left out. A first step compiles, or finds code that an earlier round has
+compiled; startup.py measures these two cases apart.
 """
 
 import argparse
@@ -41,7 +41,7 @@ PRESETS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "qwen3-0.6b": ("qwen3", "0.6B", {}),
     "llama3-8b": ("llama3", "8B", {}),
 }  # fmt: skip
-"""Name and flavor of a model, and what is different of it here."""
+"""Name and flavor of a model, and the fields that differ from the flavor."""
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 DESCRIPTION = """\
 {preset}: {params:,} parameters, {attention}, {dtype}, {how}
@@ -69,10 +69,10 @@ def main() -> None:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
-    # Not abbreviated: `without_comparison` looks for whole names.
+    # No abbreviated options: `without_comparison` looks for whole names.
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     parser.add_argument("--preset", choices=PRESETS, default="tiny")
-    parser.add_argument("--layers", type=int, help="blocks instead of the preset's")
+    parser.add_argument("--layers", type=int, help="number of blocks; default: the preset's")
     parser.add_argument("--seq", type=int, default=512, help="tokens in a sample")
     parser.add_argument("--batch", type=int, default=8, help="samples in a step")
     parser.add_argument(
@@ -80,10 +80,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
         type=int,
         nargs=2,
         metavar=("MIN", "MAX"),
-        help="packed documents of so many tokens; default: one document",
+        help="tokens of each packed document; default: one document",
     )
     parser.add_argument(
-        "--dtype", choices=DTYPES, default="fp32", help="of the computation; the weights are float32"
+        "--dtype", choices=DTYPES, default="fp32", help="dtype of the computation; the weights are float32"
     )
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--attention", choices=("sdpa", "flex", "flex_flash", "varlen"), default="sdpa")
@@ -92,14 +92,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
     )
-    parser.add_argument("--threads", type=int, help="of a CPU; default: torch's")
-    parser.add_argument("--warmup", type=int, default=3, help="steps before those that count")
-    parser.add_argument("--steps", type=int, default=10, help="steps that count")
+    parser.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
+    parser.add_argument("--warmup", type=int, default=3, help="steps before the measured steps")
+    parser.add_argument("--steps", type=int, default=10, help="measured steps")
     parser.add_argument(
         "--loop",
         choices=("trainer", "plain"),
         default="trainer",
-        help="plain: a loop written out, over the same model, loss and optimizer",
+        help="plain: a loop of a few lines over the same model, loss and optimizer",
     )
     parser.add_argument("--json", action="store_true", help="print a line of JSON")
     parser.add_argument(
@@ -107,14 +107,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="COMMAND",
-        help="another program; may be given again",
+        help="another program; the option can be repeated",
     )
-    parser.add_argument("--rounds", type=int, default=3, help="runs of each program that is compared")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each compared program")
     return parser.parse_args(argv)
 
 
 def job_of(args: argparse.Namespace, *more: str, world_size: int = 1) -> JobConfig:
-    """The run's configuration, checked like any other; `more` options have the last word."""
+    """The run's configuration, checked as usual. `more` options override the others."""
     name, flavor, overrides = PRESETS[args.preset]
     overrides = {**overrides, "max_seq_len": max(args.seq, 1 << 17)}
     if args.layers:
@@ -136,7 +136,7 @@ def job_of(args: argparse.Namespace, *more: str, world_size: int = 1) -> JobConf
 
 
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Every figure of one program: this process is it."""
+    """Train in this process, and return every figure."""
     if args.threads:
         torch.set_num_threads(args.threads)
     job, n_steps = job_of(args), args.warmup + args.steps
@@ -150,7 +150,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         if number == args.warmup:
             clock.forget()
         losses.append(step())
-        clock.wait()  # as the programs do that it is compared with
+        clock.wait()  # as the other programs do
         ticks.append(clock.tick())
     peak = peak_memory_gib(trainer.stepper.device)  # before the device's speed is measured
     seconds = clock.between(ticks)
@@ -171,7 +171,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def vars_of(args: argparse.Namespace) -> dict[str, Any]:
-    """What was asked for."""
+    """The options that the report repeats."""
     names = (
         "preset",
         "seq",
@@ -190,7 +190,7 @@ def vars_of(args: argparse.Namespace) -> dict[str, Any]:
 def speeds(
     args: argparse.Namespace, seconds: list[float], decoder: DecoderConfig, device: torch.device
 ) -> dict[str, Any]:
-    """Speed by itself, and as a share of what the device can do."""
+    """Speed, and its share of the device's peak speed."""
     n_tokens, median = args.batch * args.seq, statistics.median(seconds)
     dtype = getattr(torch, DTYPES[args.dtype])
     peak, measured = peak_flops(device, dtype), measured_flops(device, dtype)
@@ -212,13 +212,13 @@ def speeds(
 
 
 def full_flops_per_token(decoder: DecoderConfig, seq_len: int) -> float:
-    """As `flops_per_token`, but as if every token saw all `seq_len` keys: the other convention."""
+    """`flops_per_token` by the other convention: every token sees all `seq_len` keys."""
     half = 6 * decoder.n_layers * decoder.n_heads * decoder.head_dim * seq_len
     return decoder.flops_per_token(seq_len) + half
 
 
 def watched_step(trainer: Trainer, clock: Clock) -> Callable[[], float]:
-    """The trainer's own step, with marks around its parts."""
+    """The trainer's step, with a mark of the clock at the end of each phase."""
     batches, loss_of = trainer.state.batches, trainer.stepper.loss_of
     reduce_and_clip, update = trainer.stepper.reduce_and_clip, trainer.stepper.update
 
@@ -253,12 +253,12 @@ def watched_step(trainer: Trainer, clock: Clock) -> Callable[[], float]:
     replaced = {"loss_of": timed_loss_of, "reduce_and_clip": timed_clip, "update": timed_update}
     for name, act in replaced.items():
         setattr(trainer.stepper, name, act)
-    setattr(trainer.state, "batches", Batches())  # noqa: B010 - it has no more of a Loader than is needed
+    setattr(trainer.state, "batches", Batches())  # noqa: B010 - has only the part of a Loader that a step needs
     return lambda: trainer.stepper.train_step().loss
 
 
 def plain_step(trainer: Trainer) -> Callable[[], float]:
-    """A training step written out, over the trainer's model, loss and optimizer."""
+    """A training step of a few lines, over the trainer's model, loss and optimizer."""
     model, optimizer, batches = trainer.state.model, trainer.state.optimizer, iter(trainer.state.batches)
     decoder, device = model.config, trainer.stepper.device
 
@@ -279,7 +279,7 @@ def plain_step(trainer: Trainer) -> Callable[[], float]:
 
 
 def described(report: dict[str, Any]) -> str:
-    """The report, to be read."""
+    """The report as text."""
     return DESCRIPTION.format(
         **report,
         how="compiled" if report["compile"] else "eager",
@@ -289,7 +289,7 @@ def described(report: dict[str, Any]) -> str:
 
 
 def compare(args: argparse.Namespace) -> None:
-    """Run this program and the others in turns, and report the medians and how much faster we are."""
+    """Run this program and the others in turns, and report the medians and their ratios."""
     own = shlex.join([sys.executable, *without_comparison(sys.argv), "--json"])
     commands = [own, *args.compare]
     reports: dict[str, list[dict[str, Any]]] = {command: [] for command in commands}
@@ -313,7 +313,7 @@ def compare(args: argparse.Namespace) -> None:
 
 
 def without_comparison(argv: list[str]) -> list[str]:
-    """The command line without what speaks of the comparison."""
+    """The command line without the options of the comparison."""
     kept, words = [], iter(argv)
     for word in words:
         name, equals, _ = word.partition("=")
@@ -325,7 +325,7 @@ def without_comparison(argv: list[str]) -> list[str]:
 
 
 def run(command: str) -> dict[str, Any] | None:
-    """The report of a program, the last line of JSON that it prints; None where it fails, which is said."""
+    """A program's report, the last line of JSON that it prints; if it fails, prints why and returns None."""
     done = subprocess.run(shlex.split(command), capture_output=True, text=True, check=False)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:

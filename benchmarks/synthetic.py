@@ -1,4 +1,4 @@
-"""Synthetic tokens that can be learnt, as the shards of a run, so that the trainer's own loader serves them.
+"""Makes synthetic tokens that a model can learn, as token shards for the trainer's own loader.
 
 N samples, S tokens in a sample, T tokens in all.
 """
@@ -35,10 +35,10 @@ def lengths_between(shortest: int, longest: int, n_tokens: int, seed: int = 0) -
 def write_shards(
     folder: Path, vocab_size: int, n_samples: int, seq_len: int, documents: tuple[int, int] | None = None
 ) -> Shards:
-    """`n_samples` samples of a walk in files of `folder`, as one document or as many.
+    """Write `n_samples` samples of a walk into `folder`, as one document or as many.
 
-    `documents` are the least and the largest length of one, in tokens. Without it the same tokens are one
-    document, so that every sample is causal from its first token to its last.
+    `documents` are the smallest and the largest length of a document, in tokens. Without `documents` the same
+    tokens are one document, so every sample is causal from its first token to its last.
     """
     tokens_T = walk(vocab_size, n_samples, seq_len)[:, :seq_len].flatten().numpy().astype("<u4")
     lengths = lengths_between(*documents, len(tokens_T)) if documents else [len(tokens_T)]

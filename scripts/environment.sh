@@ -6,16 +6,16 @@ venv=$root/.venv
 stamp=$venv/torchtitan_lite.stamp
 unfinished=$venv/torchtitan_lite.unfinished
 
-# Says yes or no on any Python, however old: can it make the environment?
+# Fails on a Python that cannot make the environment. Must parse on any Python, however old.
 readonly usable='import sys; assert (3, 11) <= sys.version_info[:2] < (3, 15); import ensurepip, venv'
 
-# install "" brings what a run needs, install dev what the tests need too; the second covers the first.
+# `install ""` installs the packages of a run, `install dev` those of the tests too. `dev` includes "".
 install() {
     local extra=$1
     if is_installed "$extra"; then return; fi
     local python
     python=$(find_python)
-    # One install at a time. The lock goes with file descriptor 9, so a killed script leaves none behind.
+    # One install at a time. The lock ends with file descriptor 9, so a killed script leaves no lock behind.
     exec 9>"$root/.venv.lock"
     "$python" -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX)'
     if ! is_installed "$extra"; then make_and_install "$python" "$extra"; fi
@@ -32,12 +32,12 @@ is_installed() {
 
 make_and_install() {
     local python=$1 extra=$2
-    # An install that was cut off may look whole to pip, so it starts afresh.
+    # pip may take an interrupted install for a complete one, so the environment is made again.
     if [[ -e $unfinished ]] || ! "$venv/bin/python" -c "$usable; import pip" >/dev/null 2>&1; then
         echo "Making $venv with $("$python" --version)" >&2
         "$python" -m venv --clear "$venv"
     fi
-    echo "Installing into $venv; the first time takes some minutes" >&2
+    echo "Installing into $venv; the first install takes some minutes" >&2
     : >"$unfinished"
     "$venv/bin/python" -m pip install --disable-pip-version-check --quiet \
         --constraint "$root/constraints.txt" --editable "$root${extra:+[$extra]}" >&2
@@ -45,7 +45,7 @@ make_and_install() {
     rm -f "$unfinished"
 }
 
-# What an install depends on: the two files that say what to install, where the repository is, and the Python.
+# A hash of everything that an install depends on: two files, the folder of the repository, and the Python.
 fingerprint() {
     "$venv/bin/python" - "$root" 2>/dev/null <<'PY'
 import hashlib, pathlib, sys
@@ -60,7 +60,7 @@ find_python() {
     local candidate candidates=(python3.13 python3.12 python3.11 python3 python)
     if [[ -n ${PYTHON:-} ]]; then candidates=("$PYTHON"); fi
     for candidate in "${candidates[@]}"; do
-        # Each one is run: a name on PATH may be a shim that only says that it is not installed.
+        # Run each candidate: a name on PATH may be a shim that only reports that Python is not installed.
         if "$candidate" -c "$usable" >/dev/null 2>&1; then
             printf '%s\n' "$candidate"
             return
@@ -68,6 +68,6 @@ find_python() {
     done
     echo "error: ${PYTHON:-none of python3.13, python3.12, python3.11, python3 and python} can be used." >&2
     echo "Needed: Python 3.11, 3.12 or 3.13 with its venv module (Debian, Ubuntu: apt install python3-venv)." >&2
-    echo "To name one: PYTHON=/path/to/python3.12 $0" >&2
+    echo "To name a Python: PYTHON=/path/to/python3.12 $0" >&2
     return 1
 }

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Lint, types and the quick tests, or all of them with --all; whatever else is given goes to pytest, for example:
+# Run lint, type checks and the quick tests; with --all also the slow tests. Other arguments go to pytest, for example:
 #   ./scripts/test.sh --all
 #   ./scripts/test.sh tests/attention -k varlen -n 0
-# Makes .venv and installs the package and the development tools on the first call. Works from any folder.
+# The first call makes .venv and installs the package and the development tools. Works from any folder.
 set -euo pipefail
 # shellcheck source=scripts/environment.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh"
@@ -18,6 +18,6 @@ cd "$root"
 "$venv/bin/ruff" check .
 "$venv/bin/ruff" format --check .
 "$venv/bin/basedpyright"
-# A worker for each core, but no more than memory is there for: each has ranks and programs of its own.
+# A worker for each core, but at most four: each worker starts ranks and programs, which need memory.
 exec "$venv/bin/python" -m pytest -n auto --maxprocesses 4 --dist worksteal --durations 10 \
     -m "$selection" ${words[@]+"${words[@]}"}

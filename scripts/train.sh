@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Train configs/debugmodel.toml; whatever else is given goes to the trainer, for example:
+# Train configs/debugmodel.toml. Arguments go to the trainer, for example:
 #   ./scripts/train.sh --training.steps 20 --model.attention flex
-# Makes .venv and installs the package on the first call. Works from any folder; outputs/ is made in that one.
+# The first call makes .venv and installs the package. Works from any folder, and writes outputs/ there.
 set -euo pipefail
 # shellcheck source=scripts/environment.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh"

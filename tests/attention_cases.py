@@ -1,15 +1,15 @@
-"""What the attention tests share: positions, queries, tensors and the comparison with the reference."""
+"""Positions, queries, tensors and the comparison with the reference, for the attention tests."""
 
 import torch
 
 from torchtitan_lite.attention import reference_attention
 
-KEYS, HEAD_DIM = 53, 12  # S, H, G and K pairwise different: an axis out of place cannot hide
+KEYS, HEAD_DIM = 53, 12  # S, H, G and K differ from each other, so a wrong axis shows
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 
 
 def rows(*documents: list[int]) -> torch.Tensor:
-    """Positions of rows of documents; a negative length is so many tokens of padding."""
+    """Positions of rows of documents. A negative length -n means n tokens of padding."""
     return torch.stack(
         [torch.cat([torch.arange(n) if n > 0 else torch.full((-n,), -1) for n in row]) for row in documents]
     )

@@ -4,7 +4,6 @@
 """
 
 import itertools
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -15,6 +14,7 @@ import parallel_cases
 import torch
 import torch._dynamo
 import torch.distributed as dist
+from programs import words_of
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from torchtitan_lite.attention.capabilities import INSTALL_FA4
@@ -34,7 +34,7 @@ ATTENTIONS = {
         for kernel in ("documents", "torch", "flash_attn", "fa3", "fa4")
     },
 }
-"""The options of each attention of the table."""
+"""The options of each attention in the table."""
 
 METHODS, DEGREES = ("none", "allgather", "ulysses"), ("1", "2")
 COMPILE, RECOMPUTE = ("off", "on"), ("none", "selective", "full")
@@ -74,12 +74,12 @@ class Combination:
             "compile.enable": "true" if self.compile == "on" else "false",
             "compile.backend": compiler,
         }
-        return ["--model.attention", *ATTENTIONS[self.attention], *as_words(options)]
+        return ["--model.attention", *ATTENTIONS[self.attention], *words_of(options)]
 
 
 @dataclass(frozen=True)
 class Works:
-    """The combination works: a test of this name shows it."""
+    """The combination works. `test` is the name of the test that shows it."""
 
     test: str
 
@@ -102,7 +102,7 @@ Verdict = Works | Refused
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the table: all combinations of its values, and their verdict on a CPU and on CUDA."""
+    """A row of the table: the values of each factor, and one verdict for all their combinations."""
 
     attention: str
     methods: tuple[str, ...] = METHODS
@@ -112,7 +112,6 @@ class Row:
 
     @property
     def values(self) -> tuple[tuple[str, ...], ...]:
-        """The values of each factor."""
         return (self.attention,), self.methods, DEGREES, self.compile, RECOMPUTE
 
     def __str__(self) -> str:
@@ -190,16 +189,12 @@ def with_table(page: str) -> str:
     return written
 
 
-def as_words(options: dict[str, object]) -> list[str]:
-    return [word for key, value in options.items() for word in (f"--{key}", str(value))]
-
-
 def tiny_run(path: object, cache: object, device: str = "cpu", dtype: str = "float32") -> list[str]:
-    """The options that all combinations share: packed documents and a model of two blocks."""
+    """The options of all combinations: packed documents and a model of two blocks."""
     options = {
         "job.device": device,
         "model.flavor": "debugmodel",
-        "model.overrides": json.dumps(SIZES),
+        "model.overrides": SIZES,
         "data.dataset": "jsonl",
         "data.path": path,
         "data.cache-dir": cache,
@@ -210,7 +205,7 @@ def tiny_run(path: object, cache: object, device: str = "cpu", dtype: str = "flo
         "training.mixed-precision-param": dtype,
         "lr-scheduler.warmup-steps": 2,
     }
-    return as_words(options)
+    return words_of(options)
 
 
 def product() -> Iterator[Combination]:

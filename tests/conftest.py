@@ -1,4 +1,4 @@
-"""What all tests share."""
+"""Hooks of pytest and fixtures for all tests."""
 
 import functools
 import random
@@ -29,10 +29,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU or a compiler where there is none, and say so."""
+    """Skip tests that need a GPU or a compiler if the machine has none, and give the reason."""
     absent = {}
     if gpus.are_hidden(config.option.markexpr):
-        absent["gpu"] = "the tests for a GPU are run by -m gpu; all others see none"
+        absent["gpu"] = "only -m gpu runs the tests for a GPU; all other tests see no GPU"
     elif not torch.cuda.is_available():
         absent["gpu"] = "no CUDA GPU here (torch.cuda.is_available() is False)"
     if not shutil.which(CXX):
@@ -55,12 +55,12 @@ def pytest_deselected(items: Sequence[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    """A worker of pytest-xdist has ended: each has left out the same tests."""
+    """Take the count of left out tests from a worker of pytest-xdist: it is the same in each worker."""
     node.config.stash[_LEFT_OUT] = getattr(node, "workeroutput", {}).get("left_out", 0)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Say what was not run, and how to run it."""
+    """Print how many slow tests were left out, and the command that runs them."""
     if left_out := config.stash.get(_LEFT_OUT, 0):
         terminalreporter.write_line(
             f"{left_out} slow tests were left out; to run them too: ./scripts/test.sh --all"
@@ -69,7 +69,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 @pytest.fixture(autouse=True)
 def _kernels_forgotten() -> Iterator[None]:
-    """What a compiled run uses from then on is not used by the next test."""
+    """A compiled run switches to our own CPU kernel: undo this after each test."""
     yield
     native.forget_kernels()
 
@@ -82,7 +82,7 @@ def ranks(pytestconfig: pytest.Config) -> RanksOf:
 
 @pytest.fixture(scope="session")
 def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Forty documents, 80 kB in all, with words that a model can learn."""
+    """A folder of forty text files, 80 kB in all, with words that a model can learn."""
     folder = tmp_path_factory.mktemp("text")
     rng = random.Random(0)
     words = ["".join(rng.choices("abcdefghij", k=rng.randint(2, 8))) for _ in range(50)]
@@ -94,7 +94,7 @@ def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of a module's own, with short documents in `short.jsonl`."""
+    """A folder for each test module, with short documents in `short.jsonl`."""
     place = tmp_path_factory.mktemp("texts")
     write_documents(place / "short.jsonl")
     return place
@@ -102,12 +102,12 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def small_run(text_folder: Path, tmp_path: Path) -> list[str]:
-    """Options of a run of five steps that takes a second on a CPU, in the folder `tmp_path / "run"`."""
-    overrides = '{"n_layers": 2, "dim": 32, "n_heads": 4, "n_kv_heads": 2, "head_dim": 8, "ffn_dim": 64}'
+    """Options of a run of five steps in the folder `tmp_path / "run"`; it takes a second on a CPU."""
+    sizes = {"n_layers": 2, "dim": 32, "n_heads": 4, "n_kv_heads": 2, "head_dim": 8, "ffn_dim": 64}
     options = {
         "job.dump-folder": tmp_path / "run",
         "job.device": "cpu",
-        "model.overrides": overrides,
+        "model.overrides": sizes,
         "data.dataset": "text",
         "data.path": text_folder,
         "data.cache-dir": text_folder.parent / "cache",
@@ -119,17 +119,15 @@ def small_run(text_folder: Path, tmp_path: Path) -> list[str]:
         "metrics.peak-flops": 1e11,
         "metrics.enable-tensorboard": "false",
     }
-    return [word for key, value in options.items() for word in (f"--{key}", str(value))]
-
-
-Run = Callable[..., subprocess.CompletedProcess[str]]
+    return programs.words_of(options)
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Run:
-    """Runs a Python command line in `tmp_path` and keeps what it prints; an empty variable is left out.
+def run(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`run(*words, **variables)` runs a Python command line in `tmp_path` and captures its output.
 
-    `fresh`: in a fresh Python, and not a process that has torch imported already.
+    An empty environment variable is left out. `fresh`: use a fresh Python instead of a fork that has imported
+    torch.
     """
 
     def run(*words: object, fresh: bool = False, **environment: str) -> subprocess.CompletedProcess[str]:

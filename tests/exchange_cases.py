@@ -1,6 +1,6 @@
-"""Functions that the tests of single exchanges run on ranks (ranks.py).
+"""Functions that the tests of single exchanges run on ranks (see ranks.py).
 
-B batch, S tokens, s = S / n of them on each of n ranks; H query heads, G key/value heads, K head dim;
+B batch, S tokens, s = S / n tokens on each of n ranks; H query heads, G key/value heads, K head dim;
 D model dim, V vocab.
 """
 
@@ -57,7 +57,7 @@ class Attention:
     dtype: torch.dtype = torch.float64
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """q, k, v and the output's gradient, of whole sequences."""
+        """q, k, v and the gradient of the output, for whole sequences."""
         (batch, seq_len), (n_heads, n_kv_heads) = self.positions_BS.shape, self.heads
         q, k, v = qkv(batch, seq_len, seq_len, n_heads, n_kv_heads, self.dtype)
         generator = torch.Generator().manual_seed(1)
@@ -96,7 +96,7 @@ def _attend(case: Attention) -> Part:
         out = inner(q, k, v, mask, scale=case.scale)
     with Operators() as backward:
         dq, dk, dv = torch.autograd.grad(out, (q, k, v), dout)
-    assert all(type(x) is Tensor for x in (out, dq, dk, dv)), "none still waits for its exchange"
+    assert all(type(x) is Tensor for x in (out, dq, dk, dv)), "a result still waits for its exchange"
     return Part(out.detach(), dq, dk, dv, (forward.bytes_sent, backward.bytes_sent))
 
 
@@ -111,7 +111,7 @@ def attention_bytes(method: str, n_ranks: int, n_tokens: int, heads: tuple[int, 
 
 
 def block_sizes_of_masks(argv: Sequence[str]) -> set[tuple[int, int]]:
-    """The block sizes of the masks that reach the model in a step."""
+    """The block sizes of the masks that the model gets in a step."""
     trainer, found = new_trainer(argv), set()
     trainer.state.model.register_forward_pre_hook(lambda _, args: found.add(args[2].block_mask.BLOCK_SIZE))
     trainer.stepper.train_step()
@@ -122,7 +122,7 @@ def block_sizes_of_masks(argv: Sequence[str]) -> set[tuple[int, int]]:
 
 
 class Loss(NamedTuple):
-    """A loss, and its gradients, whole."""
+    """A loss and its whole gradients."""
 
     value: Tensor
     n_valid: Tensor
@@ -203,7 +203,7 @@ def look_up(upstream_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     x_BsD.backward(upstream_BSD.chunk(mesh.size(), dim=1)[mesh.get_local_rank()])
     gradient = model.embedding.weight.grad
     assert isinstance(gradient, DTensor)
-    assert type(x_BsD) is Tensor, "it does not wait for its exchange"
+    assert type(x_BsD) is Tensor, "the vectors still wait for their exchange"
     return x_BsD.detach(), gradient.to_local(), whole(gradient)
 
 
@@ -239,7 +239,7 @@ def initial_weights(
 
 
 class Pass(NamedTuple):
-    """A model's loss and gradients, and how they were computed."""
+    """A model's loss and gradients, and the operators and graphs that computed them."""
 
     loss: Tensor
     gradients: dict[str, Tensor]
@@ -381,7 +381,7 @@ def squared_norms(names: Sequence[str]) -> float:
     """The squared norm of all gradients, summed over ranks. One gradient is a plain tensor."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
     parameters = [nn.Parameter(torch.zeros(3, dtype=torch.float64)), nn.Parameter(torch.zeros(1))]
-    parameters[0].grad = torch.ones(3, dtype=torch.float64)  # the other has none
+    parameters[0].grad = torch.ones(3, dtype=torch.float64)  # the other parameter has no gradient
     for name in names:
         axes, placements = PLACEMENTS[name]
         gradient = distribute_tensor(gradient_of(name), mesh[axes], placements)

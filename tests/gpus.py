@@ -1,4 +1,4 @@
-"""Which tests may see a GPU."""
+"""Decides which tests may see a GPU."""
 
 import os
 import re
@@ -15,10 +15,10 @@ def are_hidden(mark_expression: str) -> bool:
 def hide() -> None:
     """Hide all GPUs from this process and its children.
 
-    The results of CPU tests must not depend on a GPU: two ranks may find only one GPU, or a kernel may ask
-    for a package. Call this before torch looks for a GPU.
+    The results of CPU tests must not depend on a GPU: two ranks may find only one GPU, or a kernel may need
+    a package. Call this before torch looks for a GPU.
     """
     # Not an empty variable: some programs that tests start drop empty ones.
     os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
-    # torch then counts GPUs without starting the driver; once it is started, no fork could use a GPU.
+    # torch then counts GPUs without starting the driver. Once the driver has started, no fork can use a GPU.
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"

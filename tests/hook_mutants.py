@@ -9,13 +9,13 @@ FLAGS = "tests/training/test_step.py"
 PREPARE = "tests/models/test_prepare.py"
 
 MUTANTS = {
-    "hooks: the time of hooks is left out of that of the step": Mutant(
+    "hooks: the time of a step lacks the time of hooks": Mutant(
         TRAINER,
         "seconds=stats.seconds + seconds,",
         "seconds=stats.seconds,",
         f"{CALLS}::test_a_slow_hook_shows_in_the_time_of_the_step",
     ),
-    "hooks: files stay open when another hook fails": Mutant(
+    "hooks: a failing hook keeps the others from their end": Mutant(
         TRAINER,
         '                    self.hooks.end(Outcome(kind="failed", error=error))\n',
         "                    pass\n",
@@ -45,7 +45,7 @@ MUTANTS = {
         "        start, state, early = perf_counter(), self.state, flags()\n        flags = lambda: early\n",
         f"{FLAGS}::test_flags_are_read_after_the_backward",
     ),
-    "prepare: the newest tokens see what one of their number fewer sees": Mutant(
+    "prepare: the newest tokens have the mask of the tokens before them": Mutant(
         "torchtitan_lite/inference/generate.py",
         "return ((seq_len - self.n_tokens, seq_len),)",
         "return ((seq_len - self.n_tokens - 1, seq_len - 1),)",

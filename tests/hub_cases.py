@@ -50,7 +50,7 @@ def small(config: DecoderConfig) -> DecoderConfig:
 
 
 def theirs(config: DecoderConfig, folder: Path) -> Any:
-    """A model of transformers, made from the config.json that we write, with random weights."""
+    """A model of transformers with random weights, built from the config.json that we write."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     (folder / "config.json").write_text(json.dumps(config_json(config, dtype="float32", eos_id=0)))

@@ -57,7 +57,7 @@ MUTANTS = {
         "if False and listed != (",
         f"{FILES}::test_a_broken_or_hostile_folder_is_one_line",
     ),
-    "hub: a folder that failed stays": Mutant(
+    "hub: a failed export leaves its folder": Mutant(
         WEIGHTS,
         "        shutil.rmtree(scratch, ignore_errors=True)\n",
         "",
@@ -76,7 +76,7 @@ MUTANTS = {
         "if False and",
         f"{EXCHANGE}::test_a_tied_head_that_is_stored_twice_must_be_the_same",
     ),
-    "hub: the export of an earlier end stays": Mutant(
+    "hub: the export of an earlier step stays": Mutant(
         HUB,
         "if json.loads((folder / SOURCE).read_bytes()) == source:",
         "if True:",
@@ -106,7 +106,7 @@ MUTANTS = {
         "self.next_B += tokens_BS.shape[1]",
         CACHE,
     ),
-    "generate: keys are kept for every query head": Mutant(
+    "generate: the cache repeats keys for every query head": Mutant(
         GENERATE,
         "            B, _, G, K = k_BSGK.shape\n",
         "            k_BSGK, v_BSGK = (x.repeat_interleave(q_BSHK.shape[2] // x.shape[2], 2) for x in "
@@ -119,7 +119,7 @@ MUTANTS = {
         "goes_on_B = ~torch.isin(next_B, ends)",
         f"{TEXT}::test_a_row_that_has_ended_stays_ended_and_changes_no_other",
     ),
-    "generate: the likeliest tokens one too few": Mutant(
+    "generate: top-p keeps one token too few": Mutant(
         GENERATE,
         "sorted_BV.softmax(dim=1).cumsum(dim=1) - sorted_BV.softmax(dim=1)",
         "sorted_BV.softmax(dim=1).cumsum(dim=1)",

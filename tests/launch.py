@@ -1,4 +1,4 @@
-"""Runs of torchrun in real processes, none of which outlives its test."""
+"""Runs torchrun in real processes, and ends all of them with the test."""
 
 import contextlib
 import os
@@ -16,11 +16,11 @@ SCRIPT = ROOT / "torchtitan_lite" / "train.py"
 
 TORCHRUN = ("-m", "torch.distributed.run")
 DEEP = "[ctypes.CDLL(None).pthread_mutex_lock(lock) for lock in [ctypes.create_string_buffer(64)] * 2]"
-"""Python that never comes back from a library, like a wait for a GPU: no handler of a signal runs."""
+"""Python code that never returns from a C function, like a wait for a GPU: no signal handler runs."""
 
 
 class Launched:
-    """A torchrun and the processes below it, which write to a pipe of its own."""
+    """A torchrun and its child processes, which all write to one pipe."""
 
     def __init__(self, words: list[str], folder: Path, fresh: bool) -> None:
         self.process = (FreshProgram if fresh else Program)(words, cwd=folder)
@@ -29,20 +29,20 @@ class Launched:
         self.out = self.err = ""
 
     def wait(self, seconds: float = 100) -> int:
-        """The exit status; what was printed is in `out` and `err` then."""
+        """Wait for the end, set `out` and `err`, and return the exit status."""
         self.out, self.err = self.process.communicate(timeout=seconds)
         return self.process.returncode
 
     def of_ranks(self) -> str:
-        """What the ranks printed on standard error, without log lines and what torchrun says itself."""
+        """The ranks' lines on standard error, without log lines and lines of torchrun."""
         own = self.err.partition('Traceback (most recent call last):\n  File "<frozen runpy>"')[0]
         others = ("torch/distributed/elastic", "tokenized ", "USDT:", "DeviceProperties")
-        # C++ writes the end of a line by itself: where two ranks write at once, an empty line follows.
+        # C++ writes the end of a line separately: if two ranks write at once, an empty line follows.
         lines = [line for line in own.splitlines() if line]
         return "\n".join(line for line in lines if not any(other in line for other in others))
 
     def left(self, within: float = 5) -> list[int]:
-        """The processes that are still there after some seconds, torchrun's own included."""
+        """The processes that still run after `within` seconds, including torchrun's own."""
         deadline = time.monotonic() + within
         while (found := self._running()) and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -53,7 +53,7 @@ class Launched:
 
 
 def holders_of(file: str) -> list[int]:
-    """The processes that have a file open, by the name that /proc gives it."""
+    """The processes that have a file open; `file` is its name in /proc."""
     found = set()
     for link in Path("/proc").glob("[0-9]*/fd/[0-9]*"):
         with contextlib.suppress(OSError):
@@ -71,7 +71,7 @@ def launched(
     program: Sequence[object] = TORCHRUN,
     fresh: bool = False,
 ) -> Iterator[Launched]:
-    """A run of `words` by torchrun on `processes` ranks in `folder`; killed at the end if need be.
+    """Run `words` by torchrun on `processes` ranks in `folder`; kill at the end what still runs.
 
     `fresh`: launcher and ranks are fresh Pythons, as users start them.
     """
@@ -88,7 +88,7 @@ def launched(
 
 @contextmanager
 def launched_on_two_nodes(folder: Path, *words: object) -> Iterator[tuple[Launched, Launched]]:
-    """The same run by two launchers that stand for a machine each, with a rank each."""
+    """One run by two launchers with one rank each; each launcher stands for a machine."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -60,7 +60,7 @@ def case(vocab: int, device: str) -> tuple[Tensor, Labels]:
     logits_CV = room_CV[:, :vocab]
     logits_CV[2, 3:] = -torch.inf
     logits_CV[3, : vocab // 2] = -torch.inf
-    logits_CV[4] = -torch.inf  # A row without a label: its gradient must be zero all the same.
+    logits_CV[4] = -torch.inf  # A row without a label: its gradient must be zero, not NaN.
     labels_C = torch.tensor([0, vocab - 1, 1, vocab - 1, IGNORE, 7])
     labels = Labels.of(labels_C, Vocabulary(), vocab)
     labels.here[5] = False  # As if another rank had this row of the weight.

@@ -1,10 +1,10 @@
-"""Bugs that a test must notice, and a server that runs tests on the package with such a bug in it.
+"""Bugs that a test must notice, and a server that runs tests on the package with such a bug.
 
     with Server() as server:
         server.run([mutant.test], mutant).failed  ->  the test, if it failed
 
-The server is a Python that has imported what is slow to import, and nothing of this repository. For each
-request it forks a process, which imports the package with the bug. No file is changed.
+The server is a Python that has imported the modules that are slow to import, and nothing of this repository.
+For each request the server forks a process, which imports the package with the bug. No file is changed.
 """
 
 import contextlib
@@ -48,11 +48,11 @@ _SLOW_TO_IMPORT = (
     "tyro",
 )
 _NOT_RUN = 99
-"""The status where pytest itself was not run: it has none so high."""
+"""The status if pytest did not run. pytest itself never returns it."""
 
 
 class Mutant(NamedTuple):
-    """In `file`, `old` becomes `new`; `test`, a node id of pytest, must fail."""
+    """A bug: in `file`, `old` becomes `new`. `test` (a node id of pytest) must then fail."""
 
     file: str
     old: str
@@ -61,7 +61,7 @@ class Mutant(NamedTuple):
 
     @property
     def is_there(self) -> bool:
-        """The code that it changes is in the file exactly once."""
+        """Whether the file has the code `old` exactly once."""
         return (ROOT / self.file).read_text().count(self.old) == 1
 
 
@@ -75,13 +75,13 @@ class Outcome(NamedTuple):
 
     @property
     def failed(self) -> str:
-        """The test that failed, or nothing. An error in a module, a fixture or a plugin is no failed test."""
+        """The failed test, or "". An error in a module, a fixture or a plugin is not a failed test."""
         found = re.search(r"^FAILED (.+?::.+?)(?: - |$)", self.output, re.MULTILINE)
         return found[1] if found and self.status == pytest.ExitCode.TESTS_FAILED else ""
 
 
 class Server:
-    """Starts with the first request."""
+    """Runs tests in forks of a server process, which starts with the first request."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
@@ -93,19 +93,19 @@ class Server:
         self.stop()
 
     def run(self, tests: Sequence[str], mutant: Mutant | None = None) -> Outcome:
-        """How the tests end, up to the first that fails: with the bug, or with none."""
+        """Run the tests, with the bug if there is one, up to the first that fails."""
         self._process = self._process or _started()
         assert self._process.stdin is not None and self._process.stdout is not None
         try:
             print(json.dumps((tests, mutant)), file=self._process.stdin, flush=True)
             return Outcome(*json.loads(self._process.stdout.readline()))
         except BaseException:
-            # The answer may still come, and would be taken for that to the next request.
+            # A late answer would be read as the answer to the next request.
             self.stop()
             raise
 
     def stop(self) -> None:
-        """Kill the server and what it has forked."""
+        """Kill the server and its forks."""
         if self._process is not None:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.communicate()
@@ -113,7 +113,7 @@ class Server:
 
 
 def _started() -> "subprocess.Popen[str]":
-    # With the variables of a worker of pytest-xdist, the pytest in there would take itself for one.
+    # With the variables of a pytest-xdist worker, the server's pytest would take itself for a worker.
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
     return subprocess.Popen(
         [sys.executable, __file__],
@@ -131,11 +131,11 @@ def _started() -> "subprocess.Popen[str]":
 
 def _serve() -> None:
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what imports print is no answer
+    os.dup2(2, 1)  # output of imports must not mix with answers
     for name in _SLOW_TO_IMPORT:
-        with contextlib.suppress(ImportError):  # an extra that is not installed: its tests say so
+        with contextlib.suppress(ImportError):  # an extra that is not installed
             importlib.import_module(name)
-    resource_tracker.ensure_running()  # one for all, where each would start its own
+    resource_tracker.ensure_running()  # one for all forks; otherwise each would start its own
     for line in sys.stdin:
         tests, mutant = json.loads(line)
         with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
@@ -151,7 +151,7 @@ def _serve() -> None:
 
 
 def _test(tests: Sequence[str], mutant: Mutant | None, folder: Path) -> NoReturn:
-    """Run pytest, on the package with the bug if there is one, and end with its status."""
+    """Run pytest, with the bug if there is one, and end with its status."""
     status = _NOT_RUN
     try:
         _write_to(folder / "output")
@@ -163,7 +163,7 @@ def _test(tests: Sequence[str], mutant: Mutant | None, folder: Path) -> NoReturn
         options = ["-x", "-q", "-o", "timeout=0", f"--basetemp={folder / 'tests'}"]
         plugins = ["--disable-plugin-autoload", "-p", "pytest_timeout", "-p", "no:cacheprovider"]
         status = int(pytest.main([*options, *plugins, *tests]))
-    except BaseException:  # noqa: BLE001 (whatever it is, the process ends here)
+    except BaseException:  # noqa: BLE001 (the process ends here)
         traceback.print_exc()
     finally:
         sys.stdout.flush()
@@ -179,7 +179,7 @@ def _write_to(output: Path) -> None:
 
 
 def _put_in(mutant: Mutant) -> None:
-    """Have the file imported with the bug, whatever its compiled copy holds."""
+    """Let Python import the file with the bug, even if there is a compiled copy."""
     assert mutant.is_there, mutant
     path, from_file = ROOT / mutant.file, SourceFileLoader.get_code
     source = path.read_text().replace(mutant.old, mutant.new)
@@ -193,9 +193,9 @@ def _put_in(mutant: Mutant) -> None:
 
 
 def _start_server_of_forks() -> None:
-    """Start multiprocessing's as a fork of this process, so that it has the package with the bug too.
+    """Start multiprocessing's forkserver as a fork of this process, so that it has the bug too.
 
-    This comes before pytest, whose way with warnings and logs is for no other process.
+    Call this before pytest changes the warnings and logs of this process.
     """
 
     def forked(_: object, words: Sequence[str], kept: Sequence[int]) -> int:
@@ -204,7 +204,7 @@ def _start_server_of_forks() -> None:
         try:
             for number in map(int, os.listdir("/proc/self/fd")):
                 if number > 2 and number not in kept:
-                    with contextlib.suppress(OSError):  # the listing's own is closed already
+                    with contextlib.suppress(OSError):  # listdir's own file is closed already
                         os.close(number)
             exec(words[-1], {})  # noqa: S102 (the program after -c)
         finally:

@@ -1,4 +1,4 @@
-"""Functions that the tests of parallelism run on ranks (ranks.py)."""
+"""Functions that the tests of parallelism run on ranks (see ranks.py)."""
 
 import gc
 import json
@@ -32,7 +32,7 @@ from torchtitan_lite.training.trainer import Trainer
 
 
 def device_of_a_tensor_on_a_gpu() -> str:
-    """Of one that this rank makes."""
+    """The device of a tensor that this rank creates."""
     return str(torch.zeros(2, device="cuda").device)
 
 
@@ -59,7 +59,7 @@ def raise_on(rank: int) -> None:
 
 
 def raise_after(first: int) -> None:
-    """One rank raises, and the others soon after it."""
+    """One rank raises, and the others raise 0.2 seconds later."""
     store = dist.distributed_c10d._get_default_store()
     if dist.get_rank() == first:
         store.set("first", "")
@@ -70,7 +70,7 @@ def raise_after(first: int) -> None:
 
 
 def die_on(rank: int) -> None:
-    """One rank's process ends; the others notice, and raise."""
+    """The process of one rank ends; the other ranks notice and raise."""
     if dist.get_rank() == rank:
         os.write(2, b"the last words\n")
         os._exit(7)
@@ -78,7 +78,7 @@ def die_on(rank: int) -> None:
 
 
 def hang_on(folder: Path, *hanging: int) -> None:
-    """Some ranks hang; the process of rank R is in the file R."""
+    """Some ranks hang. Rank R writes its process id to the file R."""
     rank = dist.get_rank()
     (folder / f"{rank}.part").write_text(str(os.getpid()))
     (folder / f"{rank}.part").rename(folder / f"{rank}")
@@ -91,7 +91,7 @@ def crash() -> None:
 
 
 def crash_at_the_end() -> None:
-    """Finish, and crash when the process ends."""
+    """Finish successfully, and crash when the process ends."""
     sound = os._exit
     os._exit = lambda _: sound(9)  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -134,7 +134,7 @@ class Distance:
     other_names: list[str]
     """The gradients and parameters that only one of the two has."""
     other_tokens: bool
-    """Whether they count different numbers of tokens."""
+    """Whether the trainings count different numbers of tokens."""
 
 
 def write_documents(path: Path) -> None:

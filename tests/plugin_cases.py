@@ -1,4 +1,4 @@
-"""A plugin that registers a member at every door, and a place for plugins that a test writes."""
+"""A plugin that registers a member at every door, and a context that undoes registrations."""
 
 import importlib
 import json
@@ -163,7 +163,7 @@ class Clock:
 
 
 def run_to_the_end(argv: list[str], folder: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl of a whole run in float64, with its hooks, by all ranks together."""
+    """Run in float64 with all hooks, on all ranks, and return the lines of metrics.jsonl."""
     with precision(double=True):
         world = here()
         job = load_job(argv, world_size=world.size).config
@@ -175,11 +175,11 @@ def run_to_the_end(argv: list[str], folder: Path) -> list[dict[str, Any]]:
 
 @contextmanager
 def forgotten() -> Iterator[None]:
-    """What is registered and imported within it, and where it was found, is gone afterwards."""
+    """Undo the registrations, imports and changes of sys.path that happen in this context."""
     members = {door: dict(door.members) for door in DOORS.values()}
     registering = set(registry._registering)
     path, modules = list(sys.path), set(sys.modules)
-    importlib.invalidate_caches()  # a file may be younger than what Python knows of its folder
+    importlib.invalidate_caches()  # Python may have cached a folder before a test wrote a file into it
     try:
         yield
     finally:

@@ -1,10 +1,10 @@
-"""Imports all that is slow to import and uses it once, so that forked processes need not."""
+"""Imports every module that is slow to import, and runs once, so that forked processes start fast."""
 
 import contextlib
 import gc
 import os
 
-# torch 2.11 looks for a GPU when it imports its benchmarker, after which no fork could use one.
+# torch 2.11 looks for a GPU when it imports its benchmarker. After that no fork could use a GPU.
 os.environ["TORCHINDUCTOR_USE_EXPERIMENTAL_BENCHMARKER"] = "0"
 
 from programs import RankOfTorchrun, exit_functions_noted
@@ -32,7 +32,7 @@ IMPORTED = (parallel_cases, ranks, cli, run, commands, record, trainer)
 def popen(
     handler: subprocess_handler.SubprocessHandler, args: tuple[str, ...], env: dict[str, str]
 ) -> RankOfTorchrun:
-    """How a torchrun starts a rank here."""
+    """Start a rank of torchrun as a fork."""
     out, err = handler._stdout, handler._stderr
     return RankOfTorchrun(args, env=env, stdout=out, stderr=err, text=True, start_new_session=True)
 
@@ -40,7 +40,7 @@ def popen(
 subprocess_handler.SubprocessHandler._popen = popen  # pyright: ignore[reportAttributeAccessIssue]
 torch.set_num_threads(1)
 with contextlib.redirect_stdout(None), contextlib.redirect_stderr(None):
-    train.main(["--dry-run", "--job.device", "cpu"])  # to ask for a GPU would keep it from all forks
-# A fork that looks for garbage would otherwise write to, and so copy, every page of what is there now.
+    train.main(["--dry-run", "--job.device", "cpu"])  # after a look for a GPU, no fork could use one
+# Otherwise the garbage collection of a fork would write to, and so copy, every page of today's objects.
 gc.collect()
 gc.freeze()

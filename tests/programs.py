@@ -1,10 +1,10 @@
-"""Python command lines in processes that have torch imported from the first moment on.
+"""Runs Python command lines in processes that have already imported torch.
 
     Program(["-m", "torchtitan_lite.train", "--dry-run"], cwd=folder).communicate()
 
-does what subprocess.Popen([sys.executable, ...]) does, but forks from a server that has imported
-`preloaded`, where a fresh Python takes seconds. It is multiprocessing's, and the one that ranks.py uses too.
-The ranks that a torchrun started in this way starts are forked as well, from that torchrun.
+does the same as subprocess.Popen([sys.executable, ...]). But the process is a fork of a server that has
+imported `preloaded`, because a fresh Python takes seconds to import torch. The server is multiprocessing's
+forkserver, and ranks.py uses it too. A torchrun that is started in this way forks its ranks from itself.
 """
 
 import atexit
@@ -12,6 +12,7 @@ import contextlib
 import functools
 import gc
 import io
+import json
 import linecache
 import multiprocessing
 import multiprocessing.process
@@ -35,17 +36,16 @@ from typing import IO, Any, NoReturn
 ROOT = Path(__file__).parents[1]
 PIPE = subprocess.PIPE
 _OPTIONS_OF_POPEN = 23
-"""How many arguments subprocess.Popen passes to the method that starts a process."""
+"""The number of arguments that subprocess.Popen passes to `_execute_child`."""
 _MAIN_PROCESS = multiprocessing.current_process()
-"""As which multiprocessing sees a process that it has not started."""
-
-
+"""What multiprocessing returns as the current process in a process that it has not started."""
 _NOTED: list[Callable[[], object]] = []
+"""Exit functions of imported modules, which every program calls at its end."""
 
 
 @contextlib.contextmanager
 def exit_functions_noted() -> Iterator[None]:
-    """Every program does at its end what modules that are imported within this ask for."""
+    """Note the exit functions that modules register while they are imported in this context."""
 
     def register(function: Callable[..., Any], *args: Any, **options: Any) -> Callable[..., Any]:
         _NOTED.append(functools.partial(function, *args, **options))
@@ -59,14 +59,14 @@ def exit_functions_noted() -> Iterator[None]:
 
 
 def context() -> ForkServerContext:
-    """Where processes are forked from; its server starts with the first of them."""
+    """The context of the forked processes. Its server starts with the first process."""
     found = multiprocessing.get_context("forkserver")
     found.set_forkserver_preload(["preloaded"])
     return found
 
 
 class import_path_in_environment(contextlib.AbstractContextManager[None]):
-    """Within it, the server of forks finds our modules when it starts: it is a new Python."""
+    """Sets PYTHONPATH so that the server, a new Python, finds our modules when it starts."""
 
     def __enter__(self) -> None:
         self.before = os.environ.get("PYTHONPATH")
@@ -79,17 +79,28 @@ class import_path_in_environment(contextlib.AbstractContextManager[None]):
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """This process's variables without a launcher's, with `changes`; an empty one is left out."""
+    """This process's variables without a launcher's, with `changes`. Empty variables are left out."""
     kept = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
     changed = {**kept, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **changes}
     return {key: value for key, value in changed.items() if value}
 
 
+def words_of(options: Mapping[str, object]) -> list[str]:
+    """The words of a command line: {"training.steps": 5} becomes --training.steps 5. A dict becomes JSON."""
+    return [
+        word
+        for key, value in options.items()
+        for word in (f"--{key}", json.dumps(value) if isinstance(value, dict) else str(value))
+    ]
+
+
 class _Forked(subprocess.Popen[str]):
-    """The base of Program and RankOfTorchrun: a Popen whose process is a fork instead of a fresh Python."""
+    """A Popen whose process is a fork instead of a fresh Python."""
 
     def _execute_child(self, args: Sequence[str], *options: Any) -> None:
-        assert len(options) == _OPTIONS_OF_POPEN - 1, "another Python's Popen: see its _execute_child"
+        assert len(options) == _OPTIONS_OF_POPEN - 1, (
+            "Popen of this Python passes other arguments: see its _execute_child"
+        )
         cwd, env, pipes, new_session = options[4], options[5], options[9:15], options[20]
         theirs = [pipes[end] for end in (0, 3, 5)]
         self._fork([str(word) for word in args], cwd, env or dict(os.environ), theirs, new_session)
@@ -128,7 +139,7 @@ class Program(_Forked):
         assert process.pid is not None
         self._process, self.pid = process, process.pid
 
-    # The server is the process's parent, so the server is asked for the exit status.
+    # The server is the parent of the process, so the exit status comes from the server.
 
     _process: BaseProcess
 
@@ -148,7 +159,7 @@ class Program(_Forked):
 
 
 class FreshProgram(subprocess.Popen[str]):
-    """The same in a fresh Python, as a user starts it: for what depends on how a process comes to be."""
+    """A Program in a fresh Python, as a user starts it: for tests of how a process starts."""
 
     def __init__(self, words: Sequence[object], *, env: Mapping[str, str] | None = None, **options: Any):
         streams = {"stdout": PIPE, "stderr": PIPE, "text": True, **options}
@@ -157,7 +168,7 @@ class FreshProgram(subprocess.Popen[str]):
 
 
 class RankOfTorchrun(_Forked):
-    """Stands in for the Popen by which torchrun starts a rank: `python -u script ...`."""
+    """Replaces the Popen with which torchrun starts a rank: `python -u script ...`."""
 
     def _fork(
         self, words: list[str], cwd: object, env: Mapping[str, str], streams: list[int], new_session: bool
@@ -167,20 +178,20 @@ class RankOfTorchrun(_Forked):
             if pid := os.fork():
                 self.pid = pid
                 return
-            # Garbage collection must not close the store here: torchrun still uses it.
+            # Garbage collection in the fork must not close the store, which torchrun still uses.
             gc.freeze()
             ends = [own if stream < 0 else stream for own, stream in enumerate(streams)]
             _become(words[1:], str(cwd or os.getcwd()), env, ends, new_session)
 
-        # The thread that forks is the new process's main thread. Its stack, which a rank looks at to see
-        # what it waits for, must not begin with torchrun's.
+        # The thread that forks becomes the main thread of the new process. A rank looks at its main thread's
+        # stack to find what the rank waits for, so the stack must not have torchrun's frames.
         thread = threading.Thread(target=fork)
         thread.start()
         thread.join()
 
 
 def run(words: Sequence[object], fresh: bool = False, **options: Any) -> subprocess.CompletedProcess[str]:
-    """What a program comes to, with what it printed."""
+    """Run a program to its end, and return its status and its output."""
     program = (FreshProgram if fresh else Program)(words, **options)
     try:
         out, err = program.communicate()
@@ -202,7 +213,7 @@ def _forked_by_server(
 def _become(
     words: list[str], cwd: str, env: Mapping[str, str], streams: Sequence[int], new_session: bool
 ) -> NoReturn:
-    """Do what `python *words` does, and end with its exit status."""
+    """Do the same as `python *words`, and end with its exit status."""
     status = 1
     try:
         if new_session:
@@ -217,6 +228,7 @@ def _become(
         is_unbuffered = "-u" in words[:1] or bool(env.get("PYTHONUNBUFFERED"))
         _open_streams(is_unbuffered)
         _compute_in(env.get("OMP_NUM_THREADS"))
+        _tell_launcher()
         status = _status_of(words[1:] if "-u" in words[:1] else words)
         threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue]
         atexit._run_exitfuncs()
@@ -231,15 +243,15 @@ def _become(
 
 
 def _forget_the_parent() -> None:
-    """Leave nothing of the process that was forked: files, handlers, children, what to do at the end."""
+    """Remove everything that the parent left: open files, signal handlers, children, exit functions."""
     for number in os.listdir("/proc/self/fd"):
         if int(number) > 2:
-            with contextlib.suppress(OSError):  # the listing's own is closed already
+            with contextlib.suppress(OSError):  # listdir's own file is closed already
                 os.close(int(number))
     for number in signal.valid_signals():
         if callable(signal.getsignal(number)):
             signal.signal(number, signal.SIG_DFL)
-    # Also where the tests were started by a shell that ignores it.
+    # Even if the shell that started the tests ignores SIGINT.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.set_wakeup_fd(-1)
     atexit._clear()
@@ -249,7 +261,7 @@ def _forget_the_parent() -> None:
 
 
 def _forget_multiprocessing(process: Any, resource_tracker: Any, forkserver: Any) -> None:
-    """Leave what these modules remember as it is in a process that nobody has forked."""
+    """Reset the state of these modules to that of a process that is not a fork."""
     _MAIN_PROCESS.name = "MainProcess"
     process._parent_process, process._current_process, process._children = None, _MAIN_PROCESS, set()
     multiprocessing.set_start_method(None, force=True)
@@ -271,7 +283,7 @@ def _stream(number: int, errors: str, write_through: bool) -> IO[str]:
 
 
 def _compute_in(n_threads: str | None) -> None:
-    """In as many threads as the variable says, which torch reads when it is imported."""
+    """Set torch's threads from OMP_NUM_THREADS, which torch reads only when it is imported."""
     import torch
 
     torch.set_num_threads(int(n_threads) if n_threads else len(os.sched_getaffinity(0)))
@@ -291,7 +303,7 @@ def _status_of(words: list[str]) -> int:
         sys.stdout.flush()
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)
-    except BaseException as error:  # noqa: BLE001 (each is shown, and is a failure)
+    except BaseException as error:  # noqa: BLE001 (Python shows any exception and fails)
         _show(error)
         return 1
     return 0
@@ -313,29 +325,26 @@ def _run(words: list[str]) -> None:
     if how == "-m":
         sys.argv = rest
         sys.path[:0] = [os.getcwd(), *own]
-        _tell_launcher()
         sys.modules.pop(rest[0], None)
         runpy._run_module_as_main(rest[0])  # pyright: ignore[reportAttributeAccessIssue]
     elif how == "-c":
         sys.argv = ["-c", *rest[1:]]
         sys.path[:0] = ["", *own]
-        _tell_launcher()
         code = compile(rest[0], "<string>", "exec")
-        if sys.version_info >= (3, 13):  # a traceback shows the lines of -c
+        if sys.version_info >= (3, 13):  # tracebacks show the lines of -c
             lines = rest[0].splitlines(keepends=True)
             linecache.cache["<string>"] = (len(rest[0]), None, lines, "<string>")
         exec(code, main.__dict__)  # noqa: S102 (as -c does)
     else:
-        assert not how.startswith("-"), f"no option of Python that is known here: {how}"
+        assert not how.startswith("-"), f"this option of Python is not implemented: {how}"
         sys.argv = words
         sys.path[:0] = [str(Path(how).resolve().parent), *own]
         main.__dict__.update(__file__=how, __cached__=None)
-        _tell_launcher()
         exec(compile(Path(how).read_bytes(), how, "exec"), main.__dict__)  # noqa: S102 (as Python does)
 
 
 def _tell_launcher() -> None:
-    """The package was imported in the server, which had another parent."""
+    """Set the launcher's process id: the package was imported in the server, which has another parent."""
     from torchtitan_lite import train
 
     train._LAUNCHER = os.getppid()

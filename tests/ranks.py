@@ -2,8 +2,8 @@
 
     ranks(4).run(function, *args)  ->  [function(*args) on rank 0, ..., on rank 3]
 
-Each run has processes of its own, forks of one that has torch imported (programs.py), which start within
-hundredths of a second. So nothing that torch remembers of one run reaches the next.
+Each run starts new processes, so torch carries nothing over from one run to the next. The processes are forks
+of a server that has imported torch (programs.py), and start within hundredths of a second.
 """
 
 import builtins
@@ -33,7 +33,7 @@ import torch
 import torch.distributed as dist
 
 _GRACE_SECONDS = 0.5
-"""Within which ranks fail for one reason; what fails later fails because of the first."""
+"""After the first failure, wait this long for failures of other ranks that have the same cause."""
 
 
 class RankFailed(AssertionError):
@@ -41,12 +41,12 @@ class RankFailed(AssertionError):
 
 
 class _Outcome(NamedTuple):
-    """How a function ended on a rank, and when, by a clock that all processes share."""
+    """How and when a function ended on a rank. All processes share the clock."""
 
     failed: bool
     seconds: float
     value: Any
-    """What it returned, pickled, or the traceback of what it raised."""
+    """The pickled result of the function, or the traceback of its exception."""
 
 
 class _Rank(NamedTuple):
@@ -60,12 +60,12 @@ class Ranks:
 
     size: int
     filters: Sequence[str] = ()
-    """Filters of warnings, in the form of pytest's filterwarnings."""
+    """Warning filters, in the form of pytest's filterwarnings."""
 
     def run(self, function: Callable[..., Any], *args: Any, timeout: float = 60) -> list[Any]:
-        """What `function(*args)` returns on each rank, in a gloo process group of all of them.
+        """Run `function(*args)` on each rank, in a gloo process group, and return the results by rank.
 
-        The function is one that the ranks can import. Raises RankFailed with the traceback of the rank that
+        The ranks must be able to import the function. Raises RankFailed with the traceback of the rank that
         failed first, or with the ranks that had not finished after `timeout` seconds.
         """
         __tracebackhide__ = True
@@ -85,7 +85,7 @@ class Ranks:
 
     @contextlib.contextmanager
     def _started(self, folder: Path, task: bytes) -> Iterator[list[_Rank]]:
-        """The processes at work on a task; none is left afterwards."""
+        """Start the processes of a task, and end them afterwards."""
         ranks: list[_Rank] = []
         try:
             with programs.import_path_in_environment():
@@ -94,13 +94,13 @@ class Ranks:
                     arguments = (rank, self.size, theirs, self.filters, folder, task)
                     process = programs.context().Process(target=_serve, args=arguments, daemon=True)
                     process.start()
-                    theirs.close()  # so that the end of the process ends the connection
+                    theirs.close()  # then the connection ends with the process
                     assert isinstance(ours, Connection)
                     ranks.append(_Rank(process, ours))
             yield ranks
             _end(ranks)
         except BaseException:
-            # The others wait for the rank that failed, and may do so for long.
+            # The other ranks may wait for the failed rank for a long time.
             for rank in ranks:
                 rank.process.kill()
             raise
@@ -114,9 +114,9 @@ RanksOf = Callable[[int], Ranks]
 
 
 def _end(ranks: Sequence[_Rank]) -> None:
-    """Tell ranks that all have finished, and wait for the ends of their processes."""
+    """Tell the ranks that all have finished, and wait for their processes to end."""
     for rank in ranks:
-        with contextlib.suppress(BrokenPipeError):  # its exit code says why
+        with contextlib.suppress(BrokenPipeError):  # the exit code, checked below, says why
             rank.connection.send_bytes(b"all have finished")
     for number, rank in enumerate(ranks):
         rank.process.join()
@@ -126,7 +126,7 @@ def _end(ranks: Sequence[_Rank]) -> None:
 
 
 def _outcomes(ranks: Sequence[_Rank], timeout: float) -> dict[int, _Outcome]:
-    """The outcomes by rank: of all ranks, or of fewer if a rank fails or the time is up."""
+    """The outcomes by rank. Outcomes are missing if a rank fails or the time is up."""
     done: dict[int, _Outcome] = {}
     deadline = time.monotonic() + timeout
     while len(done) < len(ranks):
@@ -140,7 +140,7 @@ def _outcomes(ranks: Sequence[_Rank], timeout: float) -> dict[int, _Outcome]:
 
 
 def _finished(ranks: Sequence[_Rank], done: dict[int, _Outcome], seconds: float) -> dict[int, _Outcome]:
-    """The outcomes that have come, once there is one, of ranks that are not in `done`; none in `seconds`."""
+    """Wait for an outcome of ranks that are not in `done`, and return all that came; none after `seconds`."""
     waited = {rank.connection: number for number, rank in enumerate(ranks) if number not in done}
     ready = multiprocessing.connection.wait(waited, seconds)
     return {
@@ -155,7 +155,7 @@ def _received(rank: _Rank) -> _Outcome:
         return _Outcome(*pickle.loads(rank.connection.recv_bytes()))
     except (EOFError, ConnectionError):
         rank.process.join()
-        # At 0 seconds: whatever the others complain of, this is why.
+        # 0 seconds, so that this failure counts as the first: the other ranks fail because of it.
         return _Outcome(True, 0.0, f"the process died with exit code {rank.process.exitcode}")
 
 
@@ -181,8 +181,8 @@ def _output(folder: Path, rank: int) -> Path:
 def _serve(
     rank: int, size: int, connection: Connection, filters: Sequence[str], folder: Path, task: bytes
 ) -> None:
-    """The life of a rank."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's affair
+    """Run the task, send the outcome, and wait for all ranks to finish."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles it
     threading.Thread(target=_end_with_parent, args=(folder,), daemon=True).start()
     _write_to(_output(folder, rank))
     torch.set_num_threads(1)
@@ -194,29 +194,29 @@ def _serve(
     with contextlib.suppress(EOFError, ConnectionError):  # the parent is gone
         connection.send_bytes(pickle.dumps(outcome))
         connection.recv_bytes()
-        # At once: no rank takes the process group apart while another still uses it.
+        # Skip Python's own end, in which this rank would destroy a process group that others still use.
         os._exit(0)
-    threading.Event().wait()  # for _end_with_parent
+    threading.Event().wait()  # until _end_with_parent ends this process
 
 
 def _outcome(task: bytes, rank: int, size: int, folder: Path) -> _Outcome:
-    """How a pickled task ends, its value pickled."""
+    """Run a pickled task."""
     try:
         timeout, function, args = pickle.loads(task)
         store = f"file://{folder / 'store'}"
         limit = timedelta(seconds=timeout)
         dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=limit)
         return _Outcome(False, time.monotonic(), pickle.dumps(function(*args)))
-    except BaseException:  # noqa: BLE001 (pytest.fail's, too: the caller raises it)
+    except BaseException:  # noqa: BLE001 (also pytest.fail's; the caller raises RankFailed)
         return _Outcome(True, time.monotonic(), traceback.format_exc())
 
 
 def _end_with_parent(folder: Path) -> None:
-    """However the parent ends, no rank outlives it, nor does the folder of the ranks."""
+    """End this rank and remove the folder of the ranks when the parent ends, even if it is killed."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     multiprocessing.connection.wait([parent.sentinel])
-    for _ in range(100):  # another rank may make its files again meanwhile
+    for _ in range(100):  # another rank may create files during the removal
         shutil.rmtree(folder, ignore_errors=True)
         if not folder.exists():
             break
@@ -224,7 +224,7 @@ def _end_with_parent(folder: Path) -> None:
 
 
 def _write_to(output: Path) -> None:
-    """Send what this process prints, gloo's own words and those of a crash too, to a file."""
+    """Send all output of this process to a file, also that of gloo and of a crash."""
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

@@ -1,4 +1,4 @@
-"""What the tests of resuming run: starts of a run inside this process, or inside ranks."""
+"""Starts of a run inside this process or inside ranks, for the tests of resuming."""
 
 import hashlib
 import json
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from parallel_cases import here, precision, whole
+from programs import words_of
 from torch import Tensor
 
 from torchtitan_lite import train
@@ -34,17 +35,12 @@ MODEL = {"n_layers": 2, "dim": 32, "head_dim": 8, "ffn_dim": 48}
 
 
 def options(**values: object) -> list[str]:
-    """Words of a command line: `data__path="x"` is --data.path x."""
-    pairs = ((key.replace("__", ".").replace("_", "-"), value) for key, value in values.items())
-    return [
-        word
-        for key, value in pairs
-        for word in (f"--{key}", json.dumps(value) if isinstance(value, dict) else str(value))
-    ]
+    """The words of a command line: `data__path="x"` becomes --data.path x."""
+    return words_of({key.replace("__", ".").replace("_", "-"): value for key, value in values.items()})
 
 
 def run_of(texts: Path, cache: Path, **changes: object) -> list[str]:
-    """The options of a run of 12 steps of 8 samples that saves, measures often and logs all that it does."""
+    """The options of a run of 12 steps of 8 samples that saves, validates often, and logs every step."""
     values: dict[str, object] = {
         "job__device": "cpu",
         "model__overrides": MODEL,
@@ -71,31 +67,31 @@ def run_of(texts: Path, cache: Path, **changes: object) -> list[str]:
 
 
 class Crash(Exception):
-    """The end of a run in the middle of a step, about which it can do nothing."""
+    """A crash in the middle of a step."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """What one start of a run did, as one rank has it."""
+    """The record of one start of a run, on one rank."""
 
     began: int
     ended: int
     status: int | None
-    """None: it crashed."""
+    """None if the run crashed."""
     at_start: dict[str, str]
-    """Hashes of the weights and of the optimizer's state before the first step, whole tensors."""
+    """Hashes of the whole weights and optimizer state before the first step."""
     at_end: dict[str, str]
     lr: float
-    """In the optimizer, at the end."""
+    """The optimizer's learning rate at the end."""
     batches: list[tuple[str, int, tuple[int, ...], str]]
-    """What for, of which step, the global sample ids, and a hash of tokens, positions and labels."""
+    """"training" or "validation", the step, the global sample ids, a hash of tokens, positions and labels."""
     draws: dict[int, tuple[float, ...]]
-    """What the generators gave in each step: Python's, numpy's, torch's."""
+    """A number of each global generator in each step: Python's, numpy's, torch's."""
     failure: str = ""
 
 
 class _Seen:
-    """Looks on as a run goes, and ends it where it is told to."""
+    """Records a run, and stops or crashes it at a given step."""
 
     def __init__(self, stop_at: int, crash_at: int) -> None:
         self.stop_at, self.crash_at = stop_at, crash_at
@@ -110,7 +106,7 @@ class _Seen:
 
     @contextmanager
     def looking(self) -> Iterator[None]:
-        """Within it all trainers are seen."""
+        """Record all trainers that run in this context."""
         seen, run, step, loss_of = self, Trainer.run, Stepper.train_step, Stepper.loss_of
 
         def seen_run(trainer: Trainer) -> None:
@@ -151,18 +147,17 @@ class _Seen:
         self._trains = True
 
     def _ask(self) -> None:
-        # On one rank alone: the others are to hear of it.
+        # Only the last rank is asked; the other ranks must hear of the request.
         world = here()
         self.stop.asked = world.rank == world.size - 1
 
 
-def wait_for_save(state: TrainState, checkpoint: CheckpointConfig, folder: Path, within: float = 60) -> None:
-    """Wait until the last step that was due is saved, as a save in the background may still go on."""
+def wait_for_save(state: TrainState, checkpoint: CheckpointConfig, folder: Path) -> None:
+    """Wait until the last due step is saved: a save in the background may still be running."""
     due = state.step // checkpoint.interval * checkpoint.interval
-    steps, deadline = Steps(folder / checkpoint.folder), time.monotonic() + within
-    while due > state.began and due not in steps.published():
-        assert time.monotonic() < deadline, f"step {due} is not saved after {within} seconds"
-        time.sleep(0.01)
+    if due > state.began:
+        steps = Steps(folder / checkpoint.folder)
+        assert wait_until(lambda: due in steps.published()), f"step {due} is not saved after a minute"
 
 
 def hash_of(*tensors: Tensor) -> str:
@@ -170,7 +165,7 @@ def hash_of(*tensors: Tensor) -> str:
 
 
 def hashes(state: TrainState) -> dict[str, str]:
-    """A hash of each weight and of each of the optimizer's tensors, whole."""
+    """A hash of each whole weight and of each whole tensor of the optimizer."""
     found = {name: hash_of(whole(weight)) for name, weight in state.parameters.items()}
     for name, weight in state.parameters.items():
         of_weight = state.optimizer.state.get(weight, {})
@@ -179,15 +174,15 @@ def hashes(state: TrainState) -> dict[str, str]:
 
 
 def start(argv: Sequence[str], stop_at: int = -1, crash_at: int = -1, double: bool = False) -> Start:
-    """One start of a run on all ranks, to its end, or until asked to stop in a step (0: before the first)."""
-    # So that a rank may have data workers: no rank outlives the tests, and no worker its rank.
+    """Start a run on all ranks; let it end, or stop or crash in a step (stop_at=0: before the first step)."""
+    # Lets a rank start data workers. No rank outlives the tests, and no worker outlives its rank.
     multiprocessing.process.current_process()._config["daemon"] = False  # pyright: ignore[reportAttributeAccessIssue]
     world = here()
     if world.size > 1:
         world = replace(world, saving=dist.new_group(backend="gloo"))
     seen = _Seen(stop_at, crash_at)
     status, failure = None, ""
-    # The same for each start: one that goes on has to find the states that were saved.
+    # The same seeds for each start, so that only a restored state makes a resumed run equal.
     random.seed(0)
     np.random.seed(0)
     with precision(double), seen.looking():
@@ -222,18 +217,18 @@ def starts(runs: Sequence[tuple[Sequence[str], Mapping[str, int]]], double: bool
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
-    """What metrics.jsonl says, without what a clock has measured."""
+    """The lines of metrics.jsonl without measured times."""
     names = ("step", "loss", "grad_norm", "lr", "n_tokens_seen", "validation_loss")
     records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     return [{name: record[name] for name in names if name in record} for record in records]
 
 
 def sample_ids(folder: Path) -> dict[int, Counter[int]]:
-    """How often each global sample id was logged in each step, over all ranks."""
+    """By step, how often each global sample id was logged, over all ranks."""
     found: dict[int, Counter[int]] = {}
     for path in sorted((folder / "sample_ids").iterdir()):
         records = [json.loads(line) for line in path.read_text().splitlines()]
-        assert len({record["step"] for record in records}) == len(records), f"a step is doubled in {path}"
+        assert len({record["step"] for record in records}) == len(records), f"{path} has a step twice"
         for record in records:
             found.setdefault(record["step"], Counter()).update(record["sample_ids"])
     return found
@@ -244,12 +239,12 @@ def outcome(folder: Path) -> dict[str, Any]:
 
 
 def steps_in(folder: Path) -> list[str]:
-    """The names in the folder of a run's steps."""
+    """The names in the checkpoint folder of a run."""
     return sorted(path.name for path in (folder / "checkpoint").iterdir())
 
 
 def main(*words: object) -> int:
-    """What a command line comes to in this process, which keeps its signals, its log and no lock."""
+    """Run a command line in this process, without signal handlers, log and locks, and return its status."""
     locks, lock = [], outputs.lock
 
     def kept(*arguments: Any) -> Any:
@@ -267,15 +262,18 @@ def main(*words: object) -> int:
                 file.close()
 
 
-def wait_until(is_so: Callable[[], bool]) -> None:
-    """For half a minute at most."""
-    deadline = time.monotonic() + 30
-    while not is_so() and time.monotonic() < deadline:
+def wait_until(is_so: Callable[[], bool]) -> bool:
+    """Wait until `is_so()`, for at most a minute. Returns whether it is so."""
+    deadline = time.monotonic() + 60
+    while not is_so():
+        if time.monotonic() > deadline:
+            return False
         time.sleep(0.01)
+    return True
 
 
 def start_with_a_failing_rank(argv: Sequence[str], rank: int) -> Start:
-    """A start in which `rank` cannot write the first step, which the others hear from it in a later step."""
+    """A start in which `rank` cannot write its first save. The other ranks learn this in a later step."""
     write, document, here = save.write_step, save._write_documents, dist.get_rank()
     step, saves_failed, n_written = Stepper.train_step, [], 0
 

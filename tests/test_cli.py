@@ -1,4 +1,4 @@
-"""The command torchtitan-lite."""
+"""The command `torchtitan-lite`."""
 
 import re
 
@@ -20,7 +20,7 @@ def test_models_lists_every_preset_with_its_parameter_count(capsys) -> None:
     }
 
 
-def test_attention_lists_every_implementation_and_what_varlen_comes_to(capsys) -> None:
+def test_attention_lists_every_implementation_and_the_kernel_of_varlen(capsys) -> None:
     assert cli.main(["attention"]) == 0
     shown = capsys.readouterr().out
     for backend in BACKENDS:
@@ -50,11 +50,11 @@ def test_help_names_every_command(flag: str, capsys) -> None:
         (["models", "-v"], "torchtitan-lite models takes no option but --plugins: leave out -v"),
     ],
 )
-def test_a_wrong_command_is_one_line_and_status_2(argv: list[str], line: str, capsys) -> None:
+def test_a_wrong_command_prints_one_line_and_has_status_2(argv: list[str], line: str, capsys) -> None:
     assert cli.main(argv) == 2
     assert capsys.readouterr() == ("", f"{line}\n")
 
 
-def test_without_a_command_the_usage_is_an_error(capsys) -> None:
+def test_without_a_command_the_usage_is_printed_as_an_error(capsys) -> None:
     assert cli.main([]) == 2
     assert capsys.readouterr().err == cli.USAGE

@@ -1,4 +1,4 @@
-"""Every file in configs/ is a run that could start."""
+"""Every file in configs/ is a valid run."""
 
 from pathlib import Path
 
@@ -27,14 +27,14 @@ def test_a_dry_run_prints_toml_that_loads_back_to_the_same_config(file: str, cap
 
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("kind", ["sdpa", "flex", "varlen"])
-def test_every_run_can_take_every_attention_backend(file: str, kind: str) -> None:
+def test_every_run_accepts_every_attention_backend(file: str, kind: str) -> None:
     job = load_job(["--config", str(CONFIGS / file), "--model.attention", kind, "--job.device", "cpu"]).config
     assert job.decoder.attention.kind == kind
 
 
 @pytest.mark.parametrize("file", [file for file in FILES if "debugmodel" not in file])
 @pytest.mark.parametrize(("replicate", "cp", "tp"), [(1, 1, 1), (2, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)])
-def test_every_large_run_can_be_spread_over_eight_ranks(file: str, replicate: int, cp: int, tp: int) -> None:
+def test_every_large_run_accepts_meshes_of_eight_ranks(file: str, replicate: int, cp: int, tp: int) -> None:
     mesh = {
         "data-parallel-replicate-degree": replicate,
         "context-parallel-degree": cp,
@@ -47,6 +47,6 @@ def test_every_large_run_can_be_spread_over_eight_ranks(file: str, replicate: in
 
 
 @pytest.mark.parametrize("file", [file for file in FILES if "debugmodel" not in file])
-def test_the_presets_are_what_their_files_are_called(file: str) -> None:
+def test_a_file_is_named_after_its_preset(file: str) -> None:
     model = load_job(["--config", str(CONFIGS / file), "--dry-run"]).config.model
     assert f"{model.name}/{model.flavor.partition('_')[0]}.toml" == file

@@ -1,4 +1,4 @@
-"""docs/extending.md as it stands: its five plugins train together, on one rank as on four."""
+"""The five plugins of docs/extending.md train together, with the same numbers on one rank and on four."""
 
 import importlib
 import re
@@ -15,6 +15,7 @@ from attention_cases import EXACT, POSITIONS, QUERIES, compare
 from torchtitan_lite.cli import main as command
 from torchtitan_lite.config.job import load_job
 from torchtitan_lite.config.load import ConfigError
+from torchtitan_lite.models.rope import rotation
 from torchtitan_lite.train import main
 
 PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text()
@@ -25,7 +26,7 @@ STEPS = range(1, 7)
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The folder with the files of the page; what they register is forgotten afterwards."""
+    """A folder with the files of the page. Their registrations are undone after the test."""
     for name, text in FILES.items():
         (tmp_path / name).write_text(text)
     monkeypatch.chdir(tmp_path)
@@ -61,7 +62,7 @@ def test_one_rank_and_fsdp_2_x_tp_2_have_the_same_numbers(ranks, folder: Path) -
     assert said_by_one == said_by_four == "done: 0 spikes\n"
 
 
-def test_what_a_run_saves_is_used_with_its_plugin_alone(
+def test_a_step_is_used_only_with_the_plugin_of_its_architecture(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ("--job.dump-folder", str(folder / "run"), "--training.steps", "2", "--checkpoint.enable")
@@ -83,7 +84,7 @@ def test_a_model_without_a_config_json_is_not_exported(folder: Path, capsys) -> 
     assert "is an architecture that has no config.json" in capsys.readouterr().err
 
 
-def test_another_optimizer_is_refused_when_a_run_goes_on(run, folder: Path, capsys) -> None:
+def test_a_run_does_not_resume_with_another_optimizer(run, folder: Path, capsys) -> None:
     words = ("--job.dump-folder", str(folder / "run"), "--checkpoint.enable")
     done = run("-m", "torchtitan_lite.train", *options(folder, *words, "--training.steps", "1"))
     assert done.returncode == 0, done.stderr
@@ -127,7 +128,7 @@ def test_a_plugin_that_takes_a_name_of_ours_is_refused_in_a_listing(
     assert capsys.readouterr().err == said
 
 
-def test_the_options_of_the_plugins_are_answered_as_our_own(folder: Path) -> None:
+def test_wrong_options_of_plugins_have_the_same_errors_as_our_own(folder: Path) -> None:
     wrong = {
         "--hooks.spikes.factr": ('did you mean "factor"?', "2"),
         "--optimizer.name": ('did you mean "Lion"?', "Lyon"),
@@ -154,14 +155,16 @@ def test_the_attention_of_the_page_equals_the_reference(plain: ModuleType, posit
         compare(backend, POSITIONS[positions], QUERIES[queries], window, 6, 2, 0.37, EXACT)
 
 
-def test_a_norm_after_attention_is_not_a_norm_before_it(folder: Path) -> None:
+def test_the_norms_of_the_post_norm_block_come_after_attention_and_feed_forward(folder: Path) -> None:
     config = load_job(options(folder)).config.decoder
     block = config.build().layers[0]
-    x_BSD = torch.randn(1, 4, config.dim)
-    block.attention.wo.weight.data.zero_()
-    block.ffn.w2.weight.data.zero_()
     positions_BS = torch.arange(4)[None]
+    inputs = torch.randn(1, 4, config.dim), rotation(positions_BS, config.head_dim, 1e4, None)
     mask = config.attention.mask(positions_BS)
-    from torchtitan_lite.models.rope import rotation
-
-    assert torch.equal(block(x_BSD, rotation(positions_BS, config.head_dim, 1e4, None), mask), x_BSD)
+    last_layers = block.attention.wo, block.ffn.w2
+    for last in last_layers:
+        last.weight.data.mul_(1000)  # so that the norm's eps does not matter
+    before_BSD = block(*inputs, mask)
+    for last in last_layers:
+        last.weight.data.mul_(8)  # a norm right after the layer removes the factor
+    torch.testing.assert_close(block(*inputs, mask), before_BSD, rtol=1e-3, atol=1e-3)

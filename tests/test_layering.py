@@ -1,4 +1,4 @@
-"""Imports point one way, and the model alone spells its names: both rules, and proof of what each finds."""
+"""Two rules: imports point one way, and only the model spells its names. Tests show what each rule finds."""
 
 import ast
 import re
@@ -16,7 +16,7 @@ from torchtitan_lite.models.registry import families
 ROOT = Path(__file__).parents[1]
 PACKAGE = "torchtitan_lite"
 
-# Left may import right. What shares a place may not import each other, but files of one unit may.
+# An earlier unit may import a later one. Units of one set may not import each other; files of one unit may.
 ORDER = (
     {"entry"},
     {"inference", "training.trainer"},
@@ -30,7 +30,7 @@ ORDER = (
 )
 PLACE = {unit: place for place, units in enumerate(ORDER) for unit in units}
 LEAVES = ("config", "registry")
-"""Know nothing of ours but each other, and all but attention may import them."""
+"""Import only each other of ours; everything except attention may import them."""
 WITHOUT_MODELS = {"training", "training.step", "training.corpus", "checkpoint", "data"}
 ABOVE_PARALLEL = {
     "entry",
@@ -99,25 +99,24 @@ def test_every_module_has_a_place_in_the_order() -> None:
         ("", "from torchtitan_lite.training.trainer import Trainer"),
     ],
 )
-@pytest.mark.parametrize(
-    "place",
-    [
-        "{line}",
-        "def later():\n    {line}",
-        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    {line}",
-    ],
-    ids=["top", "function", "type-checking"],
-)
-def test_a_forbidden_import_is_found_wherever_it_stands(importer: str, line: str, place: str) -> None:
+def test_a_forbidden_import_is_found(importer: str, line: str) -> None:
     sources = dict.fromkeys(
         [*package_sources(), "training.trainer", "inference.generate", "checkpoint.save"], ""
     )
-    assert wrong_imports({**sources, importer: place.format(line=line)})
+    assert wrong_imports({**sources, importer: line})
 
 
-def test_an_import_by_name_counts_too() -> None:
-    line = "import importlib\nimportlib.import_module('torchtitan_lite.models.decoder')"
-    assert wrong_imports({"models.decoder": "", "data.loader": line})
+@pytest.mark.parametrize(
+    "source",
+    [
+        "def later():\n    from torchtitan_lite.models import decoder",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from torchtitan_lite.models import decoder",
+        "import importlib\nimportlib.import_module('torchtitan_lite.models.decoder')",
+    ],
+    ids=["in a function", "for types", "by name"],
+)
+def test_a_forbidden_import_is_found_anywhere_in_a_file(source: str) -> None:
+    assert wrong_imports({"models.decoder": "", "data.loader": source})
 
 
 @pytest.mark.parametrize(
@@ -142,13 +141,13 @@ def test_an_import_by_name_counts_too() -> None:
         ("cli", "from torchtitan_lite import train"),
     ],
 )
-def test_an_allowed_import_is_left_alone(importer: str, line: str) -> None:
+def test_an_allowed_import_is_not_reported(importer: str, line: str) -> None:
     sources = dict.fromkeys([*package_sources(), "parallel.context"], "")
     assert wrong_imports({**sources, importer: line}) == []
 
 
 def package_sources() -> dict[str, str]:
-    """Source of every module, by its name below the package; a package's own name stands for its __init__."""
+    """The source of every module, by its name below the package. A package's name stands for its __init__."""
     folder = ROOT / PACKAGE
     sources = {}
     for path in folder.rglob("*.py"):
@@ -167,7 +166,7 @@ def wrong_imports(sources: dict[str, str]) -> list[str]:
 
 
 def may_import(importer: str, imported: str) -> bool:
-    """Whether the rule allows it; both names are below the package, an outside name starts with a slash."""
+    """Whether the rule allows the import. Names are below the package; outside names start with a slash."""
     source, target = unit(importer), unit(imported)
     if imported.startswith("/"):
         top = imported[1:].partition(".")[0]
@@ -188,7 +187,7 @@ def may_import(importer: str, imported: str) -> bool:
 
 
 def unit(module: str) -> str:
-    """What the rule speaks of: a folder, or a file that it names apart."""
+    """The unit of a module: its folder, or the module itself if the rule names it."""
     if module in ("train", "run", "cli"):
         return "entry"
     if module in {*PLACE, "parallel.context", "parallel.exchange"}:
@@ -197,8 +196,8 @@ def unit(module: str) -> str:
 
 
 def imports(importer: str, source: str, modules) -> list[str]:
-    """Every module that `source` imports, wherever: ours by its name in the package, others after "/"."""
-    # A package's relative imports start at itself, a module's at its package.
+    """Every module that `source` imports: ours by its name in the package, others with a slash before."""
+    # Relative imports of a package start at the package itself, those of a module at its package.
     is_package = any(module.startswith(f"{importer}.") for module in modules) or importer == ""
     parents = [PACKAGE, *importer.split(".")] if importer else [PACKAGE]
     parents = parents if is_package else parents[:-1]
@@ -219,7 +218,7 @@ def imports(importer: str, source: str, modules) -> list[str]:
 
 
 def _known(name: str, modules) -> str:
-    """The module that a dotted name is or lies in; what only an __init__ can hold lies in its package."""
+    """The module that a dotted name names, or the module that holds the name."""
     if name.partition(".")[0] != PACKAGE:
         return f"/{name}"
     parts = name.split(".")[1:]
@@ -228,15 +227,15 @@ def _known(name: str, modules) -> str:
     return ".".join(parts)
 
 
-# A rule of imports that strings walk around is no rule: who may not know the model may not spell its names.
+# Strings could walk around the rule of imports, so only the model's own modules may spell its names.
 
 MAY_SPELL = ("models.decoder", "models.layers")
-"""Where the model's modules and its table stand."""
+"""The modules with the model's layers and its table of parameters."""
 BY_NAME = {"get_submodule", "get_parameter", "getattr", "setattr", "hasattr", "delattr"}
 ALSO_WORDS = {"attention", "blocks", "embedding", "head", "inner", "norm", "weight"}
 """Names in the model that mean other things elsewhere: only what is read or written of a model counts."""
 ALIASES = {"block": "blocks", "layer": "blocks"}
-"""What a variable may be called that holds a module of that name."""
+"""Names of variables that hold a module, and the name of that module."""
 
 
 def model_parts() -> dict[str, set[str]]:
@@ -260,7 +259,7 @@ UNMISTAKABLE = (NAMES | ON_THE_HUB) - ALSO_WORDS - {"model", "layers", "mlp", "{
 SIZES = set(PARAMETERS.splits)
 
 
-def test_the_model_alone_spells_the_names_of_its_parameters() -> None:
+def test_only_the_model_spells_the_names_of_its_parameters() -> None:
     assert spelled(package_sources()) == []
 
 
@@ -311,12 +310,12 @@ def test_a_name_of_the_model_is_found_wherever_it_is_spelled(module: str, line: 
         ("training.optimizer", 'group == "embedding"'),
     ],
 )
-def test_a_word_that_is_no_name_of_the_model_is_left_alone(module: str, line: str) -> None:
+def test_a_word_that_is_no_name_of_the_model_is_allowed(module: str, line: str) -> None:
     assert spelled({module: line}) == []
 
 
 def spelled(sources: dict[str, str]) -> list[str]:
-    """Where a module that may not spell a name of the model does, and which."""
+    """Each name of the model that a module spells without permission, with its place."""
     return [
         f"{module}:{line} spells {name}"
         for module, source in sources.items()
@@ -342,6 +341,6 @@ def _spelled_in(tree: ast.Module, knows_sizes: bool) -> Iterator[tuple[int, str]
 
 
 def _is_of_the_model(node: ast.Attribute) -> bool:
-    """Whether it reads or writes a child of what is called like the model or one of its modules."""
+    """Whether `node` is a child of a variable that is named like the model or one of its modules."""
     owner = node.value.attr if isinstance(node.value, ast.Attribute) else getattr(node.value, "id", "")
     return node.attr in PARTS.get(ALIASES.get(owner, owner), ()) and owner != "self"

@@ -1,6 +1,6 @@
-"""The tests notice the bugs that this field has had: each is put into the package, and a test must fail.
+"""Each mutant puts a bug into the package, and the test that the mutant names must fail.
 
-`python tests/test_mutants.py` tells what noticed each, and how much of a processor's time that took.
+`python tests/test_mutants.py` prints which test noticed each bug, and the CPU time.
 """
 
 from collections.abc import Iterator
@@ -165,7 +165,7 @@ MUTANTS = {
         "torchtitan_lite/registry.py",
         "elif name in self.reserved or not _is_same(",
         "elif name in self.reserved and not _is_same(",
-        "tests/test_registry.py::test_a_name_that_exists_is_refused_and_what_has_it_stays",
+        "tests/test_registry.py::test_a_taken_name_is_refused_and_its_member_stays",
     ),
     "the shards of a plugin's dataset are those of other options": Mutant(
         "torchtitan_lite/data/shards.py",
@@ -173,7 +173,7 @@ MUTANTS = {
         "source.digest, None,",
         "tests/data/test_datasets.py::test_the_shards_of_a_plugins_dataset_depend_on_its_own_options",
     ),
-    "a changed tag drops what both members have": Mutant(
+    "a changed tag drops options that both members have": Mutant(
         "torchtitan_lite/config/validation.py",
         "said = [*kept, ",
         "said = [",
@@ -216,7 +216,7 @@ MUTANTS = {
         "        return self.chunks.ranges(self.chunks.n_ranks - 1 - self.rank, seq_len)\n",
         IN_PARTS,
     ),
-    "two heads and no tail: right, but unbalanced": Mutant(
+    "each rank has two chunks of the head: correct, but unbalanced": Mutant(
         PARALLEL + "context.py", "(*ranks, *reversed(ranks))", "(*ranks, *ranks)", IN_PARTS
     ),
     "keys and values repeated before they are gathered": Mutant(
@@ -264,7 +264,7 @@ MUTANTS = {
         "torch.arange(0, n,",
         f"{NORMAL}[rows]",
     ),
-    "weights are as wide as if the blocks at hand were all": Mutant(
+    "the spread of weights depends on the blocks of this rank, not of the model": Mutant(
         "torchtitan_lite/models/init.py",
         "model.config.rows, model.config.n_layers",
         "model.config.rows, len(model.layers)",
@@ -327,13 +327,13 @@ MUTANTS = {
         "",
         LOSS,
     ),
-    "any row's vector for a token of another rank": Mutant(
+    "a token of another rank gets the vector of any row": Mutant(
         PARALLEL + "tensor.py",
         " * here_BS[..., None]",
         "",
         f"{TENSOR}::test_an_embedding_by_rows_equals_the_whole_one[2]",
     ),
-    "recompute by a function of torch, which torch.compile passes over": Mutant(
+    "recompute by a function of torch, which torch.compile does not compile": Mutant(
         PARALLEL + "recompute.py",
         "    block.forward = recomputed\n",
         "    import functools\n\n    options |= {'use_reentrant': False, 'preserve_rng_state': False}\n"
@@ -355,7 +355,7 @@ MUTANTS = {
 }
 
 TESTS = sorted({mutant.test for mutant in MUTANTS.values()})
-"""What the mutants name."""
+"""The tests that the mutants name."""
 
 
 @pytest.fixture(scope="module")
@@ -377,8 +377,8 @@ def test_a_test_fails_on(name, server):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file", sorted({test.partition("::")[0] for test in TESTS}))
-def test_none_fails_without_a_bug(file, server):
-    """Whoever fails anyhow notices nothing."""
+def test_no_test_fails_without_a_bug(file, server):
+    """A test that fails without a bug shows nothing when it fails with one."""
     outcome = server.run([test for test in TESTS if test.startswith(f"{file}::")])
     assert outcome.status == 0, outcome.output
 

@@ -1,4 +1,4 @@
-"""Forked programs do what the same command lines do in a fresh Python."""
+"""Forked programs do the same as their command lines do in a fresh Python."""
 
 import signal
 from pathlib import Path
@@ -11,12 +11,12 @@ LINES = {
     "arguments": "import sys; print(sys.argv, __name__, __builtins__ is not None)",
     "folder and variables": "import os; print(os.getcwd(), os.environ.get('HERE'), os.environ.get('RANK'))",
     "a status": "raise SystemExit(75)",
-    "a word as status": "import sys; sys.exit('wrong')",
+    "a message as status": "import sys; sys.exit('wrong')",
     "an exception": "print('before'); 1 / 0",
     "an interrupt": "raise KeyboardInterrupt",
     "an end by a signal": "import os, signal; os.kill(os.getpid(), signal.SIGTERM)",
     "handlers": "import signal; print(*map(signal.getsignal, (2, 10, 13, 15, 17)))",
-    "what is done at the end": "import atexit; atexit.register(print, 'end'); print('begin')",
+    "exit functions": "import atexit; atexit.register(print, 'end'); print('begin')",
     "a thread at the end": "import threading, time\n"
     "threading.Thread(target=lambda: (time.sleep(0.1), print('late'))).start()",
     "open files": "import os; print(sorted(os.listdir('/proc/self/fd')))",
@@ -40,7 +40,7 @@ def test_a_forked_program_does_what_a_fresh_one_does(name: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("how", ["script.py", "-m"])
-def test_a_file_and_a_module_find_what_lies_beside_them(how: str, tmp_path: Path) -> None:
+def test_a_script_and_a_module_can_import_files_beside_them(how: str, tmp_path: Path) -> None:
     (tmp_path / "beside.py").write_text("NAME = 'beside'\n")
     (tmp_path / "script.py").write_text(
         "import sys, beside\nprint(__name__, beside.NAME, sys.argv, sys.stdin.read())\n"
@@ -54,7 +54,7 @@ def test_a_file_and_a_module_find_what_lies_beside_them(how: str, tmp_path: Path
     assert said[0] == said[1]
 
 
-def test_a_forked_program_ends_by_signals_and_only_then(tmp_path: Path) -> None:
+def test_a_forked_program_runs_until_a_signal_ends_it(tmp_path: Path) -> None:
     program = Program(["-c", "import time; print('ready', flush=True); time.sleep(1000)"], cwd=tmp_path)
     assert program.stdout is not None and program.stdout.readline() == "ready\n"
     assert program.poll() is None

@@ -1,4 +1,4 @@
-"""The two scripts, in a repository of their own with a Python that only notes what it is asked to install."""
+"""train.sh and test.sh, in a copy of the repository, with a fake Python that only logs installs and runs."""
 
 import os
 import re
@@ -17,8 +17,8 @@ ROOT = Path(__file__).parents[1]
 
 PYTEST = "-m pytest -n auto --maxprocesses 4 --dist worksteal --durations 10"
 
-# Answers questions like a real Python, and writes down what would have taken minutes.
-STAND_IN = f"""#!/usr/bin/env bash
+# Runs short commands with a real Python, and only logs commands that would take minutes.
+FAKE_PYTHON = f"""#!/usr/bin/env bash
 log="${{FAKE_LOG:?}}"
 case "$*" in
     "-m venv --clear "*) echo "venv" >>"$log"; rm -rf "$4"; mkdir -p "$4/bin"; cp "$0" "$4/bin/python"
@@ -36,15 +36,15 @@ esac
 
 @dataclass
 class Repository:
-    """A copy of the scripts, somewhere else."""
+    """A copy of the scripts in another folder."""
 
     root: Path
     log: Path
 
     def run(self, script: str, *words: str, cwd: Path | None = None, **environment: str):
-        """The finished process, and what it had installed or started."""
+        """Run a script. Returns the finished process and the lines of the fake Python's log."""
         self.log.write_text("")
-        python = {"PYTHON": str(self.root.parent / "stand in"), "FAKE_LOG": str(self.log), **environment}
+        python = {"PYTHON": str(self.root.parent / "fake python"), "FAKE_LOG": str(self.log), **environment}
         done = subprocess.run(
             ["bash", str(self.root / "scripts" / script), *words],
             cwd=cwd or self.root,
@@ -58,13 +58,13 @@ class Repository:
 
 @pytest.fixture
 def repository(tmp_path: Path) -> Repository:
-    root = tmp_path / "a repository"  # with a space, which is where shell scripts break
+    root = tmp_path / "a repository"  # a space breaks careless shell scripts
     shutil.copytree(ROOT / "scripts", root / "scripts")
     for name in ("pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, root / name)
-    stand_in = tmp_path / "stand in"
-    stand_in.write_text(STAND_IN)
-    stand_in.chmod(0o755)
+    fake = tmp_path / "fake python"
+    fake.write_text(FAKE_PYTHON)
+    fake.chmod(0o755)
     return Repository(root, tmp_path / "log")
 
 
@@ -72,46 +72,34 @@ def installs(log: list[str]) -> list[str]:
     return [line for line in log if line.split()[0] in ("venv", "pip")]
 
 
-def test_the_first_run_makes_the_environment_and_installs_with_the_constraints(
-    repository: Repository,
-) -> None:
+def test_only_the_first_run_makes_the_environment_and_installs(repository: Repository) -> None:
     done, log = repository.run("train.sh")
     assert done.returncode == 0, done.stderr
     root = repository.root
     assert installs(log) == ["venv", f"pip {root}/constraints.txt --editable {root}"]
-
-
-def test_the_second_run_installs_nothing(repository: Repository) -> None:
-    repository.run("train.sh")
     done, log = repository.run("train.sh")
-    assert done.returncode == 0
-    assert installs(log) == []
-    assert done.stderr == ""
+    assert (done.returncode, done.stderr, installs(log)) == (0, "", [])
 
 
-def test_training_gets_the_debug_config_and_then_the_arguments_as_they_are(repository: Repository) -> None:
+def test_training_gets_the_debug_config_and_then_the_arguments_unchanged(repository: Repository) -> None:
     words = ("--model.overrides", '{"n_layers": 2}', "--job.description", "two  words")
     _, log = repository.run("train.sh", *words)
     start = log.index(f"train {repository.root}")
     assert log[start + 1 :] == ["--config", f"{repository.root}/configs/debugmodel.toml", *words]
 
 
-@pytest.mark.parametrize("place", ["scripts", "elsewhere"])
-def test_it_runs_from_any_folder_and_stays_there(repository: Repository, place: str) -> None:
-    folder = repository.root / place
-    folder.mkdir(exist_ok=True)
+def test_train_runs_in_the_working_directory_however_the_script_is_named(repository: Repository) -> None:
+    folder = repository.root / "elsewhere"
+    folder.mkdir()
     done, log = repository.run("train.sh", cwd=folder)
     assert done.returncode == 0, done.stderr
     assert f"train {folder}" in log
-
-
-def test_it_can_be_named_relative_to_its_own_folder(repository: Repository) -> None:
-    repository.run("train.sh")
     environment = {**os.environ, "FAKE_LOG": str(repository.log), "CDPATH": "/"}
     subprocess.run(["bash", "train.sh"], cwd=repository.root / "scripts", env=environment, check=True)
+    assert f"train {repository.root}/scripts" in repository.log.read_text().splitlines()
 
 
-def test_the_tests_have_the_tools_and_lint_types_and_tests_run_in_turn(repository: Repository) -> None:
+def test_test_installs_the_tools_and_runs_lint_types_and_tests_in_turn(repository: Repository) -> None:
     done, log = repository.run("test.sh", "-k", "one or two", cwd=repository.root / "scripts")
     assert done.returncode == 0, done.stderr
     root = repository.root
@@ -125,12 +113,12 @@ def test_the_tests_have_the_tools_and_lint_types_and_tests_run_in_turn(repositor
     ]
 
 
-def test_all_tests_are_a_word_of_the_script_and_not_of_pytest(repository: Repository) -> None:
+def test_all_is_an_option_of_the_script_and_not_passed_to_pytest(repository: Repository) -> None:
     _, log = repository.run("test.sh", "-x", "--all", "tests/data")
     assert log[-1] == f"pytest {repository.root} {PYTEST} -m  -x tests/data"
 
 
-def test_the_tests_stop_at_what_lint_finds(repository: Repository) -> None:
+def test_test_stops_when_lint_fails(repository: Repository) -> None:
     repository.run("test.sh")
     ruff = repository.root / ".venv" / "bin" / "ruff"
     ruff.write_text("#!/bin/sh\nexit 3\n")
@@ -138,7 +126,7 @@ def test_the_tests_stop_at_what_lint_finds(repository: Repository) -> None:
     assert (done.returncode, log) == (3, [])
 
 
-def test_an_environment_for_the_tests_serves_a_run_but_not_the_other_way_round(
+def test_the_environment_of_the_tests_serves_a_run_but_not_the_other_way_round(
     repository: Repository,
 ) -> None:
     repository.run("train.sh")
@@ -148,7 +136,7 @@ def test_an_environment_for_the_tests_serves_a_run_but_not_the_other_way_round(
 
 
 @pytest.mark.parametrize("name", ["pyproject.toml", "constraints.txt"])
-def test_a_change_of_what_to_install_installs_it_into_the_same_environment(
+def test_a_change_of_the_requirements_installs_again_into_the_same_environment(
     repository: Repository, name: str
 ) -> None:
     repository.run("train.sh")
@@ -165,7 +153,7 @@ def test_a_moved_repository_is_installed_again(repository: Repository) -> None:
     assert len(installs(log)) == 1
 
 
-def test_an_install_that_failed_is_done_afresh(repository: Repository) -> None:
+def test_after_a_failed_install_the_environment_is_made_again(repository: Repository) -> None:
     done, log = repository.run("train.sh", FAKE_PIP_FAILS="1")
     assert done.returncode == 1
     assert not any(line.startswith("train") for line in log)
@@ -174,7 +162,7 @@ def test_an_install_that_failed_is_done_afresh(repository: Repository) -> None:
     assert [line.split()[0] for line in installs(log)] == ["venv", "pip"]
 
 
-def test_an_environment_cut_off_while_it_was_made_is_made_again(repository: Repository) -> None:
+def test_a_broken_environment_is_made_again(repository: Repository) -> None:
     bin = repository.root / ".venv" / "bin"
     bin.mkdir(parents=True)
     (bin / "python").write_text("#!/bin/sh\nexit 1\n")
@@ -185,7 +173,7 @@ def test_an_environment_cut_off_while_it_was_made_is_made_again(repository: Repo
 
 
 def test_two_first_runs_at_once_install_once(repository: Repository) -> None:
-    environment = {"PYTHON": str(repository.root.parent / "stand in"), "FAKE_LOG": str(repository.log)}
+    environment = {"PYTHON": str(repository.root.parent / "fake python"), "FAKE_LOG": str(repository.log)}
     command = ["bash", str(repository.root / "scripts" / "train.sh")]
     start: Callable = lambda: subprocess.Popen(
         command, env={**os.environ, **environment}, stderr=subprocess.DEVNULL
@@ -196,7 +184,7 @@ def test_two_first_runs_at_once_install_once(repository: Repository) -> None:
     assert sum(line.startswith("train") for line in log) == 3
 
 
-def test_a_python_that_cannot_be_used_is_named_with_what_is_needed(repository: Repository) -> None:
+def test_the_error_for_an_unusable_python_names_it_and_the_requirements(repository: Repository) -> None:
     old = repository.root.parent / "old-python"
     old.write_text("#!/bin/sh\nexit 1\n")
     old.chmod(0o755)
@@ -206,13 +194,13 @@ def test_a_python_that_cannot_be_used_is_named_with_what_is_needed(repository: R
     assert log == []
 
 
-def test_a_name_on_path_that_does_not_run_is_passed_over(repository: Repository, tmp_path: Path) -> None:
+def test_a_python_on_path_that_does_not_run_is_skipped(repository: Repository, tmp_path: Path) -> None:
     shims = tmp_path / "shims"
     shims.mkdir()
     for name in ("python3.13", "python3.12"):
         (shims / name).write_text("#!/bin/sh\necho not installed >&2\nexit 127\n")
         (shims / name).chmod(0o755)
-    shutil.copy(tmp_path / "stand in", shims / "python3.11")
+    shutil.copy(tmp_path / "fake python", shims / "python3.11")
     path = f"{shims}:{os.environ['PATH']}"
     done, log = repository.run("train.sh", PYTHON="", PATH=path)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""A page for a function, a sitting for a file, and no object that holds everything."""
+"""Limits for the lines of functions and files, and for the attributes of the trainer's classes."""
 
 import ast
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ def test_a_part_of_the_trainer_has_at_most_twelve_attributes(file: str, name: st
     assert 5 < len(found) <= MOST_ATTRIBUTES, sorted(found)
 
 
-def test_attributes_are_found_however_they_are_set() -> None:
+def test_attributes_are_found_in_every_kind_of_assignment() -> None:
     source = (
         "class A:\n"
         "    field: int = 0\n"
@@ -46,13 +46,13 @@ def test_attributes_are_found_however_they_are_set() -> None:
     assert attributes(source, "A") == {"field", "a", "b", "d", "e", "g"}
 
 
-def test_a_function_is_as_long_as_from_its_name_to_its_last_line() -> None:
+def test_the_lines_of_a_function_are_counted_from_its_def_to_its_last_line() -> None:
     source = "@decorated\ndef f():\n    def g():\n        pass\n    return g\n"
     assert dict(functions(source)) == {"f": 4, "g": 2}
 
 
 def functions(source: str) -> Iterator[tuple[str, int]]:
-    """Each function and method, with its lines."""
+    """The name and the number of lines of each function and method."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert node.end_lineno is not None
@@ -60,7 +60,7 @@ def functions(source: str) -> Iterator[tuple[str, int]]:
 
 
 def attributes(source: str, name: str) -> set[str]:
-    """What the instances of a class hold: fields of the class, and what its methods set on `self`."""
+    """The attributes of a class: its fields, and the names that its methods set on `self`."""
     (found,) = (
         node for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == name
     )

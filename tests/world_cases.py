@@ -1,4 +1,4 @@
-"""What test_world.py runs inside ranks (ranks.py)."""
+"""Functions that test_world.py runs on ranks (see ranks.py)."""
 
 import contextlib
 import os
@@ -16,7 +16,7 @@ from torchtitan_lite.parallel.world import World, join
 
 
 def world(machines: int = 1) -> World:
-    """This rank, with the ranks dealt out to `machines`."""
+    """The World of this rank, with the ranks split over `machines`."""
     rank, size = dist.get_rank(), dist.get_world_size()
     local_size = size // machines
     return World(rank=rank, local_rank=rank % local_size, size=size, local_size=local_size, train_seconds=1)
@@ -31,7 +31,7 @@ def shared() -> Path:
 
 
 def order_of_turns(folder: Path, machines: int) -> list[str]:
-    """What each rank finds of what the others of its machine have left."""
+    """The files that this rank finds in its turn from the first rank of its machine."""
     here = world(machines)
     machine = here.rank // here.local_size
 
@@ -45,7 +45,7 @@ def order_of_turns(folder: Path, machines: int) -> list[str]:
 
 
 def error_in_turn(raising: list[int], is_input: bool) -> str:
-    """What a rank sees when some raise in their turn."""
+    """The error on this rank if the ranks in `raising` raise in their turn."""
     here = world(machines=2)
 
     def build() -> int:
@@ -61,13 +61,13 @@ def error_in_turn(raising: list[int], is_input: bool) -> str:
 
 
 def seconds_of_a_wait() -> list[float]:
-    """How long rank 0 of a steady run waits in each of its groups for a rank that does not come."""
+    """The seconds that rank 0 of a steady run waits in each of its groups for a rank that does not come."""
     here = world()
     groups = [dist.group.WORLD, dist.new_group(timeout=timedelta(seconds=1000))]
     here.steady()
     store = dist.distributed_c10d._get_default_store()
     if not here.is_first:
-        store.wait(["waited"])  # a rank that is gone would end the wait
+        store.wait(["waited"])  # stay alive: the end of this rank would end the wait
         return []
     waits = [seconds_until_given_up(group) for group in groups]
     store.set("waited", "")
@@ -75,7 +75,7 @@ def seconds_of_a_wait() -> list[float]:
 
 
 def seconds_until_given_up(group: ProcessGroup | None) -> float:
-    """How long this rank waits in a group for another that does not come."""
+    """The seconds that this rank waits in a group for a rank that does not come."""
     start = time.monotonic()
     with contextlib.suppress(RuntimeError):
         dist.all_reduce(torch.ones(1), group=group)
@@ -87,7 +87,7 @@ def any_flag(flags: list[bool]) -> bool:
 
 
 def waits_of_a_joined_run(port: int) -> list[float]:
-    """How long rank 0 of a steady run waits for a rank: that comes late to save, and that never comes."""
+    """The seconds that rank 0 of a steady run waits for a rank: late to save, then never coming."""
     here = joined(port)
     here.steady()
     assert here.store is not None
@@ -95,7 +95,7 @@ def waits_of_a_joined_run(port: int) -> list[float]:
         here.store.wait(["saving"])
         time.sleep(2)
         dist.all_reduce(torch.ones(1), group=here.saving)
-        here.store.wait(["waited"])  # a rank that is gone would end the wait
+        here.store.wait(["waited"])  # stay alive: the end of this rank would end the wait
         return []
     start = time.monotonic()
     here.store.set("saving", "")
@@ -106,9 +106,9 @@ def waits_of_a_joined_run(port: int) -> list[float]:
 
 
 def joined(port: int) -> World:
-    """This rank of a run that has joined as under a launcher."""
+    """The World of this rank after it has joined a run as under a launcher."""
     rank, size = dist.get_rank(), dist.get_world_size()
-    dist.barrier()  # a rank that leaves cuts off another that is still joining
+    dist.barrier()  # without it, a rank that leaves could cut off a rank that is still joining
     dist.destroy_process_group()
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
     variables = {key: str(value) for key, value in {**numbers, "MASTER_PORT": port}.items()}
