@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import multiprocessing
 import random
 import time
 from collections import Counter
@@ -180,8 +179,6 @@ def hashes(state: TrainState) -> dict[str, str]:
 
 def start(argv: Sequence[str], stop_at: int = -1, crash_at: int = -1, double: bool = False) -> Start:
     """One start of a run on all ranks, to its end, or until asked to stop in a step (0: before the first)."""
-    # So that a rank may have data workers: no rank outlives the tests, and no worker its rank.
-    multiprocessing.process.current_process()._config["daemon"] = False  # pyright: ignore[reportAttributeAccessIssue]
     world = here()
     if world.size > 1:
         world = replace(world, saving=dist.new_group(backend="gloo"))

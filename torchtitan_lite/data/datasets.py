@@ -28,9 +28,6 @@ class DataConfig(ABC):
     """Folder for the token shards; empty: $XDG_CACHE_HOME/torchtitan_lite, or ~/.cache/torchtitan_lite."""
     validation_fraction: float = 0.05
     """Share of the text that is held out of training, for validation; 0 holds nothing out."""
-    num_workers: int = 0
-    """Processes per rank that prepare batches ahead. 0: the training process itself does, which is enough
-    unless the token shards are on a slow disk."""
 
     @abstractmethod
     def open(self) -> Source:
@@ -62,9 +59,6 @@ class DataConfig(ABC):
             remedy = "use 0.05 to hold out a twentieth of the text, or 0 for none"
             rule = "is not in [0, 1)"
             found.append(Problem(f"{key}.validation_fraction", self.validation_fraction, rule, remedy))
-        if self.num_workers < 0:
-            rule, remedy = "must be at least 0", "use 0 for the training process itself"
-            found.append(Problem(f"{key}.num_workers", self.num_workers, rule, remedy))
         return found
 
     def _cache_problems(self, key: str) -> list[Problem]:

@@ -12,9 +12,8 @@ import logging
 import time
 from array import array
 from dataclasses import dataclass
-from mmap import mmap
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
@@ -48,15 +47,6 @@ class Split:
     """All tokens, memory-mapped."""
     offsets: np.ndarray
     """Where each document starts in the tokens, and after them the number of tokens."""
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Files by name: another process is to map them too, not to get a copy."""
-        return {name: _unmapped(value) for name, value in self.__dict__.items()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(
-            {name: value.open() if isinstance(value, _File) else value for name, value in state.items()}
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,22 +212,6 @@ def _load_split(folder: Path, name: SplitName, metadata: dict[str, Any]) -> Spli
         tokens_T=mapped["tokens"],
         offsets=mapped["offsets"],
     )
-
-
-class _File(NamedTuple):
-    """A file to map."""
-
-    path: str
-    dtype: np.dtype
-
-    def open(self) -> np.ndarray:
-        return np.memmap(self.path, self.dtype, "r")
-
-
-def _unmapped(value: Any) -> Any:
-    # A part of a mapped file is a memmap too, and says nothing of which part.
-    is_whole_file = isinstance(value, np.memmap) and isinstance(value.base, mmap)
-    return _File(str(value.filename), value.dtype) if is_whole_file else value
 
 
 def _write_metadata(folder: Path, content: dict[str, Any]) -> None:
