@@ -42,8 +42,8 @@ FSDP_2, CP_2, TP_2 = (
     for cell in ("weights kept until the backward", "sliding window, sdpa", "no loss parallel, tied")
 )
 
-PORTABLE_VARLEN = "            return attend(q_BQHK, k_BSGK, v_BSGK, mask.tiles, scale)\n"
-EVALUATE = "_evaluate(q_BQHK, k_BSGK, v_BSGK, table, cumulative, scale, window, kernel)"
+PORTABLE_VARLEN = "        return attend(q_BQHK, k_BSGK, v_BSGK, mask, scale)\n"
+PACK_CALL = "call.documents, scale, window)\n\n        calls"
 HEADS_FIRST = "(x.transpose(1, 2) for x in (q_BSHK, k_BSGK, v_BSGK))"
 REPEATED = HEADS_FIRST.replace(" for", ".repeat_interleave(q_BSHK.shape[2] // x.shape[2], 1) for")
 SUMMED_KEYS = '_reduce_scatter(both_C2BcGK, "sum", 0, ctx.group)'
@@ -60,19 +60,19 @@ MUTANTS = {
         LOOP,
     ),
     "varlen: an extra transpose of the kernel's output, hidden by a view": Mutant(
-        ATTENTION + "runs.py",
-        "return out_THK.unflatten(0, q_BQHK.shape[:2])",
-        "return out_THK.transpose(1, 2).reshape(q_BQHK.shape)",
+        ATTENTION + "packs.py",
+        "return out_THK.unflatten(0, q.shape[:2])",
+        "return out_THK.transpose(1, 2).reshape(q.shape)",
         VARLEN,
     ),
     "varlen: the scale does not reach the kernel": Mutant(
-        ATTENTION + "runs.py",
-        EVALUATE,
-        EVALUATE.replace("scale", "q_BQHK.shape[-1] ** -0.5"),
+        ATTENTION + "packs.py",
+        PACK_CALL,
+        PACK_CALL.replace("scale", "q.shape[-1] ** -0.5"),
         VARLEN,
     ),
     "varlen: the window does not reach the kernel": Mutant(
-        ATTENTION + "runs.py", EVALUATE, EVALUATE.replace("window", "None"), VARLEN
+        ATTENTION + "packs.py", PACK_CALL, PACK_CALL.replace("window", "None"), VARLEN
     ),
     "all backends: the scale that is given is dropped": Mutant(
         ATTENTION + "mask.py", "** -0.5 if scale is None else scale", "** -0.5", WHOLE
@@ -84,7 +84,7 @@ MUTANTS = {
         ATTENTION + "flex.py", "            scale=scale,\n", "", FLEX
     ),
     "causality of short queries aligned at the top left": Mutant(
-        ATTENTION + "tiles.py",
+        ATTENTION + "portable/tiles.py",
         "    diagonal = k1 - (q1 - q0)\n",
         "    diagonal, k1 = k0, k0 + (q1 - q0)\n",
         LAST,
@@ -105,16 +105,16 @@ MUTANTS = {
         ATTENTION + "mask.py", "first_BS = index_S - positions_BS", "first_BS = positions_BS * 0", PACKED
     ),
     "a window one token too long, in the tiles": Mutant(
-        ATTENTION + "tiles.py", "behind - self.window + 1)", "behind - self.window)", WHOLE
+        ATTENTION + "portable/tiles.py", "behind - self.window + 1)", "behind - self.window)", WHOLE
     ),
     "a window one token too long, in the intervals": Mutant(
         ATTENTION + "mask.py", "index_S - (sliding_window - 1)", "index_S - sliding_window", WHOLE
     ),
     "tiles of the same queries overwrite each other": Mutant(
-        ATTENTION + "tile_kernels.py", "if not call.fresh_queries:", "if False:", LAST
+        ATTENTION + "portable/evaluate.py", "if not call.fresh_queries:", "if False:", LAST
     ),
     "gradients of shared keys overwrite each other": Mutant(
-        ATTENTION + "tile_kernels.py", "            if first:\n", "            if True:\n", WHOLE
+        ATTENTION + "portable/evaluate.py", "                if first:\n", "                if True:\n", WHOLE
     ),
     "block size of flex dropped on the way to the mask": Mutant(
         ATTENTION + "flex.py",

@@ -8,9 +8,8 @@ import pytest
 import torch
 from attention_cases import rows
 
-from torchtitan_lite.attention import Sdpa, Varlen, WithLayout, native, reference_attention
-from torchtitan_lite.attention.tile_kernels import attend_tiles
-from torchtitan_lite.attention.tiles import document_tiles
+from torchtitan_lite.attention import Sdpa, Varlen, WithLayout, operator, reference_attention
+from torchtitan_lite.attention.portable import document_tiles, native
 
 pytestmark = pytest.mark.compiler
 
@@ -59,7 +58,7 @@ def test_the_kernel_equals_the_reference_forward_and_backward(positions, heads, 
     native.compile_kernel(head_dim)
     q, k, v, upstream = tensors(positions_BS, heads, kv_heads, head_dim, dtype)
     mask = Sdpa().mask(positions_BS)
-    assert mask.tiles is not None and native.takes(q, mask.tiles.table)
+    assert native.takes(q, mask.tiles.table)
     found = results(lambda q, k, v: Sdpa().build()(q, k, v, mask, scale=0.3), q, k, v, upstream)
     wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
     attend = partial(reference_attention, positions_BS=positions_BS, scale=0.3)
@@ -72,9 +71,10 @@ def test_the_kernel_equals_the_reference_forward_and_backward(positions, heads, 
 def test_the_log_sum_exp_is_that_of_torch_and_padding_is_exact_zeros():
     q, k, v, _ = tensors(POSITIONS["padded"], 4, 2, 48, torch.float32)
     tiles = document_tiles(POSITIONS["padded"])
-    out, lse = attend_tiles(q, k, v, tiles.table, tiles.masks, 0.3)
+    given = q, k, v, tiles.table, tiles.data, 0.3, None, "tiles"
+    out, lse = operator.forward(*given)
     native.forget_kernels()
-    wanted, wanted_lse = attend_tiles(q, k, v, tiles.table, tiles.masks, 0.3)
+    wanted, wanted_lse = operator.forward(*given)
     torch.testing.assert_close((out, lse), (wanted, wanted_lse), rtol=1e-5, atol=1e-5)
     assert not out[POSITIONS["padded"] < 0].any()
 

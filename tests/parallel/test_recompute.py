@@ -50,7 +50,7 @@ def test_gradients_are_those_of_keeping_everything(alone: Pass, mode: str, atten
     assert_same(found, alone)
 
 
-ATTENTION = "attend_tiles"
+ATTENTION = "attend"
 MATMULS_AGAIN = {
     "full": 6,  # of seven: the last one's result is in no gradient
     "selective, op": 3,

@@ -4,9 +4,12 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
+from torch import Tensor, device, nn
+
+from torchtitan_lite.attention.mask import Ranges
 
 FLOATS = ("float64", "float32", "bfloat16", "float16")
 HALVES = ("bfloat16", "float16")
@@ -99,16 +102,41 @@ class Refusal(NamedTuple):
     remedy: str
 
 
-class Backend(Protocol):
-    """What the validator reads of an attention config."""
+@runtime_checkable
+class AttentionConfig(Protocol):
+    """The attention of a model: a frozen dataclass, whose `kind` tells it from others."""
 
-    def implementation(self, device: str) -> Capabilities: ...
+    supports: ClassVar[tuple[Capabilities, ...]]
+    """What each of its implementations can run."""
 
-    def option_refusals(self, device: str) -> list[Refusal]: ...
+    @property
+    def kind(self) -> str: ...
+
+    def implementation(self, device: str) -> Capabilities:
+        """The implementation that runs on "cpu" or "cuda"."""
+        ...
+
+    def option_refusals(self, device: str) -> list[Refusal]:
+        """What is wrong with its own options on "cpu" or "cuda"."""
+        ...
+
+    def build(self) -> nn.Module:
+        """The inner attention."""
+        ...
+
+    def mask(
+        self,
+        positions_BS: Tensor,
+        queries: Ranges | None = None,
+        sliding_window: int | None = None,
+        device: device | str | None = None,
+    ) -> Any:
+        """What may attend to what, for one micro-batch and all layers; see docs/attention.md."""
+        ...
 
 
 def refusals(
-    config: Backend,
+    config: AttentionConfig,
     *,
     device: str,
     dtype: torch.dtype,

@@ -1,6 +1,7 @@
 """Attention by torch's FlexAttention: a block mask, compiled to one kernel.
 
-B batch rows, S key tokens, Q query tokens, H query heads, G key/value heads, K head dim.
+B batch rows, S key tokens, Q query tokens, H query heads, G key/value heads, K head dim;
+M query blocks, N key blocks.
 """
 
 import logging
@@ -13,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, FlexKernelOptions, flex_attention
 
-from torchtitan_lite.attention.block_mask import block_row_tiles, build_block_mask
 from torchtitan_lite.attention.capabilities import FLOATS, HALVES, INSTALL_FA4, Capabilities, Refusal
-from torchtitan_lite.attention.mask import Ranges, check_inputs, check_positions
-from torchtitan_lite.attention.tile_kernels import attend
-from torchtitan_lite.attention.tiles import Tiles
+from torchtitan_lite.attention.mask import Ranges, check_inputs, check_positions, intervals
+from torchtitan_lite.attention.operator import Calls, attend
+from torchtitan_lite.attention.portable import block_tiles
+from torchtitan_lite.attention.transfer import to_device
 
 logger = logging.getLogger(__name__)
 
@@ -161,7 +162,7 @@ class Flex:
         if device.type != "cpu":
             return FlexMask(block_mask, None, shape)
         _say_once_that_the_cpu_goes_block_row_by_block_row()
-        return FlexMask(block_mask, block_row_tiles(block_mask, shape), shape)
+        return FlexMask(block_mask, block_tiles(block_mask, shape), shape)
 
 
 @dataclass(frozen=True)
@@ -169,9 +170,63 @@ class FlexMask:
     """A block mask for the kernel and, on a CPU, the same mask as a plan of tiles."""
 
     block_mask: BlockMask
-    tiles: Tiles | None
+    tiles: Calls | None
     shape: tuple[int, int, int]
     """(B, Q, S) of the micro-batch."""
+
+
+def build_block_mask(
+    positions_BS: Tensor,
+    queries: Ranges | None,
+    sliding_window: int | None,
+    blocks: tuple[int, int],
+    device: torch.device,
+) -> BlockMask:
+    """The block mask of documents, straight from the interval of keys that each query sees.
+
+    It is built where the positions are and then moved to `device`: on a GPU, sixty small kernels would build
+    it. It needs no tensor of Q x S, as `create_block_mask` does uncompiled, and no wait for the device.
+    A block is full when the latest start and the earliest end of its queries' intervals enclose its keys,
+    and touched when the earliest start and the latest end meet them.
+    """
+    seq_len = positions_BS.shape[1]
+    first_BQ, last_Q = intervals(positions_BS, queries, sliding_window)
+    n_queries = last_Q.shape[0]
+    first_BMq = _blocked(first_BQ, blocks[0], fill=seq_len)
+    last_Mq = _blocked(last_Q, blocks[0], fill=-1)
+    key_N = torch.arange(0, seq_len, blocks[1], device=positions_BS.device)
+    end_N = (key_N + blocks[1]).clamp(max=seq_len)
+    touched_BMN = (first_BMq.amin(-1)[..., None] < end_N) & (last_Mq.amax(-1)[:, None] >= key_N)
+    full_BMN = (first_BMq.amax(-1)[..., None] <= key_N) & (last_Mq.amin(-1)[:, None] >= key_N + blocks[1] - 1)
+    partial_BMN = touched_BMN & ~full_BMN
+
+    first_BQ, last_Q = (to_device(x.int(), device) for x in (first_BQ, last_Q))
+
+    def sees(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        return (kv >= first_BQ[b, q]) & (kv <= last_Q[q])
+
+    block_mask = BlockMask.from_kv_blocks(
+        *_block_list(partial_BMN),
+        *_block_list(full_BMN),
+        BLOCK_SIZE=blocks,
+        mask_mod=sees,
+        seq_lengths=(n_queries, seq_len),
+    )
+    for name, value in list(vars(block_mask).items()):
+        if isinstance(value, Tensor):
+            setattr(block_mask, name, to_device(value, device))
+    return block_mask
+
+
+def _blocked(x_Q: Tensor, size: int, fill: int) -> Tensor:
+    """The last axis in blocks, [..., M, size], filled up at its end."""
+    return nn.functional.pad(x_Q, (0, -x_Q.shape[-1] % size), value=fill).unflatten(-1, (-1, size))
+
+
+def _block_list(chosen_BMN: Tensor) -> tuple[Tensor, Tensor]:
+    """How many blocks each row of blocks has, [B, 1, M], and which, those first, [B, 1, M, N]."""
+    order_BMN = torch.argsort(chosen_BMN.int(), dim=-1, descending=True, stable=True)
+    return chosen_BMN.sum(-1, dtype=torch.int32)[:, None], order_BMN.int()[:, None]
 
 
 class FlexAttention(nn.Module):

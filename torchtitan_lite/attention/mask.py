@@ -6,8 +6,6 @@ Every query sees one interval of the keys of its own row: from the first token o
 window) up to itself. The backends differ only in how they evaluate that.
 """
 
-import sys
-
 import torch
 from torch import Tensor
 
@@ -36,6 +34,11 @@ def query_ranges(queries: Ranges | None, seq_len: int) -> Ranges:
         if start < stop:
             raise ValueError(f"queries {queries} overlap")
     return ranges
+
+
+def count_queries(queries: Ranges | None, seq_len: int) -> int:
+    """How many tokens `queries` are."""
+    return sum(stop - start for start, stop in query_ranges(queries, seq_len))
 
 
 def check_window(sliding_window: int | None) -> None:
@@ -139,14 +142,6 @@ def explicit_mask(
     first_BQ, last_Q = intervals(positions_BS, queries, sliding_window)
     key_S = torch.arange(positions_BS.shape[1], device=positions_BS.device)
     return (key_S >= first_BQ[..., None]) & (key_S <= last_Q[:, None])
-
-
-def of_any_length(x: Tensor) -> Tensor:
-    """`x`, of whose length torch.compile then makes no constant: it changes from batch to batch."""
-    dynamo = sys.modules.get("torch._dynamo")  # not loaded: nothing is compiled
-    if dynamo is not None:
-        dynamo.maybe_mark_dynamic(x, 0)
-    return x
 
 
 def positions_from_cu_seqlens(cu_seqlens: Tensor) -> Tensor:

@@ -15,15 +15,16 @@ from torch.nn.attention import activate_flash_attention_impl
 
 from torchtitan_lite.attention.capabilities import FLOATS, HALVES, INSTALL_FA4, Capabilities, Refusal
 from torchtitan_lite.attention.mask import Ranges
-from torchtitan_lite.attention.runs import PackedMask, attend_packed, build_runs
-from torchtitan_lite.attention.tile_kernels import attend
-from torchtitan_lite.attention.tiles import document_tiles
+from torchtitan_lite.attention.operator import Calls, attend
+from torchtitan_lite.attention.packs import document_packs
+from torchtitan_lite.attention.portable import document_tiles
 
 FA4_BEFORE = 19
 """The first beta of flash-attn-4 that torch cannot use: it returns four results, and torch expects two."""
 
 
 def _fa4_lacks() -> str | None:
+    """Why torch cannot use the installed flash-attn-4; None if it can."""
     from torch.nn.attention import _fa4
 
     # Causal attention is passed as a window, which torch 2.11 does not translate for FlashAttention-4.
@@ -40,6 +41,7 @@ def _fa4_lacks() -> str | None:
 
 
 def _flash_attn_lacks() -> str | None:
+    """Why `FlashAttnPackage` cannot use the installed flash-attn; None if it can."""
     try:
         installed = version("flash-attn")
     except PackageNotFoundError:
@@ -144,21 +146,21 @@ class Varlen:
         queries: Ranges | None = None,
         sliding_window: int | None = None,
         device: torch.device | str | None = None,
-    ) -> PackedMask:
+    ) -> Calls:
         """What may attend to what, for one micro-batch and all layers; see docs/attention.md."""
         device = torch.device(device) if device is not None else positions_BS.device
-        given = positions_BS, queries, sliding_window, device
         kernel = _ready(self, device.type)
         if kernel == "documents":
-            return PackedMask(document_tiles(*given), None)
-        return PackedMask(None, build_runs(*given, kernel))
+            return document_tiles(positions_BS, queries, sliding_window, device)
+        return document_packs(positions_BS, queries, sliding_window, device, kernel)
 
 
 @cache
 def _ready(config: Varlen, device: str) -> str:
-    """The kernel that runs on "cpu" or "cuda"; activates it if necessary, once.
+    """The evaluator that runs on "cpu" or "cuda"; a kernel that replaces torch's is activated first, once.
 
-    Called for the first mask, when the device is known, so that a run on a CPU never touches a GPU.
+    This is the only switch of attention that changes the process. It is thrown by the first mask, when the
+    device is known, so that a run on a CPU never touches a GPU.
     """
     name = config.resolve(device)
     if name in ACTIVATED:
@@ -167,13 +169,10 @@ def _ready(config: Varlen, device: str) -> str:
 
 
 class VarlenAttention(nn.Module):
-    """One kernel call for each run of documents, or the loop over documents if the mask has no runs."""
+    """The kernel calls of the mask: packs of documents for FlashAttention, or tiles of documents."""
 
     def forward(
-        self, q_BQHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: PackedMask, scale: float | None = None
+        self, q_BQHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: Calls, scale: float | None = None
     ) -> Tensor:
         """Attend; [B, Q, H, K]."""
-        if mask.runs is None:
-            assert mask.tiles is not None
-            return attend(q_BQHK, k_BSGK, v_BSGK, mask.tiles, scale)
-        return attend_packed(q_BQHK, k_BSGK, v_BSGK, mask.runs, scale)
+        return attend(q_BQHK, k_BSGK, v_BSGK, mask, scale)

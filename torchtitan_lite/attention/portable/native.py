@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from torchtitan_lite.attention.tiles import CAUSAL, FULL
+from torchtitan_lite.attention.portable.tiles import CAUSAL, FULL
 
 # What torch looks for: torch._inductor.config.cpp.cxx.
 CXX = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
@@ -71,6 +71,7 @@ def takes(q_BSHK: Tensor, table: Tensor) -> bool:
     fits = q_BSHK.is_cpu and q_BSHK.dtype in _DTYPES and q_BSHK.shape[-1] in _KERNELS
     if not fits or (q_BSHK.dtype == torch.bfloat16 and has_amx()):
         return False
+    table = table[table[:, 0] < table[:, 1]]
     q0, q1, k0, k1, kind = table[:, 2:7].unbind(1)
     # A document of one token is a tile that nothing is hidden from.
     is_document = (kind == CAUSAL) | ((q1 - q0 == 1) & (k1 - k0 == 1) & (kind == FULL))
