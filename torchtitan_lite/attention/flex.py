@@ -26,7 +26,7 @@ FLASH_BLOCKS = {9: (128, 128), 10: (256, 128)}
 """The block size that the FLASH backend takes, by major compute capability: Hopper and Blackwell."""
 
 TRITON_BLOCKS = (32, 128)
-"""A block holds whole tiles of the Triton kernels: the smallest of the backward, and the largest default."""
+"""Tiles of the Triton kernels, which must divide a block: the smallest (backward) and the largest default."""
 
 AUTOTUNED_TILE = 64
 """The smallest tile that torch's autotuning tries in the forward (get_flex_attn_fwd_configs of inductor)."""
@@ -39,10 +39,10 @@ class Flex:
     kind: Literal["flex"] = "flex"
 
     block_size: int | tuple[int, int] = 128
-    """Tile of the block mask, in tokens: one number, or query and key tokens."""
+    """Tokens of a block of the mask: one number, or those of the queries and of the keys."""
 
     kernel_options: dict[str, Any] = field(default_factory=dict)
-    """Options of the CUDA kernel, as torch's FlexKernelOptions has them, such as {"BACKEND": "FLASH"}."""
+    """Options of the CUDA kernel: those of torch's FlexKernelOptions, such as {"BACKEND": "FLASH"}."""
 
     supports: ClassVar[tuple[Capabilities, ...]] = (
         Capabilities(name="flex (cpu)", devices=("cpu",), dtypes=FLOATS),
@@ -74,16 +74,16 @@ class Flex:
 
     @property
     def autotuned(self) -> bool:
-        """Whether the Triton kernels' default tiles may exceed a block, so that others must be found."""
+        """True if the Triton kernels' default tiles may exceed a block, so that torch must find others."""
         return not self.flash and min(self.blocks) < TRITON_BLOCKS[1]
 
     @property
     def flash(self) -> bool:
-        """Whether the kernel is FlashAttention-4."""
+        """True if the kernel is FlashAttention-4."""
         return self.kernel_options.get("BACKEND") == "FLASH"
 
     def implementation(self, device: str) -> Capabilities:
-        """What runs on "cpu" or "cuda"."""
+        """The implementation that runs on "cpu" or "cuda"."""
         cpu, triton, flash = self.supports
         return flash if self.flash else cpu if device == "cpu" else triton
 
@@ -94,21 +94,12 @@ class Flex:
             rule = "is for CUDA kernels, and the device is cpu"
             remedy = 'set job.device = "cuda" where there is a GPU, or leave kernel_options empty'
             found.append(Refusal("kernel_options", self.kernel_options, rule, remedy))
-        lack = (
-            self.implementation("cuda").missing() if device == "cuda" and torch.cuda.is_available() else None
-        )
-        if self.flash and lack:
-            rule = f"needs {self.implementation('cuda').needs}, and {lack}"
+        is_here = device == "cuda" and torch.cuda.is_available()
+        flash = self.implementation("cuda")
+        if self.flash and is_here and (lack := flash.missing()):
+            rule = f"needs {flash.needs}, and {lack}"
             found.append(Refusal("kernel_options", self.kernel_options, rule, "use another BACKEND"))
         return found
-
-    @property
-    def _tiles(self) -> dict[str, int]:
-        """The forward kernel's tile where its default may exceed a block: autotuning tries no small ones."""
-        if not self.autotuned:
-            return {}
-        size_q, size_k = self.blocks
-        return {"BLOCK_M": min(size_q, AUTOTUNED_TILE), "BLOCK_N": min(size_k, AUTOTUNED_TILE)}
 
     def _block_refusals(self, device: str) -> Iterator[Refusal]:
         if any(size < 16 or size & (size - 1) for size in self.blocks):
@@ -141,7 +132,12 @@ class Flex:
 
     def build(self) -> nn.Module:
         """The inner attention."""
-        return FlexAttention({**self._tiles, **self.kernel_options}, self.autotuned)
+        tiles = {}
+        if self.autotuned:
+            # The forward's, which may not exceed a block: autotuning tries no small ones.
+            size_q, size_k = (min(size, AUTOTUNED_TILE) for size in self.blocks)
+            tiles = {"BLOCK_M": size_q, "BLOCK_N": size_k}
+        return FlexAttention({**tiles, **self.kernel_options}, self.autotuned)
 
     def mask(
         self,
@@ -153,7 +149,7 @@ class Flex:
         """What may attend to what, for one micro-batch and all layers; see docs/attention.md."""
         if positions_BS.device.type == "cpu":
             check_positions(positions_BS)
-        device = torch.device(device) if device is not None else positions_BS.device
+        device = torch.device(positions_BS.device if device is None else device)
         batch, seq_len = positions_BS.shape
         if device.type == "cpu" and bool((positions_BS == positions_BS[:1]).all()):
             positions_BS = positions_BS[:1]  # equal rows: one batch for every kernel call
@@ -167,7 +163,7 @@ class Flex:
 
 @dataclass(frozen=True)
 class FlexMask:
-    """A block mask for the kernel and, on a CPU, the same mask as a plan of tiles."""
+    """A block mask for the kernel and, on a CPU, the tiles of the same mask."""
 
     block_mask: BlockMask
     tiles: Calls | None
@@ -182,12 +178,13 @@ def build_block_mask(
     blocks: tuple[int, int],
     device: torch.device,
 ) -> BlockMask:
-    """The block mask of documents, straight from the interval of keys that each query sees.
+    """The block mask of documents, from the interval of keys that each query sees.
 
-    It is built where the positions are and then moved to `device`: on a GPU, sixty small kernels would build
-    it. It needs no tensor of Q x S, as `create_block_mask` does uncompiled, and no wait for the device.
-    A block is full when the latest start and the earliest end of its queries' intervals enclose its keys,
-    and touched when the earliest start and the latest end meet them.
+    The mask is built where the positions are and then moved to `device`: building it on a GPU would take
+    sixty small kernels. No tensor is Q x S, as in `create_block_mask` without compilation, and nothing waits
+    for the device. A block is full if all intervals of its queries hold all its keys: the latest start and
+    the earliest end tell. A block is touched if some interval holds some of its keys: the earliest start and
+    the latest end tell.
     """
     seq_len = positions_BS.shape[1]
     first_BQ, last_Q = intervals(positions_BS, queries, sliding_window)
@@ -219,12 +216,12 @@ def build_block_mask(
 
 
 def _blocked(x_Q: Tensor, size: int, fill: int) -> Tensor:
-    """The last axis in blocks, [..., M, size], filled up at its end."""
+    """The last axis cut into blocks, [..., M, size]; the last block is filled up with `fill`."""
     return nn.functional.pad(x_Q, (0, -x_Q.shape[-1] % size), value=fill).unflatten(-1, (-1, size))
 
 
 def _block_list(chosen_BMN: Tensor) -> tuple[Tensor, Tensor]:
-    """How many blocks each row of blocks has, [B, 1, M], and which, those first, [B, 1, M, N]."""
+    """How many blocks of each row of blocks are chosen, [B, 1, M], and which: the first of [B, 1, M, N]."""
     order_BMN = torch.argsort(chosen_BMN.int(), dim=-1, descending=True, stable=True)
     return chosen_BMN.sum(-1, dtype=torch.int32)[:, None], order_BMN.int()[:, None]
 
@@ -235,11 +232,11 @@ class FlexAttention(nn.Module):
     def __init__(self, kernel_options: dict[str, Any], autotuned: bool) -> None:
         super().__init__()
         self.kernel_options = dict(kernel_options)
-        # For fewer than 128 queries torch takes its decoding kernel, and raises unless all queries of a key
-        # head fit one block of the mask. So only single queries may take that kernel.
+        # For fewer than 128 queries torch uses its decoding kernel, which raises unless all queries of a key
+        # head fit one block of the mask. So only a single query may use that kernel.
         is_chosen = {"BACKEND", "FORCE_USE_FLEX_ATTENTION"} & kernel_options.keys()
         self.options_of_several = {**({} if is_chosen else {"BACKEND": "TRITON"}), **kernel_options}
-        # Not in the forward: torch.compile would trace the cache.
+        # Looked up here: in the forward, torch.compile would trace the cache.
         self.flex_attention = _compiled(autotuned)
 
     def forward(

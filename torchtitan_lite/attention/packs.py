@@ -43,7 +43,7 @@ def document_packs(
     positions_BS: Tensor,
     queries: Ranges | None = None,
     sliding_window: int | None = None,
-    device: torch.device | str | None = None,
+    device: torch.device | str = "cpu",
     kernel: str = "torch",
 ) -> Calls:
     """The packs of a micro-batch: one if there is no padding, one for each row and range of `queries`.
@@ -69,7 +69,6 @@ def document_packs(
             counts += [cu_q_D.int(), cu_k_D.int()]
             n_counts += 2 * len(cu_q_D)
     packs = packs or [Pack(*[0] * 9)]
-    device = positions_BS.device if device is None else device
     return make_calls(kernel, packs, counts, (batch, n_queries, seq_len), device, sliding_window)
 
 

@@ -28,7 +28,7 @@ class Sdpa:
     )
 
     def implementation(self, device: str) -> Capabilities:
-        """What runs on "cpu" or "cuda"."""
+        """The implementation that runs on "cpu" or "cuda"."""
         return self.supports[0]
 
     def option_refusals(self, device: str) -> list[Refusal]:
@@ -47,7 +47,7 @@ class Sdpa:
         device: torch.device | str | None = None,
     ) -> "SdpaMask":
         """What may attend to what, for one micro-batch and all layers; see docs/attention.md."""
-        device = torch.device(device) if device is not None else positions_BS.device
+        device = torch.device(positions_BS.device if device is None else device)
         positions_BS = positions_BS.cpu()  # once, for both tables
         tiles = document_tiles(positions_BS, queries, sliding_window, device)
         if device.type == "cpu":

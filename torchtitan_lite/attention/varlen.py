@@ -65,7 +65,6 @@ def _flash(name: str, majors: tuple[int, ...], package: str = "", install: str =
     )
 
 
-_FA3 = "FlashAttention-3 from the flash-attention sources"
 KERNELS = {
     "fa4": _flash(
         "fa4",
@@ -76,7 +75,7 @@ KERNELS = {
         head_dims_lacking={10: range(129, 256)},
         also_missing=_fa4_lacks,
     ),
-    "fa3": _flash("fa3", (9,), "flash_attn_interface", _FA3),
+    "fa3": _flash("fa3", (9,), "flash_attn_interface", "FlashAttention-3 from the flash-attention sources"),
     "flash_attn": _flash(
         "flash_attn",
         (8, 9, 10, 12),
@@ -87,8 +86,7 @@ KERNELS = {
     "torch": _flash("torch", (8, 9, 10, 12)),
     "documents": Capabilities(name="varlen (documents)", devices=("cpu", "cuda"), dtypes=FLOATS),
 }
-"""Every kernel by name, the best first: the order in which "auto" looks for one that runs."""
-
+"""Every kernel by name, the best first: "auto" takes the first that runs."""
 
 ACTIVATED: dict[str, Literal["FA3", "FA4"]] = {"fa3": "FA3", "fa4": "FA4"}
 """Kernels that replace torch's FlashAttention for the whole process, with torch's names for them."""
@@ -101,7 +99,7 @@ class Varlen:
     kind: Literal["varlen"] = "varlen"
 
     kernel: Literal["auto", "fa4", "fa3", "flash_attn", "torch", "documents"] = "auto"
-    """Which kernel: auto takes the best that is installed and fits the GPU; documents is the loop."""
+    """Which kernel: auto takes the best one that is installed and fits the GPU; documents is a loop."""
 
     supports: ClassVar[tuple[Capabilities, ...]] = tuple(KERNELS.values())
 
@@ -116,7 +114,7 @@ class Varlen:
         return next(name for name, can in KERNELS.items() if can.missing() is None)
 
     def implementation(self, device: str) -> Capabilities:
-        """What runs on "cpu" or "cuda"."""
+        """The implementation that runs on "cpu" or "cuda"."""
         return KERNELS[self.resolve(device)]
 
     def option_refusals(self, device: str) -> list[Refusal]:
@@ -148,7 +146,7 @@ class Varlen:
         device: torch.device | str | None = None,
     ) -> Calls:
         """What may attend to what, for one micro-batch and all layers; see docs/attention.md."""
-        device = torch.device(device) if device is not None else positions_BS.device
+        device = torch.device(positions_BS.device if device is None else device)
         kernel = _ready(self, device.type)
         if kernel == "documents":
             return document_tiles(positions_BS, queries, sliding_window, device)

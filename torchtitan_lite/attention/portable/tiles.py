@@ -57,19 +57,19 @@ def document_tiles(
     positions_BS: Tensor,
     queries: Ranges | None = None,
     sliding_window: int | None = None,
-    device: torch.device | str | None = None,
+    device: torch.device | str = "cpu",
 ) -> Calls:
     """A causal tile for each document, after a full tile if the document has keys before its queries."""
     check_window(sliding_window)
-    device = torch.device(device) if device is not None else positions_BS.device
     segments_N5 = segments(positions_BS.cpu(), queries)
     batch, seq_len = positions_BS.shape
     shape = batch, count_queries(queries, seq_len), seq_len
     by_row: dict[int, list[tuple[int, int, int, int]]] = {row: [] for row in range(batch)}
     for row, q0, q1, k0, k1 in segments_N5.tolist():
         by_row[row].append((q0, q1, k0, k1))
+    rows_differ = any(spans != by_row[0] for spans in by_row.values())
     # On a CPU alone: a GPU's fast kernel takes no mask.
-    if shape[1] == 1 and device.type == "cpu" and any(spans != by_row[0] for spans in by_row.values()):
+    if shape[1] == 1 and rows_differ and torch.device(device).type == "cpu":
         seen_BS = torch.zeros(batch, seq_len, dtype=torch.bool)
         for row, spans in by_row.items():
             for _, _, k0, k1 in spans:
