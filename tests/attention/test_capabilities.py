@@ -182,72 +182,72 @@ def test_a_kernel_that_cannot_run_here_says_what_it_needs(monkeypatch):
     assert "flash-attn-4" in refusal.rule
 
 
+MODULES = {
+    "flash-attn-4": "flash_attn.cute",
+    "flash-attn-3": "flash_attn_interface",
+    "flash-attn": "flash_attn.bert_padding",
+}
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """`on_a_gpu(gpu, installed)`: a GPU of this compute capability, and these versions of packages."""
+
+    def pretend(gpu, installed, has_window=True):
+        modules = [MODULES[package] for package in installed]
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: gpu)
+        monkeypatch.setattr(capabilities, "_importable", lambda module: module in modules)
+        monkeypatch.setattr(varlen, "version", installed.__getitem__)
+        monkeypatch.setattr("torch.nn.attention._fa4._aten_to_fa4_window_size", None, raising=False)
+        if not has_window:
+            monkeypatch.delattr("torch.nn.attention._fa4._aten_to_fa4_window_size")
+
+    return pretend
+
+
+FA4, FA3, FA2 = {"flash-attn-4": "4.0.0b18"}, {"flash-attn-3": "3"}, {"flash-attn": "2.7.0.post2"}
+
+
 @pytest.mark.parametrize(
     "gpu, installed, expected",
     [
-        ((9, 0), {"flash_attn.cute", "flash_attn_interface"}, "fa4"),
-        ((9, 0), {"flash_attn_interface", "flash_attn.bert_padding"}, "fa3"),
-        ((10, 0), {"flash_attn_interface", "flash_attn.bert_padding"}, "flash_attn"),
-        ((8, 0), {"flash_attn.cute", "flash_attn_interface"}, "torch"),
-        ((7, 5), {"flash_attn.bert_padding"}, "documents"),
+        ((9, 0), FA4 | FA3, "fa4"),
+        ((9, 0), FA3 | FA2, "fa3"),
+        ((10, 0), FA3 | FA2, "flash_attn"),
+        ((8, 0), FA4 | FA3, "torch"),
+        ((7, 5), FA2, "documents"),
+        ((9, 0), {"flash-attn": "2.6.3"}, "torch"),
     ],
 )
-def test_auto_takes_the_best_kernel_that_is_installed_and_fits_the_gpu(monkeypatch, gpu, installed, expected):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: gpu)
-    monkeypatch.setattr(capabilities, "_importable", lambda module: module in installed)
-    monkeypatch.setattr("torch.nn.attention._fa4._aten_to_fa4_window_size", None, raising=False)
+def test_auto_takes_the_best_kernel_that_is_installed_and_fits_the_gpu(on_a_gpu, gpu, installed, expected):
+    on_a_gpu(gpu, installed)
     assert Varlen().resolve("cuda") == expected
     assert Varlen().resolve("cpu") == "documents"
 
 
-@pytest.fixture
-def a_hopper_with_fa4(monkeypatch):
-    """A GPU that FlashAttention-4 is for, with that package and a torch that can use it."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    monkeypatch.setattr(capabilities, "_importable", lambda module: module == "flash_attn.cute")
-    monkeypatch.setattr("torch.nn.attention._fa4._aten_to_fa4_window_size", None, raising=False)
-    monkeypatch.setattr(varlen, "version", lambda name: "4.0.0b18")
-
-
-@pytest.mark.usefixtures("a_hopper_with_fa4")
-def test_auto_passes_over_fa4_where_torch_gives_it_no_causal_window(monkeypatch):
-    assert Varlen().resolve("cuda") == "fa4"
-    monkeypatch.delattr("torch.nn.attention._fa4._aten_to_fa4_window_size", raising=False)
+@pytest.mark.parametrize(
+    "installed, has_window, rule",
+    [
+        ("4.0.0b18", False, "causal window"),
+        *((version, True, f"flash-attn-4 {version}") for version in ("4.0.0b19", "4.0.0", "4.1.2")),
+    ],
+)
+def test_auto_passes_over_a_fa4_that_torch_cannot_use(on_a_gpu, installed, has_window, rule):
+    on_a_gpu((9, 0), {"flash-attn-4": installed}, has_window)
     assert Varlen().resolve("cuda") == "torch"
     (refusal,) = refused(Varlen(kernel="fa4"), "cuda", torch.bfloat16)
-    assert "causal window" in refusal.rule
+    assert rule in refusal.rule and "<4.0.0b19" in refusal.rule
 
 
-@pytest.mark.usefixtures("a_hopper_with_fa4")
-@pytest.mark.parametrize("installed", ["4.0.0b19", "4.0.0b36", "4.0.0", "4.1.2"])
-def test_auto_passes_over_a_fa4_whose_results_torch_does_not_take(monkeypatch, installed):
-    monkeypatch.setattr(varlen, "version", lambda name: installed)
-    assert Varlen().resolve("cuda") == "torch"
-    (refusal,) = refused(Varlen(kernel="fa4"), "cuda", torch.bfloat16)
-    assert f"flash-attn-4 {installed}" in refusal.rule and "<4.0.0b19" in refusal.rule
-
-
-@pytest.mark.usefixtures("a_hopper_with_fa4")
-@pytest.mark.parametrize("installed, expected", [("2.6.3", "torch"), ("2.7.0.post2", "flash_attn")])
-def test_auto_passes_over_a_flash_attn_without_the_functions_it_calls(monkeypatch, installed, expected):
-    monkeypatch.setattr(capabilities, "_importable", lambda module: module == "flash_attn.bert_padding")
-    monkeypatch.setattr(varlen, "version", lambda name: installed)
-    assert Varlen().resolve("cuda") == expected
-
-
-@pytest.mark.usefixtures("a_hopper_with_fa4")
-def test_fa4_on_blackwell_has_head_dims_up_to_128_and_256_alone(monkeypatch):
-    fields = {}
+def test_fa4_on_blackwell_has_head_dims_up_to_128_and_256_alone(on_a_gpu):
+    refused_ones = []
     for gpu in ((9, 0), (10, 0)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_, found=gpu: found)
+        on_a_gpu(gpu, FA4)
         for head_dim in (64, 128, 136, 192, 248, 256):
             found = refused(Varlen(kernel="fa4"), "cuda", torch.bfloat16, head_dim=head_dim)
-            fields[gpu[0], head_dim] = [refusal.field for refusal in found]
-    refused_ones = [cell for cell, found in fields.items() if found]
-    assert refused_ones == [(10, 136), (10, 192), (10, 248)]
-    assert fields[10, 192] == ["head_dim"]
+            refused_ones += [(gpu[0], head_dim, refusal.field) for refusal in found]
+    assert refused_ones == [(10, head_dim, "head_dim") for head_dim in (136, 192, 248)]
 
 
 @pytest.mark.parametrize("kernel, name", [("fa3", "FA3"), ("fa4", "FA4"), ("torch", None)])

@@ -41,8 +41,6 @@ def samples() -> Samples:
     offsets = np.arange(0, len(tokens) + 1, 37)
     split = Split(
         name="train",
-        n_documents=4,
-        n_tokens=len(tokens),
         n_bytes=0,
         unigram_entropy=0.0,
         tokens_T=tokens,
@@ -177,9 +175,7 @@ import numpy as np
 from torchtitan_lite.data import Loader, Samples, Split
 
 tokens, offsets = np.arange(64), np.array([0, 64])
-split = Split(
-    name="train", n_documents=1, n_tokens=64, n_bytes=0, unigram_entropy=0.0, tokens_T=tokens, offsets=offsets
-)
+split = Split(name="train", n_bytes=0, unigram_entropy=0.0, tokens_T=tokens, offsets=offsets)
 loader = Loader(Samples(split, 4), 5, 2, n_ahead=1000)
 next(loader)
 raise ValueError("failed")
