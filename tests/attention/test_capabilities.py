@@ -1,4 +1,4 @@
-"""The capability data: every cell of the table is tried, those that are refused too."""
+"""The capabilities: every cell of the table either runs and is right, or is refused."""
 
 import dataclasses
 import itertools
@@ -44,8 +44,8 @@ def test_on_a_cpu_every_cell_runs_right_or_is_refused_with_a_remedy(name, dtype)
     compare(CONFIGS[name], POSITIONS["packed"], None, 7, 6, 2, 0.37, tolerance, DTYPES[dtype])
 
 
-# Documents of a row, the queries and the window. A row of one document is one call of torch's fastest kernel;
-# no kernel has tiles that divide 500 tokens; the chunks are those of a rank of two under context parallel.
+# Documents of a row, the queries and the window. A row of one document is one call of torch's fastest kernel.
+# No kernel has tiles that divide 500 tokens. The two chunks are a rank's under context parallel of two ranks.
 ON_A_GPU = {
     "packed": ([1, 300, 211], None, None),
     "packed, window": ([1, 300, 211], None, 100),
@@ -81,10 +81,7 @@ def test_on_a_gpu_every_cell_runs_right_or_is_refused_with_a_remedy(name, dtype)
 
 
 def gpu_error(inner, mask, dtype, positions_BS, queries, window):
-    """How far the output and the gradients of q, k and v are from the reference's, as a part of its norm.
-
-    That of the worst of them; NaN if there is one.
-    """
+    """The largest relative error of the output and of the gradients of q, k and v; NaN if there is a NaN."""
     g = torch.Generator("cuda").manual_seed(0)
     n_queries, n_keys = mask.shape[1:]
     q, k, v = (
@@ -131,7 +128,7 @@ def test_shapes_that_a_kernel_cannot_take_are_refused(shape, field):
         ({"kernel_options": {"num_stage": 2}}, "cuda", "kernel_options.num_stage"),
     ],
 )
-def test_options_of_flex_that_mean_nothing_are_refused(options, device, field):
+def test_invalid_options_of_flex_are_refused(options, device, field):
     found = refused(Flex(**options), device, torch.bfloat16)
     assert field in {refusal.field for refusal in found}
 
@@ -143,7 +140,7 @@ def test_options_of_flex_that_torch_has_are_accepted(options):
     assert refused(Flex(kernel_options=options), "cuda", torch.bfloat16) == []
 
 
-def test_what_a_backend_does_not_claim_is_refused():
+def test_a_backend_is_refused_for_what_it_does_not_support():
     class Modest(Sdpa):
         supports = (
             capabilities.Capabilities(
@@ -266,7 +263,7 @@ def test_building_a_named_kernel_without_a_gpu_is_an_error_that_says_so(kernel):
         Varlen(kernel=kernel).build()
 
 
-def test_what_flex_says_of_the_cpu_it_says_once(caplog):
+def test_flex_warns_once_on_a_cpu(caplog):
     from torchtitan_lite.attention import flex
 
     flex._say_once_that_the_cpu_goes_block_row_by_block_row.cache_clear()
@@ -275,7 +272,7 @@ def test_what_flex_says_of_the_cpu_it_says_once(caplog):
     assert len([record for record in caplog.records if "block row" in record.message]) == 1
 
 
-def test_the_block_size_of_flex_is_that_of_its_mask_and_of_its_tiles():
+def test_the_mask_and_the_tiles_of_flex_have_its_block_size():
     positions_BS = torch.arange(256)[None]
     for block_size, n_tiles in ((64, 1 + 2 * 3), (128, 1 + 2), ((64, 128), 1 + 1 + 2 + 2)):
         mask = Flex(block_size=block_size).mask(positions_BS)
@@ -296,7 +293,7 @@ def test_the_block_size_of_flex_is_that_of_its_mask_and_of_its_tiles():
     ],
 )
 def test_a_block_holds_whole_tiles_of_the_forward_kernel(block_size, options, tile):
-    """Autotuning tries no tile below 64, so that a smaller block would have no kernel."""
+    """Autotuning tries no tile below 64, so a smaller block would have no kernel."""
     given = options_given(Flex(block_size=block_size, kernel_options=options), n_queries=2)
     assert (given.get("BLOCK_M"), given.get("BLOCK_N")) == (tile or (None, None))
 
@@ -310,8 +307,8 @@ def test_a_block_holds_whole_tiles_of_the_forward_kernel(block_size, options, ti
         *[({"FORCE_USE_FLEX_ATTENTION": True},) * 3],
     ],
 )
-def test_torchs_kernel_for_decoding_gets_single_queries_alone(options, of_one, of_several):
-    """With more of them, it raises where the query heads of a key head do not fit a block of the mask."""
+def test_only_a_single_query_may_use_torchs_decoding_kernel(options, of_one, of_several):
+    """For several queries it raises if the query heads of a key head do not fit a block of the mask."""
     config = Flex(kernel_options=options)
     assert options_given(config, n_queries=1) == of_one
     assert options_given(config, n_queries=2) == options_given(config, n_queries=300) == of_several

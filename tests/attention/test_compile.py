@@ -129,7 +129,7 @@ def test_the_cpu_kernel_equals_the_plain_one_forward_and_backward(causal, masked
 @pytest.mark.parametrize("table", TABLES)
 @pytest.mark.parametrize("documents", [[53], [300], [800], [300, 53], [20, 33]], ids=str)
 @pytest.mark.parametrize("layout", ["bshd", "sbhd", "bhsd", "features apart"])
-def test_compiled_code_is_told_the_layouts_that_the_operator_gives(table, layout, documents):
+def test_the_fake_operator_has_the_layouts_of_the_real_one(table, layout, documents):
     """inductor asserts the strides of what an operator returns."""
     change = {
         "bshd": lambda x: x,

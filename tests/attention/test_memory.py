@@ -1,4 +1,4 @@
-"""What attention may not do: copy, repeat heads, make anything quadratic, or keep more than it needs."""
+"""Attention does not copy, repeat heads, make anything quadratic, or keep more than it needs."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ REPEATS = {"repeat", "repeat_interleave", "expand", "tile"}
 
 
 class Recorder(TorchDispatchMode):
-    """Notes the name of every operator that ran and the shapes and bytes of what it returned."""
+    """Records every operator that ran: its name, and the shapes and bytes of its outputs."""
 
     def __init__(self):
         super().__init__()
@@ -83,7 +83,7 @@ def test_other_layouts_are_views_forward_and_backward(layout):
 
 
 class Inner(TorchDispatchMode):
-    """Runs the operator in the open, so that a recorder below it sees the calls inside."""
+    """Runs the operator as plain Python, so that a recorder sees the calls inside."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         opened = {

@@ -96,7 +96,7 @@ def test_views_of_any_strides_equal_the_reference(backend, positions):
 
 
 class Checked(DocumentByDocument):
-    """The reference of the kernels for packed documents, which checks what such a kernel is given."""
+    """A kernel for packs that checks its arguments."""
 
     def __init__(self):
         self.seen = []
@@ -132,7 +132,7 @@ def packs_on_cpu(positions_BS, queries=None, sliding_window=None):
 
 @pytest.mark.parametrize("queries", QUERIES)
 @pytest.mark.parametrize("positions", POSITIONS)
-def test_what_the_varlen_kernels_are_given_adds_up_to_the_reference(checked, positions, queries):
+def test_packs_give_the_numbers_of_the_reference(checked, positions, queries):
     for window in WINDOWS:
         backend = packs_on_cpu, VarlenAttention()
         compare(backend, POSITIONS[positions], QUERIES[queries], window, 6, 2, 0.37, EXACT)
@@ -168,7 +168,7 @@ def test_a_batch_without_padding_is_one_varlen_call_and_a_chunk_of_a_row_is_one(
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("queries", QUERIES)
 @pytest.mark.parametrize("positions", POSITIONS)
-def test_what_the_flex_kernel_is_given_is_the_reference(monkeypatch, positions, queries):
+def test_the_block_mask_gives_the_numbers_of_the_reference(monkeypatch, positions, queries):
     positions_BS, chosen = POSITIONS[positions], QUERIES[queries]
     n_queries = KEYS if chosen is None else sum(stop - start for start, stop in chosen)
     inner = Flex().build()

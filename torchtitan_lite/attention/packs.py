@@ -31,7 +31,7 @@ class Pack(NamedTuple):
     k0: int
     k1: int
     first: int
-    """Where in Calls.data the cumulative query counts [D + 1] start; those of the keys follow."""
+    """Where in Calls.data the cumulative query counts [D + 1] start; the cumulative key counts follow."""
     n_documents: int
     max_q: int
     """No document has more queries."""
@@ -48,8 +48,8 @@ def document_packs(
 ) -> Calls:
     """The packs of a micro-batch: one if there is no padding, one for each row and range of `queries`.
 
-    The table has the packs over all batch rows first, then those of each row alone, for tensors whose rows do
-    not follow each other in memory. `kernel` is the name of the evaluator.
+    The table has the packs over all batch rows first, then the packs of each row alone, which serve tensors
+    whose rows do not follow each other in memory. `kernel` is the name of the evaluator.
     """
     check_window(sliding_window)
     segments_N5 = segments(positions_BS.cpu(), queries)
@@ -104,9 +104,9 @@ def _tokens(x_BSHK: Tensor, row: int) -> Tensor:
 
 
 def _calls(table: Tensor, cumulative: Tensor, *tensors: Tensor) -> list[_Call]:
-    """The kernel calls: the packs over all rows, or those of each row alone.
+    """The kernel calls: the packs over all rows, or the packs of each row alone.
 
-    The latter if the rows of a tensor do not follow each other in memory: joining the rows would copy it.
+    Each row alone if the rows of a tensor do not follow each other in memory: joining them would copy it.
     """
     packed = all(len(x) == 1 or x.stride(0) == x.shape[1] * x.stride(1) for x in tensors)
     calls = []
@@ -119,7 +119,7 @@ def _calls(table: Tensor, cumulative: Tensor, *tensors: Tensor) -> list[_Call]:
 
 
 def _is_whole(calls: list[_Call], q_BQHK: Tensor, k_BSGK: Tensor) -> bool:
-    """True if one call has all queries and all keys, so that its results are those of all tokens."""
+    """True if one call has all queries and all keys, so that its results need not be put together."""
     whole = (ALL_ROWS, 0, q_BQHK.shape[:2].numel(), 0, k_BSGK.shape[:2].numel())
     return len(calls) == 1 and calls[0].pack[:5] == whole
 

@@ -118,7 +118,7 @@ class Varlen:
         return KERNELS[self.resolve(device)]
 
     def option_refusals(self, device: str) -> list[Refusal]:
-        """Whether the kernel can run on "cpu" or "cuda"."""
+        """Why the kernel cannot run on "cpu" or "cuda"."""
         can = KERNELS[self.resolve(device)]
         if device not in can.devices:
             rule = f"needs a CUDA device with {can.needs}, and the device is {device}"
@@ -157,8 +157,7 @@ class Varlen:
 def _ready(config: Varlen, device: str) -> str:
     """The evaluator that runs on "cpu" or "cuda"; a kernel that replaces torch's is activated first, once.
 
-    This is the only switch of attention that changes the process. It is thrown by the first mask, when the
-    device is known, so that a run on a CPU never touches a GPU.
+    The first mask calls this, when the device is known, so that a run on a CPU never touches a GPU.
     """
     name = config.resolve(device)
     if name in ACTIVATED:

@@ -18,8 +18,8 @@ class Loader:
     exception in the thread is raised by the `next` that would have returned the batch.
 
     Args:
-        n_ahead: how many batches lie ready when `next` returns: those of an optimizer step.
-        pin: put the batches in pinned memory, from which a copy to a GPU is not waited for.
+        n_ahead: how many batches the thread prepares ahead: the micro-batches of an optimizer step.
+        pin: put the batches in pinned memory, so that the host does not wait for copies to a GPU.
     """
 
     def __init__(

@@ -1,8 +1,10 @@
 """The kernels for one tile, forward and backward.
 
-H query heads, G key/value heads, R = H / G, K head dim; b, n, m: a tile's rows, queries and keys.
+H query heads, G key/value heads, K head dim; b, n, m: rows, queries and keys of a tile;
+M = H / G * n: the queries of all heads that share a key head.
 """
 
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
@@ -121,57 +123,59 @@ class PlainKernel:
 
     def forward(self, q, k, v, causal, mask, scale):
         outs, lses = [], []
-        for rows, n_keys in self._blocks(q, k, causal):
-            scores_bGRnm = self._scores(q[:, :, rows], k[:, :, :n_keys], rows, causal, mask, scale)
-            lse_bGRn = scores_bGRnm.logsumexp(-1)
-            p_bGRnm = (scores_bGRnm - finite(lse_bGRn)[..., None]).exp()
-            out_bGRnK = (p_bGRnm.flatten(2, 3) @ v[:, :, :n_keys].to(p_bGRnm.dtype)).unflatten(
-                2, p_bGRnm.shape[2:4]
-            )
-            outs.append(out_bGRnK.flatten(1, 2))
-            lses.append(lse_bGRn.flatten(1, 2))
+        for rows, keys in self._blocks(q, k, causal):
+            scores_bGMm = self._scores(q, k, rows, keys, causal, mask, scale)
+            lse_bGM = scores_bGMm.logsumexp(-1)
+            p_bGMm = (scores_bGMm - finite(lse_bGM)[..., None]).exp()
+            n = rows.stop - rows.start
+            outs.append(_by_head(p_bGMm @ v[:, :, keys].to(p_bGMm.dtype), n))
+            lses.append(_by_head(lse_bGM, n))
         return torch.cat(outs, 2).to(q.dtype), torch.cat(lses, 2)
 
     def backward(self, dout, q, k, v, out, lse, causal, mask, scale):
-        wide = sum_dtype(q.dtype)
+        wide, groups = sum_dtype(q.dtype), k.shape[1]
         dq, dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (q, k, v))
-        groups = k.shape[1]
-        for rows, n_keys in self._blocks(q, k, causal):
-            keys, values = k[:, :, :n_keys].to(wide), v[:, :, :n_keys].to(wide)
-            scores = self._scores(q[:, :, rows], keys, rows, causal, mask, scale)
-            lse_bGRn, delta_bGRn, q_bGRnK, dout_bGRnK = (
-                x.to(wide).unflatten(1, (groups, -1))
-                for x in (
-                    lse[:, :, rows],
-                    (dout[:, :, rows].to(wide) * out[:, :, rows].to(wide)).sum(-1),
-                    q[:, :, rows],
-                    dout[:, :, rows],
-                )
+        for rows, keys in self._blocks(q, k, causal):
+            q_bGMK, dout_bGMK, out_bGMK, lse_bGM = (
+                _by_group(x[:, :, rows].to(wide), groups) for x in (q, dout, out, lse)
             )
-            p = (scores - finite(lse_bGRn)[..., None]).exp().flatten(2, 3)
-            dout_bGMK = dout_bGRnK.flatten(2, 3)
-            dv[:, :, :n_keys] += p.mT @ dout_bGMK
-            ds = p * (dout_bGMK @ values.mT - delta_bGRn.flatten(2, 3)[..., None]) * scale
-            dq[:, :, rows] += (ds @ keys).unflatten(2, q_bGRnK.shape[2:4]).flatten(1, 2)
-            dk[:, :, :n_keys] += ds.mT @ q_bGRnK.flatten(2, 3)
+            scores_bGMm = self._scores(q, k, rows, keys, causal, mask, scale)
+            p_bGMm = (scores_bGMm - finite(lse_bGM)[..., None]).exp()
+            delta_bGM = (dout_bGMK * out_bGMK).sum(-1)
+            ds_bGMm = p_bGMm * (dout_bGMK @ v[:, :, keys].to(wide).mT - delta_bGM[..., None]) * scale
+            dq[:, :, rows] += _by_head(ds_bGMm @ k[:, :, keys].to(wide), rows.stop - rows.start)
+            dk[:, :, keys] += ds_bGMm.mT @ q_bGMK
+            dv[:, :, keys] += p_bGMm.mT @ dout_bGMK
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
-    def _blocks(self, q: Tensor, k: Tensor, causal: bool):
-        """Slices of the queries, and how many keys each of them needs."""
+    def _blocks(self, q: Tensor, k: Tensor, causal: bool) -> Iterator[tuple[slice, slice]]:
+        """Slices of the queries, and of the keys that each of them needs."""
         n = q.shape[2]
         for start in range(0, n, self.block):
             stop = min(start + self.block, n)
-            yield slice(start, stop), stop if causal else k.shape[2]
+            yield slice(start, stop), slice(0, stop if causal else k.shape[2])
 
-    def _scores(self, q, k, rows: slice, causal: bool, mask: Tensor | None, scale: float) -> Tensor:
-        """Scaled, masked scores [b, G, R, n, m] of a slice of the queries."""
-        wide = sum_dtype(q.dtype)
-        q_bGRnK = q.to(wide).unflatten(1, (k.shape[1], -1))
-        scores = (q_bGRnK.flatten(2, 3) @ k.to(wide).mT).unflatten(2, q_bGRnK.shape[2:4]) * scale
+    def _scores(self, q, k, rows: slice, keys: slice, causal: bool, mask: Tensor | None, scale: float):
+        """Scaled, masked scores of a block, [b, G, M, m]."""
+        wide, n = sum_dtype(q.dtype), rows.stop - rows.start
+        scores = _by_group(q[:, :, rows].to(wide), k.shape[1]) @ k[:, :, keys].to(wide).mT * scale
         if causal:
-            seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(rows.start)
-            scores = scores.masked_fill(~seen, float("-inf"))
-        return scores if mask is None else scores + mask[..., rows, : k.shape[2]].unsqueeze(-3)
+            hidden = torch.full((n, keys.stop), float("-inf"), device=q.device).triu(rows.start + 1)
+        elif mask is not None:
+            hidden = mask[..., rows, keys].unsqueeze(-3)
+        else:
+            return scores
+        return (scores.unflatten(2, (-1, n)) + hidden).flatten(2, 3)
+
+
+def _by_group(x_bHn: Tensor, groups: int) -> Tensor:
+    """[b, H, n, ...] as [b, G, M, ...]."""
+    return x_bHn.unflatten(1, (groups, -1)).flatten(2, 3)
+
+
+def _by_head(x_bGM: Tensor, n: int) -> Tensor:
+    """[b, G, M, ...] as [b, H, n, ...]."""
+    return x_bGM.unflatten(2, (-1, n)).flatten(1, 2)
 
 
 def finite(lse: Tensor) -> Tensor:
