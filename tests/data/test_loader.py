@@ -80,15 +80,11 @@ def test_a_loader_goes_on_where_another_stopped_on_other_ranks_too(samples: Samp
         assert global_order(samples, n_ranks, local, n_steps, consumed_samples=consumed) == expected
 
 
-def test_consumed_samples_counts_all_ranks_and_is_the_whole_state(samples: Samples):
+def test_consumed_samples_counts_all_ranks(samples: Samples):
     loader = Loader(samples, 3, 2, rank=1, n_ranks=4)
     for n in range(1, 9):
         next(loader)
         assert loader.consumed_samples == 8 * n
-    resumed = Loader(samples, 3, 2, rank=1, n_ranks=4, consumed_samples=loader.consumed_samples)
-    for one, other in itertools.islice(zip(loader, resumed, strict=True), 10):
-        assert one.sample_ids == other.sample_ids
-        assert torch.equal(one.tokens_BS, other.tokens_BS)
 
 
 def test_sample_ids_are_places_in_the_global_order(samples: Samples):
