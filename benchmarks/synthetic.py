@@ -49,6 +49,4 @@ def write_shards(
 
 
 def _split(name: SplitName, tokens_T: np.ndarray, offsets: np.ndarray) -> Split:
-    n_documents, n_tokens = len(offsets) - 1, len(tokens_T)
-    sizes = {"n_documents": n_documents, "n_tokens": n_tokens, "n_bytes": n_tokens, "unigram_entropy": 0.0}
-    return Split(name=name, tokens_T=tokens_T, offsets=offsets, **sizes)
+    return Split(name=name, n_bytes=len(tokens_T), unigram_entropy=0.0, tokens_T=tokens_T, offsets=offsets)

@@ -1,8 +1,12 @@
 """Positions, queries, tensors and the comparison with the reference, for the attention tests."""
 
+from itertools import pairwise
+
 import torch
 
 from torchtitan_lite.attention import reference_attention
+from torchtitan_lite.attention.packs import PackEvaluator
+from torchtitan_lite.attention.portable.kernels import PlainKernel
 
 KEYS, HEAD_DIM = 53, 12  # S, H, G and K differ from each other, so a wrong axis shows
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
@@ -54,3 +58,45 @@ def compare(config, positions_BS, queries, window, heads, kv_heads, scale, toler
     for name, a, b in zip("qkv", found, wanted, strict=True):
         torch.testing.assert_close(a, b, **tolerance, msg=lambda m, name=name: f"d{name}: {m}")
     return out, found
+
+
+class DocumentByDocument:
+    """A kernel for packs: `PlainKernel` under an explicit mask, one document at a time."""
+
+    def forward(self, q, k, v, documents, scale, window):
+        found = [
+            PlainKernel().forward(q_, k_, v_, False, mask, scale)
+            for q_, k_, v_, mask in _parted(documents, window, q, k, v)
+        ]
+        outs, lses = zip(*found, strict=True)
+        return torch.cat(outs, 2)[0].transpose(0, 1), torch.cat(lses, 2)[0]
+
+    def backward(self, dout, q, k, v, out, lse, documents, scale, window):
+        edges = pairwise(documents.cu_q_D.tolist())
+        parts = []
+        for (q_, k_, v_, mask), (q0, q1) in zip(_parted(documents, window, q, k, v), edges, strict=True):
+            dout_, out_ = (_heads_first(x[q0:q1]) for x in (dout, out))
+            lse_ = lse[None, :, q0:q1]
+            parts.append(PlainKernel().backward(dout_, q_, k_, v_, out_, lse_, False, mask, scale))
+        dq, dk, dv = (torch.cat(part, 2)[0].transpose(0, 1) for part in zip(*parts, strict=True))
+        return dq, dk, dv
+
+
+def _parted(documents, window, q_THK, k_UGK, v_UGK):
+    """The queries, keys and values of each document, and its additive mask."""
+    edges = zip(*(pairwise(cu_D.tolist()) for cu_D in (documents.cu_q_D, documents.cu_k_D)), strict=True)
+    for (q0, q1), (k0, k1) in edges:
+        behind = (k1 - k0) - (q1 - q0)  # keys before the first query
+        sees = q_THK.new_ones(q1 - q0, k1 - k0, dtype=torch.bool).tril(behind)
+        if window is not None:
+            sees = sees.triu(behind - window + 1)
+        mask = torch.zeros(sees.shape, device=sees.device).masked_fill(~sees, float("-inf"))
+        yield _heads_first(q_THK[q0:q1]), _heads_first(k_UGK[k0:k1]), _heads_first(v_UGK[k0:k1]), mask
+
+
+def _heads_first(x_THK):
+    return x_THK.transpose(0, 1)[None]
+
+
+REFERENCE = PackEvaluator(DocumentByDocument())
+"""Evaluates packs on a CPU, where FlashAttention does not run."""

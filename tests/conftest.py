@@ -15,8 +15,8 @@ import torch
 from parallel_cases import write_documents
 from ranks import Ranks, RanksOf
 
-from torchtitan_lite.attention import native
-from torchtitan_lite.attention.native import CXX
+from torchtitan_lite.attention.portable import native
+from torchtitan_lite.attention.portable.native import CXX
 
 # The tests' tensors are small: more threads spend their time waiting for each other.
 torch.set_num_threads(1)

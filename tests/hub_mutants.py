@@ -126,8 +126,8 @@ MUTANTS = {
         f"{TEXT}::test_tokens_are_drawn_as_often_as_the_logits_say",
     ),
     "generate: one query sees beyond its window": Mutant(
-        "torchtitan_lite/attention/tiles.py",
-        "k0 if window is None else max(k0, k1 - window)",
+        "torchtitan_lite/attention/portable/tiles.py",
+        "k0 if sliding_window is None else max(k0, k1 - sliding_window)",
         "k0",
         CACHE,
     ),

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import multiprocessing
 import random
 import time
 from collections import Counter
@@ -174,9 +173,7 @@ def hashes(state: TrainState) -> dict[str, str]:
 
 
 def start(argv: Sequence[str], stop_at: int = -1, crash_at: int = -1, double: bool = False) -> Start:
-    """Start a run on all ranks; let it end, or stop or crash in a step (stop_at=0: before the first step)."""
-    # Lets a rank start data workers. No rank outlives the tests, and no worker outlives its rank.
-    multiprocessing.process.current_process()._config["daemon"] = False  # pyright: ignore[reportAttributeAccessIssue]
+    """One start of a run on all ranks, to its end, or until asked to stop in a step (0: before the first)."""
     world = here()
     if world.size > 1:
         world = replace(world, saving=dist.new_group(backend="gloo"))

@@ -126,7 +126,7 @@ def test_a_forbidden_import_is_found_anywhere_in_a_file(source: str) -> None:
         ("attention.flex", "import math, torch.nn, flash_attn.cute"),
         ("models.decoder", "from torchtitan_lite.attention import Sdpa"),
         ("models.decoder", "from torchtitan_lite.config.load import ConfigError"),
-        ("data.loader", "from torchtitan_lite.data.order import permute"),
+        ("data.loader", "from torchtitan_lite.data.order import sample_at"),
         ("training.optimizer", "from torchtitan_lite.registry import optimizers"),
         ("registry", "from torchtitan_lite.config.problem import Problem"),
         ("parallel.apply", "from torchtitan_lite.parallel import mesh"),

@@ -25,8 +25,8 @@ WHOLE, LAST, PACKED, LOOP = (
         "varlen-one document-all",
     )
 )
-VARLEN = f"{ORACLE}::test_what_the_varlen_kernels_are_given_adds_up_to_the_reference[one document-all]"
-FLEX = f"{ORACLE}::test_what_the_flex_kernel_is_given_is_the_reference[one document-all]"
+VARLEN = f"{ORACLE}::test_packs_give_the_numbers_of_the_reference[one document-all]"
+FLEX = f"{ORACLE}::test_the_block_mask_gives_the_numbers_of_the_reference[one document-all]"
 ONE_CALL = f"{ORACLE}::test_the_one_call_of_rows_of_one_document_equals_the_reference[6-6]"
 COPIES = "tests/attention/test_memory.py::test_the_fused_path_neither_copies_nor_repeats_forward_or_backward"
 DECODER = "tests/models/test_decoder.py"
@@ -42,8 +42,8 @@ FSDP_2, CP_2, TP_2 = (
     for cell in ("weights kept until the backward", "sliding window, sdpa", "no loss parallel, tied")
 )
 
-PORTABLE_VARLEN = "            return attend(q_BQHK, k_BSGK, v_BSGK, mask.tiles, scale)\n"
-EVALUATE = "_evaluate(q_BQHK, k_BSGK, v_BSGK, table, cumulative, scale, window, kernel)"
+PORTABLE_VARLEN = "        return attend(q_BQHK, k_BSGK, v_BSGK, mask, scale)\n"
+PACK_CALL = "call.documents, scale, window)\n\n        calls"
 HEADS_FIRST = "(x.transpose(1, 2) for x in (q_BSHK, k_BSGK, v_BSGK))"
 REPEATED = HEADS_FIRST.replace(" for", ".repeat_interleave(q_BSHK.shape[2] // x.shape[2], 1) for")
 SUMMED_KEYS = "reduce_scatter(chunks.by_rank(x_BSGK), 0, group)"
@@ -61,19 +61,19 @@ MUTANTS = {
         LOOP,
     ),
     "varlen: an extra transpose of the kernel's output, hidden by a view": Mutant(
-        ATTENTION + "runs.py",
-        "return out_THK.unflatten(0, q_BQHK.shape[:2])",
-        "return out_THK.transpose(1, 2).reshape(q_BQHK.shape)",
+        ATTENTION + "packs.py",
+        "return out_THK.unflatten(0, q.shape[:2])",
+        "return out_THK.transpose(1, 2).reshape(q.shape)",
         VARLEN,
     ),
     "varlen: the scale does not reach the kernel": Mutant(
-        ATTENTION + "runs.py",
-        EVALUATE,
-        EVALUATE.replace("scale", "q_BQHK.shape[-1] ** -0.5"),
+        ATTENTION + "packs.py",
+        PACK_CALL,
+        PACK_CALL.replace("scale", "q.shape[-1] ** -0.5"),
         VARLEN,
     ),
     "varlen: the window does not reach the kernel": Mutant(
-        ATTENTION + "runs.py", EVALUATE, EVALUATE.replace("window", "None"), VARLEN
+        ATTENTION + "packs.py", PACK_CALL, PACK_CALL.replace("window", "None"), VARLEN
     ),
     "all backends: the scale that is given is dropped": Mutant(
         ATTENTION + "mask.py", "** -0.5 if scale is None else scale", "** -0.5", WHOLE
@@ -85,7 +85,7 @@ MUTANTS = {
         ATTENTION + "flex.py", "            scale=scale,\n", "", FLEX
     ),
     "causality of short queries aligned at the top left": Mutant(
-        ATTENTION + "tiles.py",
+        ATTENTION + "portable/tiles.py",
         "    diagonal = k1 - (q1 - q0)\n",
         "    diagonal, k1 = k0, k0 + (q1 - q0)\n",
         LAST,
@@ -106,22 +106,22 @@ MUTANTS = {
         ATTENTION + "mask.py", "first_BS = index_S - positions_BS", "first_BS = positions_BS * 0", PACKED
     ),
     "a window one token too long, in the tiles": Mutant(
-        ATTENTION + "tiles.py", "behind - self.window + 1)", "behind - self.window)", WHOLE
+        ATTENTION + "portable/tiles.py", "behind - self.window + 1)", "behind - self.window)", WHOLE
     ),
     "a window one token too long, in the intervals": Mutant(
         ATTENTION + "mask.py", "index_S - (sliding_window - 1)", "index_S - sliding_window", WHOLE
     ),
     "tiles of the same queries overwrite each other": Mutant(
-        ATTENTION + "tile_kernels.py", "if not call.fresh_queries:", "if False:", LAST
+        ATTENTION + "portable/evaluate.py", "if not call.fresh_queries:", "if False:", LAST
     ),
     "gradients of shared keys overwrite each other": Mutant(
-        ATTENTION + "tile_kernels.py", "            if first:\n", "            if True:\n", WHOLE
+        ATTENTION + "portable/evaluate.py", "                if first:\n", "                if True:\n", WHOLE
     ),
     "block size of flex dropped on the way to the mask": Mutant(
         ATTENTION + "flex.py",
         "queries, sliding_window, self.blocks, device)",
         "queries, sliding_window, (128, 128), device)",
-        "tests/attention/test_capabilities.py::test_the_block_size_of_flex_is_that_of_its_mask_and_of_its_tiles",
+        "tests/attention/test_capabilities.py::test_the_mask_and_the_tiles_of_flex_have_its_block_size",
     ),
     "keys and values repeated to all heads": Mutant(ATTENTION + "sdpa.py", HEADS_FIRST, REPEATED, COPIES),
     "a copy into another layout before the kernel": Mutant(

@@ -149,9 +149,7 @@ attentions = Choice(
 )
 """Attention backends, for the section `[model.attention]`."""
 datasets = Choice(
-    "dataset",
-    tag="dataset",
-    needs=("tokenizer", "cache_folder", "validation_fraction", "num_workers", "problems", "open"),
+    "dataset", tag="dataset", needs=("tokenizer", "cache_folder", "validation_fraction", "problems", "open")
 )
 """Where text comes from, for the section `[data]`."""
 tokenizers = Sections("tokenizer", tag="name", needs=("build",), reserved=("problems",))

@@ -1,4 +1,4 @@
-"""The capability data: every cell of the table is tried, those that are refused too."""
+"""The capabilities: every cell of the table either runs and is right, or is refused."""
 
 import dataclasses
 import itertools
@@ -44,8 +44,8 @@ def test_on_a_cpu_every_cell_runs_right_or_is_refused_with_a_remedy(name, dtype)
     compare(CONFIGS[name], POSITIONS["packed"], None, 7, 6, 2, 0.37, tolerance, DTYPES[dtype])
 
 
-# Documents of a row, the queries and the window. A row of one document is one call of torch's fastest kernel;
-# no kernel has tiles that divide 500 tokens; the chunks are those of a rank of two under context parallel.
+# Documents of a row, the queries and the window. A row of one document is one call of torch's fastest kernel.
+# No kernel has tiles that divide 500 tokens. The two chunks are a rank's under context parallel of two ranks.
 ON_A_GPU = {
     "packed": ([1, 300, 211], None, None),
     "packed, window": ([1, 300, 211], None, 100),
@@ -81,10 +81,7 @@ def test_on_a_gpu_every_cell_runs_right_or_is_refused_with_a_remedy(name, dtype)
 
 
 def gpu_error(inner, mask, dtype, positions_BS, queries, window):
-    """How far the output and the gradients of q, k and v are from the reference's, as a part of its norm.
-
-    That of the worst of them; NaN if there is one.
-    """
+    """The largest relative error of the output and of the gradients of q, k and v; NaN if there is a NaN."""
     g = torch.Generator("cuda").manual_seed(0)
     n_queries, n_keys = mask.shape[1:]
     q, k, v = (
@@ -131,7 +128,7 @@ def test_shapes_that_a_kernel_cannot_take_are_refused(shape, field):
         ({"kernel_options": {"num_stage": 2}}, "cuda", "kernel_options.num_stage"),
     ],
 )
-def test_options_of_flex_that_mean_nothing_are_refused(options, device, field):
+def test_invalid_options_of_flex_are_refused(options, device, field):
     found = refused(Flex(**options), device, torch.bfloat16)
     assert field in {refusal.field for refusal in found}
 
@@ -143,7 +140,7 @@ def test_options_of_flex_that_torch_has_are_accepted(options):
     assert refused(Flex(kernel_options=options), "cuda", torch.bfloat16) == []
 
 
-def test_what_a_backend_does_not_claim_is_refused():
+def test_a_backend_is_refused_for_what_it_does_not_support():
     class Modest(Sdpa):
         supports = (
             capabilities.Capabilities(
@@ -182,72 +179,72 @@ def test_a_kernel_that_cannot_run_here_says_what_it_needs(monkeypatch):
     assert "flash-attn-4" in refusal.rule
 
 
+MODULES = {
+    "flash-attn-4": "flash_attn.cute",
+    "flash-attn-3": "flash_attn_interface",
+    "flash-attn": "flash_attn.bert_padding",
+}
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """`on_a_gpu(gpu, installed)`: a GPU of this compute capability, and these versions of packages."""
+
+    def pretend(gpu, installed, has_window=True):
+        modules = [MODULES[package] for package in installed]
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: gpu)
+        monkeypatch.setattr(capabilities, "_importable", lambda module: module in modules)
+        monkeypatch.setattr(varlen, "version", installed.__getitem__)
+        monkeypatch.setattr("torch.nn.attention._fa4._aten_to_fa4_window_size", None, raising=False)
+        if not has_window:
+            monkeypatch.delattr("torch.nn.attention._fa4._aten_to_fa4_window_size")
+
+    return pretend
+
+
+FA4, FA3, FA2 = {"flash-attn-4": "4.0.0b18"}, {"flash-attn-3": "3"}, {"flash-attn": "2.7.0.post2"}
+
+
 @pytest.mark.parametrize(
     "gpu, installed, expected",
     [
-        ((9, 0), {"flash_attn.cute", "flash_attn_interface"}, "fa4"),
-        ((9, 0), {"flash_attn_interface", "flash_attn.bert_padding"}, "fa3"),
-        ((10, 0), {"flash_attn_interface", "flash_attn.bert_padding"}, "flash_attn"),
-        ((8, 0), {"flash_attn.cute", "flash_attn_interface"}, "torch"),
-        ((7, 5), {"flash_attn.bert_padding"}, "documents"),
+        ((9, 0), FA4 | FA3, "fa4"),
+        ((9, 0), FA3 | FA2, "fa3"),
+        ((10, 0), FA3 | FA2, "flash_attn"),
+        ((8, 0), FA4 | FA3, "torch"),
+        ((7, 5), FA2, "documents"),
+        ((9, 0), {"flash-attn": "2.6.3"}, "torch"),
     ],
 )
-def test_auto_takes_the_best_kernel_that_is_installed_and_fits_the_gpu(monkeypatch, gpu, installed, expected):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: gpu)
-    monkeypatch.setattr(capabilities, "_importable", lambda module: module in installed)
-    monkeypatch.setattr("torch.nn.attention._fa4._aten_to_fa4_window_size", None, raising=False)
+def test_auto_takes_the_best_kernel_that_is_installed_and_fits_the_gpu(on_a_gpu, gpu, installed, expected):
+    on_a_gpu(gpu, installed)
     assert Varlen().resolve("cuda") == expected
     assert Varlen().resolve("cpu") == "documents"
 
 
-@pytest.fixture
-def a_hopper_with_fa4(monkeypatch):
-    """A GPU that FlashAttention-4 is for, with that package and a torch that can use it."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    monkeypatch.setattr(capabilities, "_importable", lambda module: module == "flash_attn.cute")
-    monkeypatch.setattr("torch.nn.attention._fa4._aten_to_fa4_window_size", None, raising=False)
-    monkeypatch.setattr(varlen, "version", lambda name: "4.0.0b18")
-
-
-@pytest.mark.usefixtures("a_hopper_with_fa4")
-def test_auto_passes_over_fa4_where_torch_gives_it_no_causal_window(monkeypatch):
-    assert Varlen().resolve("cuda") == "fa4"
-    monkeypatch.delattr("torch.nn.attention._fa4._aten_to_fa4_window_size", raising=False)
+@pytest.mark.parametrize(
+    "installed, has_window, rule",
+    [
+        ("4.0.0b18", False, "causal window"),
+        *((version, True, f"flash-attn-4 {version}") for version in ("4.0.0b19", "4.0.0", "4.1.2")),
+    ],
+)
+def test_auto_passes_over_a_fa4_that_torch_cannot_use(on_a_gpu, installed, has_window, rule):
+    on_a_gpu((9, 0), {"flash-attn-4": installed}, has_window)
     assert Varlen().resolve("cuda") == "torch"
     (refusal,) = refused(Varlen(kernel="fa4"), "cuda", torch.bfloat16)
-    assert "causal window" in refusal.rule
+    assert rule in refusal.rule and "<4.0.0b19" in refusal.rule
 
 
-@pytest.mark.usefixtures("a_hopper_with_fa4")
-@pytest.mark.parametrize("installed", ["4.0.0b19", "4.0.0b36", "4.0.0", "4.1.2"])
-def test_auto_passes_over_a_fa4_whose_results_torch_does_not_take(monkeypatch, installed):
-    monkeypatch.setattr(varlen, "version", lambda name: installed)
-    assert Varlen().resolve("cuda") == "torch"
-    (refusal,) = refused(Varlen(kernel="fa4"), "cuda", torch.bfloat16)
-    assert f"flash-attn-4 {installed}" in refusal.rule and "<4.0.0b19" in refusal.rule
-
-
-@pytest.mark.usefixtures("a_hopper_with_fa4")
-@pytest.mark.parametrize("installed, expected", [("2.6.3", "torch"), ("2.7.0.post2", "flash_attn")])
-def test_auto_passes_over_a_flash_attn_without_the_functions_it_calls(monkeypatch, installed, expected):
-    monkeypatch.setattr(capabilities, "_importable", lambda module: module == "flash_attn.bert_padding")
-    monkeypatch.setattr(varlen, "version", lambda name: installed)
-    assert Varlen().resolve("cuda") == expected
-
-
-@pytest.mark.usefixtures("a_hopper_with_fa4")
-def test_fa4_on_blackwell_has_head_dims_up_to_128_and_256_alone(monkeypatch):
-    fields = {}
+def test_fa4_on_blackwell_has_head_dims_up_to_128_and_256_alone(on_a_gpu):
+    refused_ones = []
     for gpu in ((9, 0), (10, 0)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_, found=gpu: found)
+        on_a_gpu(gpu, FA4)
         for head_dim in (64, 128, 136, 192, 248, 256):
             found = refused(Varlen(kernel="fa4"), "cuda", torch.bfloat16, head_dim=head_dim)
-            fields[gpu[0], head_dim] = [refusal.field for refusal in found]
-    refused_ones = [cell for cell, found in fields.items() if found]
-    assert refused_ones == [(10, 136), (10, 192), (10, 248)]
-    assert fields[10, 192] == ["head_dim"]
+            refused_ones += [(gpu[0], head_dim, refusal.field) for refusal in found]
+    assert refused_ones == [(10, head_dim, "head_dim") for head_dim in (136, 192, 248)]
 
 
 @pytest.mark.parametrize("kernel, name", [("fa3", "FA3"), ("fa4", "FA4"), ("torch", None)])
@@ -266,7 +263,7 @@ def test_building_a_named_kernel_without_a_gpu_is_an_error_that_says_so(kernel):
         Varlen(kernel=kernel).build()
 
 
-def test_what_flex_says_of_the_cpu_it_says_once(caplog):
+def test_flex_warns_once_on_a_cpu(caplog):
     from torchtitan_lite.attention import flex
 
     flex._say_once_that_the_cpu_goes_block_row_by_block_row.cache_clear()
@@ -275,7 +272,7 @@ def test_what_flex_says_of_the_cpu_it_says_once(caplog):
     assert len([record for record in caplog.records if "block row" in record.message]) == 1
 
 
-def test_the_block_size_of_flex_is_that_of_its_mask_and_of_its_tiles():
+def test_the_mask_and_the_tiles_of_flex_have_its_block_size():
     positions_BS = torch.arange(256)[None]
     for block_size, n_tiles in ((64, 1 + 2 * 3), (128, 1 + 2), ((64, 128), 1 + 1 + 2 + 2)):
         mask = Flex(block_size=block_size).mask(positions_BS)
@@ -296,7 +293,7 @@ def test_the_block_size_of_flex_is_that_of_its_mask_and_of_its_tiles():
     ],
 )
 def test_a_block_holds_whole_tiles_of_the_forward_kernel(block_size, options, tile):
-    """Autotuning tries no tile below 64, so that a smaller block would have no kernel."""
+    """Autotuning tries no tile below 64, so a smaller block would have no kernel."""
     given = options_given(Flex(block_size=block_size, kernel_options=options), n_queries=2)
     assert (given.get("BLOCK_M"), given.get("BLOCK_N")) == (tile or (None, None))
 
@@ -310,8 +307,8 @@ def test_a_block_holds_whole_tiles_of_the_forward_kernel(block_size, options, ti
         *[({"FORCE_USE_FLEX_ATTENTION": True},) * 3],
     ],
 )
-def test_torchs_kernel_for_decoding_gets_single_queries_alone(options, of_one, of_several):
-    """With more of them, it raises where the query heads of a key head do not fit a block of the mask."""
+def test_only_a_single_query_may_use_torchs_decoding_kernel(options, of_one, of_several):
+    """For several queries it raises if the query heads of a key head do not fit a block of the mask."""
     config = Flex(kernel_options=options)
     assert options_given(config, n_queries=1) == of_one
     assert options_given(config, n_queries=2) == options_given(config, n_queries=300) == of_several

@@ -2,24 +2,25 @@
 
 import pytest
 import torch
-from attention_cases import POSITIONS, QUERIES, qkv, rows
+from attention_cases import POSITIONS, QUERIES, REFERENCE, qkv, rows
 
-from torchtitan_lite.attention import Flex, Sdpa, Varlen
-from torchtitan_lite.attention.runs import (
-    PackedMask,
-    attend_runs,
-    attend_runs_backward,
-    build_runs,
-)
-from torchtitan_lite.attention.tile_kernels import (
-    CpuKernel,
-    PlainKernel,
-    WholeCpuKernel,
-    attend_tiles,
-    attend_tiles_backward,
-)
-from torchtitan_lite.attention.tiles import document_tiles
+from torchtitan_lite.attention import Flex, Sdpa, Varlen, operator
+from torchtitan_lite.attention.packs import document_packs
+from torchtitan_lite.attention.portable import document_tiles, kernels
+from torchtitan_lite.attention.portable.kernels import CpuKernel, PlainKernel
 from torchtitan_lite.attention.varlen import VarlenAttention
+
+
+@pytest.fixture(autouse=True)
+def _reference(monkeypatch):
+    monkeypatch.setitem(operator.EVALUATORS, "reference", REFERENCE)
+
+
+def document_packs_on_cpu(positions_BS, queries=None, sliding_window=None):
+    return document_packs(positions_BS, queries, sliding_window, kernel="reference")
+
+
+TABLES = {"tiles": document_tiles, "packs": document_packs_on_cpu}
 
 
 @pytest.mark.parametrize("config", [Sdpa(), Flex(block_size=16), Varlen()], ids=lambda config: config.kind)
@@ -39,13 +40,13 @@ def test_a_compiled_attention_is_one_graph_and_gives_the_same_numbers(config):
 @pytest.mark.parametrize("queries", ["all", "two chunks"])
 @pytest.mark.parametrize("backend", ["sdpa", "varlen", "varlen kernel"])
 def test_packed_batches_with_other_documents_are_not_compiled_again(backend, queries):
-    """With two chunks the number of runs changes, too."""
+    """With two chunks the number of packs changes, too."""
     torch._dynamo.reset()
     make_mask, inner = Sdpa().mask, Sdpa().build()
     if backend == "varlen":
         make_mask, inner = Varlen().mask, Varlen().build()
     if backend == "varlen kernel":
-        make_mask, inner = runs_on_cpu, VarlenAttention()
+        make_mask, inner = document_packs_on_cpu, VarlenAttention()
     compiled = torch.compile(inner, fullgraph=True, backend="aot_eager")
     batches = [
         [30, 20, 3],
@@ -66,41 +67,34 @@ def test_packed_batches_with_other_documents_are_not_compiled_again(backend, que
             torch.testing.assert_close(compiled(q, k, v, mask), inner(q, k, v, mask))
 
 
-def runs_on_cpu(positions_BS, queries=None, sliding_window=None):
-    return PackedMask(None, build_runs(positions_BS, queries, sliding_window, kernel="reference"))
-
-
 @pytest.mark.parametrize("n", [64, 256, 300, 767, 768])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_cpu_kernel_in_blocks_equals_one_call(dtype, n):
+def test_the_cpu_kernel_in_blocks_equals_one_call(dtype, n, monkeypatch):
     g = torch.Generator().manual_seed(0)
     q, k, v, dout = (torch.randn(2, n, h, 16, generator=g).to(dtype).transpose(1, 2) for h in (4, 2, 2, 4))
-    out, lse = WholeCpuKernel().forward(q, k, v, True, None, 0.37)
     found = CpuKernel().forward(q, k, v, True, None, 0.37)
+    with monkeypatch.context() as patched:
+        patched.setattr(kernels, "_is_medium", lambda q: False)
+        out, lse = CpuKernel().forward(q, k, v, True, None, 0.37)
+        theirs = CpuKernel().backward(dout, q, k, v, out, lse, True, None, 0.37)
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(found, (out, lse), rtol=tolerance, atol=tolerance)
-    kernels = CpuKernel(), WholeCpuKernel()
-    grads = [kernel.backward(dout, q, k, v, out, lse, True, None, 0.37) for kernel in kernels]
+    ours = CpuKernel().backward(dout, q, k, v, out, lse, True, None, 0.37)
     dout, q, k, v, out, lse = (x.double() for x in (dout, q, k, v, out, lse))
     exact = PlainKernel().backward(dout, q, k, v, out, lse, True, None, 0.37)
-    for ours, theirs, truth in zip(*grads, exact, strict=True):
-        assert ours.dtype == dtype and ours.transpose(1, 2).is_contiguous()
-        assert (ours - truth).norm() <= 1.05 * (theirs - truth).norm() + 1e-6 * truth.norm()
-
-
-@pytest.mark.parametrize("queries", ["all", "two chunks"])
-def test_the_operator_over_tiles_passes_torchs_checks(queries):
-    tiles = document_tiles(POSITIONS["padded both sides and packed"], QUERIES[queries], 7)
-    q, k, v = qkv(2, tiles.shape[1], 53, 6, 2)
-    torch.library.opcheck(attend_tiles, (q, k, v, tiles.table, tiles.masks, 0.37))
+    for found, other, truth in zip(ours, theirs, exact, strict=True):
+        assert found.dtype == dtype and found.transpose(1, 2).is_contiguous()
+        assert (found - truth).norm() <= 1.05 * (other - truth).norm() + 1e-6 * truth.norm()
 
 
 @pytest.mark.parametrize("queries", ["all", "two chunks"])
 @pytest.mark.parametrize("positions", ["packed", "padded both sides and packed"])
-def test_the_operator_over_runs_passes_torchs_checks(positions, queries):
-    runs = build_runs(POSITIONS[positions], QUERIES[queries], 7)
-    q, k, v = qkv(2, runs.shape[1], 53, 6, 2)
-    torch.library.opcheck(attend_runs, (q, k, v, runs.table, runs.cumulative, 0.37, 7, "reference"))
+@pytest.mark.parametrize("table", TABLES)
+def test_the_operator_passes_torchs_checks(table, positions, queries):
+    calls = TABLES[table](POSITIONS[positions], QUERIES[queries], 7)
+    q, k, v = qkv(2, calls.shape[1], 53, 6, 2)
+    given = calls.table, calls.data, 0.37, calls.window, calls.evaluator
+    torch.library.opcheck(operator.forward, (q, k, v, *given))
 
 
 @pytest.mark.parametrize(
@@ -132,10 +126,10 @@ def test_the_cpu_kernel_equals_the_plain_one_forward_and_backward(causal, masked
     torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("operator", ["tiles", "runs"])
+@pytest.mark.parametrize("table", TABLES)
 @pytest.mark.parametrize("documents", [[53], [300], [800], [300, 53], [20, 33]], ids=str)
 @pytest.mark.parametrize("layout", ["bshd", "sbhd", "bhsd", "features apart"])
-def test_compiled_code_is_told_the_layouts_that_the_operator_gives(operator, layout, documents):
+def test_the_fake_operator_has_the_layouts_of_the_real_one(table, layout, documents):
     """inductor asserts the strides of what an operator returns."""
     change = {
         "bshd": lambda x: x,
@@ -143,23 +137,18 @@ def test_compiled_code_is_told_the_layouts_that_the_operator_gives(operator, lay
         "bhsd": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
         "features apart": lambda x: x.mT.contiguous().mT,
     }[layout]
-    positions_BS = rows(documents, documents)
-    tiles, runs = document_tiles(positions_BS), build_runs(positions_BS)
-    forward, backward, plan = {
-        "tiles": (attend_tiles, attend_tiles_backward, (tiles.table, tiles.masks, 0.37)),
-        "runs": (attend_runs, attend_runs_backward, (runs.table, runs.cumulative, 0.37, None, "reference")),
-    }[operator]
+    calls = TABLES[table](rows(documents, documents))
     q, k, v, dout = (
         x.detach()
         for x in (*qkv(2, sum(documents), sum(documents), 6, 2), *qkv(2, sum(documents), 1, 6, 2)[:1])
     )
     q, k, v, dout = map(change, (q, k, v, dout))
-    given = q, k, v, *plan
+    given = q, k, v, calls.table, calls.data, 0.37, None, calls.evaluator
     with torch._subclasses.FakeTensorMode() as mode:
         fake = [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in given]
-        fake_out = forward(*fake)
-        fake_grads = backward(mode.from_tensor(dout), *fake[:3], *fake_out, *fake[3:])
-    out = forward(*given)
-    grads = backward(dout, *given[:3], *out, *given[3:])
+        fake_out = operator.forward(*fake)
+        fake_grads = operator.backward(mode.from_tensor(dout), *fake[:3], *fake_out, *fake[3:])
+    out = operator.forward(*given)
+    grads = operator.backward(dout, *given[:3], *out, *given[3:])
     for made, told in zip((*out, *grads), (*fake_out, *fake_grads), strict=True):
         assert (made.stride(), made.dtype) == (told.stride(), told.dtype)

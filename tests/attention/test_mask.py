@@ -1,4 +1,4 @@
-"""Positions, and masks that do not belong to the tensors, are checked and never guessed at."""
+"""Positions, queries, windows and tensors that do not fit each other are refused."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ CONFIGS = [Sdpa(), Flex(block_size=16), Varlen()]
 each_config = pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.kind)
 
 
-def test_segments_are_the_pieces_of_documents_that_the_queries_are():
+def test_segments_are_the_queries_cut_at_the_documents():
     positions_BS = rows([3, 5, -2], [-1, 9])
     assert segments(positions_BS).tolist() == [[0, 0, 3, 0, 3], [0, 3, 8, 3, 8], [1, 1, 10, 1, 10]]
     # Queries 2..4 are local 0..1, queries 7..10 local 2..4: a document is cut at both ends of a range.
@@ -40,7 +40,7 @@ def test_the_explicit_mask_is_what_one_would_draw():
     "row", [[1, 2, 3], [0, 2, 3], [0, 1, 3], [0, -1, 0], [0, 1, -2], [-1, 1, 2], [0, -1, 1], [0, 0, 2]]
 )
 @each_config
-def test_positions_that_mean_nothing_are_refused(config, row):
+def test_invalid_positions_are_refused(config, row):
     with pytest.raises(ValueError, match=r"positions|padding"):
         config.mask(torch.tensor([row]))
 
@@ -54,7 +54,7 @@ def test_positions_of_another_dtype_or_shape_are_refused(config):
 
 @pytest.mark.parametrize("queries", [((0, 9),), ((-1, 2),), ((3, 2),), ((0, 3), (2, 4))])
 @each_config
-def test_queries_that_are_no_ranges_of_the_keys_are_refused(config, queries):
+def test_invalid_queries_are_refused(config, queries):
     with pytest.raises(ValueError, match="queries"):
         config.mask(torch.arange(8)[None], queries=queries)
 
@@ -66,7 +66,7 @@ def test_a_window_that_hides_a_query_from_itself_is_refused(config):
 
 
 @each_config
-def test_tensors_of_another_batch_than_the_masks_are_refused(config):
+def test_tensors_that_do_not_fit_the_mask_are_refused(config):
     mask = config.mask(rows([3, 5], [8]))
     inner = config.build()
     for batch, n_queries, n_keys, kv_heads, kv_dim in (
@@ -89,7 +89,7 @@ def test_positions_follow_from_cumulative_lengths():
 
 @pytest.mark.parametrize("scale", [0.0, -0.5, float("nan"), float("inf")])
 @each_config
-def test_a_scale_that_kernels_answer_with_nan_is_refused(config, scale):
+def test_a_scale_that_is_not_positive_and_finite_is_refused(config, scale):
     mask = config.mask(torch.arange(8)[None])
     q, k, v = (torch.randn(1, 8, heads, 4) for heads in (4, 2, 2))
     with pytest.raises(ValueError, match="scale"):

@@ -1,13 +1,13 @@
-"""What attention may not do: copy, repeat heads, make anything quadratic, or keep more than it needs."""
+"""Attention does not copy, repeat heads, make anything quadratic, or keep more than it needs."""
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from torchtitan_lite.attention import Flex, Sdpa, Varlen, WithLayout
+from torchtitan_lite.attention import Flex, Sdpa, Varlen, WithLayout, operator
+from torchtitan_lite.attention.portable.tiles import FULL, document_tiles
 from torchtitan_lite.attention.sdpa import attend_whole_rows
-from torchtitan_lite.attention.tiles import FULL, document_tiles
 
 COPIES = {
     "clone",
@@ -24,7 +24,7 @@ REPEATS = {"repeat", "repeat_interleave", "expand", "tile"}
 
 
 class Recorder(TorchDispatchMode):
-    """Notes the name of every operator that ran and the shapes and bytes of what it returned."""
+    """Records every operator that ran: its name, and the shapes and bytes of its outputs."""
 
     def __init__(self):
         super().__init__()
@@ -83,14 +83,12 @@ def test_other_layouts_are_views_forward_and_backward(layout):
 
 
 class Inner(TorchDispatchMode):
-    """Runs the operator over tiles in the open, so that a recorder below it sees the calls inside."""
+    """Runs the operator as plain Python, so that a recorder sees the calls inside."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        from torchtitan_lite.attention import tile_kernels
-
         opened = {
-            torch.ops.torchtitan_lite.attend_tiles.default: tile_kernels.attend_tiles,
-            torch.ops.torchtitan_lite.attend_tiles_backward.default: tile_kernels.attend_tiles_backward,
+            torch.ops.torchtitan_lite.attend.default: operator.forward,
+            torch.ops.torchtitan_lite.attend_backward.default: operator.backward,
         }
         if func in opened:
             return opened[func]._init_fn(*args, **(kwargs or {}))
@@ -170,7 +168,7 @@ def test_memory_falls_with_the_number_of_key_heads(config, case):
         with Recorder() as recorder:  # the operators from outside: what is alive when the backward ends
             out = config.build()(q, k, v, config.mask(positions_BS, queries=queries))
             torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
-        outputs = ("flash_attention_for_cpu", "attend_tiles", "backward")
+        outputs = ("flash_attention_for_cpu", "attend", "backward")
         made = sum(made[2] for made in recorder.made if any(word in made[0] for word in outputs))
         return q.nbytes + k.nbytes + v.nbytes + made
 

@@ -1,4 +1,4 @@
-"""The compiled CPU kernel equals the reference, takes what it can and leaves the rest alone."""
+"""The compiled CPU kernel equals the reference, and torch's kernel computes the rest."""
 
 import logging
 import os
@@ -8,9 +8,8 @@ import pytest
 import torch
 from attention_cases import rows
 
-from torchtitan_lite.attention import Sdpa, Varlen, WithLayout, native, reference_attention
-from torchtitan_lite.attention.tile_kernels import attend_tiles
-from torchtitan_lite.attention.tiles import document_tiles
+from torchtitan_lite.attention import Sdpa, Varlen, WithLayout, operator, reference_attention
+from torchtitan_lite.attention.portable import document_tiles, native
 
 pytestmark = pytest.mark.compiler
 
@@ -28,7 +27,7 @@ TOLERANCES = {torch.float32: 3e-5, torch.bfloat16: 2e-2}
 
 @pytest.fixture(autouse=True)
 def kernels(tmp_path_factory, monkeypatch):
-    """One is compiled, for heads of 48, in a cache of the tests' own; all are forgotten afterwards."""
+    """Compiles a kernel for heads of 48, in a cache of the tests; afterwards torch's kernel is used again."""
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(shared / "kernels"))
@@ -59,7 +58,7 @@ def test_the_kernel_equals_the_reference_forward_and_backward(positions, heads, 
     native.compile_kernel(head_dim)
     q, k, v, upstream = tensors(positions_BS, heads, kv_heads, head_dim, dtype)
     mask = Sdpa().mask(positions_BS)
-    assert mask.tiles is not None and native.takes(q, mask.tiles.table)
+    assert native.takes(q, mask.tiles.table)
     found = results(lambda q, k, v: Sdpa().build()(q, k, v, mask, scale=0.3), q, k, v, upstream)
     wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
     attend = partial(reference_attention, positions_BS=positions_BS, scale=0.3)
@@ -72,9 +71,10 @@ def test_the_kernel_equals_the_reference_forward_and_backward(positions, heads, 
 def test_the_log_sum_exp_is_that_of_torch_and_padding_is_exact_zeros():
     q, k, v, _ = tensors(POSITIONS["padded"], 4, 2, 48, torch.float32)
     tiles = document_tiles(POSITIONS["padded"])
-    out, lse = attend_tiles(q, k, v, tiles.table, tiles.masks, 0.3)
+    given = q, k, v, tiles.table, tiles.data, 0.3, None, "tiles"
+    out, lse = operator.forward(*given)
     native.forget_kernels()
-    wanted, wanted_lse = attend_tiles(q, k, v, tiles.table, tiles.masks, 0.3)
+    wanted, wanted_lse = operator.forward(*given)
     torch.testing.assert_close((out, lse), (wanted, wanted_lse), rtol=1e-5, atol=1e-5)
     assert not out[POSITIONS["padded"] < 0].any()
 
@@ -107,7 +107,7 @@ NOT_FINITE = {
 
 
 @pytest.mark.parametrize("case", NOT_FINITE)
-def test_what_is_not_finite_is_never_hidden_where_torchs_kernel_shows_it(case):
+def test_a_number_that_is_not_finite_shows_where_torchs_kernel_shows_it(case):
     native.compile_kernel(16)
     q, k, v, upstream = (x.detach() for x in tensors(rows([8]), 1, 1, 16, torch.float32))
     NOT_FINITE[case](q, k, v)
@@ -124,7 +124,7 @@ def test_what_is_not_finite_is_never_hidden_where_torchs_kernel_shows_it(case):
         assert torch.equal(shown, wanted_shown)
 
 
-def test_no_default_of_torchs_changes_a_number():
+def test_torchs_defaults_for_dtype_and_device_change_no_number():
     q, k, v, _ = (x.detach() for x in tensors(POSITIONS["packed"], 4, 2, 48, torch.float32))
     mask, inner = Sdpa().mask(POSITIONS["packed"]), Sdpa().build()
     wanted = inner(q, k, v, mask)
@@ -145,7 +145,7 @@ def test_tensors_of_several_dtypes_are_refused(other):
 
 
 @pytest.mark.parametrize("layout", ["sbhd", "sliced", "features apart"])
-def test_any_strides_are_read_where_they_lie(layout):
+def test_tensors_of_any_strides_give_the_same_numbers(layout):
     positions_BS = POSITIONS["packed"]
     q, k, v, upstream = tensors(positions_BS, 4, 2, 48, torch.float32)
     mask, inner = Varlen().mask(positions_BS), Varlen().build()
@@ -192,14 +192,14 @@ def test_gradients_are_the_same_to_the_bit_on_any_number_of_threads():
     ],
     ids=str,
 )
-def test_what_it_cannot_do_is_left_to_torchs_kernel(case):
+def test_torchs_kernel_computes_what_the_compiled_one_cannot(case):
     positions_BS = POSITIONS["packed, equal rows"]
     q, *_ = tensors(positions_BS, 4, 2, case.get("head_dim", 48), case.get("dtype", torch.float32))
     tiles = document_tiles(positions_BS, case.get("queries"), case.get("sliding_window"))
     assert not native.takes(q, tiles.table)
 
 
-def test_bfloat16_is_left_to_torchs_kernel_where_the_processor_multiplies_its_matrices(monkeypatch):
+def test_torchs_kernel_computes_bfloat16_on_a_processor_with_amx(monkeypatch):
     monkeypatch.setattr(native, "has_amx", lambda: True)
     table = document_tiles(POSITIONS["packed"]).table
     for dtype, taken in ((torch.float32, True), (torch.bfloat16, False)):
@@ -220,7 +220,7 @@ def test_a_damaged_library_is_made_again(head_dim, damaged, caplog, monkeypatch)
     assert native.takes(q, document_tiles(POSITIONS["packed"]).table)
 
 
-def test_a_kernel_that_cannot_be_compiled_is_said_and_torchs_stays(monkeypatch, caplog):
+def test_a_kernel_that_cannot_be_compiled_is_a_warning_and_torchs_is_used(monkeypatch, caplog):
     monkeypatch.setattr(native, "_COMPILE", ("-fno-such-option",))
     with caplog.at_level(logging.WARNING):
         native.compile_kernel(96)
@@ -230,7 +230,7 @@ def test_a_kernel_that_cannot_be_compiled_is_said_and_torchs_stays(monkeypatch, 
     assert not native.takes(q, document_tiles(POSITIONS["packed"]).table)
 
 
-def test_it_is_compiled_once_for_all_runs(monkeypatch):
+def test_the_kernel_is_compiled_once_for_all_runs(monkeypatch):
     native.forget_kernels()
     ran = []
     run = native._run

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from attention_cases import EXACT, KEYS, POSITIONS, QUERIES, compare, qkv, rows
+from attention_cases import EXACT, KEYS, POSITIONS, QUERIES, DocumentByDocument, compare, qkv, rows
 
-from torchtitan_lite.attention import Flex, Sdpa, Varlen, WithLayout, flex, reference_attention, run_kernels
-from torchtitan_lite.attention.block_mask import build_block_mask
-from torchtitan_lite.attention.runs import PackedMask, build_runs
+from torchtitan_lite.attention import Flex, Sdpa, Varlen, WithLayout, flex, operator, reference_attention
+from torchtitan_lite.attention.packs import PackEvaluator, document_packs
 from torchtitan_lite.attention.sdpa import attend_whole_rows
 from torchtitan_lite.attention.varlen import VarlenAttention
 
@@ -96,8 +95,8 @@ def test_views_of_any_strides_equal_the_reference(backend, positions):
             torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
 
 
-class Checked(run_kernels.DocumentByDocument):
-    """The reference of the kernels for packed documents, which checks what such a kernel is given."""
+class Checked(DocumentByDocument):
+    """A kernel for packs that checks its arguments."""
 
     def __init__(self):
         self.seen = []
@@ -123,26 +122,26 @@ class Checked(run_kernels.DocumentByDocument):
 @pytest.fixture
 def checked(monkeypatch):
     kernel = Checked()
-    monkeypatch.setitem(run_kernels.KERNELS, "checked", kernel)
+    monkeypatch.setitem(operator.EVALUATORS, "checked", PackEvaluator(kernel))
     return kernel
 
 
-def runs_on_cpu(positions_BS, queries=None, sliding_window=None):
-    return PackedMask(None, build_runs(positions_BS, queries, sliding_window, kernel="checked"))
+def packs_on_cpu(positions_BS, queries=None, sliding_window=None):
+    return document_packs(positions_BS, queries, sliding_window, kernel="checked")
 
 
 @pytest.mark.parametrize("queries", QUERIES)
 @pytest.mark.parametrize("positions", POSITIONS)
-def test_what_the_varlen_kernels_are_given_adds_up_to_the_reference(checked, positions, queries):
+def test_packs_give_the_numbers_of_the_reference(checked, positions, queries):
     for window in WINDOWS:
-        backend = runs_on_cpu, VarlenAttention()
+        backend = packs_on_cpu, VarlenAttention()
         compare(backend, POSITIONS[positions], QUERIES[queries], window, 6, 2, 0.37, EXACT)
 
 
 @pytest.mark.parametrize("positions", ["packed", "padded both sides and packed", "a row of padding alone"])
 def test_rows_that_do_not_follow_each_other_reach_the_varlen_kernel_as_views(checked, positions):
     positions_BS = POSITIONS[positions]
-    mask = runs_on_cpu(positions_BS, None, 7)
+    mask = packs_on_cpu(positions_BS, None, 7)
     q, k, v = (x.detach().transpose(0, 1).contiguous().requires_grad_() for x in qkv(2, KEYS, KEYS, 6, 2))
     out = WithLayout(VarlenAttention(), "sbhd")(q, k, v, mask, scale=0.37)
     assert set(checked.seen) == {x.untyped_storage().data_ptr() for x in (q, k, v)}
@@ -161,7 +160,7 @@ def test_a_batch_without_padding_is_one_varlen_call_and_a_chunk_of_a_row_is_one(
         checked.seen.clear()
         n_queries = KEYS if queries is None else 27
         tensors = qkv(len(positions_BS), n_queries, KEYS, 6, 2)
-        VarlenAttention()(*tensors, runs_on_cpu(positions_BS, queries))
+        VarlenAttention()(*tensors, packs_on_cpu(positions_BS, queries))
         assert len(checked.seen) == 3 * calls
 
 
@@ -169,7 +168,7 @@ def test_a_batch_without_padding_is_one_varlen_call_and_a_chunk_of_a_row_is_one(
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("queries", QUERIES)
 @pytest.mark.parametrize("positions", POSITIONS)
-def test_what_the_flex_kernel_is_given_is_the_reference(monkeypatch, positions, queries):
+def test_the_block_mask_gives_the_numbers_of_the_reference(monkeypatch, positions, queries):
     positions_BS, chosen = POSITIONS[positions], QUERIES[queries]
     n_queries = KEYS if chosen is None else sum(stop - start for start, stop in chosen)
     inner = Flex().build()
@@ -177,7 +176,7 @@ def test_what_the_flex_kernel_is_given_is_the_reference(monkeypatch, positions, 
     with torch.no_grad():
         q, k, v = (x.detach() for x in qkv(len(positions_BS), n_queries, KEYS, 6, 2))
         for window in WINDOWS:
-            block_mask = build_block_mask(positions_BS, chosen, window, (16, 16), torch.device("cpu"))
+            block_mask = flex.build_block_mask(positions_BS, chosen, window, (16, 16), torch.device("cpu"))
             out = inner(q, k, v, flex.FlexMask(block_mask, None, (len(q), n_queries, KEYS)), scale=0.37)
             expected = reference_attention(q, k, v, positions_BS, chosen, window, 0.37)
             torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)

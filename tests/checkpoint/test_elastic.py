@@ -10,7 +10,7 @@ Part = tuple[int, dict[str, object]]
 """Number of ranks, and options."""
 
 
-def on(size: int, local: int, workers: int = 0, **degrees: int) -> Part:
+def on(size: int, local: int, **degrees: int) -> Part:
     names = {
         "replicate": "data_parallel_replicate_degree",
         "shard": "data_parallel_shard_degree",
@@ -18,7 +18,7 @@ def on(size: int, local: int, workers: int = 0, **degrees: int) -> Part:
         "context": "context_parallel_degree",
     }
     mesh: dict[str, object] = {f"parallelism__{names[name]}": degree for name, degree in degrees.items()}
-    return size, {"training__local_batch_size": local, "data__num_workers": workers, **mesh}
+    return size, {"training__local_batch_size": local, **mesh}
 
 
 CHAINS = {
@@ -31,12 +31,7 @@ CHAINS = {
     ],
 }
 SLOW_CHAINS = {
-    "more and fewer ranks, data workers": [
-        on(4, 2, 1, shard=4),
-        on(1, 2, 2),
-        on(2, 1, 0, replicate=2),
-        on(2, 4, 1, shard=2),
-    ],
+    "more and fewer ranks": [on(4, 2, shard=4), on(1, 2), on(2, 1, replicate=2), on(2, 4, shard=2)],
     "two axes at once": [
         on(4, 4, shard=2, tensor=2),
         on(4, 2, shard=2, context=2),
@@ -64,7 +59,6 @@ def alone(texts: Path) -> dict[bool, Path]:
     return folders
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 @pytest.mark.parametrize(
     ("chain", "double"),
     [

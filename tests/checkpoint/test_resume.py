@@ -20,16 +20,13 @@ class Case:
     size: int = 1
     local: int = 4
     dtype: str = "float32"
-    workers: tuple[int, int, int, int] = (0, 0, 0, 0)
-    """Of the run in one, and of the three parts."""
     flags: tuple[str, ...] = ()
     again: bool = False
     """Whether the run goes on from its second start's first step once more."""
 
-    def words(self, folder: Path, workers: int) -> list[str]:
+    def words(self, folder: Path) -> list[str]:
         values = {
             "job__dump_folder": folder,
-            "data__num_workers": workers,
             "training__mixed_precision_param": self.dtype,
             "training__local_batch_size": self.local,
         }
@@ -43,18 +40,14 @@ ONE_LAYER = {"model__overrides": {**cases.MODEL, "n_layers": 1}}
 ASYNC = ("--checkpoint.async-mode", "async")
 CASES = {
     # Without a known peak each start measures one, on random numbers.
-    "one rank, data workers": Case(
-        mesh={}, workers=(0, 1, 1, 0), flags=("--metrics.peak-flops", "0"), again=True
-    ),
+    "one rank": Case(mesh={}, flags=("--metrics.peak-flops", "0"), again=True),
     "one rank, bfloat16": Case(mesh={}, dtype="bfloat16", flags=ASYNC, again=True),
     "fsdp 2": Case(mesh=FSDP, size=2, local=2, dtype="bfloat16", flags=ASYNC),
     "tp 2": Case(mesh=TENSOR | ONE_LAYER, size=2, local=8, again=True),
     "cp 2": Case(mesh=CONTEXT | ONE_LAYER, size=2, local=8, flags=("--model.attention", "varlen")),
 }
 SLOW = {
-    f"{name}, {dtype}, {workers} workers": Case(
-        mesh=mesh, size=size, local=2, dtype=dtype, workers=(workers, workers, workers, workers)
-    )
+    f"{name}, {dtype}": Case(mesh=mesh, size=size, local=2, dtype=dtype)
     for name, mesh, size in (
         ("one rank", {}, 1),
         ("fsdp 2", FSDP, 2),
@@ -62,7 +55,7 @@ SLOW = {
         ("tp 2", TENSOR, 2),
         ("cp 2", CONTEXT, 2),
     )
-    for dtype, workers in (("float32", 2), ("bfloat16", 0))
+    for dtype in ("float32", "bfloat16")
 }
 COMPILED = pytest.param(
     Case(mesh={}, flags=("--compile.enable",)), id="compiled", marks=(pytest.mark.slow, pytest.mark.compiler)
@@ -96,7 +89,6 @@ def up_to(start: cases.Start, step: int) -> list:
     return [batch for batch in start.batches if batch[1] <= step]
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 @pytest.mark.parametrize(
     "case",
     [
@@ -109,15 +101,15 @@ def up_to(start: cases.Start, step: int) -> list:
 def test_three_parts_are_the_whole_to_the_bit(case: Case, ranks, texts: Path, tmp_path: Path, caplog) -> None:
     base = cases.run_of(texts, texts.parent / "cache")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    words = [[*base, *case.words(parts, workers)] for workers in case.workers[1:]]
+    words = [*base, *case.words(parts)]
     runs = [
-        ([*base, *case.words(whole, case.workers[0])], {}),
-        (words[0], {"stop_at": 5}),
-        (words[1], {"crash_at": 11}),  # after the save at 9, and a tenth step that is lost
-        (words[2], {}),
+        ([*base, *case.words(whole)], {}),
+        (words, {"stop_at": 5}),
+        (words, {"crash_at": 11}),  # after the save at 9, and a tenth step that is lost
+        (words, {}),
     ]
     # Once more from the same step, of which the other parts have gone on already.
-    runs += [([*words[2], "--checkpoint.load-step", "5"], {})] if case.again else []
+    runs += [([*words, "--checkpoint.load-step", "5"], {})] if case.again else []
     done = [cases.starts(runs)] if case.size == 1 else ranks(case.size).run(cases.starts, runs, timeout=250)
     for straight, first, second, third, *again in done:
         assert begun(straight) == (0, 12, DONE)

@@ -227,7 +227,7 @@ def test_a_run_of_one_process_does_the_same(
 @pytest.mark.parametrize(
     ("phase", "more"),
     [
-        ("step", ("--data.num-workers", 1)),
+        pytest.param("step", (), id="data thread"),
         pytest.param(
             "first step", ("--compile.enable",), marks=(pytest.mark.slow, pytest.mark.compiler), id="compiler"
         ),

@@ -239,16 +239,16 @@ def test_the_schema_has_what_a_plugin_adds() -> None:
 
 
 DESCENT = "[optimizer]\nname = 'Descent'\nlr = 2.0"
-JSONL = "[data]\ndataset = 'jsonl'\npath = 'mine.py'\nfield = 'body'\nnum_workers = 2\n"
+JSONL = "[data]\ndataset = 'jsonl'\npath = 'mine.py'\nfield = 'body'\ncache_dir = 'c'\n"
 
 
 def test_a_changed_tag_keeps_what_both_members_have_and_drops_the_rest() -> None:
-    assert read(file=JSONL).data == Jsonl(path="mine.py", field="body", num_workers=2)
-    assert read("--data.dataset", "text", file=JSONL).data == Text(path="mine.py", num_workers=2)
-    assert read("--data.dataset", "python_stdlib", file=JSONL).data == PythonStdlib(num_workers=2)
+    assert read(file=JSONL).data == Jsonl(path="mine.py", field="body", cache_dir="c")
+    assert read("--data.dataset", "text", file=JSONL).data == Text(path="mine.py", cache_dir="c")
+    assert read("--data.dataset", "python_stdlib", file=JSONL).data == PythonStdlib(cache_dir="c")
     back = "[data]\ndataset = 'python_stdlib'\n"
     again = "[data]\ndataset = 'jsonl'\npath = 'mine.py'"
-    assert read(one=JSONL, two=back, three=again).data == Jsonl(path="mine.py", num_workers=2)
+    assert read(one=JSONL, two=back, three=again).data == Jsonl(path="mine.py", cache_dir="c")
     adam = "[optimizer]\nlr = 0.125\nbeta1 = 0.5"
     job = read(*ALL, "--optimizer.name", "Descent", file=adam)
     assert (job.optimizer.lr, job.optimizer.name) == (0.125, "Descent")

@@ -17,8 +17,6 @@ def split_of(documents: list[list[int]], name: str = "train") -> Split:
     offsets = np.cumsum([0, *map(len, documents)])
     return Split(
         name=name,  # type: ignore[arg-type]
-        n_documents=len(documents),
-        n_tokens=len(tokens),
         n_bytes=len(tokens),
         unigram_entropy=0.0,
         tokens_T=np.array(tokens, "<u2"),

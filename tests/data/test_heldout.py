@@ -21,7 +21,7 @@ def of(texts: dict[str, bytes], n_pieces: int = 1) -> Iterator[Document]:
 
 def split(texts: dict[str, bytes], fraction: float, n_pieces: int = 1) -> tuple[dict[str, bytes], ...]:
     """What of each document is trained on, and what is held out."""
-    decided = heldout.plan(of(texts, n_pieces), fraction, sum(map(len, texts.values())))
+    decided = heldout.choose(of(texts, n_pieces), fraction, sum(map(len, texts.values())))
     train, held = {}, {}
     for document in of(texts, n_pieces):
         parts = list(decided.divide(document))
@@ -118,7 +118,7 @@ def test_of_many_documents_the_hash_decides_for_each_by_itself():
 
 
 def test_documents_with_one_identity_stay_together():
-    decided = heldout.plan(of({f"{i}": b"x" for i in range(500)}), 0.5, 500)
+    decided = heldout.choose(of({f"{i}": b"x" for i in range(500)}), 0.5, 500)
     for name in ("7", "8", "9", "10"):
         twice = [list(decided.divide(document)) for _ in range(2) for document in of({name: b"x"})]
         assert twice[0] == twice[1]
@@ -131,7 +131,7 @@ def test_a_fraction_of_zero_holds_nothing_out(n_documents: int):
 
 def test_the_standard_library_is_split_by_whole_files_in_about_the_fraction():
     source = open_source(PythonStdlib())
-    decided = heldout.plan(source.documents(), 0.05, source.n_bytes)
+    decided = heldout.choose(source.documents(), 0.05, source.n_bytes)
     shares = [decided.n_held(document) for document in source.documents()]
     sizes = [document.size for document in source.documents()]
     assert all(share in (0, size) for share, size in zip(shares, sizes, strict=True))
@@ -142,7 +142,7 @@ def test_the_standard_library_is_split_by_whole_files_in_about_the_fraction():
 def test_identical_json_lines_are_in_the_same_split(write_jsonl):
     file = write_jsonl([f"text {i % 50} " * 5 for i in range(1000)])
     source = open_source(Jsonl(path=str(file)))
-    decided = heldout.plan(source.documents(), 0.2, source.n_bytes)
+    decided = heldout.choose(source.documents(), 0.2, source.n_bytes)
     found: dict[bytes, set[bool]] = {}
     for document in source.documents():
         for is_held, piece in decided.divide(document):
@@ -155,7 +155,7 @@ def test_a_file_of_many_pieces_is_cut_once(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(documents, "PIECE_BYTES", 1000)
     (tmp_path / "a.txt").write_bytes(LINES)
     source = open_source(Text(path=str(tmp_path)))
-    decided = heldout.plan(source.documents(), 0.1, source.n_bytes)
+    decided = heldout.choose(source.documents(), 0.1, source.n_bytes)
     (document,) = source.documents()
     parts = list(decided.divide(document))
     held = b"".join(part for is_held, part in parts if is_held)

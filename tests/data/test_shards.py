@@ -40,6 +40,11 @@ def save_words(folder: Path, vocabulary: dict[str, int], **options: str) -> None
     encoder.save(str(folder / "tokenizer.json"))
 
 
+def left_in(cache_dir: Path) -> list[str]:
+    """What is in a cache, besides the locks."""
+    return [name for name in os.listdir(cache_dir) if not name.endswith(".lock")]
+
+
 def forbid_builds(monkeypatch: pytest.MonkeyPatch) -> None:
     def build(*_: object) -> None:
         raise AssertionError("built again")
@@ -101,30 +106,34 @@ def test_a_tokenizer_that_makes_nothing_of_a_text_leaves_no_document(tokenized, 
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.05])
-@pytest.mark.parametrize("content", ["\n  \n", '{"text": ""}\n' * 200])
-def test_lines_that_hold_no_text_are_an_error_and_leave_nothing(
-    tokenized, tmp_path: Path, content: str, fraction: float
+@pytest.mark.parametrize(
+    ("lines", "vocabulary", "message"),
+    [
+        ("\n  \n", None, r"data\.path = .* holds no text"),
+        ('{"text": ""}\n' * 200, None, r"data\.path = .* holds no text"),
+        ('{"text": "fine"}\n' * 5000 + "{\n", None, "line 5001"),
+        (
+            '{"text": "  "}\n{"text": "\\n"}',
+            {"</s>": 0, "[UNK]": 1},
+            r"data\.tokenizer = .* makes no token of the 3 bytes of text",
+        ),
+        (
+            '{"text": "a"}\n{"text": "b"}',
+            {"a": 1, "</s>": 2},
+            r"data\.tokenizer = .* cannot encode the text \(",
+        ),
+    ],
+)
+def test_a_text_that_cannot_be_tokenized_is_an_error_and_leaves_nothing(
+    tokenized, tmp_path: Path, lines: str, vocabulary: dict[str, int] | None, message: str, fraction: float
 ):
-    file = tmp_path / "x.jsonl"
-    file.write_text(content)
-    with pytest.raises(ConfigError) as caught:
-        tokenized(file, "jsonl", validation_fraction=fraction)
-    assert str(caught.value).startswith(f'data.path = "{file}" holds no text')
-    assert [name for name in os.listdir(tmp_path / "cache") if not name.endswith(".lock")] == []
-
-
-def test_a_tokenizer_that_makes_nothing_of_all_the_text_is_an_error(tokenized, write_jsonl, tmp_path: Path):
-    save_words(tmp_path, {"</s>": 0, "[UNK]": 1}, unk_token="[UNK]")
-    with pytest.raises(ConfigError, match=r"data\.tokenizer = .* makes no token of the 3 bytes of text"):
-        tokenized(write_jsonl(["  ", "\n"]), "jsonl", tokenizer=str(tmp_path))
-    assert [name for name in os.listdir(tmp_path / "cache") if not name.endswith(".lock")] == []
-
-
-def test_a_text_that_the_tokenizer_cannot_encode_leaves_nothing(tokenized, write_jsonl, tmp_path: Path):
-    save_words(tmp_path, {"a": 1, "</s>": 2})
-    with pytest.raises(ConfigError, match=r"data\.tokenizer = .* cannot encode the text \("):
-        tokenized(write_jsonl(["a", "b"]), "jsonl", tokenizer=str(tmp_path))
-    assert [name for name in os.listdir(tmp_path / "cache") if not name.endswith(".lock")] == []
+    (tmp_path / "x.jsonl").write_text(lines)
+    if vocabulary:
+        save_words(tmp_path, vocabulary, **({"unk_token": "[UNK]"} if "[UNK]" in vocabulary else {}))
+    tokenizer = str(tmp_path) if vocabulary else "bytes"
+    with pytest.raises(ConfigError, match=message):
+        tokenized(tmp_path / "x.jsonl", "jsonl", validation_fraction=fraction, tokenizer=tokenizer)
+    assert left_in(tmp_path / "cache") == []
 
 
 def test_unigram_entropy_is_that_of_the_splits_bytes(tokenized, text_folder: Path):
@@ -276,7 +285,7 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(
         ConfigError, match=r"data\.cache_dir = .* cannot be written to \(No space left on device\)"
     ):
         tokenized(text_folder)
-    assert [name for name in os.listdir(tmp_path / "cache") if not name.endswith(".lock")] == []
+    assert left_in(tmp_path / "cache") == []
 
 
 def test_a_complete_cache_that_cannot_be_written_to_is_enough(tokenized, text_folder: Path, monkeypatch):
@@ -287,13 +296,6 @@ def test_a_complete_cache_that_cannot_be_written_to_is_enough(tokenized, text_fo
 
     monkeypatch.setattr(cache, "exclusive", refuse)
     assert same(built, tokenized(text_folder))
-
-
-def test_a_bad_line_far_into_the_text_leaves_nothing_behind(tokenized, tmp_path: Path):
-    (tmp_path / "x.jsonl").write_text('{"text": "fine"}\n' * 5000 + "{\n")
-    with pytest.raises(ConfigError, match="line 5001"):
-        tokenized(tmp_path / "x.jsonl", "jsonl")
-    assert [name for name in os.listdir(tmp_path / "cache") if not name.endswith(".lock")] == []
 
 
 # Runs in a process of its own: builds shards, and dies by SIGKILL at the n-th call of a function.

@@ -286,9 +286,7 @@ def plugged(tmp_path: Path, texts: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
     monkeypatch.chdir(tmp_path)
     Path("mine.py").write_text(plugin_cases.ALL)
     more = "--job.plugins mine --data.dataset counting --data.n-documents 100 --data.tokenizer shifted"
-    more += (
-        " --tokenizers.shifted.shift 3 --optimizer.name Descent --model.attention plain --data.num-workers 1"
-    )
+    more += " --tokenizers.shifted.shift 3 --optimizer.name Descent --model.attention plain"
     values = {"training__steps": 2, "training__local_batch_size": 8, "lr_scheduler__total_steps": 2}
     values |= {"lr_scheduler__warmup_steps": 0, "job__dump_folder": tmp_path / "run"}
     with plugin_cases.forgotten():
@@ -324,7 +322,7 @@ def test_a_dataset_that_is_not_registered_is_an_error(run: Path, tmp_path: Path,
 def test_unknown_keys_in_the_data_section_of_a_run_are_ignored() -> None:
     saved = {"dataset": "python_stdlib", "path": "", "field": "text", "cache_dir": "there", "num_workers": 2}
     config = commands.EvalConfig()
-    assert commands._saved_data(config, saved, "") == PythonStdlib(cache_dir="there", num_workers=2)
+    assert commands._saved_data(config, saved, "") == PythonStdlib(cache_dir="there")
     config = commands.EvalConfig(cache_dir="here")
     assert commands._saved_data(config, {"dataset": "text", "path": "x"}, "") == Text(
         path="x", cache_dir="here"

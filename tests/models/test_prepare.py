@@ -43,8 +43,10 @@ def test_training_evaluation_and_generation_find_the_same_loss(attention: Attent
         )
     assert int(count) == N_TOKENS - 1
     offsets = np.array([0, N_TOKENS])
-    sizes = {"n_documents": 1, "n_tokens": N_TOKENS, "n_bytes": N_TOKENS, "unigram_entropy": 1.0}
-    split = Split(name="validation", tokens_T=tokens_BS[0].numpy(), offsets=offsets, **sizes)
+    tokens_T = tokens_BS[0].numpy()
+    split = Split(
+        name="validation", n_bytes=N_TOKENS, unigram_entropy=1.0, tokens_T=tokens_T, offsets=offsets
+    )
     evaluated = evaluate(model, split, seq_len=N_TOKENS, batch_size=1)
     generated, real = 0.0, torch.ones(1, 1, dtype=torch.bool)
     with Cache(model, 1, N_TOKENS) as cache:

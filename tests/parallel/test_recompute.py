@@ -50,7 +50,7 @@ def test_gradients_are_those_without_recompute(alone: Pass, mode: str, attention
     assert_same(found, alone)
 
 
-ATTENTION = "attend_tiles"
+ATTENTION = "attend"
 MATMULS_AGAIN = {
     "full": 6,  # of seven: the last one's result is in no gradient
     "selective, op": 3,

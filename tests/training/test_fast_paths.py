@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from torchtitan_lite.attention import native, tile_kernels
-from torchtitan_lite.attention.tile_kernels import PlainKernel, WholeCpuKernel
+from torchtitan_lite.attention.portable import evaluate, kernels, native
+from torchtitan_lite.attention.portable.kernels import PlainKernel
 from torchtitan_lite.config.job import load_job
 from torchtitan_lite.models import decoder, loss
 from torchtitan_lite.models.loss import linear_cross_entropy, reference_cross_entropy
@@ -25,7 +25,8 @@ def losses(small_run, monkeypatch):
     def run(dtype: str, fast: str | None, *words: str) -> torch.Tensor:
         with monkeypatch.context() as patched:
             if fast != "attention in blocks":
-                patched.setattr(tile_kernels, "CpuKernel", WholeCpuKernel)
+                patched.setattr(kernels, "_is_medium", lambda q: False)
+                patched.setattr(kernels, "HALF", ())  # else the backward makes them float32
             if fast != "chunked loss":
                 patched.setattr(decoder, "linear_cross_entropy", reference_cross_entropy)
             if fast == "weight cast in tiles":
@@ -95,5 +96,5 @@ def test_a_compiled_run_trains_as_the_slow_one(losses, slow_losses, dtype):
 def test_the_slow_path_is_the_one_that_torch_has_nothing_faster_for(losses, slow_losses, monkeypatch):
     """The reference itself against matrix products written out."""
     wanted = slow_losses("float32")
-    monkeypatch.setattr(tile_kernels, "kernel_for", lambda q: PlainKernel())
+    monkeypatch.setattr(evaluate, "kernel_for", lambda q: PlainKernel())
     torch.testing.assert_close(losses("float32", None), wanted, rtol=0, atol=TOLERANCES["float32"])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from parallel_cases import precision
 
-from torchtitan_lite.attention import native
+from torchtitan_lite.attention.portable import native
 from torchtitan_lite.config.job import JobConfig, load_job
 from torchtitan_lite.config.load import ConfigError
 from torchtitan_lite.data import IGNORE, Batch, Loader

@@ -1,12 +1,15 @@
-"""What each attention implementation can run, as data for the validator, the documentation and the tests."""
+"""What each implementation of attention can run: data for the validator, the documentation and the tests."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
+from torch import Tensor, device, nn
+
+from torchtitan_lite.attention.mask import Ranges
 
 FLOATS = ("float64", "float32", "bfloat16", "float16")
 HALVES = ("bfloat16", "float16")
@@ -15,7 +18,7 @@ INSTALL_FA4 = 'pip install "flash-attn-4>=4.0.0b4,<4.0.0b19"'
 
 @dataclass(frozen=True, kw_only=True)
 class Capabilities:
-    """One implementation of an attention backend and what it takes to run it."""
+    """One implementation of an attention backend: what it supports, and what it needs."""
 
     name: str
     devices: tuple[str, ...]
@@ -23,7 +26,7 @@ class Capabilities:
     head_dim_multiple: int = 1
     head_dim_max: int | None = None
     head_dims_lacking: Mapping[int, range] = dataclasses.field(default_factory=dict)
-    """Head dims below `head_dim_max` that it does not support, by the GPU's major compute capability."""
+    """Head dims up to `head_dim_max` that it does not support, by the GPU's major compute capability."""
     sliding_window: bool = True
     deterministic: bool = True
     """Whether its gradients are the same from run to run in torch's deterministic mode."""
@@ -34,11 +37,11 @@ class Capabilities:
     install: str = ""
     """How to get the packages."""
     also_missing: Callable[[], str | None] = lambda: None
-    """What else keeps it from running here, in words."""
+    """Any other reason why it cannot run here, in words."""
 
     @property
     def needs(self) -> str:
-        """What it takes besides torch, in words."""
+        """What it needs besides torch, in words."""
         gpus = " or ".join(f"{major}.x" for major in self.gpu_majors)
         parts = [f"compute capability {gpus}" * bool(gpus), self.install]
         return ", ".join(part for part in parts if part)
@@ -67,7 +70,7 @@ def _importable(module: str) -> bool:
 
 
 def table(rows: Iterable[Capabilities]) -> list[tuple[str, ...]]:
-    """The capabilities in words, a header and a row each; devices times dtypes are the cells that run."""
+    """The capabilities in words: a header, then a row each. Every device runs every dtype of its row."""
     lines = [("attention", "devices", "dtypes", "head_dim", "window", "deterministic", "needs besides torch")]
     for can in rows:
         head_dim = f"multiple of {can.head_dim_multiple}, " * (can.head_dim_multiple > 1)
@@ -89,7 +92,7 @@ def markdown_table(rows: Iterable[Capabilities]) -> str:
 class Refusal(NamedTuple):
     """Why a config cannot run here.
 
-    `field` is a field of the attention config, or what it was checked against: device, dtype, head_dim,
+    `field` is a field of the attention config or an argument of `refusals`: device, dtype, head_dim,
     n_heads, sliding_window or deterministic.
     """
 
@@ -99,16 +102,41 @@ class Refusal(NamedTuple):
     remedy: str
 
 
-class Backend(Protocol):
-    """What the validator reads of an attention config."""
+@runtime_checkable
+class AttentionConfig(Protocol):
+    """The attention of a model: a frozen dataclass, whose `kind` tells it from others."""
 
-    def implementation(self, device: str) -> Capabilities: ...
+    supports: ClassVar[tuple[Capabilities, ...]]
+    """What each of its implementations can run."""
 
-    def option_refusals(self, device: str) -> list[Refusal]: ...
+    @property
+    def kind(self) -> str: ...
+
+    def implementation(self, device: str) -> Capabilities:
+        """The implementation that runs on "cpu" or "cuda"."""
+        ...
+
+    def option_refusals(self, device: str) -> list[Refusal]:
+        """What is wrong with its own options on "cpu" or "cuda"."""
+        ...
+
+    def build(self) -> nn.Module:
+        """The inner attention."""
+        ...
+
+    def mask(
+        self,
+        positions_BS: Tensor,
+        queries: Ranges | None = None,
+        sliding_window: int | None = None,
+        device: device | str | None = None,
+    ) -> Any:
+        """What may attend to what, for one micro-batch and all layers; see docs/attention.md."""
+        ...
 
 
 def refusals(
-    config: Backend,
+    config: AttentionConfig,
     *,
     device: str,
     dtype: torch.dtype,
@@ -120,34 +148,32 @@ def refusals(
 ) -> list[Refusal]:
     """All reasons why attention of this shape cannot run with `config` on `device` ("cpu" or "cuda").
 
-    What is installed, and which GPU, is checked only where there is a CUDA device to ask.
+    Packages and the GPU itself are checked only if there is a CUDA device here.
     """
     found = list(config.option_refusals(device))
     can = config.implementation(device)
-    dtype_name = str(dtype).removeprefix("torch.")
-    if device not in can.devices and not found:
-        remedy = f"it needs {' or '.join(can.devices)}"
-        found.append(Refusal("device", device, f"does not run {can.name} attention", remedy))
-    if dtype_name not in can.dtypes:
-        rule = f"is not for {can.name} attention on {device}"
-        found.append(Refusal("dtype", dtype_name, rule, f"use {can.dtypes[0]}, or another attention"))
-    if head_dim % can.head_dim_multiple:
-        rule = f"is no multiple of {can.head_dim_multiple}, which {can.name} attention needs"
-        found.append(Refusal("head_dim", head_dim, rule, "use sdpa, or another head_dim"))
-    if can.head_dim_max is not None and head_dim > can.head_dim_max:
-        rule = f"is more than {can.head_dim_max}, the most that {can.name} attention has"
-        found.append(Refusal("head_dim", head_dim, rule, "use sdpa, or a smaller head_dim"))
-    if can.head_dims_lacking and head_dim in can.head_dims_lacking_here():
-        rule = f"is not for {can.name} attention on a GPU of this compute capability"
-        found.append(Refusal("head_dim", head_dim, rule, "use another kernel, sdpa, or another head_dim"))
-    if n_heads % n_kv_heads:
-        divisors = [n for n in range(1, n_heads + 1) if n_heads % n == 0]
-        remedy = f"use {n_kv_heads * (n_heads // n_kv_heads or 1)} heads, or n_kv_heads out of {divisors}"
-        found.append(Refusal("n_heads", n_heads, f"is no multiple of n_kv_heads = {n_kv_heads}", remedy))
-    for field, value, able in (
-        ("sliding_window", sliding_window, can.sliding_window),
-        ("deterministic", deterministic or None, can.deterministic),
-    ):
-        if value is not None and not able:
-            found.append(Refusal(field, value, f"is not for {can.name} attention", "use sdpa"))
+    name, dtype_name = f"{can.name} attention", str(dtype).removeprefix("torch.")
+
+    def refuse(is_wrong: object, field: str, value: object, rule: str, remedy: str) -> None:
+        if is_wrong:
+            found.append(Refusal(field, value, rule, remedy))
+
+    # Where an option is the reason, the option has been refused already.
+    is_elsewhere = device not in can.devices and not found
+    refuse(is_elsewhere, "device", device, f"does not run {name}", f"it needs {' or '.join(can.devices)}")
+    remedy = f"use {can.dtypes[0]}, or another attention"
+    refuse(dtype_name not in can.dtypes, "dtype", dtype_name, f"is not for {name} on {device}", remedy)
+    rule = f"is no multiple of {can.head_dim_multiple}, which {name} needs"
+    refuse(head_dim % can.head_dim_multiple, "head_dim", head_dim, rule, "use sdpa, or another head_dim")
+    rule = f"is more than {can.head_dim_max}, the most that {name} has"
+    is_above = can.head_dim_max is not None and head_dim > can.head_dim_max
+    refuse(is_above, "head_dim", head_dim, rule, "use sdpa, or a smaller head_dim")
+    rule, remedy = f"is not for {name} on this GPU", "use another kernel, sdpa, or another head_dim"
+    refuse(head_dim in can.head_dims_lacking_here(), "head_dim", head_dim, rule, remedy)
+    divisors = [n for n in range(1, n_heads + 1) if n_heads % n == 0]
+    remedy = f"use {n_kv_heads * (n_heads // n_kv_heads or 1)} heads, or n_kv_heads out of {divisors}"
+    refuse(n_heads % n_kv_heads, "n_heads", n_heads, f"is no multiple of n_kv_heads = {n_kv_heads}", remedy)
+    is_windowed = sliding_window is not None and not can.sliding_window
+    refuse(is_windowed, "sliding_window", sliding_window, f"is not for {name}", "use sdpa")
+    refuse(deterministic and not can.deterministic, "deterministic", True, f"is not for {name}", "use sdpa")
     return found

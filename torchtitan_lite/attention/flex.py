@@ -1,6 +1,7 @@
 """Attention by torch's FlexAttention: a block mask, compiled to one kernel.
 
-B batch rows, S key tokens, Q query tokens, H query heads, G key/value heads, K head dim.
+B batch rows, S key tokens, Q query tokens, H query heads, G key/value heads, K head dim;
+M query blocks, N key blocks.
 """
 
 import logging
@@ -13,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, FlexKernelOptions, flex_attention
 
-from torchtitan_lite.attention.block_mask import block_row_tiles, build_block_mask
 from torchtitan_lite.attention.capabilities import FLOATS, HALVES, INSTALL_FA4, Capabilities, Refusal
-from torchtitan_lite.attention.mask import Ranges, check_inputs, check_positions
-from torchtitan_lite.attention.tile_kernels import attend
-from torchtitan_lite.attention.tiles import Tiles
+from torchtitan_lite.attention.mask import Ranges, check_inputs, check_positions, intervals
+from torchtitan_lite.attention.operator import Calls, attend
+from torchtitan_lite.attention.portable import block_tiles
+from torchtitan_lite.attention.transfer import to_device
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +26,7 @@ FLASH_BLOCKS = {9: (128, 128), 10: (256, 128)}
 """The block size that the FLASH backend takes, by major compute capability: Hopper and Blackwell."""
 
 TRITON_BLOCKS = (32, 128)
-"""A block holds whole tiles of the Triton kernels: the smallest of the backward, and the largest default."""
+"""Tiles of the Triton kernels, which must divide a block: the smallest (backward) and the largest default."""
 
 AUTOTUNED_TILE = 64
 """The smallest tile that torch's autotuning tries in the forward (get_flex_attn_fwd_configs of inductor)."""
@@ -38,10 +39,10 @@ class Flex:
     kind: Literal["flex"] = "flex"
 
     block_size: int | tuple[int, int] = 128
-    """Tile of the block mask, in tokens: one number, or query and key tokens."""
+    """Tokens of a block of the mask: one number, or those of the queries and of the keys."""
 
     kernel_options: dict[str, Any] = field(default_factory=dict)
-    """Options of the CUDA kernel, as torch's FlexKernelOptions has them, such as {"BACKEND": "FLASH"}."""
+    """Options of the CUDA kernel: those of torch's FlexKernelOptions, such as {"BACKEND": "FLASH"}."""
 
     supports: ClassVar[tuple[Capabilities, ...]] = (
         Capabilities(name="flex (cpu)", devices=("cpu",), dtypes=FLOATS),
@@ -73,16 +74,16 @@ class Flex:
 
     @property
     def autotuned(self) -> bool:
-        """Whether the Triton kernels' default tiles may exceed a block, so that others must be found."""
+        """True if the Triton kernels' default tiles may exceed a block, so that torch must find others."""
         return not self.flash and min(self.blocks) < TRITON_BLOCKS[1]
 
     @property
     def flash(self) -> bool:
-        """Whether the kernel is FlashAttention-4."""
+        """True if the kernel is FlashAttention-4."""
         return self.kernel_options.get("BACKEND") == "FLASH"
 
     def implementation(self, device: str) -> Capabilities:
-        """What runs on "cpu" or "cuda"."""
+        """The implementation that runs on "cpu" or "cuda"."""
         cpu, triton, flash = self.supports
         return flash if self.flash else cpu if device == "cpu" else triton
 
@@ -93,21 +94,12 @@ class Flex:
             rule = "is for CUDA kernels, and the device is cpu"
             remedy = 'set job.device = "cuda" where there is a GPU, or leave kernel_options empty'
             found.append(Refusal("kernel_options", self.kernel_options, rule, remedy))
-        lack = (
-            self.implementation("cuda").missing() if device == "cuda" and torch.cuda.is_available() else None
-        )
-        if self.flash and lack:
-            rule = f"needs {self.implementation('cuda').needs}, and {lack}"
+        is_here = device == "cuda" and torch.cuda.is_available()
+        flash = self.implementation("cuda")
+        if self.flash and is_here and (lack := flash.missing()):
+            rule = f"needs {flash.needs}, and {lack}"
             found.append(Refusal("kernel_options", self.kernel_options, rule, "use another BACKEND"))
         return found
-
-    @property
-    def _tiles(self) -> dict[str, int]:
-        """The forward kernel's tile where its default may exceed a block: autotuning tries no small ones."""
-        if not self.autotuned:
-            return {}
-        size_q, size_k = self.blocks
-        return {"BLOCK_M": min(size_q, AUTOTUNED_TILE), "BLOCK_N": min(size_k, AUTOTUNED_TILE)}
 
     def _block_refusals(self, device: str) -> Iterator[Refusal]:
         if any(size < 16 or size & (size - 1) for size in self.blocks):
@@ -140,7 +132,12 @@ class Flex:
 
     def build(self) -> nn.Module:
         """The inner attention."""
-        return FlexAttention({**self._tiles, **self.kernel_options}, self.autotuned)
+        tiles = {}
+        if self.autotuned:
+            # The forward's, which may not exceed a block: autotuning tries no small ones.
+            size_q, size_k = (min(size, AUTOTUNED_TILE) for size in self.blocks)
+            tiles = {"BLOCK_M": size_q, "BLOCK_N": size_k}
+        return FlexAttention({**tiles, **self.kernel_options}, self.autotuned)
 
     def mask(
         self,
@@ -152,7 +149,7 @@ class Flex:
         """What may attend to what, for one micro-batch and all layers; see docs/attention.md."""
         if positions_BS.device.type == "cpu":
             check_positions(positions_BS)
-        device = torch.device(device) if device is not None else positions_BS.device
+        device = torch.device(positions_BS.device if device is None else device)
         batch, seq_len = positions_BS.shape
         if device.type == "cpu" and bool((positions_BS == positions_BS[:1]).all()):
             positions_BS = positions_BS[:1]  # equal rows: one batch for every kernel call
@@ -161,17 +158,72 @@ class Flex:
         if device.type != "cpu":
             return FlexMask(block_mask, None, shape)
         _say_once_that_the_cpu_goes_block_row_by_block_row()
-        return FlexMask(block_mask, block_row_tiles(block_mask, shape), shape)
+        return FlexMask(block_mask, block_tiles(block_mask, shape), shape)
 
 
 @dataclass(frozen=True)
 class FlexMask:
-    """A block mask for the kernel and, on a CPU, the same mask as a plan of tiles."""
+    """A block mask for the kernel and, on a CPU, the tiles of the same mask."""
 
     block_mask: BlockMask
-    tiles: Tiles | None
+    tiles: Calls | None
     shape: tuple[int, int, int]
     """(B, Q, S) of the micro-batch."""
+
+
+def build_block_mask(
+    positions_BS: Tensor,
+    queries: Ranges | None,
+    sliding_window: int | None,
+    blocks: tuple[int, int],
+    device: torch.device,
+) -> BlockMask:
+    """The block mask of documents, from the interval of keys that each query sees.
+
+    The mask is built where the positions are and then moved to `device`: building it on a GPU would take
+    sixty small kernels. No tensor is Q x S, as in `create_block_mask` without compilation, and nothing waits
+    for the device. A block is full if all intervals of its queries hold all its keys: the latest start and
+    the earliest end tell. A block is touched if some interval holds some of its keys: the earliest start and
+    the latest end tell.
+    """
+    seq_len = positions_BS.shape[1]
+    first_BQ, last_Q = intervals(positions_BS, queries, sliding_window)
+    n_queries = last_Q.shape[0]
+    first_BMq = _blocked(first_BQ, blocks[0], fill=seq_len)
+    last_Mq = _blocked(last_Q, blocks[0], fill=-1)
+    key_N = torch.arange(0, seq_len, blocks[1], device=positions_BS.device)
+    end_N = (key_N + blocks[1]).clamp(max=seq_len)
+    touched_BMN = (first_BMq.amin(-1)[..., None] < end_N) & (last_Mq.amax(-1)[:, None] >= key_N)
+    full_BMN = (first_BMq.amax(-1)[..., None] <= key_N) & (last_Mq.amin(-1)[:, None] >= key_N + blocks[1] - 1)
+    partial_BMN = touched_BMN & ~full_BMN
+
+    first_BQ, last_Q = (to_device(x.int(), device) for x in (first_BQ, last_Q))
+
+    def sees(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        return (kv >= first_BQ[b, q]) & (kv <= last_Q[q])
+
+    block_mask = BlockMask.from_kv_blocks(
+        *_block_list(partial_BMN),
+        *_block_list(full_BMN),
+        BLOCK_SIZE=blocks,
+        mask_mod=sees,
+        seq_lengths=(n_queries, seq_len),
+    )
+    for name, value in list(vars(block_mask).items()):
+        if isinstance(value, Tensor):
+            setattr(block_mask, name, to_device(value, device))
+    return block_mask
+
+
+def _blocked(x_Q: Tensor, size: int, fill: int) -> Tensor:
+    """The last axis cut into blocks, [..., M, size]; the last block is filled up with `fill`."""
+    return nn.functional.pad(x_Q, (0, -x_Q.shape[-1] % size), value=fill).unflatten(-1, (-1, size))
+
+
+def _block_list(chosen_BMN: Tensor) -> tuple[Tensor, Tensor]:
+    """How many blocks of each row of blocks are chosen, [B, 1, M], and which: the first of [B, 1, M, N]."""
+    order_BMN = torch.argsort(chosen_BMN.int(), dim=-1, descending=True, stable=True)
+    return chosen_BMN.sum(-1, dtype=torch.int32)[:, None], order_BMN.int()[:, None]
 
 
 class FlexAttention(nn.Module):
@@ -180,11 +232,11 @@ class FlexAttention(nn.Module):
     def __init__(self, kernel_options: dict[str, Any], autotuned: bool) -> None:
         super().__init__()
         self.kernel_options = dict(kernel_options)
-        # For fewer than 128 queries torch takes its decoding kernel, and raises unless all queries of a key
-        # head fit one block of the mask. So only single queries may take that kernel.
+        # For fewer than 128 queries torch uses its decoding kernel, which raises unless all queries of a key
+        # head fit one block of the mask. So only a single query may use that kernel.
         is_chosen = {"BACKEND", "FORCE_USE_FLEX_ATTENTION"} & kernel_options.keys()
         self.options_of_several = {**({} if is_chosen else {"BACKEND": "TRITON"}), **kernel_options}
-        # Not in the forward: torch.compile would trace the cache.
+        # Looked up here: in the forward, torch.compile would trace the cache.
         self.flex_attention = _compiled(autotuned)
 
     def forward(

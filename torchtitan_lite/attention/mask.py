@@ -6,8 +6,6 @@ Every query sees one interval of the keys of its own row: from the first token o
 window) up to itself. The backends differ only in how they evaluate that.
 """
 
-import sys
-
 import torch
 from torch import Tensor
 
@@ -22,7 +20,7 @@ Ranges = tuple[tuple[int, int], ...]
 
 
 def query_ranges(queries: Ranges | None, seq_len: int) -> Ranges:
-    """The key tokens that the queries are, in the queries' order; None stands for all of them.
+    """`queries` as ranges of key tokens, in the order of the queries; None stands for all tokens.
 
     Raises ValueError for a range outside the sequence and for ranges that overlap.
     """
@@ -38,14 +36,19 @@ def query_ranges(queries: Ranges | None, seq_len: int) -> Ranges:
     return ranges
 
 
+def count_queries(queries: Ranges | None, seq_len: int) -> int:
+    """How many tokens `queries` are."""
+    return sum(stop - start for start, stop in query_ranges(queries, seq_len))
+
+
 def check_window(sliding_window: int | None) -> None:
-    """Raise ValueError for a window that shows a query not even itself."""
+    """Raise ValueError for a window in which a query does not see itself."""
     if sliding_window is not None and sliding_window < 1:
         raise ValueError(f"sliding_window {sliding_window} must be at least 1: a query sees itself")
 
 
 def check_positions(positions_BS: Tensor) -> None:
-    """Raise ValueError unless each row is padding, whole documents counted from 0, padding."""
+    """Raise ValueError unless each row is padding, then documents that each count from 0, then padding."""
     if positions_BS.ndim != 2 or positions_BS.dtype != torch.int64:
         raise ValueError(
             f"positions must be int64 of shape [B, S], not {positions_BS.dtype} {list(positions_BS.shape)}"
@@ -67,9 +70,10 @@ def check_positions(positions_BS: Tensor) -> None:
 def check_inputs(
     q_BQHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, shape: tuple[int, int, int], scale: float | None
 ) -> float:
-    """The scale, 1 / sqrt(K) by default, of tensors that fit each other and the mask of (B, Q, S) `shape`.
+    """Check that the tensors fit each other and a mask of (B, Q, S) `shape`; return the scale.
 
-    Raises ValueError where they do not, and for a scale that is not positive: some kernels give NaN for it.
+    The scale is 1 / sqrt(K) by default. Raises ValueError if the tensors do not fit, and for a scale that is
+    not positive: some kernels would give NaN.
     """
     batch, n_queries, seq_len = shape
     q, k, v = tuple(q_BQHK.shape), tuple(k_BSGK.shape), tuple(v_BSGK.shape)
@@ -89,10 +93,10 @@ def check_inputs(
 
 
 def segments(positions_BS: Tensor, queries: Ranges | None = None) -> Tensor:
-    """The pieces of documents that the queries are: [N, 5] int64 rows (row, q0, q1, k0, k1), sorted.
+    """The queries, cut at the documents: [N, 5] int64 rows (row, q0, q1, k0, k1), sorted.
 
-    Queries [q0, q1) of `row` see the keys [k0, k1) causally, aligned at the bottom right: the last query
-    sees all of them. q counts the queries at hand, k the keys. `positions_BS` must be on the CPU.
+    Queries [q0, q1) of `row` see the keys [k0, k1) causally, aligned at the bottom right: the last query sees
+    all of these keys. q0 and q1 count the queries, k0 and k1 the keys. `positions_BS` must be on the CPU.
     """
     check_positions(positions_BS)
     seq_len = positions_BS.shape[1]
@@ -135,22 +139,14 @@ def intervals(
 def explicit_mask(
     positions_BS: Tensor, queries: Ranges | None = None, sliding_window: int | None = None
 ) -> Tensor:
-    """The whole mask, [B, Q, S] bool, True where a query sees a key: quadratic, for the reference alone."""
+    """The mask as a tensor [B, Q, S], True where a query sees a key: quadratic, for the reference alone."""
     first_BQ, last_Q = intervals(positions_BS, queries, sliding_window)
     key_S = torch.arange(positions_BS.shape[1], device=positions_BS.device)
     return (key_S >= first_BQ[..., None]) & (key_S <= last_Q[:, None])
 
 
-def of_any_length(x: Tensor) -> Tensor:
-    """`x`, of whose length torch.compile then makes no constant: it changes from batch to batch."""
-    dynamo = sys.modules.get("torch._dynamo")  # not loaded: nothing is compiled
-    if dynamo is not None:
-        dynamo.maybe_mark_dynamic(x, 0)
-    return x
-
-
 def positions_from_cu_seqlens(cu_seqlens: Tensor) -> Tensor:
-    """Positions [1, T] of T packed tokens, from the cumulative lengths of their documents, [N + 1]."""
+    """Positions [1, T] of T packed tokens, from the cumulative lengths [N + 1] of their documents."""
     cu = cu_seqlens.to(torch.int64)
     token_T = torch.arange(int(cu[-1]), device=cu.device)
     return (token_T - cu[torch.searchsorted(cu, token_T, right=True) - 1])[None]

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchtitan_lite.attention.capabilities import FLOATS, Capabilities, Refusal
-from torchtitan_lite.attention.mask import Ranges, check_inputs
-from torchtitan_lite.attention.runs import PackedMask, attend_packed, build_runs
-from torchtitan_lite.attention.tile_kernels import attend, has_cuda_flash
-from torchtitan_lite.attention.tiles import document_tiles
+from torchtitan_lite.attention.mask import Ranges, check_inputs, query_ranges
+from torchtitan_lite.attention.operator import Calls, attend
+from torchtitan_lite.attention.packs import document_packs
+from torchtitan_lite.attention.portable import document_tiles, has_cuda_flash
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class Sdpa:
     )
 
     def implementation(self, device: str) -> Capabilities:
-        """What runs on "cpu" or "cuda"."""
+        """The implementation that runs on "cpu" or "cuda"."""
         return self.supports[0]
 
     def option_refusals(self, device: str) -> list[Refusal]:
@@ -45,45 +45,59 @@ class Sdpa:
         queries: Ranges | None = None,
         sliding_window: int | None = None,
         device: torch.device | str | None = None,
-    ) -> PackedMask:
+    ) -> "SdpaMask":
         """What may attend to what, for one micro-batch and all layers; see docs/attention.md."""
-        device = torch.device(device) if device is not None else positions_BS.device
-        positions_BS = positions_BS.cpu()  # once, for both plans
+        device = torch.device(positions_BS.device if device is None else device)
+        positions_BS = positions_BS.cpu()  # once, for both tables
         tiles = document_tiles(positions_BS, queries, sliding_window, device)
-        if device.type == "cpu" or tiles.causal_rows:
-            return PackedMask(tiles, None)
-        # Both plans: the dtype is not known here, and decides whether the GPU's kernel can be used.
-        return PackedMask(tiles, build_runs(positions_BS, queries, sliding_window, device))
+        if device.type == "cpu":
+            return SdpaMask(tiles)
+        seq_len = positions_BS.shape[1]
+        has_all = query_ranges(queries, seq_len) == ((0, seq_len),) and (sliding_window or seq_len) >= seq_len
+        if has_all and bool((positions_BS == torch.arange(seq_len)).all()):
+            return SdpaMask(tiles, one_document=True)
+        # Both tables: the dtype is not known here, and decides whether the GPU's kernel can be used.
+        return SdpaMask(tiles, document_packs(positions_BS, queries, sliding_window, device))
+
+
+@dataclass(frozen=True)
+class SdpaMask:
+    """A mask for each way in which `SdpaAttention` may compute it."""
+
+    tiles: Calls
+    packs: Calls | None = None
+    one_document: bool = False
+    """Whether every row is one document, and every query sees all of it up to itself."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(B, Q, S) of the micro-batch."""
+        return self.tiles.shape
 
 
 class SdpaAttention(nn.Module):
     """One kernel call for rows of one document each, else a loop over documents.
 
-    On a GPU packed rows are one call too, of torch's variable-length FlashAttention, if it takes the dtype
+    On a GPU, packed rows are one call too, of torch's variable-length FlashAttention, if that takes the dtype
     and the head_dim.
     """
 
     def forward(
-        self, q_BQHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: PackedMask, scale: float | None = None
+        self, q_BQHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: SdpaMask, scale: float | None = None
     ) -> Tensor:
         """Attend; [B, Q, H, K]."""
-        tiles, runs = mask.tiles, mask.runs
-        assert tiles is not None
-        # On a CPU the plan makes the same kernel call, without a random state that torch.compile would keep
+        # On a CPU the tiles make the same kernel call, without a random state that torch.compile would keep
         # for the recompute.
-        if q_BQHK.is_cuda and tiles.causal_rows and not _only_quadratic(q_BQHK, k_BSGK, v_BSGK):
-            scale = check_inputs(q_BQHK, k_BSGK, v_BSGK, tiles.shape, scale)
+        if q_BQHK.is_cuda and mask.one_document and not _only_quadratic(q_BQHK, k_BSGK, v_BSGK):
+            scale = check_inputs(q_BQHK, k_BSGK, v_BSGK, mask.shape, scale)
             return attend_whole_rows(q_BQHK, k_BSGK, v_BSGK, scale)
-        if runs is not None and has_cuda_flash(q_BQHK):
-            return attend_packed(q_BQHK, k_BSGK, v_BSGK, runs, scale)
-        return attend(q_BQHK, k_BSGK, v_BSGK, tiles, scale)
+        if mask.packs is not None and has_cuda_flash(q_BQHK):
+            return attend(q_BQHK, k_BSGK, v_BSGK, mask.packs, scale)
+        return attend(q_BQHK, k_BSGK, v_BSGK, mask.tiles, scale)
 
 
 def attend_whole_rows(q_BSHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, scale: float) -> Tensor:
-    """Attend in one kernel call, where every row is one document; [B, S, H, K].
-
-    torch chooses the kernel.
-    """
+    """Attend in one kernel call, which torch chooses, where every row is one document; [B, S, H, K]."""
     q_BHSK, k_BGSK, v_BGSK = (x.transpose(1, 2) for x in (q_BSHK, k_BSGK, v_BSGK))
     out_BHSK = F.scaled_dot_product_attention(
         q_BHSK, k_BGSK, v_BGSK, is_causal=True, scale=scale, enable_gqa=q_BHSK.shape[1] != k_BGSK.shape[1]

@@ -15,15 +15,16 @@ from torch.nn.attention import activate_flash_attention_impl
 
 from torchtitan_lite.attention.capabilities import FLOATS, HALVES, INSTALL_FA4, Capabilities, Refusal
 from torchtitan_lite.attention.mask import Ranges
-from torchtitan_lite.attention.runs import PackedMask, attend_packed, build_runs
-from torchtitan_lite.attention.tile_kernels import attend
-from torchtitan_lite.attention.tiles import document_tiles
+from torchtitan_lite.attention.operator import Calls, attend
+from torchtitan_lite.attention.packs import document_packs
+from torchtitan_lite.attention.portable import document_tiles
 
 FA4_BEFORE = 19
 """The first beta of flash-attn-4 that torch cannot use: it returns four results, and torch expects two."""
 
 
 def _fa4_lacks() -> str | None:
+    """Why torch cannot use the installed flash-attn-4; None if it can."""
     from torch.nn.attention import _fa4
 
     # Causal attention is passed as a window, which torch 2.11 does not translate for FlashAttention-4.
@@ -40,6 +41,7 @@ def _fa4_lacks() -> str | None:
 
 
 def _flash_attn_lacks() -> str | None:
+    """Why `FlashAttnPackage` cannot use the installed flash-attn; None if it can."""
     try:
         installed = version("flash-attn")
     except PackageNotFoundError:
@@ -63,7 +65,6 @@ def _flash(name: str, majors: tuple[int, ...], package: str = "", install: str =
     )
 
 
-_FA3 = "FlashAttention-3 from the flash-attention sources"
 KERNELS = {
     "fa4": _flash(
         "fa4",
@@ -74,7 +75,7 @@ KERNELS = {
         head_dims_lacking={10: range(129, 256)},
         also_missing=_fa4_lacks,
     ),
-    "fa3": _flash("fa3", (9,), "flash_attn_interface", _FA3),
+    "fa3": _flash("fa3", (9,), "flash_attn_interface", "FlashAttention-3 from the flash-attention sources"),
     "flash_attn": _flash(
         "flash_attn",
         (8, 9, 10, 12),
@@ -85,8 +86,7 @@ KERNELS = {
     "torch": _flash("torch", (8, 9, 10, 12)),
     "documents": Capabilities(name="varlen (documents)", devices=("cpu", "cuda"), dtypes=FLOATS),
 }
-"""Every kernel by name, the best first: the order in which "auto" looks for one that runs."""
-
+"""Every kernel by name, the best first: "auto" takes the first that runs."""
 
 ACTIVATED: dict[str, Literal["FA3", "FA4"]] = {"fa3": "FA3", "fa4": "FA4"}
 """Kernels that replace torch's FlashAttention for the whole process, with torch's names for them."""
@@ -99,7 +99,7 @@ class Varlen:
     kind: Literal["varlen"] = "varlen"
 
     kernel: Literal["auto", "fa4", "fa3", "flash_attn", "torch", "documents"] = "auto"
-    """Which kernel: auto takes the best that is installed and fits the GPU; documents is the loop."""
+    """Which kernel: auto takes the best one that is installed and fits the GPU; documents is a loop."""
 
     supports: ClassVar[tuple[Capabilities, ...]] = tuple(KERNELS.values())
 
@@ -114,11 +114,11 @@ class Varlen:
         return next(name for name, can in KERNELS.items() if can.missing() is None)
 
     def implementation(self, device: str) -> Capabilities:
-        """What runs on "cpu" or "cuda"."""
+        """The implementation that runs on "cpu" or "cuda"."""
         return KERNELS[self.resolve(device)]
 
     def option_refusals(self, device: str) -> list[Refusal]:
-        """Whether the kernel can run on "cpu" or "cuda"."""
+        """Why the kernel cannot run on "cpu" or "cuda"."""
         can = KERNELS[self.resolve(device)]
         if device not in can.devices:
             rule = f"needs a CUDA device with {can.needs}, and the device is {device}"
@@ -144,21 +144,20 @@ class Varlen:
         queries: Ranges | None = None,
         sliding_window: int | None = None,
         device: torch.device | str | None = None,
-    ) -> PackedMask:
+    ) -> Calls:
         """What may attend to what, for one micro-batch and all layers; see docs/attention.md."""
-        device = torch.device(device) if device is not None else positions_BS.device
-        given = positions_BS, queries, sliding_window, device
+        device = torch.device(positions_BS.device if device is None else device)
         kernel = _ready(self, device.type)
         if kernel == "documents":
-            return PackedMask(document_tiles(*given), None)
-        return PackedMask(None, build_runs(*given, kernel))
+            return document_tiles(positions_BS, queries, sliding_window, device)
+        return document_packs(positions_BS, queries, sliding_window, device, kernel)
 
 
 @cache
 def _ready(config: Varlen, device: str) -> str:
-    """The kernel that runs on "cpu" or "cuda"; activates it if necessary, once.
+    """The evaluator that runs on "cpu" or "cuda"; a kernel that replaces torch's is activated first, once.
 
-    Called for the first mask, when the device is known, so that a run on a CPU never touches a GPU.
+    The first mask calls this, when the device is known, so that a run on a CPU never touches a GPU.
     """
     name = config.resolve(device)
     if name in ACTIVATED:
@@ -167,13 +166,10 @@ def _ready(config: Varlen, device: str) -> str:
 
 
 class VarlenAttention(nn.Module):
-    """One kernel call for each run of documents, or the loop over documents if the mask has no runs."""
+    """The kernel calls of the mask: packs of documents for FlashAttention, or tiles of documents."""
 
     def forward(
-        self, q_BQHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: PackedMask, scale: float | None = None
+        self, q_BQHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: Calls, scale: float | None = None
     ) -> Tensor:
         """Attend; [B, Q, H, K]."""
-        if mask.runs is None:
-            assert mask.tiles is not None
-            return attend(q_BQHK, k_BSGK, v_BSGK, mask.tiles, scale)
-        return attend_packed(q_BQHK, k_BSGK, v_BSGK, mask.runs, scale)
+        return attend(q_BQHK, k_BSGK, v_BSGK, mask, scale)

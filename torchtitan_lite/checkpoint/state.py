@@ -27,7 +27,7 @@ class State:
     """Steps done."""
     n_tokens_seen: _Count
     consumed_samples: _Count
-    """Samples taken of the global order: the position in the data, whatever the ranks and workers."""
+    """Samples taken of the global order: the position in the data, whatever the number of ranks."""
     validated: int
     """Step of the last validation; -1 before the first."""
     model_only: bool

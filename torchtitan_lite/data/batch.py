@@ -4,7 +4,7 @@ B samples in a batch, S tokens in a sample, T tokens in a split.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torchtitan_lite.config.load import ConfigError, Problem
 from torchtitan_lite.data.shards import Split
 
 IGNORE = -100
-"""The label of a token that has no next token to predict."""
+"""The label of a token that is the last of its document."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,17 +22,24 @@ class Batch:
 
     tokens_BS: torch.Tensor
     positions_BS: torch.Tensor
-    """Distance from the start of the token's document, or of the sample if the document starts before it."""
+    """Distance from the start of the token's document, or of the sample if the document started earlier."""
     labels_BS: torch.Tensor
     """The next token of the same document; IGNORE after a document's last."""
     sample_ids: list[int]
-    """Places in the global order, so that a batch can be found again."""
+    """Places in the global order, by which a batch can be found again."""
+
+    def pinned(self) -> "Batch":
+        """The same batch in pinned memory."""
+        parts = {
+            name: getattr(self, name).pin_memory() for name in ("tokens_BS", "positions_BS", "labels_BS")
+        }
+        return replace(self, **parts)
 
 
 class Samples:
-    """A split cut, document after document, into samples of `seq_len` tokens.
+    """A split, cut into samples of `seq_len` tokens without regard to documents.
 
-    The tokens that are too few for another sample are left over. ConfigError if there is not one sample.
+    Tokens at the end that are too few for a sample are left out. ConfigError if there is no sample.
     """
 
     def __init__(self, split: Split, seq_len: int) -> None:
@@ -45,7 +52,7 @@ class Samples:
         return self.split.n_tokens // self.seq_len
 
     def batch(self, indices: Sequence[int], sample_ids: Sequence[int]) -> Batch:
-        """The samples at `indices` of the split, known as `sample_ids`."""
+        """The samples at `indices` of the split, with their places `sample_ids` in the global order."""
         rows = [self._row(index) for index in indices]
         tokens, positions, labels = (torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True))
         return Batch(tokens_BS=tokens, positions_BS=positions, labels_BS=labels, sample_ids=list(sample_ids))
@@ -56,7 +63,7 @@ class Samples:
         start, stop = index * self.seq_len, (index + 1) * self.seq_len
         tokens = self.split.tokens_T[start : stop + 1].astype(np.int64)
         first, last = np.searchsorted(self.split.offsets, (start, stop), side="right")
-        # Where documents end within the sample, which is where others start.
+        # Within the sample: where a document ends and the next one starts.
         breaks = self.split.offsets[first:last] - start
         labels = np.append(tokens[1:], IGNORE)[: self.seq_len]
         labels[breaks - 1] = IGNORE

@@ -1,5 +1,6 @@
-"""The data section of a run: what all datasets have in common, and our own datasets."""
+"""The section `[data]`: what all datasets have in common, and the datasets of this package."""
 
+import logging
 import os
 import sysconfig
 from abc import ABC, abstractmethod
@@ -14,44 +15,42 @@ from torchtitan_lite.registry import Names, datasets, tokenizers
 _NOT_LIBRARY = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
 # Enough for the path of a shard's file below the cache folder.
 _CACHE_NAMES_LENGTH = 64
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(ABC):
-    """What text the run learns from, and how it becomes tokens; a dataset adds its own options."""
+    """The text of a run, and how it becomes tokens. A dataset adds its own options."""
 
     dataset: str = ""
-    """Name of the dataset, which each of them narrows to its own."""
+    """Name of the dataset."""
     tokenizer: Annotated[str, Names(tokenizers)] = "bytes"
     """Name of a tokenizer, or the path of a tokenizer.json or of a folder that holds one."""
     cache_dir: str = ""
     """Folder for the token shards; empty: $XDG_CACHE_HOME/torchtitan_lite, or ~/.cache/torchtitan_lite."""
     validation_fraction: float = 0.05
-    """Share of the text that is held out of training, for validation; 0 holds nothing out."""
-    num_workers: int = 0
-    """Processes per rank that prepare batches ahead. 0: the training process itself does, which is enough
-    unless the token shards are on a slow disk."""
+    """Share of the text that is held out of training for validation; 0 holds nothing out."""
 
     @abstractmethod
     def open(self) -> Source:
-        """The text. Raises ConfigError where there is none."""
+        """Open the text. Raises ConfigError if there is none."""
 
     @property
     def shard_options(self) -> object:
-        """The options that the shards depend on besides the text, its tokenizer and the share held out.
+        """The options that change the shards, besides the tokenizer and `validation_fraction`.
 
-        These are all options of the dataset itself, unless it says better.
+        By default these are all options that the dataset itself adds.
         """
         common = {field.name for field in fields(DataConfig)}
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in common}
 
     def no_text(self) -> Problem:
-        """What is wrong where no document holds any text."""
+        """The problem to report if no document holds any text."""
         return Problem("data.dataset", self.dataset, "has no text in its documents", "choose another")
 
     @property
     def cache_folder(self) -> Path:
-        """The folder that `cache_dir` stands for."""
+        """The folder of the token shards: `cache_dir`, or the default."""
         default = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "torchtitan_lite")
         return Path(os.path.expanduser(self.cache_dir or default)).absolute()
 
@@ -62,9 +61,6 @@ class DataConfig(ABC):
             remedy = "use 0.05 to hold out a twentieth of the text, or 0 for none"
             rule = "is not in [0, 1)"
             found.append(Problem(f"{key}.validation_fraction", self.validation_fraction, rule, remedy))
-        if self.num_workers < 0:
-            rule, remedy = "must be at least 0", "use 0 for the training process itself"
-            found.append(Problem(f"{key}.num_workers", self.num_workers, rule, remedy))
         return found
 
     def _cache_problems(self, key: str) -> list[Problem]:
@@ -96,7 +92,7 @@ class PythonStdlib(DataConfig):
 
     def open(self) -> FileSource:
         place = Place(root=Path(sysconfig.get_path("stdlib")), suffix=".py", left_out=_NOT_LIBRARY)
-        kept, *_ = place.read(only_text=True, warn=False)
+        kept, *_ = place.read(only_text=True)
         if not kept:
             rule = f"finds no source file of the standard library in {place.root}"
             remedy = 'use a Python that has them, or dataset "text"'
@@ -144,7 +140,10 @@ class _Files(DataConfig):
 
     def _open(self, json_field: str | None) -> FileSource:
         place = self._place
-        kept, n_empty, n_not_text = place.read(only_text=not self.is_json, warn=True)
+        kept, n_empty, n_not_text = place.read(only_text=not self.is_json)
+        if kept and n_empty + n_not_text:
+            message = "%s: left out %d empty files and %d that are not UTF-8 text"
+            _LOG.warning(message, place.root, n_empty, n_not_text)
         if kept:
             return FileSource(files=tuple(kept), json_field=json_field)
         if place.root.is_file():
@@ -193,7 +192,7 @@ class Jsonl(_Files):
 
 
 def open_source(config: DataConfig) -> Source:
-    """The dataset of `config`, every file of it read once to be hashed; ConfigError if it has no text."""
+    """Open the dataset of `config`: all files are read once and hashed. ConfigError if there is no text."""
     if problems := [problem for problem in config.problems("data") if problem.key != "data.cache_dir"]:
         raise ConfigError(problems)
     return config.open()

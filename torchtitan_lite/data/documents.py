@@ -1,4 +1,4 @@
-"""Files to documents, and documents to pieces of UTF-8 that are small enough to hold in memory."""
+"""Documents of files and lines, in pieces of UTF-8 that fit into memory."""
 
 import codecs
 import io
@@ -14,13 +14,13 @@ from typing import BinaryIO, NamedTuple, NoReturn
 from torchtitan_lite.config.load import ConfigError, Problem, near
 
 PIECE_BYTES = 256 << 10
-# Before one space between two words, or after one line break between two lines: common pre-tokenizers never
-# join what stands on both sides, so that the pieces of a document encode to the ids of the whole.
+# Before a single space between words, or after a single line break between lines: common pre-tokenizers split
+# the text there anyway, so the pieces of a document encode to the ids of the whole document.
 _SAFE_CUTS = (re.compile(rb"(?<=\S)(?= \S)"), re.compile(rb"(?<=\S\n)(?=\S)"))
 
 
 class Stamp(NamedTuple):
-    """What changes about a file when something writes to it."""
+    """Properties of a file that change when something writes to it."""
 
     size: int
     mtime_ns: int
@@ -46,14 +46,14 @@ class SourceFile:
 
 @dataclass(frozen=True, kw_only=True)
 class Document:
-    """A text that stands by itself."""
+    """One text of a dataset."""
 
     identity: bytes
-    """What decides whether it is held out: a file's name, or a JSON line's text."""
+    """Decides whether the document is held out: a file's name, or the text itself."""
     size: int
     """Bytes of UTF-8."""
     pieces: Iterator[bytes]
-    """The text, in order, once; no piece ends within a character."""
+    """The text in order, to be read once. No piece ends within a character."""
 
 
 def whole_file(file: SourceFile) -> Document:
@@ -62,7 +62,7 @@ def whole_file(file: SourceFile) -> Document:
 
 
 def json_documents(file: SourceFile, field: str) -> Iterator[Document]:
-    """One document a line of a JSON lines file; ConfigError names the line that has none."""
+    """A document for each line of a JSON lines file. ConfigError names the line that holds none."""
     with _reading(file) as stream:
         for number, line in enumerate(stream, start=1):
             if number == 1:
@@ -95,7 +95,7 @@ def _pieces(stream: BinaryIO) -> Iterator[bytes]:
 
 
 def _last_cut(text: bytes) -> int:
-    """The best place to cut `text` in its second half."""
+    """The best place to cut `text`: safe and late if possible, in its second half."""
     half = len(text) // 2
     for safe in _SAFE_CUTS:
         for window in (1 << 10, half):
@@ -138,11 +138,11 @@ def _bad_line(where: str, rule: str, remedy: str) -> ConfigError:
 
 @contextmanager
 def _reading(file: SourceFile) -> Iterator[BinaryIO]:
-    """The open file; ConfigError where it cannot be read, or is not what it was when it was hashed."""
+    """The open file. ConfigError if it cannot be read, or has changed since it was hashed."""
     try:
         with file.path.open("rb") as stream:
             yield stream
-            # The shards are filed under that hash.
+            # The hash is part of the name of the shards.
             if Stamp.of(stream) != file.stamp:
                 rule, remedy = "changed while it was read", "start again when nothing writes to it"
                 raise ConfigError([Problem("data.path", str(file.path), rule, remedy)])
@@ -151,7 +151,7 @@ def _reading(file: SourceFile) -> Iterator[BinaryIO]:
 
 
 def unreadable(error: OSError, path: Path | None = None) -> NoReturn:
-    """The ConfigError for a file or folder of the dataset that cannot be read."""
+    """Raise the ConfigError for a file or folder of the dataset that cannot be read."""
     rule, remedy = f"cannot be read ({error.strerror or error})", "change its permissions, or name another"
-    # A failure to read, unlike one to open, does not name the file.
+    # Unlike an error from open(), an error from read() does not name the file.
     raise ConfigError([Problem("data.path", str(path or error.filename), rule, remedy)])

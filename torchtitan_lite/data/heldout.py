@@ -1,4 +1,4 @@
-"""Which text is held out of training: documents by hash, and the end of each that is too large for that."""
+"""The text that is held out of training: whole documents, chosen by hash, and the ends of large documents."""
 
 import hashlib
 from collections.abc import Iterable, Iterator
@@ -7,25 +7,25 @@ from itertools import islice
 
 from torchtitan_lite.data.documents import Document, character_start
 
-# With fewer expected in either split, the chance that hashes leave it empty, or far too small, is not slight.
+# With fewer documents expected in a split, hashes would often leave the split empty or far too small.
 _ENOUGH = 8
 _MOST_RANKED = 100_000
-# Without it the standard library's one huge file, generated prose, would be most of what is held out there.
+# Without this salt, one huge generated file would be most of what is held out of the standard library.
 _SALT = b"held out "
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOut:
-    """A decision for every document, which depends on nothing but what the documents are."""
+    """A decision for every document. It depends on the documents alone, not on their order or place."""
 
     fraction: float
     large: float
-    """Bytes; of a larger document the end is held out, of any other all or nothing."""
+    """Bytes. The end of a larger document is held out; any other document is held out as a whole or not."""
     chosen: frozenset[bytes] | None
-    """Hashes of the documents to hold out; None where they are so many that each one's hash decides alone."""
+    """Hashes of the documents to hold out. None if there are many: then each document's own hash decides."""
 
     def divide(self, document: Document) -> Iterator[tuple[bool, bytes]]:
-        """The pieces of `document`, each with whether it is held out; what is held out comes last."""
+        """(is held out, piece) for all pieces of `document`; the held-out pieces come last."""
         n_held = self.n_held(document)
         if n_held in (0, document.size):
             yield from ((n_held > 0, piece) for piece in document.pieces)
@@ -50,8 +50,8 @@ class HeldOut:
         return document.size if is_held else 0
 
 
-def plan(documents: Iterable[Document], fraction: float, n_bytes: int) -> HeldOut:
-    """What to hold out of `documents`, about `n_bytes` in all; reads no more of them than it needs to."""
+def choose(documents: Iterable[Document], fraction: float, n_bytes: int) -> HeldOut:
+    """Choose `fraction` of `documents`, which have about `n_bytes`. Of many documents only some are read."""
     if fraction == 0:
         return HeldOut(fraction=0.0, large=n_bytes, chosen=frozenset())
     n_many = int(min(_ENOUGH / min(fraction, 1 - fraction), _MOST_RANKED)) + 1
@@ -61,11 +61,11 @@ def plan(documents: Iterable[Document], fraction: float, n_bytes: int) -> HeldOu
         return HeldOut(fraction=fraction, large=large_share * n_bytes, chosen=None)
     large = large_share * sum(sizes.values())
     small = {digest: size for digest, size in sizes.items() if size <= large}
-    return HeldOut(fraction=fraction, large=large, chosen=_choose(small, fraction))
+    return HeldOut(fraction=fraction, large=large, chosen=_choose_few(small, fraction))
 
 
-def _choose(sizes: dict[bytes, int], fraction: float) -> frozenset[bytes]:
-    """Of a few documents, in the order of their hashes, those that come to about the fraction of all."""
+def _choose_few(sizes: dict[bytes, int], fraction: float) -> frozenset[bytes]:
+    """Of a few documents, in the order of their hashes, those that add up to about the fraction of all."""
     total, n_held, chosen = sum(sizes.values()), 0, set()
     for digest, size in sizes.items():
         if size <= 2 * (fraction * total - n_held) and n_held + size < total:
@@ -75,7 +75,7 @@ def _choose(sizes: dict[bytes, int], fraction: float) -> frozenset[bytes]:
 
 
 def _line_start(piece: bytes, place: int, n_held: int) -> int:
-    """Where the line around `place` begins, unless that would more than double the `n_held` bytes after."""
+    """Start of the line around `place`, unless that would more than double the `n_held` bytes that follow."""
     start = piece.rfind(b"\n", 0, place) + 1
     return start if start > 0 and place - start <= n_held else character_start(piece, place)
 

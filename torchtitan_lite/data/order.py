@@ -1,11 +1,9 @@
-"""The order of the samples: a pure function of the seed and the global sample index, with nothing to store.
+"""The order of the samples: a pure function of the seed and the global sample index. Nothing is stored.
 
-A Feistel network permutes the smallest power of two that holds all n samples; an index that lands beyond n is
-permuted again until it lands below ("cycle walking"), which keeps the map a bijection of range(n).
+A Feistel network permutes the smallest power of two that holds all n samples. An index that lands at n or
+beyond is permuted again until it lands below n ("cycle walking"): the map stays a bijection of range(n).
 Black and Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002, https://eprint.iacr.org/2001/012
 """
-
-from typing import overload
 
 import numpy as np
 
@@ -15,35 +13,19 @@ _MASK = (1 << 64) - 1
 _GOLDEN, _MIX1, _MIX2 = map(np.uint64, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
-@overload
-def sample_at(g: int, n: int, seed: int) -> int: ...
-@overload
-def sample_at(g: np.ndarray, n: int, seed: int) -> np.ndarray: ...
-def sample_at(g: int | np.ndarray, n: int, seed: int) -> int | np.ndarray:
-    """Which of the n samples stands at place `g` of the endless order; each epoch has its own permutation."""
-    epoch, index = np.divmod(np.atleast_1d(np.asarray(g, np.uint64)), np.uint64(n))
-    placed = _permute(index, n, _mix(_key(seed) + epoch))
-    return int(placed[0]) if np.ndim(g) == 0 else placed.astype(np.int64)
+def sample_at(places: np.ndarray, n: int, seed: int) -> np.ndarray:
+    """Which of the n samples stands at each of the `places` of the endless order, [...] int64.
 
-
-@overload
-def permute(index: int, n: int, seed: int) -> int: ...
-@overload
-def permute(index: np.ndarray, n: int, seed: int) -> np.ndarray: ...
-def permute(index: int | np.ndarray, n: int, seed: int) -> int | np.ndarray:
-    """Where a permutation of range(n), chosen by `seed`, takes `index` (one, or an array of them)."""
-    places = np.atleast_1d(np.asarray(index, np.uint64))
-    placed = _permute(places, n, np.broadcast_to(_key(seed), places.shape))
-    return int(placed[0]) if np.ndim(index) == 0 else placed.astype(np.int64)
-
-
-def _permute(index: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
-    assert 0 < n < 1 << 62 and bool((index < n).all()), f"indices of range({n})"
+    Every n places are an epoch, which has a permutation of its own.
+    """
+    assert 0 < n < 1 << 62
+    epoch, index = np.divmod(places.astype(np.uint64), np.uint64(n))
+    key = _mix(_mix(np.array([seed & _MASK], np.uint64)) + epoch)
     n_bits = max(2, (n - 1).bit_length())
     placed = _feistel(index, n_bits, key)
     while (beyond := placed >= n).any():
         placed[beyond] = _feistel(placed[beyond], n_bits, key[beyond])
-    return placed
+    return placed.astype(np.int64)
 
 
 def _feistel(index: np.ndarray, n_bits: int, key: np.ndarray) -> np.ndarray:
@@ -55,10 +37,6 @@ def _feistel(index: np.ndarray, n_bits: int, key: np.ndarray) -> np.ndarray:
         left, right = right, left ^ (mixed >> np.uint64(64 - n_left))
         n_left, n_right = n_right, n_left
     return left << np.uint64(n_right) | right
-
-
-def _key(seed: int) -> np.ndarray:
-    return _mix(np.array([seed & _MASK], np.uint64))
 
 
 def _mix(x: np.ndarray) -> np.ndarray:

@@ -1,9 +1,9 @@
-"""Text to token shards on disk, once for each content and tokenizer, and the shards as memory maps.
+"""Token shards on disk: built once for each text and tokenizer, then used as memory maps.
 
     <cache>/<dataset>-<key>/ train.tokens train.offsets validation.tokens validation.offsets metadata.json
 
-Tokens are little-endian integers of the width that the vocabulary needs, documents one after the other, each
-with the end-of-text token last. Offsets are int64: where each document starts, then the number of tokens.
+Tokens are little-endian integers, as wide as the vocabulary needs: documents one after the other, each with
+the end-of-text token last. Offsets are int64: where each document starts, then the number of tokens.
 """
 
 import hashlib
@@ -12,9 +12,8 @@ import logging
 import time
 from array import array
 from dataclasses import dataclass
-from mmap import mmap
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
@@ -24,7 +23,7 @@ from torchtitan_lite.data.datasets import DataConfig, open_source
 from torchtitan_lite.data.sources import Source
 from torchtitan_lite.data.tokenizer import Tokenizer
 
-# Counts up when the same text and tokenizer come to other shards, or the shards to other files.
+# Goes up when the same text and tokenizer give other shards, or shards are stored in another way.
 _FORMAT = 1
 _BATCH_BYTES = 2 << 20
 _LOG = logging.getLogger(__name__)
@@ -37,31 +36,28 @@ class Split:
     """One split of a dataset as tokens."""
 
     name: SplitName
-    n_documents: int
-    n_tokens: int
-    """End-of-text tokens included."""
     n_bytes: int
     """Bytes of UTF-8 text."""
     unigram_entropy: float
-    """Nats per byte of the split's own byte frequencies: the loss of a model that knows only those."""
+    """Nats per byte: the loss of a model that knows only the byte frequencies of the split."""
     tokens_T: np.ndarray
     """All tokens, memory-mapped."""
     offsets: np.ndarray
-    """Where each document starts in the tokens, and after them the number of tokens."""
+    """Where each document starts in the tokens; the last one is the number of tokens."""
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Files by name: another process is to map them too, not to get a copy."""
-        return {name: _unmapped(value) for name, value in self.__dict__.items()}
+    @property
+    def n_documents(self) -> int:
+        return len(self.offsets) - 1
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(
-            {name: value.open() if isinstance(value, _File) else value for name, value in state.items()}
-        )
+    @property
+    def n_tokens(self) -> int:
+        """How many tokens there are, with the end-of-text tokens."""
+        return len(self.tokens_T)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shards:
-    """A dataset as tokens; the validation split is empty when nothing is held out."""
+    """A dataset as tokens. The validation split is empty if nothing is held out."""
 
     folder: Path
     train: Split
@@ -69,9 +65,9 @@ class Shards:
 
 
 def prepare(config: DataConfig, tokenizer: Tokenizer) -> Shards:
-    """The shards of `config`, built where the cache does not have them whole.
+    """The shards of `config`, built unless the cache has them undamaged.
 
-    ConfigError: there is no text, a JSON line is wrong, or the cache folder cannot be written to.
+    ConfigError if there is no text, a JSON line is wrong, or the cache folder cannot be written to.
     """
     source = open_source(config)
     key = _key(config, source, tokenizer)
@@ -81,7 +77,7 @@ def prepare(config: DataConfig, tokenizer: Tokenizer) -> Shards:
         if shards := _load(folder, key):
             return shards
         with cache.exclusive(folder):
-            # Another process may have built it while this one waited.
+            # Another process may have built the shards while this one waited.
             return _load(folder, key) or _build(source, config, tokenizer, folder, key)
     except OSError as error:
         rule = f"cannot be written to ({error.strerror or error})"
@@ -96,7 +92,7 @@ def _key(config: DataConfig, source: Source, tokenizer: Tokenizer) -> str:
 
 def _build(source: Source, config: DataConfig, tokenizer: Tokenizer, folder: Path, key: str) -> Shards:
     began = time.perf_counter()
-    held_out = heldout.plan(source.documents(), config.validation_fraction, source.n_bytes)
+    held_out = heldout.choose(source.documents(), config.validation_fraction, source.n_bytes)
     dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
     with cache.scratch(folder) as place:
         with open(place / "train.tokens", "wb") as first, open(place / "validation.tokens", "wb") as second:
@@ -129,12 +125,13 @@ def _no_tokens(config: DataConfig, n_bytes: int) -> Problem:
 
 
 class _Writer:
-    """Appends the documents of one split to its file of tokens, many pieces at a time."""
+    """Writes the documents of one split to its file of tokens, many pieces at a time."""
 
     def __init__(self, file: BinaryIO, tokenizer: Tokenizer, dtype: str) -> None:
         self._file, self._tokenizer, self._dtype = file, tokenizer, dtype
         self._hash = hashlib.sha256()
         self._waiting: list[bytes | None] = []
+        """Pieces to encode; None ends a document."""
         self._n_bytes_waiting = 0
         self._within_document = False
         self._starts = array("q", [0])
@@ -142,7 +139,7 @@ class _Writer:
         self._n_of_byte = np.zeros(256, np.int64)
 
     def add(self, piece: bytes) -> None:
-        """More of the document at hand."""
+        """Add the next piece of the present document."""
         self._n_of_byte += np.bincount(np.frombuffer(piece, np.uint8), minlength=256)
         self._waiting.append(piece)
         self._within_document = True
@@ -151,13 +148,13 @@ class _Writer:
             self._flush()
 
     def end_document(self) -> None:
-        """The document at hand is complete, if there is one."""
+        """End the present document, if there is one."""
         if self._within_document:
             self._waiting.append(None)
             self._within_document = False
 
     def finish(self) -> dict[str, Any]:
-        """Write what waits; the split's part of the metadata."""
+        """Write the pieces that wait, and return the split's part of the metadata."""
         self._flush()
         n_bytes = int(self._n_of_byte.sum())
         shares = self._n_of_byte[self._n_of_byte > 0] / max(n_bytes, 1)
@@ -176,7 +173,7 @@ class _Writer:
         for piece in self._waiting:
             if piece is not None:
                 self._write(next(encoded))
-            elif self.n_tokens > self._starts[-1]:  # a tokenizer may make nothing of some text
+            elif self.n_tokens > self._starts[-1]:  # else the tokenizer has made no token of the document
                 self._write(np.array([self._tokenizer.eos_id]))
                 self._starts.append(self.n_tokens)
         self._waiting, self._n_bytes_waiting = [], 0
@@ -189,13 +186,13 @@ class _Writer:
 
 
 def _load(folder: Path, key: str) -> Shards | None:
-    """The shards in `folder`, if every byte of them is as it was written."""
+    """The shards in `folder`; None if there are none, or any byte has changed since they were written."""
     if not folder.exists():
         return None
     try:
         metadata = _read_metadata(folder)
         if metadata["key"] != key:
-            raise ValueError("it is another dataset's")
+            raise ValueError("it belongs to another dataset")
         train, validation = (_load_split(folder, name, metadata) for name in ("train", "validation"))
     except (OSError, ValueError) as error:
         _LOG.warning("%s is damaged and will be built again (%s)", folder, error)
@@ -206,38 +203,20 @@ def _load(folder: Path, key: str) -> Shards | None:
 def _load_split(folder: Path, name: SplitName, metadata: dict[str, Any]) -> Split:
     content = metadata["splits"][name]
     mapped = {}
-    for what, dtype in (("tokens", metadata["dtype"]), ("offsets", "<i8")):
-        path = folder / f"{name}.{what}"
+    for kind, dtype in (("tokens", metadata["dtype"]), ("offsets", "<i8")):
+        path = folder / f"{name}.{kind}"
         with path.open("rb") as stream:
-            if hashlib.file_digest(stream, "sha256").hexdigest() != content["sha256"][what]:
+            if hashlib.file_digest(stream, "sha256").hexdigest() != content["sha256"][kind]:
                 raise ValueError(f"{path.name} is not what was written")
         # An empty file cannot be mapped.
-        mapped[what] = np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype)
+        mapped[kind] = np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype)
     return Split(
         name=name,
-        n_documents=len(mapped["offsets"]) - 1,
-        n_tokens=len(mapped["tokens"]),
         n_bytes=content["n_bytes"],
         unigram_entropy=content["unigram_entropy"],
         tokens_T=mapped["tokens"],
         offsets=mapped["offsets"],
     )
-
-
-class _File(NamedTuple):
-    """A file to map."""
-
-    path: str
-    dtype: np.dtype
-
-    def open(self) -> np.ndarray:
-        return np.memmap(self.path, self.dtype, "r")
-
-
-def _unmapped(value: Any) -> Any:
-    # A part of a mapped file is a memmap too, and says nothing of which part.
-    is_whole_file = isinstance(value, np.memmap) and isinstance(value.base, mmap)
-    return _File(str(value.filename), value.dtype) if is_whole_file else value
 
 
 def _write_metadata(folder: Path, content: dict[str, Any]) -> None:

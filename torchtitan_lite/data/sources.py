@@ -1,8 +1,7 @@
-"""Where text comes from: files, listed and hashed, or texts that a program yields."""
+"""Sources of text: files, listed and hashed, or texts that a program yields."""
 
 import codecs
 import hashlib
-import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,6 @@ from torchtitan_lite.data.documents import (
     whole_file,
 )
 
-_LOG = logging.getLogger(__name__)
 _NOTHING = frozenset(hashlib.sha256(content).digest() for content in (b"", codecs.BOM_UTF8))
 
 
@@ -37,19 +35,19 @@ class Source(Protocol):
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of UTF-8, or about as many."""
+        """Bytes of UTF-8, exactly or nearly."""
         ...
 
     def documents(self) -> Iterator[Document]:
-        """All documents, the same at each call; each one's pieces are gone when the next is asked for."""
+        """All documents, the same at each call. Read the pieces of one before you ask for the next."""
         ...
 
 
 class Texts:
-    """Texts in memory, or yielded by a function, each of them a document.
+    """Texts in memory, or yielded by a function: each is a document.
 
-    The function yields the same texts whenever it is called. Where reading all of them takes long, give a
-    `digest`, which changes whenever the texts do; without one it is the hash of the texts.
+    The function must yield the same texts at every call. `digest` must change whenever the texts change; by
+    default it is the hash of all texts. Give a digest if reading all texts takes long.
     """
 
     def __init__(self, texts: Sequence[str] | Callable[[], Iterable[str]], digest: str = "") -> None:
@@ -69,7 +67,7 @@ class Texts:
 
     @cached_property
     def _measured(self) -> tuple[str, int]:
-        """The hash of all texts, and their bytes."""
+        """The hash of all texts, and their size in bytes."""
         whole, n_bytes = hashlib.sha256(), 0
         for document in self.documents():
             whole.update(hashlib.sha256(document.identity).digest())
@@ -83,7 +81,7 @@ class FileSource:
 
     files: tuple[SourceFile, ...]
     json_field: str | None
-    """Where each line's document is, when the files are JSON lines."""
+    """The key of a line's document, if the files are JSON lines."""
 
     @property
     def digest(self) -> str:
@@ -99,7 +97,7 @@ class FileSource:
         return sum(file.stamp.size for file in self.files)
 
     def documents(self) -> Iterator[Document]:
-        """All documents, file by file; each one's pieces are gone when the next is asked for."""
+        """All documents, file by file."""
         for file in self.files:
             if self.json_field is None:
                 yield whole_file(file)
@@ -115,19 +113,19 @@ class Place:
     suffix: str = ""
     """How the names of files in a folder end."""
     left_out: frozenset[str] = frozenset()
-    """Names of folders to leave out."""
+    """Names of folders that are left out."""
 
     def has_files(self) -> bool:
-        """Whether there is a file; True where some of the place cannot be read, which `read` says better."""
+        """True if there is a file, or part of the place cannot be read: `read` then says why."""
         try:
             return next(self._paths(), None) is not None
         except ConfigError:
             return True
 
-    def read(self, *, only_text: bool, warn: bool) -> tuple[list[SourceFile], int, int]:
-        """The files, each read once to be hashed, and how many are left out: empty ones, and not UTF-8 ones.
+    def read(self, *, only_text: bool) -> tuple[list[SourceFile], int, int]:
+        """Read and hash the files: (files with text, how many are empty, how many are not UTF-8).
 
-        `only_text`: whether a file must be UTF-8 text; `warn`: whether the log says what is left out.
+        With `only_text`, files that are not UTF-8 text are left out and counted.
         """
         kept, n_empty, n_not_text = [], 0, 0
         names = self._named()
@@ -139,18 +137,15 @@ class Place:
                 n_not_text += 1
             else:
                 kept.append(file)
-        if kept and warn and n_empty + n_not_text:
-            message = "%s: left out %d empty files and %d that are not UTF-8 text"
-            _LOG.warning(message, self.root, n_empty, n_not_text)
         return kept, n_empty, n_not_text
 
     def _named(self) -> dict[str, Path]:
-        """The files by relative path; each once, by its own path, else by the first link to it."""
+        """The files by relative path: each once, by its own path, else by the first link to it."""
         base = self.root if self.root.is_dir() else self.root.parent
         names = {path.relative_to(base).as_posix(): path for path in self._paths()}
         links = {name for name, path in names.items() if path.is_symlink()}
         real_base = os.path.realpath(base)
-        # Folders below it are no links.
+        # Folders below the base are never links.
         taken = {os.path.join(real_base, name) for name in names.keys() - links}
         for name in sorted(links):
             real = os.path.realpath(names[name])
@@ -173,12 +168,12 @@ class Place:
 
 
 def _is_hidden(name: str) -> bool:
-    # The cache may be within the dataset's folder, and is none of its text.
+    # The cache may lie within the dataset's folder, and is not part of the text.
     return name.startswith(".") or cache.is_ours(name)
 
 
 def _inspect(path: Path, name: str) -> tuple[SourceFile, bool]:
-    """The hash of a file, and whether all of it is text: UTF-8 without a NUL byte."""
+    """A file with its hash, and whether all of it is text: UTF-8 without a NUL byte."""
     whole, decoder, is_text = hashlib.sha256(), codecs.getincrementaldecoder("utf-8")(), True
     try:
         with path.open("rb") as stream:

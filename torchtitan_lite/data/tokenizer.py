@@ -1,11 +1,10 @@
-"""Text to token ids and back: bytes, a Hugging Face tokenizer.json, or a tokenizer of a plugin."""
+"""Text to token ids and back: bytes, a Hugging Face tokenizer.json, or a plugin's tokenizer."""
 
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -23,16 +22,16 @@ _END_ID_FILES = ("generation_config.json", "config.json")
 
 
 class Tokenizer(Protocol):
-    """What the shards and the model need of a tokenizer."""
+    """The tokenizer of a run."""
 
     vocab_size: int
     """One more than the largest id."""
     eos_id: int
     """The id that ends every document; no text encodes to it."""
     stop_ids: Sequence[int]
-    """The ids after which generated text ends: eos_id, and what else the model's files name."""
+    """The ids after which generated text ends: eos_id, and others that the model's files name."""
     bos_id: int | None
-    """What others begin a text with; nothing here does."""
+    """The id with which other programs begin a text. This package never adds it."""
     fingerprint: str
     """Changes whenever the ids of some text may change."""
 
@@ -41,22 +40,23 @@ class Tokenizer(Protocol):
         ...
 
     def encode_pieces(self, pieces: Sequence[bytes]) -> list[np.ndarray]:
-        """Ids of each UTF-8 piece by itself; the fast way for much text."""
+        """Ids of each UTF-8 piece by itself: faster than `encode` for much text."""
         ...
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids`, special tokens left out."""
+        """Text of `ids` without the special tokens."""
         ...
 
     def save(self, folder: Path) -> None:
-        """Write the files from which this tokenizer is loaded again, by transformers too."""
+        """Write files from which `load_tokenizer` and transformers load this tokenizer."""
         ...
 
 
 def load_tokenizer(spec: str, options: object = None) -> Tokenizer:
-    """The tokenizer that `data.tokenizer` names: a registered one, a tokenizer.json, or the folder of one.
+    """Load the tokenizer that `data.tokenizer` names: a registered one, or a tokenizer.json (or its folder).
 
-    `options` is the section `[tokenizers]`; without it, registered tokenizers have their defaults.
+    `options` is the section `[tokenizers]`; without `options`, registered tokenizers use their defaults.
+    ConfigError if there is no such tokenizer, or its files cannot be used.
     """
     if spec in tokenizers.members:
         return tokenizers.configured(options)[spec].build()
@@ -84,7 +84,7 @@ class Bytes:
 
 
 class ByteTokenizer:
-    """One id for each byte of the UTF-8 text, and one that ends a document."""
+    """One id for each byte of the UTF-8 text, and one for the end of a document."""
 
     eos_id = 256
     bos_id: int | None = None
@@ -105,7 +105,7 @@ class ByteTokenizer:
         from tokenizers import AddedToken, decoders, models, pre_tokenizers
         from tokenizers import Tokenizer as Encoder
 
-        # A byte-level BPE without merges: each byte is one of the letters that stand for bytes there.
+        # A byte-level BPE without merges: one letter stands for each byte.
         vocabulary = {letter: byte for byte, letter in enumerate(_byte_letters())}
         encoder: Any = Encoder(models.BPE(vocab=vocabulary, merges=[]))
         encoder.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -116,7 +116,7 @@ class ByteTokenizer:
 
 
 def _byte_letters() -> list[str]:
-    """The letter for each byte in byte-level BPE: itself where it is visible, else one from 256 on.
+    """The letter for each byte in byte-level BPE: the byte's own if visible, else one from 256 on.
 
     Source: bytes_to_unicode of https://github.com/openai/gpt-2/blob/master/src/encoder.py.
     """
@@ -131,7 +131,7 @@ def _write_config(folder: Path, end: str) -> None:
         "eos_token": end,
         "clean_up_tokenization_spaces": False,
     }
-    (folder / _CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    _write_json(folder / _CONFIG, content)
 
 
 class FileTokenizer:
@@ -144,36 +144,32 @@ class FileTokenizer:
 
         try:
             content = file.read_bytes()
-            self._encoder: Any = Encoder.from_str(content.decode())
+            encoder: Any = Encoder.from_str(content.decode())
         except Exception as error:  # noqa: BLE001 - the library raises Exception itself
             remedy = "name a tokenizer.json that the tokenizers library can read"
             raise _error(spec, f"cannot be read ({error})", remedy) from None
-        # A file may ask for both, and documents would be cut short without a word.
-        self._encoder.no_truncation()
-        self._encoder.no_padding()
-        self._file, self._content = file, content
-        self._end = end = _find_end(self._encoder, file, spec)
-        # The end must be special, whatever the file says, for the next line to keep it out of the text.
-        self._encoder.add_special_tokens([AddedToken(end, special=True, normalized=False)])
-        self._encoder.encode_special_tokens = True
-        self._spec = spec
-        self.eos_id: int = self._encoder.token_to_id(end)
-        self.bos_id = _find_begin(self._encoder, file, spec)
-        self.stop_ids: Sequence[int] = list(
-            dict.fromkeys([self.eos_id, *_find_stops(self._encoder, file, spec)])
-        )
-        self.vocab_size: int = max(self._encoder.get_vocab().values()) + 1
+        # A file may turn both on. Documents would then be cut short without a word.
+        encoder.no_truncation()
+        encoder.no_padding()
+        beside = {name: _read_json(file.parent / name, spec) for name in (*_END_TEXT_FILES, *_END_ID_FILES)}
+        self._spec, self._file, self._content, self._beside = spec, file, content, beside
+        self._encoder = encoder
+        self._end = _find_end(encoder, beside, spec)
+        # `encode_special_tokens` treats special tokens in a text as plain text. The end token must be special
+        # for that, whatever the file says.
+        encoder.add_special_tokens([AddedToken(self._end, special=True, normalized=False)])
+        encoder.encode_special_tokens = True
+        self.eos_id: int = encoder.token_to_id(self._end)
+        self.bos_id = _find_begin(encoder, beside)
+        self.stop_ids: Sequence[int] = list(dict.fromkeys([self.eos_id, *_find_stops(encoder, beside)]))
+        self.vocab_size: int = max(encoder.get_vocab().values()) + 1
         self.fingerprint = hashlib.sha256(content + f"\0{self.eos_id}".encode()).hexdigest()
 
     def encode(self, text: str) -> np.ndarray:
-        with self._encoding():
-            return np.array(self._encoder.encode(text, add_special_tokens=False).ids, np.uint32)
+        return self._encode([text])[0]
 
     def encode_pieces(self, pieces: Sequence[bytes]) -> list[np.ndarray]:
-        texts = [piece.decode() for piece in pieces]
-        with self._encoding():
-            encoded = self._encoder.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.array(one.ids, np.uint32) for one in encoded]
+        return self._encode([piece.decode() for piece in pieces])
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._encoder.decode([int(i) for i in ids], skip_special_tokens=True)
@@ -182,62 +178,64 @@ class FileTokenizer:
         (folder / _FILE).write_bytes(self._content)
         _write_config(folder, self._end)
         for name in _END_TEXT_FILES:
-            if found := _read_json(self._file.parent / name, self._spec):
-                found.pop("auto_map", None)  # the code of somebody else, for a loader that would run it
-                found["eos_token"] = self._end
-                (folder / name).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+            if self._beside[name]:
+                # auto_map names code from elsewhere, which transformers would run.
+                kept = {key: value for key, value in self._beside[name].items() if key != "auto_map"}
+                _write_json(folder / name, {**kept, "eos_token": self._end})
         if len(self.stop_ids) > 1:
-            stops = json.dumps({"eos_token_id": list(self.stop_ids)}, indent=2)
-            (folder / _END_ID_FILES[0]).write_text(stops + "\n", encoding="utf-8")
+            _write_json(folder / _END_ID_FILES[0], {"eos_token_id": list(self.stop_ids)})
         if (template := self._file.parent / _TEMPLATE).is_file():
             shutil.copyfile(template, folder / _TEMPLATE)
 
-    @contextmanager
-    def _encoding(self) -> Iterator[None]:
+    def _encode(self, texts: list[str]) -> list[np.ndarray]:
         try:
-            yield
+            encoded = self._encoder.encode_batch_fast(texts, add_special_tokens=False)
         except Exception as error:  # noqa: BLE001 - the library raises Exception itself
             remedy = 'use "bytes", or a tokenizer that has an unknown token or knows every byte'
             raise _error(self._spec, f"cannot encode the text ({error})", remedy) from None
+        return [np.array(one.ids, np.uint32) for one in encoded]
 
 
-def _find_end(encoder: Any, file: Path, spec: str) -> str:
-    """The token that ends a text: as the files beside the tokenizer say, else a common name that it knows."""
-    named = [_read_json(file.parent / name, spec).get("eos_token") for name in _END_TEXT_FILES]
-    names = [name.get("content") if isinstance(name, dict) else name for name in named]
-    for file_name in _END_ID_FILES:
-        ids = _read_json(file.parent / file_name, spec).get("eos_token_id")
+_Beside = dict[str, dict[str, Any]]
+"""The content of the JSON files beside a tokenizer.json, by name; empty for a file that does not exist."""
+
+
+def _find_end(encoder: Any, beside: _Beside, spec: str) -> str:
+    """The token that ends a text: the first known one that the files name, else a common name."""
+    names = [_text_of(beside[name].get("eos_token")) for name in _END_TEXT_FILES]
+    for name in _END_ID_FILES:
+        ids = beside[name].get("eos_token_id")
         first = ids[0] if isinstance(ids, list) and ids else ids
-        if _is_id(first):
-            names.append(encoder.id_to_token(first))
+        names.append(encoder.id_to_token(first) if _is_id(first) else None)
     for name in (*names, *_END_NAMES):
-        if isinstance(name, str) and encoder.token_to_id(name) is not None:
+        if name is not None and encoder.token_to_id(name) is not None:
             return name
     rule = f"does not say which token ends a text, and knows none of {', '.join(_END_NAMES)}"
     raise _error(spec, rule, 'put a tokenizer_config.json with {"eos_token": "..."} beside it')
 
 
+def _find_stops(encoder: Any, beside: _Beside) -> list[int]:
+    """The ids that end generated text, from the first file that has a list of them."""
+    lists = (beside[name].get("eos_token_id") for name in _END_ID_FILES)
+    ids = next((ids for ids in lists if isinstance(ids, list)), [])
+    return [number for number in ids if _is_id(number) and encoder.id_to_token(number) is not None]
+
+
+def _find_begin(encoder: Any, beside: _Beside) -> int | None:
+    """The id with which other programs begin a text, if the files name a token that the tokenizer knows."""
+    names = [_text_of(beside[name].get("bos_token")) for name in _END_TEXT_FILES]
+    ids = [encoder.token_to_id(name) for name in names if name is not None]
+    return next((number for number in ids if number is not None), None)
+
+
+def _text_of(token: object) -> str | None:
+    """The text of a token: the files have a string, or an object with the string as its "content"."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
+
+
 def _is_id(number: object) -> bool:
     return isinstance(number, int) and 0 <= number < 2**32
-
-
-def _find_stops(encoder: Any, file: Path, spec: str) -> list[int]:
-    """The ids after which a text goes no further, where a list of them is beside the tokenizer."""
-    for name in _END_ID_FILES:
-        ids = _read_json(file.parent / name, spec).get("eos_token_id")
-        if isinstance(ids, list):
-            return [number for number in ids if _is_id(number) and encoder.id_to_token(number) is not None]
-    return []
-
-
-def _find_begin(encoder: Any, file: Path, spec: str) -> int | None:
-    """The token that others begin a text with, as the files beside the tokenizer say; none here does."""
-    for name in _END_TEXT_FILES:
-        begin = _read_json(file.parent / name, spec).get("bos_token")
-        begin = begin.get("content") if isinstance(begin, dict) else begin
-        if isinstance(begin, str) and (found := encoder.token_to_id(begin)) is not None:
-            return found
-    return None
 
 
 def _read_json(file: Path, spec: str) -> dict[str, Any]:
@@ -249,6 +247,10 @@ def _read_json(file: Path, spec: str) -> dict[str, Any]:
         rule = f"has a {file.name} beside it that cannot be read ({error})"
         raise _error(spec, rule, "correct that file, or remove it") from None
     return content if isinstance(content, dict) else {}
+
+
+def _write_json(file: Path, content: object) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _error(spec: str, rule: str, remedy: str) -> ConfigError:

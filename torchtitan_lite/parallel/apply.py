@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from torchtitan_lite.attention.native import CXX, compile_kernel, forget_kernels
+from torchtitan_lite.attention.portable.native import CXX, compile_kernel, forget_kernels
 from torchtitan_lite.config.load import ConfigError, Problem, near
 from torchtitan_lite.models.decoder import Decoder, DecoderConfig
 from torchtitan_lite.parallel.context import Chunks, ContextParallel

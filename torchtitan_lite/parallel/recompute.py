@@ -51,8 +51,7 @@ class ActivationCheckpointConfig:
 
 # Names, since most of these operators are registered only if their package is installed.
 _ATTENTION = (
-    "torchtitan_lite::attend_tiles",
-    "torchtitan_lite::attend_runs",
+    "torchtitan_lite::attend",
     "aten::_scaled_dot_product_flash_attention_for_cpu",
     "aten::_scaled_dot_product_flash_attention",
     "aten::_scaled_dot_product_efficient_attention",

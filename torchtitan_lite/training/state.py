@@ -49,8 +49,15 @@ class TrainState:
         initial: Found | Path | None = None,
     ) -> None:
         degrees, size = job.parallelism.degrees(world.size), job.training.local_batch_size
-        share = degrees.data_rank(world.rank), degrees.data
-        self.batches = Loader(corpus.samples, job.debug.seed, size, *share, n_workers=job.data.num_workers)
+        self.batches = Loader(
+            corpus.samples,
+            job.debug.seed,
+            size,
+            degrees.data_rank(world.rank),
+            degrees.data,
+            n_ahead=job.training.accumulation(degrees.data),
+            pin=torch.device(job.device).type == "cuda",
+        )
         self.record = Record(job, world, corpus.shards, corpus.tokenizer)
         self.notes = self.record.check(resumed) if resumed else []
         """Lines to print about the step or the weights that the run begins with."""

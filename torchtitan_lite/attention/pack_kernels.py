@@ -1,21 +1,18 @@
-"""The kernels for one run of packed documents, forward and backward: causal, aligned at the bottom right.
+"""The kernels for one pack of documents, forward and backward: causal, aligned at the bottom right.
 
-T queries and U keys of a run, H query heads, G key/value heads, K head dim, D documents.
+T queries and U keys of a pack, H query heads, G key/value heads, K head dim, D documents.
 """
 
-from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from torchtitan_lite.attention.tile_kernels import PlainKernel
-
 aten = torch.ops.aten
 
 
 class Documents(NamedTuple):
-    """Which queries and keys of a run belong to the same document."""
+    """Which queries and keys of a pack belong to the same document."""
 
     cu_q_D: Tensor
     """Cumulative query counts, [D + 1] int32."""
@@ -27,8 +24,8 @@ class Documents(NamedTuple):
     """No document has more keys."""
 
 
-class RunKernel(Protocol):
-    """Attention of one run, q and out [T, H, K], k and v [U, G, K], lse [H, T]; see Runs.window."""
+class PackKernel(Protocol):
+    """Attention of one pack, q and out [T, H, K], k and v [U, G, K], lse [H, T]; see Calls.window."""
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float, window: int | None
@@ -90,49 +87,3 @@ class FlashAttnPackage:
             deterministic=torch.are_deterministic_algorithms_enabled(),
         )  # fmt: skip
         return dq, dk, dv
-
-
-class DocumentByDocument:
-    """`PlainKernel` under an explicit mask, one document at a time: slow, the reference for the others."""
-
-    def forward(self, q, k, v, documents, scale, window):
-        found = [
-            PlainKernel().forward(q_, k_, v_, False, mask, scale)
-            for q_, k_, v_, mask in _parted(documents, window, q, k, v)
-        ]
-        outs, lses = zip(*found, strict=True)
-        return torch.cat(outs, 2)[0].transpose(0, 1), torch.cat(lses, 2)[0]
-
-    def backward(self, dout, q, k, v, out, lse, documents, scale, window):
-        edges = pairwise(documents.cu_q_D.tolist())
-        parts = []
-        for (q_, k_, v_, mask), (q0, q1) in zip(_parted(documents, window, q, k, v), edges, strict=True):
-            dout_, out_ = (_heads_first(x[q0:q1]) for x in (dout, out))
-            lse_ = lse[None, :, q0:q1]
-            parts.append(PlainKernel().backward(dout_, q_, k_, v_, out_, lse_, False, mask, scale))
-        dq, dk, dv = (torch.cat(part, 2)[0].transpose(0, 1) for part in zip(*parts, strict=True))
-        return dq, dk, dv
-
-
-def _parted(documents: Documents, window: int | None, q_THK: Tensor, k_UGK: Tensor, v_UGK: Tensor):
-    """The queries, keys and values of each document, and its additive mask."""
-    edges = zip(*(pairwise(cu_D.tolist()) for cu_D in (documents.cu_q_D, documents.cu_k_D)), strict=True)
-    for (q0, q1), (k0, k1) in edges:
-        behind = (k1 - k0) - (q1 - q0)  # keys before the first query
-        sees = q_THK.new_ones(q1 - q0, k1 - k0, dtype=torch.bool).tril(behind)
-        if window is not None:
-            sees = sees.triu(behind - window + 1)
-        mask = torch.zeros(sees.shape, device=sees.device).masked_fill(~sees, float("-inf"))
-        yield _heads_first(q_THK[q0:q1]), _heads_first(k_UGK[k0:k1]), _heads_first(v_UGK[k0:k1]), mask
-
-
-def _heads_first(x_THK: Tensor) -> Tensor:
-    return x_THK.transpose(0, 1)[None]
-
-
-KERNELS: dict[str, RunKernel] = {
-    "torch": TorchFlash(),
-    "flash_attn": FlashAttnPackage(),
-    "reference": DocumentByDocument(),
-}
-"""Every kernel by name; FlashAttention-3 and -4 are "torch" once they are activated."""

@@ -1,8 +1,8 @@
-"""Attention of documents by a kernel that this machine's GCC makes of `causal_cpu.cpp`.
+"""Causal attention of whole documents by `causal_cpu.cpp`, which the machine's GCC compiles.
 
 B batch rows, S tokens, H query heads, G key/value heads, K head dim.
 
-For runs that are compiled: `compile_kernel` makes it known, for the whole process, for heads of one size.
+`compile_kernel` switches the kernel on for the whole process, for heads of one size. Compiled runs do so.
 """
 
 import ctypes
@@ -17,14 +17,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from torchtitan_lite.attention.tiles import CAUSAL, FULL
+from torchtitan_lite.attention.portable.tiles import CAUSAL, FULL
 
-# What torch looks for: torch._inductor.config.cpp.cxx.
+# The compiler that torch uses: torch._inductor.config.cpp.cxx.
 CXX = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-"""The compiler of CPU kernels, torch's and ours."""
+"""The compiler of CPU kernels, of torch's and of this one."""
 
 _SOURCE = Path(__file__).with_name("causal_cpu.cpp")
-# OpenMP's functions are left to be found in what torch has loaded: a second copy would have more threads.
+# The library is not linked with OpenMP: it uses the copy that torch has loaded. A second copy would start
+# threads of its own.
 _COMPILE = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-fopenmp", "-Wno-psabi")
 _DTYPES = (torch.float32, torch.bfloat16)
 _LOG = logging.getLogger(__name__)
@@ -32,10 +33,10 @@ _KERNELS: dict[int, ctypes.CDLL] = {}
 
 
 def compile_kernel(head_dim: int) -> None:
-    """Compile the kernel for heads of `head_dim`, or find it in the cache; then `attend_tiles` uses it.
+    """Compile the kernel for heads of `head_dim`, or load it from the cache, and use it from now on.
 
-    Where it cannot be compiled or loaded, that is logged and torch's own kernel stays. So it does where there
-    is no GCC to be expected.
+    If the kernel cannot be compiled or loaded, a warning says so, and torch's kernel is used. Systems other
+    than Linux always use torch's kernel.
     """
     if head_dim % 16 or head_dim > 256 or head_dim in _KERNELS or sys.platform != "linux":
         return
@@ -43,36 +44,33 @@ def compile_kernel(head_dim: int) -> None:
         _KERNELS[head_dim] = _loaded(head_dim)
     except subprocess.CalledProcessError as error:
         said = error.stderr.decode(errors="replace").strip().splitlines()
-        _say_left(
-            f"{CXX} cannot compile ours: {' / '.join(said[:3])}; CXX names another compiler, of GCC's kind"
-        )
+        _warn(f"{CXX} cannot compile the kernel: {' / '.join(said[:3])}; name another GCC in CXX")
     except OSError as error:
-        _say_left(
-            f"ours cannot be made or loaded: {error}; TORCHINDUCTOR_CACHE_DIR names another folder for it"
-        )
+        _warn(f"the kernel cannot be made or loaded: {error}; name another folder in TORCHINDUCTOR_CACHE_DIR")
 
 
-def _say_left(why: str) -> None:
-    _LOG.warning("attention is left to torch's kernel: %s", why)
+def _warn(why: str) -> None:
+    _LOG.warning("attention uses torch's kernel: %s", why)
 
 
 def forget_kernels() -> None:
-    """Leave attention to torch's own kernel again."""
+    """Use torch's kernel again."""
     _KERNELS.clear()
 
 
 def has_amx() -> bool:
-    """Whether the CPU has units for products of bfloat16 matrices, which ours does not use."""
+    """True if the CPU has units for products of bfloat16 matrices, which torch's kernel alone uses."""
     return getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
 
 
 def takes(q_BSHK: Tensor, table: Tensor) -> bool:
-    """Whether the kernel has been compiled for these queries, and the tiles are whole documents."""
+    """True if the kernel has been compiled for these queries, and every tile is a whole document."""
     fits = q_BSHK.is_cpu and q_BSHK.dtype in _DTYPES and q_BSHK.shape[-1] in _KERNELS
     if not fits or (q_BSHK.dtype == torch.bfloat16 and has_amx()):
         return False
+    table = table[table[:, 0] < table[:, 1]]
     q0, q1, k0, k1, kind = table[:, 2:7].unbind(1)
-    # A document of one token is a tile that nothing is hidden from.
+    # The tile of a document of one token is FULL.
     is_document = (kind == CAUSAL) | ((q1 - q0 == 1) & (k1 - k0 == 1) & (kind == FULL))
     return bool(is_document.all() and table[:, 7:].all() and torch.equal(q0, k0))
 
@@ -80,7 +78,7 @@ def takes(q_BSHK: Tensor, table: Tensor) -> bool:
 def forward(
     q_BSHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, table: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """The output [B, S, H, K] and its log-sum-exp [B, S, H]; both 0 where there is no document."""
+    """The output [B, S, H, K] and its log-sum-exp [B, S, H], both 0 on padding."""
     out_BSHK = torch.zeros_like(q_BSHK)
     lse_BSH = torch.zeros(q_BSHK.shape[:3], dtype=torch.float32, device=q_BSHK.device)
     _call(table, scale, False, lse_BSH, q=q_BSHK, k=k_BSGK, v=v_BSGK, out=out_BSHK)
@@ -99,7 +97,7 @@ def backward(
 
 
 def zeros_for(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """A gradient of `x` to be added to: contiguous, whatever the layout of `x`."""
+    """Zeros for the gradient of `x`: contiguous, whatever the layout of `x`."""
     return torch.zeros_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
 
@@ -140,7 +138,7 @@ def _call(table: Tensor, scale: float, is_backward: bool, lse: Tensor, **tensors
 
 
 def _loaded(head_dim: int) -> ctypes.CDLL:
-    """The library, made once more where the one in the cache is damaged."""
+    """The loaded library. If the one in the cache is damaged, it is compiled again."""
     library = _built(head_dim)
     try:
         return ctypes.CDLL(str(library))
@@ -150,11 +148,11 @@ def _loaded(head_dim: int) -> ctypes.CDLL:
 
 
 def _built(head_dim: int) -> Path:
-    """The library's place, compiled unless torch's cache of kernels has it (TORCHINDUCTOR_CACHE_DIR)."""
+    """The path of the library, compiled unless torch's cache of kernels (TORCHINDUCTOR_CACHE_DIR) has it."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     flags = [*_COMPILE, f"-DHEAD_DIM={head_dim}"]
-    # What the compiler says of itself and of the processor that it compiles for.
+    # The macros of the compiler: its version, and the instructions of the processor.
     about = _run([CXX, *flags, "-dM", "-E", "-x", "c++", os.devnull])
     key = hashlib.sha256(_SOURCE.read_bytes() + about + repr(flags).encode()).hexdigest()[:16]
     library = Path(cache_dir()) / "torchtitan_lite" / f"causal-{head_dim}-{key}.so"

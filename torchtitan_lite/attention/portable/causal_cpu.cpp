@@ -1,10 +1,10 @@
 // Causal attention of documents on a CPU, forward and backward, for heads of HEAD_DIM features. For GCC.
 //
-// FlashAttention (https://arxiv.org/abs/2205.14135) for short documents: torch's own kernel computes what the
-// causal mask hides, and takes a call for each document. Here one call takes all of them, and its threads share
-// documents, heads and blocks of queries. All sums are in float32, whatever the tensors are.
+// FlashAttention (https://arxiv.org/abs/2205.14135) for short documents. torch's kernel also computes what the
+// causal mask hides, and needs a call for each document. This one takes all documents in one call, and its
+// threads share documents, heads and blocks of queries. All sums are in float32, whatever the tensors' dtype.
 //
-// native.py compiles this for the machine at hand and describes the arguments; tile_kernels.py is the reference.
+// native.py compiles this file for the machine at hand and fills in the arguments; kernels.py is the reference.
 
 #include <algorithm>
 #include <cmath>
@@ -16,10 +16,10 @@ typedef float Vec __attribute__((vector_size(64), aligned(4)));
 typedef int32_t IntVec __attribute__((vector_size(64), aligned(4)));
 
 constexpr int LANES = 16, K = HEAD_DIM;
-constexpr int QUERIES = 64;   // of a block
-constexpr int KEYS = 256;     // of a block: its scores stay in the second-level cache
-constexpr int CHUNK = 512;    // queries of a forward task, which has to lay out its keys once
-static_assert(KEYS % QUERIES == 0 && CHUNK % QUERIES == 0, "a block of keys has one that each query sees");
+constexpr int QUERIES = 64;   // in a block
+constexpr int KEYS = 256;     // in a block: the scores of a block stay in the second-level cache
+constexpr int CHUNK = 512;    // queries of a forward task, which lays out its keys once
+static_assert(KEYS % QUERIES == 0 && CHUNK % QUERIES == 0, "every query sees a key in each block that it computes");
 #ifdef __AVX512F__
 constexpr int ROWS = 8;       // of a register tile: with 2 vectors each, half of the 32 registers hold sums
 #else
@@ -40,7 +40,7 @@ static inline void narrow(float x, float& out) { out = x; }
 static inline void narrow(float x, Bfloat16& out) {
     uint32_t bits;
     std::memcpy(&bits, &x, 4);
-    // To the nearest, and of two to the even one; NaN stays NaN.
+    // To the nearest, and halfway to the even one; NaN stays NaN.
     out.bits = x != x ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
@@ -53,7 +53,7 @@ struct View {
     }
 };
 
-// A document of one row: `n` tokens from `start` on, and of its queries those from `first` on, CHUNK at most.
+// A document of one row, `n` tokens from `start` on, and some of its queries: at most CHUNK, from `first` on.
 struct Task { int64_t row, start, n, group, first; };
 
 // C[rows, 16 * vecs] (+)= A[rows, depth] @ B[depth, 16 * vecs], in registers.
@@ -98,8 +98,8 @@ static inline Vec splat(float x) { return x - Vec{}; }
 
 // e^x for x <= 0, to float32: 2^n * e^r, with the polynomial of Cephes' expf (https://www.netlib.org/cephes/).
 static inline Vec exponential(Vec x) {
-    x = x < splat(-87.0f) ? splat(-87.0f) : x;  // so that NaN stays NaN
-    const Vec shifter = splat(12582912.0f);  // 1.5 * 2^23: what is added to it is rounded to a whole number
+    x = x < splat(-87.0f) ? splat(-87.0f) : x;  // in this order NaN stays NaN
+    const Vec shifter = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds x to a whole number
     Vec shifted = x * 1.44269504088896341f + shifter;
     Vec n = shifted - shifter;
     Vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
@@ -131,7 +131,7 @@ static void store_row(const float* from, T* to, float factor = 1) {
     for (int i = 0; i < K; ++i) narrow(from[i] * factor, to[i]);
 }
 
-// Rows [n, K] of a tensor, and the same as columns, `width` of [K, stride], with zeros after the last.
+// Rows [n, K] of a tensor; and rows as columns [K, stride], of which `width` are written: zeros after the n-th.
 template <typename T>
 static void load_rows(const View& view, int64_t row, int64_t start, int64_t head, int64_t n, float* rows) {
     for (int64_t i = 0; i < n; ++i) load_row(view.at<T>(row, start + i, head), rows + i * K);
@@ -142,7 +142,7 @@ static void transpose(const float* rows, int64_t n, int64_t width, int64_t strid
             for (int64_t i = i0; i < i0 + LANES; ++i) columns[f * stride + i] = i < n ? rows[i * K + f] : 0;
 }
 
-// In a row of scores: those that are seen, `seen` many of them, become e^(score - shift), the others 0.
+// The first `seen` scores of a row become e^(score - shift), the others 0. The result is their sum.
 static inline float exponentiate(float* scores, int64_t seen, int64_t width, float shift) {
     Vec sums = {};
     int64_t j = 0;
@@ -201,7 +201,7 @@ static void forward_task(const Problem& p, const Task& task) {
     constexpr int64_t BLOCK = PADDED_QUERIES * K;
     const int64_t last = std::min(task.first + CHUNK, task.n), repeats = p.heads / p.groups;
     const int64_t n_blocks = (last - task.first + QUERIES - 1) / QUERIES;
-    // Of all the heads that share the keys, so that these are laid out once, and a block at a time.
+    // Of all heads that share the keys: the keys are laid out once, a block at a time.
     std::vector<float> q(repeats * n_blocks * BLOCK), out(repeats * n_blocks * BLOCK);
     std::vector<float> most(repeats * n_blocks * QUERIES, -INFINITY), sum(repeats * n_blocks * QUERIES);
     alignas(64) static thread_local float rows[KEYS * K], keys[K * KEYS], values[KEYS * K];

@@ -1,0 +1,161 @@
+"""Attention as one operator over a table of kernel calls: torch.compile, autograd and recompute see one node.
+
+B batch rows, S key tokens, Q query tokens, H query heads, G key/value heads, K head dim.
+
+`portable/tiles.py` and `packs.py` make such tables. torch.compile does not see their contents, so a batch
+with other documents needs no new compilation. Autograd keeps q, k, v, the output and its log-sum-exp.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from torchtitan_lite.attention.mask import check_inputs
+from torchtitan_lite.attention.transfer import to_device
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+class Evaluator(Protocol):
+    """Evaluates tables of one kind. All tensors that it gets have stride 1 in their last dim."""
+
+    def lse_shape(self, q_BQHK: Tensor) -> tuple[int, ...]:
+        """The shape of the log-sum-exp that `forward` returns."""
+        ...
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, table: Tensor, data: Tensor, scale: float, window: int | None
+    ) -> tuple[Tensor, Tensor]:
+        """The output [B, Q, H, K], with zeros for padding, and its log-sum-exp, contiguous."""
+        ...
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+        table: Tensor, data: Tensor, scale: float, window: int | None,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        """The gradients of q, k and v, contiguous."""
+        ...
+
+
+EVALUATORS: dict[str, Evaluator] = {}
+"""Every evaluator by name; the modules that make the tables add theirs."""
+
+
+@dataclass(frozen=True)
+class Calls:
+    """The kernel calls of one micro-batch. All layers share them, and nothing in them waits for a device."""
+
+    evaluator: str
+    """A name in EVALUATORS."""
+    table: Tensor
+    """[n, ...] int64 on the CPU: a call a row."""
+    data: Tensor
+    """What the calls refer to, on the device: explicit masks of tiles, or cumulative lengths of packs."""
+    shape: tuple[int, int, int]
+    """(B, Q, S) of the micro-batch."""
+    window: int | None = None
+    """How many tokens of its document a query sees, itself included, if the evaluator has to know."""
+
+
+def make_calls(
+    evaluator: str,
+    rows: Sequence[Sequence[int]],
+    data: Sequence[Tensor],
+    shape: tuple[int, int, int],
+    device: torch.device | str,
+    window: int | None = None,
+) -> Calls:
+    """Put `rows`, one for each call, into a table, and `data`, 1-D tensors of one dtype, on `device`.
+
+    A row of zeros is a call without tokens, which evaluators pass over.
+    """
+    # torch.compile would make a constant of a length of 0 or 1.
+    table = torch.tensor([*rows, *[[0] * len(rows[0])] * (2 - len(rows))], dtype=torch.int64)
+    flat = torch.nn.functional.pad(torch.cat(list(data)), (0, 2))
+    return Calls(evaluator, _of_any_length(table), _of_any_length(to_device(flat, device)), shape, window)
+
+
+def _of_any_length(x: Tensor) -> Tensor:
+    """`x`, whose length torch.compile treats as variable."""
+    dynamo = sys.modules.get("torch._dynamo")  # not loaded: nothing is compiled
+    if dynamo is not None:
+        dynamo.maybe_mark_dynamic(x, 0)
+    return x
+
+
+def attend(q_BQHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, calls: Calls, scale: float | None) -> Tensor:
+    """Attention by `calls`, [B, Q, H, K]; the scale defaults to 1 / sqrt(K)."""
+    scale = check_inputs(q_BQHK, k_BSGK, v_BSGK, calls.shape, scale)
+    # Autograd, torch.compile and recompute need the operator. Inference does without its overhead.
+    is_plain = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+    act = _forward if is_plain else forward
+    return act(q_BQHK, k_BSGK, v_BSGK, calls.table, calls.data, scale, calls.window, calls.evaluator)[0]
+
+
+def _forward(
+    q_BQHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, table: Tensor, data: Tensor,
+    scale: float, window: int | None, evaluator: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The output, in the layout of the queries, and its log-sum-exp."""
+    q, k, v = (_unit_stride(x) for x in (q_BQHK, k_BSGK, v_BSGK))
+    out_BQHK, lse = EVALUATORS[evaluator].forward(q, k, v, table, data, scale, window)
+    layout = torch.empty_like(q_BQHK, device="meta").stride()  # as the fake below promises
+    return out_BQHK if out_BQHK.stride() == layout else torch.empty_like(q_BQHK).copy_(out_BQHK), lse
+
+
+forward = torch.library.custom_op("torchtitan_lite::attend", _forward, mutates_args=())
+
+
+@forward.register_fake
+def _(q_BQHK, k_BSGK, v_BSGK, table, data, scale, window, evaluator):
+    lse_shape = EVALUATORS[evaluator].lse_shape(q_BQHK)
+    return torch.empty_like(q_BQHK), q_BQHK.new_empty(lse_shape, dtype=sum_dtype(q_BQHK.dtype))
+
+
+@torch.library.custom_op("torchtitan_lite::attend_backward", mutates_args=())
+def backward(
+    dout_BQHK: Tensor, q_BQHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, out_BQHK: Tensor, lse: Tensor,
+    table: Tensor, data: Tensor, scale: float, window: int | None, evaluator: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients of q, k and v, contiguous whatever the layouts of q, k and v."""
+    dout, q, k, v, out = (_unit_stride(x) for x in (dout_BQHK, q_BQHK, k_BSGK, v_BSGK, out_BQHK))
+    grads = EVALUATORS[evaluator].backward(dout, q, k, v, out, lse, table, data, scale, window)
+    dq_BQHK, dk_BSGK, dv_BSGK = grads
+    return dq_BQHK, dk_BSGK, dv_BSGK
+
+
+@backward.register_fake
+def _(dout_BQHK, q_BQHK, k_BSGK, v_BSGK, out_BQHK, lse, table, data, scale, window, evaluator):
+    dq, dk, dv = (
+        torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_BQHK, k_BSGK, v_BSGK)
+    )
+    return dq, dk, dv
+
+
+def _save(ctx, inputs, output) -> None:
+    q_BQHK, k_BSGK, v_BSGK, *ctx.calls = inputs  # all layers share the calls: not counted as kept by each
+    ctx.set_materialize_grads(False)  # the log-sum-exp has no gradient: make no zeros for it
+    ctx.save_for_backward(q_BQHK, k_BSGK, v_BSGK, *output)
+
+
+def _backward(ctx, dout_BQHK, dlse):
+    if dout_BQHK is None:
+        return (None,) * 8
+    return *backward(dout_BQHK, *ctx.saved_tensors, *ctx.calls), None, None, None, None, None
+
+
+forward.register_autograd(_backward, setup_context=_save)
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    """`x` with stride 1 in its last dim, copied if necessary: the kernels assume it without a check."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums over tokens: float32 for half precision, else `dtype` itself."""
+    return torch.float32 if dtype in HALF else dtype

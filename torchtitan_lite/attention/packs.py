@@ -1,0 +1,171 @@
+"""Packed documents for variable-length FlashAttention kernels, which take many documents in one call.
+
+B batch rows, S key tokens, Q query tokens, H query heads, G key/value heads, K head dim;
+T = B * Q and U = B * S packed query and key tokens, D documents of a pack.
+
+A pack is a sequence of documents whose queries and whose keys follow each other in memory: one kernel call. A
+batch without padding is one pack. Padding splits it, and so do queries that are only some chunks of the
+sequence. `pack_kernels.py` has the kernels.
+"""
+
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from torchtitan_lite.attention.mask import Ranges, check_window, count_queries, segments
+from torchtitan_lite.attention.operator import EVALUATORS, Calls, make_calls, sum_dtype
+from torchtitan_lite.attention.pack_kernels import Documents, FlashAttnPackage, PackKernel, TorchFlash
+
+ALL_ROWS = -1
+"""The `row` of a pack over all batch rows, one row after the other."""
+
+
+class Pack(NamedTuple):
+    """Queries [q0, q1) and keys [k0, k1) of `row`, or of all rows one after the other."""
+
+    row: int
+    q0: int
+    q1: int
+    k0: int
+    k1: int
+    first: int
+    """Where in Calls.data the cumulative query counts [D + 1] start; the cumulative key counts follow."""
+    n_documents: int
+    max_q: int
+    """No document has more queries."""
+    max_k: int
+    """No document has more keys."""
+
+
+def document_packs(
+    positions_BS: Tensor,
+    queries: Ranges | None = None,
+    sliding_window: int | None = None,
+    device: torch.device | str = "cpu",
+    kernel: str = "torch",
+) -> Calls:
+    """The packs of a micro-batch: one if there is no padding, one for each row and range of `queries`.
+
+    The table has the packs over all batch rows first, then the packs of each row alone, which serve tensors
+    whose rows do not follow each other in memory. `kernel` is the name of the evaluator.
+    """
+    check_window(sliding_window)
+    segments_N5 = segments(positions_BS.cpu(), queries)
+    (batch, seq_len), n_queries = positions_BS.shape, count_queries(queries, positions_BS.shape[1])
+    row_N, spans_N4 = segments_N5[:, 0], segments_N5[:, 1:]
+    before_N4 = row_N[:, None] * torch.tensor([n_queries, n_queries, seq_len, seq_len])
+    parts = [(ALL_ROWS, spans_N4 + before_N4)]
+    parts += [(row, spans_N4[row_N == row]) for row in range(batch) if batch > 1]
+    packs, counts, n_counts = [], [torch.zeros(0, dtype=torch.int32)], 0
+    for row, spans in parts:
+        for pack_D4 in _cut(spans):
+            (q0, k0), (q1, k1) = pack_D4[0, [0, 2]].tolist(), pack_D4[-1, [1, 3]].tolist()
+            cu_q_D = torch.cat([pack_D4[:1, 0], pack_D4[:, 1]]) - q0
+            cu_k_D = torch.cat([pack_D4[:1, 2], pack_D4[:, 3]]) - k0
+            longest = int(cu_q_D.diff().max()), int(cu_k_D.diff().max())
+            packs.append(Pack(row, q0, q1, k0, k1, n_counts, len(pack_D4), *longest))
+            counts += [cu_q_D.int(), cu_k_D.int()]
+            n_counts += 2 * len(cu_q_D)
+    packs = packs or [Pack(*[0] * 9)]
+    return make_calls(kernel, packs, counts, (batch, n_queries, seq_len), device, sliding_window)
+
+
+def _cut(spans_N4: Tensor) -> list[Tensor]:
+    """Documents (q0, q1, k0, k1), in order, cut wherever the next one's queries or keys do not follow."""
+    breaks = (spans_N4[1:, 0] != spans_N4[:-1, 1]) | (spans_N4[1:, 2] != spans_N4[:-1, 3])
+    edges = [0, *(breaks.nonzero().flatten() + 1).tolist(), len(spans_N4)]
+    return [spans_N4[start:stop] for start, stop in pairwise(edges) if start < stop]
+
+
+class _Call(NamedTuple):
+    """A pack, and the views of its tokens."""
+
+    pack: Pack
+    documents: Documents
+
+    def q(self, x_BQHK: Tensor) -> Tensor:
+        """The pack's part [T, H, K] of q, the output, or the gradient of either."""
+        return _tokens(x_BQHK, self.pack.row)[self.pack.q0 : self.pack.q1]
+
+    def k(self, x_BSGK: Tensor) -> Tensor:
+        """The pack's part [U, G, K] of k, v, or the gradient of either."""
+        return _tokens(x_BSGK, self.pack.row)[self.pack.k0 : self.pack.k1]
+
+    def lse(self, lse_HT: Tensor, n_queries: int) -> Tensor:
+        """The pack's part of the log-sum-exp."""
+        before = max(self.pack.row, 0) * n_queries
+        return lse_HT[:, before + self.pack.q0 : before + self.pack.q1]
+
+
+def _tokens(x_BSHK: Tensor, row: int) -> Tensor:
+    return x_BSHK.view(-1, *x_BSHK.shape[2:]) if row == ALL_ROWS else x_BSHK[row]
+
+
+def _calls(table: Tensor, cumulative: Tensor, *tensors: Tensor) -> list[_Call]:
+    """The kernel calls: the packs over all rows, or the packs of each row alone.
+
+    Each row alone if the rows of a tensor do not follow each other in memory: joining them would copy it.
+    """
+    packed = all(len(x) == 1 or x.stride(0) == x.shape[1] * x.stride(1) for x in tensors)
+    calls = []
+    for fields in table.tolist():
+        pack = Pack(*fields)
+        if pack.n_documents and (pack.row == ALL_ROWS) == packed:
+            cu_q_D, cu_k_D = cumulative[pack.first :][: 2 * (pack.n_documents + 1)].chunk(2)
+            calls.append(_Call(pack, Documents(cu_q_D, cu_k_D, pack.max_q, pack.max_k)))
+    return calls
+
+
+def _is_whole(calls: list[_Call], q_BQHK: Tensor, k_BSGK: Tensor) -> bool:
+    """True if one call has all queries and all keys, so that its results need not be put together."""
+    whole = (ALL_ROWS, 0, q_BQHK.shape[:2].numel(), 0, k_BSGK.shape[:2].numel())
+    return len(calls) == 1 and calls[0].pack[:5] == whole
+
+
+class PackEvaluator:
+    """Attention by packs, with one kernel. The log-sum-exp is [H, T], as the kernels have it."""
+
+    def __init__(self, kernel: PackKernel) -> None:
+        self.kernel = kernel
+
+    def lse_shape(self, q_BQHK):
+        batch, n_queries, heads = q_BQHK.shape[:3]
+        return heads, batch * n_queries
+
+    def forward(self, q, k, v, table, data, scale, window):
+        def attend(call: _Call) -> tuple[Tensor, Tensor]:
+            return self.kernel.forward(call.q(q), call.k(k), call.k(v), call.documents, scale, window)
+
+        calls = _calls(table, data, q, k, v)
+        if _is_whole(calls, q, k):
+            out_THK, lse_HT = attend(calls[0])
+            return out_THK.unflatten(0, q.shape[:2]), lse_HT
+        out_BQHK, lse_HT = torch.zeros_like(q), q.new_zeros(self.lse_shape(q), dtype=sum_dtype(q.dtype))
+        for call in calls:
+            out, lse = attend(call)
+            call.q(out_BQHK).copy_(out)
+            call.lse(lse_HT, q.shape[1]).copy_(lse)
+        return out_BQHK, lse_HT
+
+    def backward(self, dout, q, k, v, out, lse, table, data, scale, window):
+        calls = _calls(table, data, q, k, v, dout, out)
+        parts = []
+        for call in calls:
+            given = call.q(dout), call.q(q), call.k(k), call.k(v), call.q(out)
+            lse_HT = call.lse(lse, q.shape[1]).contiguous()
+            parts.append(self.kernel.backward(*given, lse_HT, call.documents, scale, window))
+        if _is_whole(calls, q, k):
+            return tuple(part.contiguous().view(x.shape) for part, x in zip(parts[0], (q, k, v), strict=True))
+        dq, dk, dv = (x.new_zeros(x.shape) for x in (q, k, v))
+        for call, (dq_part, dk_part, dv_part) in zip(calls, parts, strict=True):
+            call.q(dq).copy_(dq_part)
+            # In the dtype of the keys: under context parallel at most two packs share a key.
+            call.k(dk).add_(dk_part)
+            call.k(dv).add_(dv_part)
+        return dq, dk, dv
+
+
+EVALUATORS["torch"] = PackEvaluator(TorchFlash())
+EVALUATORS["flash_attn"] = PackEvaluator(FlashAttnPackage())
