@@ -5,7 +5,6 @@ import hashlib
 import importlib
 import json
 import os
-import pickle
 import resource
 import shutil
 import signal
@@ -24,9 +23,7 @@ from programs import Program
 from torch import Tensor
 
 from torchtitan_lite.checkpoint import CheckpointConfig, SaveFailed
-from torchtitan_lite.checkpoint.files import HashedFiles
 from torchtitan_lite.checkpoint.manifest import MANIFEST, Digest, read_manifest
-from torchtitan_lite.checkpoint.randomness import random_state
 from torchtitan_lite.checkpoint.ranks import OnAnotherRank, Ranks
 from torchtitan_lite.checkpoint.save import Saver, Snapshot, probe, write_step
 from torchtitan_lite.checkpoint.state import State
@@ -66,7 +63,7 @@ def snapshot(step: int, pieces: Mapping[str, Piece] | None = None) -> Snapshot:
     )
     pieces = whole(SMALL) if pieces is None else pieces
     made = {"mesh": {"ranks": 1}}
-    return Snapshot(step=step, pieces=pieces, state=state, random=random_state(), made=made)
+    return Snapshot(step=step, pieces=pieces, state=state, made=made)
 
 
 def publish(folder: Path, *numbers: int, pieces: Mapping[str, Piece] | None = None) -> Path:
@@ -80,22 +77,11 @@ def digest(content: bytes) -> Digest:
     return Digest(len(content), hashlib.sha256(content).hexdigest())
 
 
-def forge(folder: Path, **contents: bytes | None) -> None:
-    """Put other bytes into a step's files, and a manifest that says they are what was written.
-
-    The names have `_` for `-` and `.`; None removes the file.
-    """
-    names = {name.replace("-", "_").replace(".", "_"): name for name in (*os.listdir(folder), ".metadata")}
+def forge(folder: Path, file: str, content: bytes) -> None:
+    """Give a step's file another content, and the step a manifest that fits."""
+    (folder / file).write_bytes(content)
     manifest = read_manifest(folder)
-    files = dict(manifest.files)
-    for alias, content in contents.items():
-        name = names[alias]
-        if content is None:
-            (folder / name).unlink()
-            del files[name]
-        else:
-            (folder / name).write_bytes(content)
-            files[name] = digest(content)
+    files = {**manifest.files, file: digest(content)}
     (folder / MANIFEST).write_text(replace(manifest, files=files).text())
 
 
@@ -161,10 +147,10 @@ def write_layouts(folder: Path, layouts: list[str]) -> None:
         write_step(Steps(folder), snapshot(step, boxes(layout, here())), here())
 
 
-def digests_of_a_write(folder: Path) -> dict[str, Digest]:
-    files = HashedFiles()
-    write_tensors(folder, boxes("grid", here()), files, here())
-    return files.digests
+def digests_of_a_write(folder: Path, layout: str) -> dict[str, Digest]:
+    """Write `TENSORS`, cut as `layout` says or "whole" on every rank; return what this rank has written."""
+    pieces = whole(TENSORS) if layout == "whole" else boxes(layout, here())
+    return write_tensors(folder, pieces, here())
 
 
 def differing_reads(folder: Path, step: int, layout: str) -> list[str]:
@@ -186,7 +172,7 @@ def _bits(x: Tensor) -> tuple[Any, ...]:
 
 
 def save_without_space(folder: Path, full: list[int], async_mode: Any, on_failure: Any) -> list[str]:
-    """What each of three saves says where the ranks `full` cannot write 2,000 bytes in the second one."""
+    """What each of three saves says where the ranks `full` cannot write 100 bytes in the second one."""
     config = CheckpointConfig(enable=True, async_mode=async_mode, on_failure=on_failure)
     ranks = here() if dist.is_initialized() else Ranks()
     saver = Saver(config, Steps(folder), ranks, say=lambda _: None, alive=lambda: None)
@@ -243,9 +229,9 @@ def _share_in(folders: list[Path]) -> Callable[[Ranks, Any], Any]:
 
 @contextlib.contextmanager
 def no_space() -> Iterator[None]:
-    """Within it no file can grow beyond 2,000 bytes: not what this process prints to, either."""
+    """Let no file grow beyond 100 bytes: neither the file that this process prints to."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
     try:
         yield
     finally:
@@ -369,32 +355,3 @@ def _owner(dotted: str) -> tuple[Any, str]:
                 owner = getattr(owner, parent)
             return owner, name
     raise ModuleNotFoundError(dotted)
-
-
-# --- hostile content ----------------------------------------------------------------------------------
-
-
-class Touch:
-    """Pickled, a call that creates a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.path,)
-
-
-class Shell:
-    """Pickled, a command for the shell."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.system, (f"touch {self.path}",)
-
-
-def changed_index(folder: Path, change: Callable[[Any], Any]) -> bytes:
-    """The index of a step, after `change` of what it holds."""
-    metadata = pickle.loads((folder / ".metadata").read_bytes())
-    return pickle.dumps(change(metadata) or metadata)

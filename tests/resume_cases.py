@@ -21,6 +21,7 @@ from torch import Tensor
 
 from torchtitan_lite import train
 from torchtitan_lite.checkpoint import CheckpointConfig, SaveFailed, save
+from torchtitan_lite.checkpoint.ranks import Ranks
 from torchtitan_lite.checkpoint.steps import Steps
 from torchtitan_lite.config.job import load_job
 from torchtitan_lite.parallel.signals import StopRequest
@@ -89,8 +90,8 @@ class Start:
     """In the optimizer, at the end."""
     batches: list[tuple[str, int, tuple[int, ...], str]]
     """What for, of which step, the global sample ids, and a hash of tokens, positions and labels."""
-    draws: dict[int, tuple[float, ...]]
-    """What the generators gave in each step: Python's, numpy's, torch's."""
+    has_drawn: bool
+    """Whether the training has used a global generator of random numbers: Python's, numpy's or torch's."""
     failure: str = ""
 
 
@@ -103,7 +104,8 @@ class _Seen:
         if stop_at == 0:
             self._ask()
         self.batches: list[tuple[str, int, tuple[int, ...], str]] = []
-        self.draws: dict[int, tuple[float, ...]] = {}
+        self.generators = ""
+        """A hash of the global generators' states before the first step."""
         self.at_start: dict[str, str] = {}
         self.checkpoint, self.folder = CheckpointConfig(), Path()
         self._trains = False
@@ -114,7 +116,7 @@ class _Seen:
         seen, run, step, loss_of = self, Trainer.run, Stepper.train_step, Stepper.loss_of
 
         def seen_run(trainer: Trainer) -> None:
-            seen.at_start = hashes(trainer.state)
+            seen.at_start, seen.generators = hashes(trainer.state), hash_of_generators()
             seen.checkpoint = trainer.job.checkpoint
             seen.folder = Path(trainer.job.job.dump_folder)
             run(trainer)
@@ -145,7 +147,6 @@ class _Seen:
         if number == self.crash_at:
             wait_for_save(state, self.checkpoint, self.folder)
             raise Crash
-        self.draws[number] = random.random(), float(np.random.rand()), float(torch.rand(()))
         if number == self.stop_at:
             self._ask()
         self._trains = True
@@ -163,6 +164,11 @@ def wait_for_save(state: TrainState, checkpoint: CheckpointConfig, folder: Path,
     while due > state.began and due not in steps.published():
         assert time.monotonic() < deadline, f"step {due} is not saved after {within} seconds"
         time.sleep(0.01)
+
+
+def hash_of_generators() -> str:
+    states = random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state().tolist()
+    return hashlib.sha256(repr(states).encode()).hexdigest()
 
 
 def hash_of(*tensors: Tensor) -> str:
@@ -187,9 +193,6 @@ def start(argv: Sequence[str], stop_at: int = -1, crash_at: int = -1, double: bo
         world = replace(world, saving=dist.new_group(backend="gloo"))
     seen = _Seen(stop_at, crash_at)
     status, failure = None, ""
-    # The same for each start: one that goes on has to find the states that were saved.
-    random.seed(0)
-    np.random.seed(0)
     with precision(double), seen.looking():
         run = Run(load_job(argv, world_size=world.size).config, world)
         try:
@@ -211,7 +214,7 @@ def start(argv: Sequence[str], stop_at: int = -1, crash_at: int = -1, double: bo
             at_end=hashes(trainer.state),
             lr=trainer.state.optimizer.param_groups[0]["lr"],
             batches=seen.batches,
-            draws=seen.draws,
+            has_drawn=seen.generators != hash_of_generators(),
             failure=failure,
         )
 
@@ -276,7 +279,7 @@ def wait_until(is_so: Callable[[], bool]) -> None:
 
 def start_with_a_failing_rank(argv: Sequence[str], rank: int) -> Start:
     """A start in which `rank` cannot write the first step, which the others hear from it in a later step."""
-    write, document, here = save.write_step, save._write_documents, dist.get_rank()
+    write, write_tensors, here = save.write_step, save.write_tensors, dist.get_rank()
     step, saves_failed, n_written = Stepper.train_step, [], 0
 
     def write_step(*words: Any) -> int:
@@ -288,10 +291,11 @@ def start_with_a_failing_rank(argv: Sequence[str], rank: int) -> Start:
             if here != rank and n_written == 1:
                 wait_until(lambda: any(saves_failed))
 
-    def write_documents(*words: Any) -> Any:
+    def full(folder: Path, pieces: Any, ranks: Ranks) -> Any:
         if here == rank and n_written == 1:
-            raise OSError(28, "No space left on device")
-        return document(*words)
+            ranks.gather({})
+            ranks.together(lambda: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        return write_tensors(folder, pieces, ranks)
 
     def train_step(stepper: Stepper, flags: Callable[[], tuple[bool, bool]]) -> Any:
         if here == rank and stepper.state.step == 24:
@@ -303,6 +307,6 @@ def start_with_a_failing_rank(argv: Sequence[str], rank: int) -> Start:
     with (
         mock.patch.object(Stepper, "train_step", train_step),
         mock.patch.object(save, "write_step", write_step),
-        mock.patch.object(save, "_write_documents", write_documents),
+        mock.patch.object(save, "write_tensors", full),
     ):
         return start(argv)

@@ -17,10 +17,11 @@ import parallel_cases
 import pytest
 import resume_cases as cases
 import torch
+from checkpoint_cases import whole
 from resume_cases import main, options, outcome, steps_in
 
+from torchtitan_lite import durable
 from torchtitan_lite.checkpoint import CheckpointConfig, SaveFailed, patience, save
-from torchtitan_lite.checkpoint import steps as steps_module
 from torchtitan_lite.checkpoint.ranks import Ranks
 from torchtitan_lite.checkpoint.restore import load, verify
 from torchtitan_lite.checkpoint.save import Saver, Snapshot
@@ -232,14 +233,7 @@ class Held:
 def saved_hashes(folder: Path) -> dict[str, str]:
     """A hash of each weight in a step."""
     found = verify(folder, Ranks())
-    pieces = {
-        name: Piece(
-            local=torch.zeros(stored.shape, dtype=stored.dtype),
-            shape=stored.shape,
-            offsets=torch.Size([0] * len(stored.shape)),
-        )
-        for name, stored in found.index.items()
-    }
+    pieces = whole({name: torch.zeros(x.shape, dtype=x.dtype) for name, x in found.index.items()})
     load(found, pieces, Ranks())
     return {name: cases.hash_of(piece.local) for name, piece in pieces.items() if name.startswith("model.")}
 
@@ -366,7 +360,7 @@ def snapshot(step: int, value: float = 0.0) -> Snapshot:
         config={},
     )
     pieces = {"model.weight": Piece(local=weight, shape=weight.shape, offsets=torch.Size([0]))}
-    return Snapshot(step=step, pieces=pieces, state=state, random={}, made={})
+    return Snapshot(step=step, pieces=pieces, state=state, made={})
 
 
 def saver(folder: Path, said: list[str] | None = None, **changes: Any) -> Saver:
@@ -415,11 +409,11 @@ def test_a_published_step_whose_name_may_not_last_is_told_and_the_one_before_is_
     own = saver(tmp_path, keep_latest_k=1)
     own.save(1, lambda: snapshot(1))
 
-    def sync(folder: Path) -> None:
-        if folder == tmp_path:
+    def sync(path: Path) -> None:
+        if path == tmp_path:
             raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(steps_module, "sync", sync)
+    monkeypatch.setattr(durable, "sync", sync)
     own.save(2, lambda: snapshot(2))
     assert f"{tmp_path / 'step-2'} is there, but may not outlast a power cut" in caplog.text
     assert own.saved == 2 and Steps(tmp_path).published() == [1, 2]
@@ -430,12 +424,14 @@ def test_a_step_whose_shard_is_not_there_is_not_published(harm: str, tmp_path: P
     gather = Ranks.gather
 
     def lose(ranks: Ranks, value: Any) -> Any:
-        for shard in tmp_path.glob("step-*/*.distcp"):  # as on a machine that has the folder for itself
+        for shard in tmp_path.glob("step-*/*.safetensors"):  # as on a machine that has the folder for itself
             shard.unlink() if harm == "gone" else os.truncate(shard, 10)
         return gather(ranks, value)
 
     monkeypatch.setattr(Ranks, "gather", lose)
-    words = {"gone": "__0_0.distcp is missing", "cut": "__0_0.distcp has 10 bytes, and "}[harm]
+    words = {"gone": "tensors-0.safetensors is missing", "cut": "tensors-0.safetensors has 10 bytes, and "}[
+        harm
+    ]
     with pytest.raises(SaveFailed, match=rf"step 1 could not be saved \({words}"):
         saver(tmp_path).save(1, lambda: snapshot(1))
     assert list(tmp_path.iterdir()) == []

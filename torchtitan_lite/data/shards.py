@@ -9,6 +9,7 @@ with the end-of-text token last. Offsets are int64: where each document starts, 
 import hashlib
 import json
 import logging
+import shutil
 import time
 from array import array
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 
+from torchtitan_lite import durable
 from torchtitan_lite.config.load import ConfigError, Problem
 from torchtitan_lite.data import cache, heldout
 from torchtitan_lite.data.datasets import DataConfig, open_source
@@ -98,7 +100,9 @@ def _build(source: Source, config: DataConfig, tokenizer: Tokenizer, folder: Pat
     began = time.perf_counter()
     held_out = heldout.plan(source.documents(), config.validation_fraction, source.n_bytes)
     dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
-    with cache.scratch(folder) as place:
+    if folder.exists():  # and is not whole
+        shutil.rmtree(folder)
+    with durable.new_folder(folder) as place:
         with open(place / "train.tokens", "wb") as first, open(place / "validation.tokens", "wb") as second:
             train, validation = _Writer(first, tokenizer, dtype), _Writer(second, tokenizer, dtype)
             for document in source.documents():
@@ -112,7 +116,6 @@ def _build(source: Source, config: DataConfig, tokenizer: Tokenizer, folder: Pat
         (place / "train.offsets").write_bytes(train.offsets)
         (place / "validation.offsets").write_bytes(validation.offsets)
         _write_metadata(place, {"key": key, "dtype": dtype, "splits": splits})
-        cache.publish(place, folder)
     shards = _load(folder, key)
     assert shards, f"{folder} was built just now"
     n_documents = shards.train.n_documents + shards.validation.n_documents

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from torchtitan_lite.checkpoint.patience import patiently
-from torchtitan_lite.checkpoint.randomness import random_state
 from torchtitan_lite.checkpoint.ranks import Ranks
 from torchtitan_lite.checkpoint.restore import Found, check_same, check_same_run, find, find_initial, load
 from torchtitan_lite.checkpoint.save import Snapshot, probe
@@ -187,7 +186,7 @@ class Record:
             schedule=self.schedule,
             config=self.config,
         )
-        return Snapshot(step=step, pieces=found, state=state, random=random_state(), made=self._made())
+        return Snapshot(step=step, pieces=found, state=state, made=self._made())
 
     def _made(self) -> dict[str, Any]:
         model = {key: value for key, value in self.identity.items() if key.startswith("model.")}

@@ -8,7 +8,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from torchtitan_lite.checkpoint.patience import patiently
-from torchtitan_lite.checkpoint.randomness import set_random_state
 from torchtitan_lite.checkpoint.ranks import Ranks
 from torchtitan_lite.checkpoint.restore import Found, load
 from torchtitan_lite.checkpoint.save import Snapshot
@@ -77,7 +76,7 @@ class TrainState:
         return self.resumed_step or 0
 
     def _go_on(self, found: Found, ranks: Ranks, alive: Callable[[], None]) -> None:
-        """Take over a step: weights, optimizer, position and generators; not the weights of an end."""
+        """Take over a step: weights, optimizer and position, but not the weights of a last step."""
         state = found.state
         if not state.model_only:
             if state.step > 0:  # before the first step there is no state
@@ -87,8 +86,6 @@ class TrainState:
         self.step, self.n_tokens_seen, self.validated = state.step, state.n_tokens_seen, state.validated
         if self.record.has_order_of(state):
             self.batches.consumed_samples = state.consumed_samples
-        if found.random is not None:
-            set_random_state(found.random)
 
     def check_optimizer(self, name: str) -> None:
         """Raise ConfigError if the optimizer `name` keeps state that no checkpoint can hold."""
