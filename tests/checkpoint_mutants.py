@@ -35,7 +35,7 @@ MUTANTS = {
     ),
     "checkpoints: half a step keeps a step's name": Mutant(
         "torchtitan_lite/checkpoint/steps.py",
-        "            doomed = self._scratch_name(step)\n            self.path(step).rename(doomed)\n",
+        "            doomed = durable.scratch_path(self.path(step))\n            self.path(step).rename(doomed)\n",
         "            doomed = self.path(step)\n",
         f"{TESTS}steps.py::test_half_a_step_never_has_a_step_s_name",
     ),

@@ -58,10 +58,10 @@ MUTANTS = {
         f"{FILES}::test_a_broken_or_hostile_folder_is_one_line",
     ),
     "hub: a folder that failed stays": Mutant(
-        WEIGHTS,
+        "torchtitan_lite/durable.py",
         "        shutil.rmtree(scratch, ignore_errors=True)\n",
         "",
-        f"{FILES}::test_a_folder_that_fails_leaves_nothing",
+        "tests/test_durable.py::test_a_new_folder_that_fails_leaves_nothing",
     ),
     "hub: the whole model is read before it is placed": Mutant(
         WEIGHTS,
