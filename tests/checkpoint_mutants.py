@@ -105,12 +105,6 @@ MUTANTS = {
         "    if False:\n",
         f"{TESTS}hostile.py::test_a_header_that_differs_from_the_index_is_refused",
     ),
-    "checkpoints: a pickle": Mutant(
-        "torchtitan_lite/checkpoint/state.py",
-        "import json\n",
-        "import json\nimport pickle\n",
-        f"{TESTS}hostile.py::test_the_package_neither_pickles_nor_unpickles",
-    ),
     "checkpoints: whole rows are read where a part of them is wanted": Mutant(
         "torchtitan_lite/checkpoint/tensors.py",
         "    has_whole_rows = list(target.shape[1:]) == row\n",

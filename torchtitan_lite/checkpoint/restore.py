@@ -81,13 +81,19 @@ def find(steps: Steps, load_step: int, ranks: Ranks) -> Found | None:
     and if a step cannot be read for now: it may be good.
     """
     published = ranks.share(ranks.together(lambda: _published(steps) if ranks.is_first else []))
-    if load_step >= 0:
-        return _asked_for(steps, load_step, published, ranks)
+    is_asked_for = load_step >= 0
+    if is_asked_for and load_step not in published:
+        there = ", ".join(map(str, published)) or "none"
+        rule, remedy = f"is not in {steps.folder} (there: {there})", "use -1 for the newest that is there"
+        raise ConfigError([Problem("checkpoint.load_step", load_step, rule, remedy)])
     problems = []
-    for step in reversed(published):
+    for step in [load_step] if is_asked_for else reversed(published):
         try:
             return _verified(steps, step, ranks)
         except Damaged as damage:
+            if is_asked_for:
+                rule, remedy = f"is damaged: {damage}", "use -1 for the newest step that is not"
+                raise ConfigError([Problem("checkpoint.load_step", step, rule, remedy)]) from None
             problems.append(f"step {step}: {damage}")
             if ranks.is_first:
                 words = printable(str(damage))
@@ -117,18 +123,6 @@ def _verified(steps: Steps, step: int, ranks: Ranks) -> Found:
     if found.state.step != step:
         raise Damaged(f"it is step {found.state.step} under another name")
     return found
-
-
-def _asked_for(steps: Steps, step: int, published: list[int], ranks: Ranks) -> Found:
-    if step not in published:
-        there = ", ".join(map(str, published)) or "none"
-        rule, remedy = f"is not in {steps.folder} (there: {there})", "use -1 for the newest that is there"
-        raise ConfigError([Problem("checkpoint.load_step", step, rule, remedy)])
-    try:
-        return _verified(steps, step, ranks)
-    except Damaged as damage:
-        rule, remedy = f"is damaged: {damage}", "use -1 for the newest step that is not"
-        raise ConfigError([Problem("checkpoint.load_step", step, rule, remedy)]) from None
 
 
 def find_initial(path: str, ranks: Ranks, key: str = "checkpoint.initial_load_path") -> Found:

@@ -181,17 +181,16 @@ def layouts_of(index: Mapping[str, Stored]) -> dict[str, Layout]:
 
 
 def _is_whole(stored: Stored) -> bool:
-    """Return whether the chunks make up the whole tensor, without gaps and overlaps."""
-    boxes = []
-    for chunk in stored.chunks:
-        if not len(chunk.offsets) == len(chunk.sizes) == len(stored.shape):
-            return False
-        boxes.append([(start, start + n) for start, n in zip(chunk.offsets, chunk.sizes, strict=True)])
-    return _are_all_of(boxes, stored.shape)
+    """Return whether the chunks fill the tensor, without gaps and overlaps."""
+    n_dims = {len(dims) for chunk in stored.chunks for dims in (chunk.offsets, chunk.sizes)}
+    if n_dims - {len(stored.shape)}:
+        return False
+    boxes = [[*zip(chunk.offsets, chunk.sizes, strict=True)] for chunk in stored.chunks]
+    return _fill_all(boxes, stored.shape)
 
 
-def _are_all_of(boxes: Sequence[Sequence[tuple[int, int]]], shape: Sequence[int]) -> bool:
-    """Return whether the boxes, from-to in each dim, fill `shape` without gaps and overlaps.
+def _fill_all(boxes: Sequence[Sequence[tuple[int, int]]], shape: Sequence[int]) -> bool:
+    """Return whether boxes, an offset and a size in each dim, fill `shape` without gaps and overlaps.
 
     Slab by slab of the first dim, then of the next: ranks cut a tensor into nothing but slabs.
     """
@@ -201,10 +200,10 @@ def _are_all_of(boxes: Sequence[Sequence[tuple[int, int]]], shape: Sequence[int]
     for first, *others in boxes:
         slabs.setdefault(first, []).append(others)
     end = 0
-    for (start, stop), parts in sorted(slabs.items()):
-        if start != end or stop <= start or not _are_all_of(parts, shape[1:]):
+    for (offset, size), parts in sorted(slabs.items()):
+        if offset != end or size == 0 or not _fill_all(parts, shape[1:]):
             return False
-        end = stop
+        end += size
     return end == shape[0]
 
 
