@@ -347,7 +347,8 @@ def harm_index(step: Path) -> None:
 
 def harm_state(step: Path) -> None:
     state = json.loads((step / "state.json").read_bytes())
-    forge(step, "state.json", json.dumps({**state, "identity": {"data.fingerprint": 1}}).encode())
+    state |= {"identity": {"data.fingerprint": 1}, "config": {"data": 5, "optimizer": 5}}
+    forge(step, "state.json", json.dumps(state).encode())
 
 
 def harm_manifest(step: Path) -> None:
