@@ -35,8 +35,8 @@ MUTANTS = {
     ),
     "checkpoints: half a step keeps a step's name": Mutant(
         "torchtitan_lite/checkpoint/steps.py",
-        "            doomed = durable.scratch_path(self.path(step))\n            self.path(step).rename(doomed)\n",
-        "            doomed = self.path(step)\n",
+        "            self.path(step).rename(doomed)\n            shutil.rmtree(doomed)\n",
+        "            shutil.rmtree(self.path(step))\n",
         f"{TESTS}steps.py::test_half_a_step_never_has_a_step_s_name",
     ),
     "checkpoints: what a killed run left stays": Mutant(

@@ -46,7 +46,7 @@ def find_start(
     """Return the verified step that the run in `folder` goes on from, and what a new run starts with.
 
     At most one of the two is not None. A new run starts with the weights of a verified step or of the folder
-    of a Hugging Face model. Raises ConfigError on all ranks if there is no good one, or if no step can be saved.
+    of a Hugging Face model. Raises ConfigError on all ranks if none is good, or if no step can be saved.
     """
     checkpoint, ranks = job.checkpoint, ranks_of(world)
     if checkpoint.enable:
