@@ -25,7 +25,7 @@ MUTANTS = {
         "torchtitan_lite/checkpoint/steps.py",
         "if not self.folder.is_dir() or self.folder.is_symlink():",
         "if not self.folder.is_dir():",
-        f"{TESTS}steps.py::test_nothing_is_cleaned_through_a_link",
+        f"{TESTS}steps.py::test_nothing_is_removed_where_the_folder_itself_is_a_link",
     ),
     "checkpoints: a link taken for a step": Mutant(
         "torchtitan_lite/checkpoint/steps.py",
@@ -55,7 +55,7 @@ MUTANTS = {
         "torchtitan_lite/checkpoint/manifest.py",
         "if manifest.text().encode() != found:",
         "if False:",
-        f"{TESTS}manifest.py::test_every_other_byte_is_found",
+        f"{TESTS}manifest.py::test_every_changed_byte_is_found",
     ),
     "checkpoints: no file is hashed again": Mutant(
         "torchtitan_lite/checkpoint/manifest.py",
@@ -129,11 +129,11 @@ MUTANTS = {
         "(built,)",
         f"{TESTS}tensors.py::test_every_file_is_on_the_disk_whole_before_its_step_is_published",
     ),
-    "checkpoints: a step is published without its shards": Mutant(
+    "checkpoints: a step is published without its files": Mutant(
         "torchtitan_lite/checkpoint/save.py",
         "    _check(scratch, manifest)\n",
         "",
-        f"{TESTS}saver.py::test_a_step_whose_shard_is_not_there_is_not_published",
+        f"{TESTS}saver.py::test_a_step_with_a_file_that_is_not_there_is_not_published",
     ),
     "checkpoints: what cannot be read counts as damaged": Mutant(
         "torchtitan_lite/checkpoint/manifest.py",
