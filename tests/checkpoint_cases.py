@@ -126,7 +126,7 @@ TENSORS = {
 
 
 def box(tensor: Tensor, rank: int, size: int, layout: str) -> Piece:
-    """Return part `rank` of `size` of a tensor cut by rows, columns or both, as FSDP and tensor parallel do."""
+    """Return part `rank` of `size` of a tensor, cut by rows, columns or both."""
     n_columns = {"rows": 1, "columns": size, "grid": max(1, size // 2)}[layout] if tensor.dim() > 1 else 1
     n_rows = size // n_columns
     places = [slice(None)] * tensor.dim()
@@ -154,13 +154,13 @@ def digests_of_a_write(folder: Path, layout: str) -> dict[str, Digest]:
 
 
 def differing_reads(folder: Path, step: int, layout: str) -> list[str]:
-    """Read a step in a layout; return the names of this rank's pieces that are not, bit by bit, as written."""
+    """Read a step in a layout; return the names of the pieces that are not, bit by bit, as written."""
     place = Steps(folder).path(step)
     expected = boxes(layout, here())
     pieces = {
         name: replace(piece, local=torch.full_like(piece.local, 77)) for name, piece in expected.items()
     }
-    index = read_index(place, read_manifest(place))
+    index = read_index(place, read_manifest(place), here())
     assert differences(pieces, index) == []
     read_tensors(place, pieces, index)
     same = {name: _bits(pieces[name].local) == _bits(expected[name].local) for name in pieces}

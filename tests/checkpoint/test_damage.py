@@ -166,7 +166,7 @@ def test_an_index_that_only_this_rank_cannot_read_is_not_called_damaged(step: Pa
     manifest = read_manifest(step)
     monkeypatch.setattr(Path, "read_bytes", mock.Mock(side_effect=OSError(errno.ESTALE, "Stale file handle")))
     with pytest.raises(Unreadable, match=r"^index\.json cannot be read \(Stale file handle\)$"):
-        read_index(step, manifest)
+        read_index(step, manifest, Ranks())
 
 
 def test_a_step_that_cannot_be_read_any_more_after_it_was_verified_is_a_line(step: Path, monkeypatch) -> None:

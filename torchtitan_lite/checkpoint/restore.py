@@ -19,15 +19,7 @@ from torchtitan_lite.checkpoint.manifest import (
 from torchtitan_lite.checkpoint.ranks import Ranks
 from torchtitan_lite.checkpoint.state import STATE, State, changes, flat, read_state
 from torchtitan_lite.checkpoint.steps import Steps
-from torchtitan_lite.checkpoint.tensor_file import check_header
-from torchtitan_lite.checkpoint.tensors import (
-    Piece,
-    Stored,
-    differences,
-    layouts_of,
-    read_index,
-    read_tensors,
-)
+from torchtitan_lite.checkpoint.tensors import Piece, Stored, differences, read_index, read_tensors
 from torchtitan_lite.config.load import ConfigError, Problem
 from torchtitan_lite.config.problem import printable
 
@@ -68,9 +60,7 @@ def _read(folder: Path, manifest: Manifest, ranks: Ranks) -> Found:
         state = read_state((folder / STATE).read_bytes())
     if state.step != manifest.step:
         raise Damaged(f"{STATE} is of step {state.step}, and the manifest of step {manifest.step}")
-    index = read_index(folder, manifest)
-    for file, layout in sorted(layouts_of(index).items())[ranks.rank :: ranks.size]:
-        check_header(folder, file, layout.header)
+    index = read_index(folder, manifest, ranks)
     return Found(folder=folder, manifest=manifest, state=state, index=index)
 
 

@@ -191,7 +191,8 @@ def probe(steps: Steps, ranks: Ranks) -> None:
             manifest = _manifest(0, write_tensors(scratch, piece(own, ranks.rank), ranks), ranks, {})
             ranks.together(lambda: _check(scratch, manifest) if ranks.is_first else None)
             read = torch.full((1,), -1.0)
-            ranks.together(lambda: read_tensors(scratch, piece(read, other), read_index(scratch, manifest)))
+            index = ranks.together(lambda: read_index(scratch, manifest, ranks))
+            ranks.together(lambda: read_tensors(scratch, piece(read, other), index))
             assert read.item() == other
     except (OSError, OnAnotherRank, Damaged, Unreadable) as error:
         rule = f"cannot hold what all ranks write and read ({_line(error)})"

@@ -142,11 +142,11 @@ def _index_of(division: Sequence[Mapping[str, _Box]]) -> dict[str, Stored]:
     return index
 
 
-def read_index(folder: Path, manifest: Manifest) -> dict[str, Stored]:
+def read_index(folder: Path, manifest: Manifest, ranks: Ranks) -> dict[str, Stored]:
     """Return which tensors a step holds, and where.
 
-    Raises Damaged unless the chunks of each tensor make up the whole of it, and are where a file of these
-    chunks, with the size in `manifest`, has them.
+    Raises Damaged unless the chunks of each tensor fill it, and each file is what its chunks decide: its size
+    in `manifest`, the places of the chunks, and its header, which each rank compares in its share of the files.
     """
     with reading(INDEX):
         content = (folder / INDEX).read_bytes()
@@ -157,7 +157,7 @@ def read_index(folder: Path, manifest: Manifest) -> dict[str, Stored]:
     for name, stored in index.items():
         if not _is_whole(stored):
             raise Damaged(f"{INDEX} does not have all of {name}, and each part once")
-    layouts = layouts_of(index)
+    layouts = _layouts_of(index)
     for file, wanted in layouts.items():
         if file not in manifest.files or manifest.files[file].size != wanted.n_bytes:
             raise Damaged(f"{INDEX} says of {file} what the manifest does not")
@@ -165,10 +165,12 @@ def read_index(folder: Path, manifest: Manifest) -> dict[str, Stored]:
         for chunk in stored.chunks:
             if (chunk.start, chunk.stop) != layouts[chunk.file].places[name]:
                 raise Damaged(f"{INDEX} places {name} where {chunk.file} does not have it")
+    for file in sorted(layouts)[ranks.rank :: ranks.size]:
+        tensor_file.check_header(folder, file, layouts[file].header)
     return index
 
 
-def layouts_of(index: Mapping[str, Stored]) -> dict[str, Layout]:
+def _layouts_of(index: Mapping[str, Stored]) -> dict[str, Layout]:
     """Return the layout of each file of an index; raises Damaged if a file has two chunks of one name."""
     files: dict[str, dict[str, tuple[torch.dtype, tuple[int, ...]]]] = {}
     for name, stored in index.items():
