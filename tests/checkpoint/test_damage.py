@@ -1,4 +1,4 @@
-"""Whatever happens to a published step's files is found, named, and never taken for the step."""
+"""Any damage to the files of a published step is found and named, and the step is not used."""
 
 import errno
 import os
@@ -29,14 +29,14 @@ Options = Callable[..., list[str]]
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A step that is what was written; a test leaves it so."""
+    """A good step, which no test changes."""
     x = torch.linspace(0, 1, 4000)
     return publish(tmp_path_factory.mktemp("good"), 5, pieces=whole({"model.x": x, "optimizer.x.a": x + 1}))
 
 
 @pytest.fixture
 def step(good: Path, tmp_path: Path) -> Path:
-    """A copy of it, to damage."""
+    """A copy of the good step, to damage."""
     shutil.copy(good.parent / "latest", tmp_path)
     return Path(shutil.copytree(good, tmp_path / good.name))
 
@@ -59,7 +59,7 @@ def test_every_flipped_byte_is_found_and_the_file_named(step: Path) -> None:
         file = step / FILES[number % len(FILES)]
         content = file.read_bytes()
         flipped = bytearray(content)
-        # Ends and beginnings are where formats keep what they do not check.
+        # Formats often leave bytes at the ends of a file unchecked.
         place = rng.choice((rng.randrange(len(content)), rng.randrange(100), -rng.randrange(1, 100)))
         flipped[place] ^= rng.randrange(1, 256)
         file.write_bytes(flipped)
@@ -209,10 +209,10 @@ def test_a_step_under_the_name_of_another_is_found(step: Path) -> None:
 
 
 def flip(step: Path) -> None:
-    shard = step / "tensors-0.safetensors"
-    content = bytearray(shard.read_bytes())
+    file = step / "tensors-0.safetensors"
+    content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
-    shard.write_bytes(content)
+    file.write_bytes(content)
 
 
 def truncate(step: Path) -> None:
@@ -225,11 +225,11 @@ def link(step: Path) -> None:
     (step / "state.json").symlink_to("../state.json")
 
 
-# By what is done to the newest step, the words that say it.
+# By its name, a damage to the newest step and the words that report it.
 DAMAGES = {
     "a flipped bit": (flip, "tensors-0.safetensors is not what was written (its SHA-256 differs)"),
     "a short manifest": (truncate, "manifest.json is not what was written"),
-    "a missing shard": (
+    "a missing file": (
         lambda step: (step / "tensors-0.safetensors").unlink(),
         "tensors-0.safetensors is missing",
     ),

@@ -1,4 +1,4 @@
-"""What a start finds in its folder: a step to go on from, another run's, or a run that has the folder."""
+"""A start in a folder that holds a step to go on from, steps of another run, or a run that goes on."""
 
 import os
 import shutil
@@ -79,7 +79,7 @@ def go(texts: Path, tmp_path: Path) -> Go:
 
 
 def files_in(folder: Path, but: tuple[str, ...] = ("exit.json", "lock")) -> dict[str, bytes]:
-    """All files, but for those that say that somebody was there."""
+    """Return the bytes of all files, except the files that each start writes."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in folder.rglob("*")
@@ -108,7 +108,7 @@ OTHER_RUNS = {
 
 
 def check_refused(capsys, folder: Path, before: dict[str, bytes], expected: list[str]) -> None:
-    """That each line says what is, what was, and how to go on all the same; and that nothing was touched."""
+    """Assert that a line tells each old and new value and the remedy, and that nothing was changed."""
     said = capsys.readouterr().err.splitlines()
     assert len(said) == len(expected)
     for line in expected:
@@ -382,7 +382,7 @@ def test_a_folder_that_a_run_has_is_refused_to_another(go: Go, folder: Path, cap
         assert line.startswith(
             f'job.dump_folder = "{folder}" is the folder of a run that goes on (process {os.getpid()} on '
         )
-        # Neither a start that fails before it has the folder leaves anything there.
+        # A start that fails before it has the folder leaves nothing there either.
         assert go("--training.stepz", 1) == 2
         assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
     assert go() == 0

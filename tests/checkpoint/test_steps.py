@@ -1,4 +1,4 @@
-"""The folders of steps: which count, how one gets its name, and that nothing but steps is ever removed."""
+"""Folders of steps: which of them count, how a step gets its name, and that only steps are removed."""
 
 import logging
 import os

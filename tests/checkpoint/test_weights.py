@@ -1,4 +1,4 @@
-"""Weights in safetensors: read box by box, and whatever is wrong with the files is one clear line."""
+"""Weights in safetensors are read box by box, and a wrong file is refused in one line."""
 
 import json
 import pickle

@@ -146,7 +146,7 @@ def read_index(folder: Path, manifest: Manifest, ranks: Ranks) -> dict[str, Stor
     """Return which tensors a step holds, and where.
 
     Raises Damaged unless the chunks of each tensor fill it, and each file is what its chunks decide: its size
-    in `manifest`, the places of the chunks, and its header, which each rank compares in its share of the files.
+    in `manifest`, the places of the chunks, and its header. Each rank looks at the headers of some files.
     """
     with reading(INDEX):
         content = (folder / INDEX).read_bytes()
