@@ -1,10 +1,11 @@
-"""Saving and loading a step against torch's plain dcp.save and dcp.load of the same tensors.
+"""Save and load a step, in turns with torch's plain dcp.save and dcp.load of the same tensors.
 
     [torchrun --nproc_per_node 2] benchmarks/checkpoint.py --mib 512 --tensors 64 --rounds 5 --folder FOLDER
 
-In turns, in an order that changes, each into a new folder. Saving is timed until all is on the disk: ours
-hashes meanwhile, and writes a manifest and publishes. Loading is timed with the files in memory, as they are
-after a save: ours reads every byte twice, once to verify it. Prints a line of JSON.
+Each save goes into a new folder, and the order of the turns changes. The time of a save ends when all bytes
+are on the disk: our save hashes them, writes a manifest and publishes too. The time of a load is taken with
+the files in the page cache, where the save has left them: our load reads every byte twice, once to verify
+it. The peak memory is what the process needs beyond the tensors (Linux). Prints JSON.
 """
 
 import argparse
@@ -22,7 +23,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
-from torchtitan_lite.checkpoint.randomness import random_state
 from torchtitan_lite.checkpoint.ranks import Ranks
 from torchtitan_lite.checkpoint.restore import verify
 from torchtitan_lite.checkpoint.save import Snapshot, write_step
@@ -47,25 +47,28 @@ def main() -> None:
     own = {f"model.{ranks.rank}.{i}": torch.randn(n) for i in range(args.tensors)}
     pieces = {name: Piece(local=x, shape=x.shape, offsets=torch.Size([0])) for name, x in own.items()}
     seconds: dict[str, list[float]] = {"plain save": [], "save": [], "plain load": [], "load": []}
+    memory: dict[str, float] = dict.fromkeys(seconds, 0.0)
     for number in range(args.rounds):
         turns = list(one_round(place / str(number), number, own, pieces, ranks))
         for name, act in turns if number % 2 else [turns[1], turns[0], turns[3], turns[2]]:
             ranks.gather(None)
+            before = resident("VmRSS", reset=True)
             began = perf_counter()
             act()
             ranks.gather(None)
             seconds[name].append(perf_counter() - began)
+            memory[name] = max(memory[name], resident("VmHWM") - before)
         if ranks.is_first:
             shutil.rmtree(place / str(number))
     if ranks.is_first:
         place.rmdir()
-        print(json.dumps(report(args.mib * ranks.size, ranks.size, seconds), indent=1))
+        print(json.dumps(report(args.mib * ranks.size, ranks.size, seconds, memory), indent=1))
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def join() -> Ranks:
-    """The ranks that torchrun has started; one without it."""
+    """Return the ranks that torchrun has started; without torchrun, one."""
     if "RANK" not in os.environ:
         return Ranks()
     dist.init_process_group("gloo")
@@ -75,7 +78,7 @@ def join() -> Ranks:
 def one_round(
     place: Path, number: int, own: dict[str, torch.Tensor], pieces: dict[str, Piece], ranks: Ranks
 ) -> Iterator[tuple[str, Callable[[], None]]]:
-    """What is timed, in two pairs."""
+    """Yield what is timed, in two pairs."""
     state = State(
         step=number,
         n_tokens_seen=0,
@@ -86,9 +89,9 @@ def one_round(
         schedule={},
         config={},
     )
-    snapshot = Snapshot(step=number, pieces=pieces, state=state, random=random_state(), made={})
+    snapshot = Snapshot(step=number, pieces=pieces, state=state, made={})
     steps = Steps(place / "ours")
-    loaded = {name: torch.empty_like(x) for name, x in own.items()}
+    loaded = {name: torch.full_like(x, -1.0) for name, x in own.items()}
 
     def save() -> None:
         write_step(steps, snapshot, ranks)
@@ -112,8 +115,18 @@ def one_round(
     yield "load", load
 
 
-def report(mib: int, n_ranks: int, seconds: dict[str, list[float]]) -> dict[str, object]:
-    """Medians, and the medians of the ratios within a round."""
+def resident(key: str, *, reset: bool = False) -> float:
+    """Return memory of this process in MiB, now (VmRSS) or at most since the last `reset` (VmHWM)."""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{key}:"))
+
+
+def report(
+    mib: int, n_ranks: int, seconds: dict[str, list[float]], memory: dict[str, float]
+) -> dict[str, object]:
+    """Return medians, the medians of the ratios within a round, and the most memory."""
     ratios = {
         name: statistics.median(a / b for a, b in zip(seconds[name], seconds[f"plain {name}"], strict=True))
         for name in ("save", "load")
@@ -124,6 +137,7 @@ def report(mib: int, n_ranks: int, seconds: dict[str, list[float]]) -> dict[str,
         "ranks": n_ranks,
         "mib_per_second": speeds,
         "times_plain": {name: round(ratio, 3) for name, ratio in ratios.items()},
+        "peak_memory_mib": {name: round(mib) for name, mib in memory.items()},
     }
 
 

@@ -1,11 +1,10 @@
-"""Steps to damage, and starts of a run that die on purpose: what the tests of checkpoints share."""
+"""What the tests of checkpoints share: steps to damage, and starts of a run that die on purpose."""
 
 import contextlib
 import hashlib
 import importlib
 import json
 import os
-import pickle
 import resource
 import shutil
 import signal
@@ -24,9 +23,7 @@ from programs import Program
 from torch import Tensor
 
 from torchtitan_lite.checkpoint import CheckpointConfig, SaveFailed
-from torchtitan_lite.checkpoint.files import HashedFiles
 from torchtitan_lite.checkpoint.manifest import MANIFEST, Digest, read_manifest
-from torchtitan_lite.checkpoint.randomness import random_state
 from torchtitan_lite.checkpoint.ranks import OnAnotherRank, Ranks
 from torchtitan_lite.checkpoint.save import Saver, Snapshot, probe, write_step
 from torchtitan_lite.checkpoint.state import State
@@ -46,14 +43,14 @@ SMALL = {
 
 
 def whole(tensors: Mapping[str, Tensor]) -> dict[str, Piece]:
-    """Tensors as the pieces of a single rank."""
+    """Return tensors as the pieces of a single rank."""
     return {
         name: Piece(local=x, shape=x.shape, offsets=torch.Size([0] * x.dim())) for name, x in tensors.items()
     }
 
 
 def snapshot(step: int, pieces: Mapping[str, Piece] | None = None) -> Snapshot:
-    """Something to save as `step`."""
+    """Return a snapshot of `step`, of `SMALL` by default."""
     state = State(
         step=step,
         n_tokens_seen=100 * step,
@@ -66,11 +63,11 @@ def snapshot(step: int, pieces: Mapping[str, Piece] | None = None) -> Snapshot:
     )
     pieces = whole(SMALL) if pieces is None else pieces
     made = {"mesh": {"ranks": 1}}
-    return Snapshot(step=step, pieces=pieces, state=state, random=random_state(), made=made)
+    return Snapshot(step=step, pieces=pieces, state=state, made=made)
 
 
 def publish(folder: Path, *numbers: int, pieces: Mapping[str, Piece] | None = None) -> Path:
-    """Steps in `folder`; the path of the last one."""
+    """Publish steps in `folder`; return the path of the last one."""
     for step in numbers:
         write_step(Steps(folder), snapshot(step, pieces), Ranks())
     return Steps(folder).path(numbers[-1])
@@ -80,27 +77,16 @@ def digest(content: bytes) -> Digest:
     return Digest(len(content), hashlib.sha256(content).hexdigest())
 
 
-def forge(folder: Path, **contents: bytes | None) -> None:
-    """Put other bytes into a step's files, and a manifest that says they are what was written.
-
-    The names have `_` for `-` and `.`; None removes the file.
-    """
-    names = {name.replace("-", "_").replace(".", "_"): name for name in (*os.listdir(folder), ".metadata")}
+def forge(folder: Path, file: str, content: bytes) -> None:
+    """Give a step's file another content, and the step a manifest that fits."""
+    (folder / file).write_bytes(content)
     manifest = read_manifest(folder)
-    files = dict(manifest.files)
-    for alias, content in contents.items():
-        name = names[alias]
-        if content is None:
-            (folder / name).unlink()
-            del files[name]
-        else:
-            (folder / name).write_bytes(content)
-            files[name] = digest(content)
+    files = {**manifest.files, file: digest(content)}
     (folder / MANIFEST).write_text(replace(manifest, files=files).text())
 
 
 def forged_manifest(folder: Path, **changes: Any) -> None:
-    """Change entries of a step's manifest, whatever their types, and let it end with the hash that fits."""
+    """Change entries of a step's manifest to values of any type, and give it the hash that fits."""
     content = json.loads((folder / MANIFEST).read_bytes())
     del content["sha256"]
     content |= changes
@@ -110,7 +96,7 @@ def forged_manifest(folder: Path, **changes: Any) -> None:
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    """Every file below `folder` with its bytes; folders and links with what they are."""
+    """Return the bytes of every file below `folder`, and the target of every link."""
     found = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
@@ -125,7 +111,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def here() -> Ranks:
-    """This rank."""
+    """Return this rank among the ranks of the test."""
     return Ranks(rank=dist.get_rank(), size=dist.get_world_size(), group=dist.group.WORLD)
 
 
@@ -140,7 +126,7 @@ TENSORS = {
 
 
 def box(tensor: Tensor, rank: int, size: int, layout: str) -> Piece:
-    """Part `rank` of `size` of a tensor by rows, columns or both, as FSDP and tensor parallel cut it."""
+    """Return part `rank` of `size` of a tensor, cut by rows, columns or both."""
     n_columns = {"rows": 1, "columns": size, "grid": max(1, size // 2)}[layout] if tensor.dim() > 1 else 1
     n_rows = size // n_columns
     places = [slice(None)] * tensor.dim()
@@ -161,20 +147,20 @@ def write_layouts(folder: Path, layouts: list[str]) -> None:
         write_step(Steps(folder), snapshot(step, boxes(layout, here())), here())
 
 
-def digests_of_a_write(folder: Path) -> dict[str, Digest]:
-    files = HashedFiles()
-    write_tensors(folder, boxes("grid", here()), files, here())
-    return files.digests
+def digests_of_a_write(folder: Path, layout: str) -> dict[str, Digest]:
+    """Write `TENSORS`, cut as `layout` says or "whole" on every rank; return what this rank has written."""
+    pieces = whole(TENSORS) if layout == "whole" else boxes(layout, here())
+    return write_tensors(folder, pieces, here())
 
 
 def differing_reads(folder: Path, step: int, layout: str) -> list[str]:
-    """Which of this rank's pieces are not, bit by bit, what was written, when read in another layout."""
+    """Read a step in a layout; return the names of the pieces that are not, bit by bit, as written."""
     place = Steps(folder).path(step)
     expected = boxes(layout, here())
     pieces = {
         name: replace(piece, local=torch.full_like(piece.local, 77)) for name, piece in expected.items()
     }
-    index = read_index(place, read_manifest(place))
+    index = read_index(place, read_manifest(place), here())
     assert differences(pieces, index) == []
     read_tensors(place, pieces, index)
     same = {name: _bits(pieces[name].local) == _bits(expected[name].local) for name in pieces}
@@ -186,7 +172,7 @@ def _bits(x: Tensor) -> tuple[Any, ...]:
 
 
 def save_without_space(folder: Path, full: list[int], async_mode: Any, on_failure: Any) -> list[str]:
-    """What each of three saves says where the ranks `full` cannot write 2,000 bytes in the second one."""
+    """Save three steps, the second without space on the ranks `full`; return what came of each."""
     config = CheckpointConfig(enable=True, async_mode=async_mode, on_failure=on_failure)
     ranks = here() if dist.is_initialized() else Ranks()
     saver = Saver(config, Steps(folder), ranks, say=lambda _: None, alive=lambda: None)
@@ -203,7 +189,7 @@ def save_without_space(folder: Path, full: list[int], async_mode: Any, on_failur
 
 
 def left_after_a_failure(folder: Path) -> list[str]:
-    """What this rank finds of a step that could not be written, which takes the first rank long to remove."""
+    """Fail to write a step, which the first rank removes slowly; return what this rank finds of it then."""
     remove = shutil.rmtree
 
     def slowly(path: Path) -> None:
@@ -220,7 +206,7 @@ def left_after_a_failure(folder: Path) -> list[str]:
 
 
 def probe_folders(folders: list[Path]) -> str:
-    """What each rank says of its own run's folder: as on machines that have folders of one name."""
+    """Probe a folder of each rank, as on machines with folders of one name; return the refusal."""
     ranks = here()
     own = Steps(folders[ranks.rank] / "checkpoint")
     with mock.patch.object(Ranks, "share", _share_in(folders)):
@@ -235,17 +221,17 @@ def _share_in(folders: list[Path]) -> Callable[[Ranks, Any], Any]:
     share = Ranks.share
 
     def shared(ranks: Ranks, path: Path) -> Path:
-        """The same name, in the rank's own file system."""
+        """Return the same name in the rank's own file system."""
         return folders[ranks.rank] / share(ranks, path).relative_to(folders[0])
 
     return shared
 
 
 @contextlib.contextmanager
-def no_space() -> Iterator[None]:
-    """Within it no file can grow beyond 2,000 bytes: not what this process prints to, either."""
+def no_space(n_bytes: int = 100) -> Iterator[None]:
+    """Let no file of this process grow beyond `n_bytes`, nor the file that it prints to."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
     try:
         yield
     finally:
@@ -253,7 +239,7 @@ def no_space() -> Iterator[None]:
 
 
 def die_in_save(folder: Path, rank: int, fault: dict[str, Any]) -> None:
-    """Save step 2 of two ranks, of which `rank` dies by `fault`, when the other has written its shard."""
+    """Save step 2 on two ranks, of which `rank` dies by `fault`."""
     if dist.get_rank() == rank:
         apply_fault(fault)
     write_step(Steps(folder), snapshot(2, boxes("rows", here())), here())
@@ -296,7 +282,7 @@ ARMED = "armed\n"
 
 
 def main_with_fault(words: list[str]) -> int:
-    """The training of a process of its own: a fault, and the options of the run."""
+    """Train in a process of its own; `words` are a fault as JSON, and the options of the run."""
     from torchtitan_lite.train import main
 
     apply_fault(json.loads(words[0]))
@@ -369,32 +355,3 @@ def _owner(dotted: str) -> tuple[Any, str]:
                 owner = getattr(owner, parent)
             return owner, name
     raise ModuleNotFoundError(dotted)
-
-
-# --- hostile content ----------------------------------------------------------------------------------
-
-
-class Touch:
-    """Pickled, a call that creates a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.path,)
-
-
-class Shell:
-    """Pickled, a command for the shell."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.system, (f"touch {self.path}",)
-
-
-def changed_index(folder: Path, change: Callable[[Any], Any]) -> bytes:
-    """The index of a step, after `change` of what it holds."""
-    metadata = pickle.loads((folder / ".metadata").read_bytes())
-    return pickle.dumps(change(metadata) or metadata)

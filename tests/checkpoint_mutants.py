@@ -25,7 +25,7 @@ MUTANTS = {
         "torchtitan_lite/checkpoint/steps.py",
         "if not self.folder.is_dir() or self.folder.is_symlink():",
         "if not self.folder.is_dir():",
-        f"{TESTS}steps.py::test_nothing_is_cleaned_through_a_link",
+        f"{TESTS}steps.py::test_nothing_is_removed_where_the_folder_itself_is_a_link",
     ),
     "checkpoints: a link taken for a step": Mutant(
         "torchtitan_lite/checkpoint/steps.py",
@@ -35,8 +35,8 @@ MUTANTS = {
     ),
     "checkpoints: half a step keeps a step's name": Mutant(
         "torchtitan_lite/checkpoint/steps.py",
-        "            doomed = self._scratch_name(step)\n            self.path(step).rename(doomed)\n",
-        "            doomed = self.path(step)\n",
+        "            self.path(step).rename(doomed)\n            shutil.rmtree(doomed)\n",
+        "            shutil.rmtree(self.path(step))\n",
         f"{TESTS}steps.py::test_half_a_step_never_has_a_step_s_name",
     ),
     "checkpoints: what a killed run left stays": Mutant(
@@ -55,7 +55,7 @@ MUTANTS = {
         "torchtitan_lite/checkpoint/manifest.py",
         "if manifest.text().encode() != found:",
         "if False:",
-        f"{TESTS}manifest.py::test_every_other_byte_is_found",
+        f"{TESTS}manifest.py::test_every_changed_byte_is_found",
     ),
     "checkpoints: no file is hashed again": Mutant(
         "torchtitan_lite/checkpoint/manifest.py",
@@ -81,23 +81,41 @@ MUTANTS = {
         "if later := []:",
         f"{TESTS}damage.py::{DAMAGED}",
     ),
-    "checkpoints: an index may ask for anything": Mutant(
-        "torchtitan_lite/checkpoint/tensors.py",
-        '            raise Damaged(f"asks for {module}.{name}, which no index of tensors needs")\n',
-        "            return super().find_class(module, name)\n",
-        f"{TESTS}hostile.py::test_an_index_that_would_run_something_is_refused_and_does_not_run_it",
-    ),
     "checkpoints: an index with gaps": Mutant(
         "torchtitan_lite/checkpoint/tensors.py",
-        "if not _are_all_of(boxes, shape):",
-        "if False:",
-        f"{TESTS}hostile.py::test_an_index_that_does_not_speak_of_tensors_in_the_step_s_files_is_refused",
+        "        if not _is_whole(stored):\n",
+        "        if False:\n",
+        f"{TESTS}hostile.py::test_an_index_that_is_not_true_of_the_files_is_refused",
     ),
-    "checkpoints: shards unpickled without care": Mutant(
+    "checkpoints: an index names bytes of another tensor": Mutant(
         "torchtitan_lite/checkpoint/tensors.py",
-        "weights_only=True",
-        "weights_only=False",
-        f"{TESTS}hostile.py::test_a_payload_that_is_not_the_plain_tensor_of_the_index_is_refused",
+        "if (chunk.start, chunk.stop) != layouts[chunk.file].places[name]:",
+        "if False:",
+        f"{TESTS}hostile.py::test_an_index_that_is_not_true_of_the_files_is_refused",
+    ),
+    "checkpoints: an index of another file": Mutant(
+        "torchtitan_lite/checkpoint/tensors.py",
+        "if file not in manifest.files or manifest.files[file].size != wanted.n_bytes:",
+        "if file not in manifest.files:",
+        f"{TESTS}hostile.py::test_a_file_with_no_tensors_is_refused",
+    ),
+    "checkpoints: a header is not looked at": Mutant(
+        "torchtitan_lite/checkpoint/tensor_file.py",
+        "    if found != header:\n",
+        "    if False:\n",
+        f"{TESTS}hostile.py::test_a_header_that_differs_from_the_index_is_refused",
+    ),
+    "checkpoints: whole rows are read where a part of them is wanted": Mutant(
+        "torchtitan_lite/checkpoint/tensors.py",
+        "    has_whole_rows = list(target.shape[1:]) == row\n",
+        "    has_whole_rows = True\n",
+        f"{TESTS}tensors.py::test_what_some_ranks_write_others_read_bit_by_bit",
+    ),
+    "checkpoints: every rank writes what all hold": Mutant(
+        "torchtitan_lite/checkpoint/tensors.py",
+        "        rank = min(holders[name, box], key=lambda rank: (n_bytes[rank], rank))\n",
+        "        rank = holders[name, box][0]\n",
+        f"{TESTS}tensors.py::test_what_all_ranks_hold_is_written_once_and_evenly",
     ),
     "checkpoints: a dtype is cast": Mutant(
         "torchtitan_lite/checkpoint/tensors.py",
@@ -105,29 +123,17 @@ MUTANTS = {
         "elif False:",
         f"{TESTS}tensors.py::test_what_differs_is_told_in_a_line_each",
     ),
-    "checkpoints: a failed write goes unnoticed": Mutant(
-        "torchtitan_lite/checkpoint/files.py",
-        "if stream.error is not None:",
-        "if False:",
-        f"{TESTS}tensors.py::test_a_write_that_fails_raises_what_the_system_said",
+    "checkpoints: a step is published before it is on the disk": Mutant(
+        "torchtitan_lite/durable.py",
+        '(*built.rglob("*"), built)',
+        "(built,)",
+        f"{TESTS}tensors.py::test_every_file_is_on_the_disk_whole_before_its_step_is_published",
     ),
-    "checkpoints: a file is on the disk without its last bytes": Mutant(
-        "torchtitan_lite/checkpoint/files.py",
-        "        self.flush()\n        return self._file.fileno()",
-        "        return self._file.fileno()",
-        f"{TESTS}tensors.py::test_all_bytes_of_a_file_are_there_when_it_is_synced",
-    ),
-    "checkpoints: a step is published without its shards": Mutant(
+    "checkpoints: a step is published without its files": Mutant(
         "torchtitan_lite/checkpoint/save.py",
-        "    _check(scratch, manifest)\n",
+        "            _check(scratch, manifest)\n",
         "",
-        f"{TESTS}saver.py::test_a_step_whose_shard_is_not_there_is_not_published",
-    ),
-    "checkpoints: each machine writes into a folder of its own": Mutant(
-        "torchtitan_lite/checkpoint/tensors.py",
-        "    def prepare_local_plan(self, plan",
-        "    def prepare_own_plan(self, plan",
-        f"{TESTS}tensors.py::test_ranks_that_do_not_see_one_folder_are_told_before_the_run",
+        f"{TESTS}saver.py::test_a_step_with_a_file_that_is_not_there_is_not_published",
     ),
     "checkpoints: what cannot be read counts as damaged": Mutant(
         "torchtitan_lite/checkpoint/manifest.py",
@@ -153,10 +159,10 @@ MUTANTS = {
         "self.batches.consumed_samples = state.consumed_samples + self.batches.n_consumed_each\n",
         PARTS,
     ),
-    "checkpoints: generators are not restored": Mutant(
-        "torchtitan_lite/training/state.py",
-        "            set_random_state(found.random)\n",
-        "            pass\n",
+    "checkpoints: a save draws from a generator": Mutant(
+        "torchtitan_lite/training/record.py",
+        "        config = self.job.checkpoint\n",
+        "        config, _ = self.job.checkpoint, torch.rand(1)\n",
         PARTS,
     ),
     "checkpoints: the optimizer begins anew": Mutant(
@@ -196,7 +202,7 @@ MUTANTS = {
         f"{TESTS}saver.py::test_numbers_that_are_not_finite_keep_the_steps_before",
     ),
     "checkpoints: two runs in a folder": Mutant(
-        "torchtitan_lite/training/outputs.py",
+        "torchtitan_lite/durable.py",
         "fcntl.LOCK_EX | ",
         "fcntl.LOCK_SH | ",
         f"{TESTS}start.py::test_a_folder_that_a_run_has_is_refused_to_another",

@@ -57,11 +57,11 @@ MUTANTS = {
         "if False and listed != (",
         f"{FILES}::test_a_broken_or_hostile_folder_is_one_line",
     ),
-    "hub: a failed export leaves its folder": Mutant(
-        WEIGHTS,
+    "hub: a folder that failed stays": Mutant(
+        "torchtitan_lite/durable.py",
         "        shutil.rmtree(scratch, ignore_errors=True)\n",
         "",
-        f"{FILES}::test_a_folder_that_fails_leaves_nothing",
+        "tests/test_durable.py::test_a_new_folder_that_fails_leaves_nothing",
     ),
     "hub: the whole model is read before it is placed": Mutant(
         WEIGHTS,

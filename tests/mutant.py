@@ -36,7 +36,6 @@ _SLOW_TO_IMPORT = (
     "tokenizers",
     "torch._dynamo",
     "torch._inductor.config",
-    "torch.distributed.checkpoint",
     "torch.distributed.fsdp",
     "torch.distributed.run",
     "torch.distributed.tensor.debug",

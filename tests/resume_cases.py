@@ -21,6 +21,7 @@ from torch import Tensor
 
 from torchtitan_lite import train
 from torchtitan_lite.checkpoint import CheckpointConfig, SaveFailed, save
+from torchtitan_lite.checkpoint.ranks import Ranks
 from torchtitan_lite.checkpoint.steps import Steps
 from torchtitan_lite.config.job import load_job
 from torchtitan_lite.parallel.signals import StopRequest
@@ -83,9 +84,9 @@ class Start:
     lr: float
     """The optimizer's learning rate at the end."""
     batches: list[tuple[str, int, tuple[int, ...], str]]
-    """"training" or "validation", the step, the global sample ids, a hash of tokens, positions and labels."""
-    draws: dict[int, tuple[float, ...]]
-    """A number of each global generator in each step: Python's, numpy's, torch's."""
+    """What for, of which step, the global sample ids, and a hash of tokens, positions and labels."""
+    has_drawn: bool
+    """Whether the training has used a global generator of random numbers: Python's, numpy's or torch's."""
     failure: str = ""
 
 
@@ -98,7 +99,8 @@ class _Seen:
         if stop_at == 0:
             self._ask()
         self.batches: list[tuple[str, int, tuple[int, ...], str]] = []
-        self.draws: dict[int, tuple[float, ...]] = {}
+        self.generators = ""
+        """A hash of the global generators' states before the first step."""
         self.at_start: dict[str, str] = {}
         self.checkpoint, self.folder = CheckpointConfig(), Path()
         self._trains = False
@@ -109,7 +111,7 @@ class _Seen:
         seen, run, step, loss_of = self, Trainer.run, Stepper.train_step, Stepper.loss_of
 
         def seen_run(trainer: Trainer) -> None:
-            seen.at_start = hashes(trainer.state)
+            seen.at_start, seen.generators = hashes(trainer.state), hash_of_generators()
             seen.checkpoint = trainer.job.checkpoint
             seen.folder = Path(trainer.job.job.dump_folder)
             run(trainer)
@@ -140,7 +142,6 @@ class _Seen:
         if number == self.crash_at:
             wait_for_save(state, self.checkpoint, self.folder)
             raise Crash
-        self.draws[number] = random.random(), float(np.random.rand()), float(torch.rand(()))
         if number == self.stop_at:
             self._ask()
         self._trains = True
@@ -157,6 +158,11 @@ def wait_for_save(state: TrainState, checkpoint: CheckpointConfig, folder: Path)
     if due > state.began:
         steps = Steps(folder / checkpoint.folder)
         assert wait_until(lambda: due in steps.published()), f"step {due} is not saved after a minute"
+
+
+def hash_of_generators() -> str:
+    states = random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state().tolist()
+    return hashlib.sha256(repr(states).encode()).hexdigest()
 
 
 def hash_of(*tensors: Tensor) -> str:
@@ -179,9 +185,6 @@ def start(argv: Sequence[str], stop_at: int = -1, crash_at: int = -1, double: bo
         world = replace(world, saving=dist.new_group(backend="gloo"))
     seen = _Seen(stop_at, crash_at)
     status, failure = None, ""
-    # The same seeds for each start, so that only a restored state makes a resumed run equal.
-    random.seed(0)
-    np.random.seed(0)
     with precision(double), seen.looking():
         run = Run(load_job(argv, world_size=world.size).config, world)
         try:
@@ -203,7 +206,7 @@ def start(argv: Sequence[str], stop_at: int = -1, crash_at: int = -1, double: bo
             at_end=hashes(trainer.state),
             lr=trainer.state.optimizer.param_groups[0]["lr"],
             batches=seen.batches,
-            draws=seen.draws,
+            has_drawn=seen.generators != hash_of_generators(),
             failure=failure,
         )
 
@@ -270,8 +273,8 @@ def wait_until(is_so: Callable[[], bool]) -> bool:
 
 
 def start_with_a_failing_rank(argv: Sequence[str], rank: int) -> Start:
-    """A start in which `rank` cannot write its first save. The other ranks learn this in a later step."""
-    write, document, here = save.write_step, save._write_documents, dist.get_rank()
+    """A start in which `rank` cannot write the first step, which the others hear from it in a later step."""
+    write, write_tensors, here = save.write_step, save.write_tensors, dist.get_rank()
     step, saves_failed, n_written = Stepper.train_step, [], 0
 
     def write_step(*words: Any) -> int:
@@ -283,10 +286,11 @@ def start_with_a_failing_rank(argv: Sequence[str], rank: int) -> Start:
             if here != rank and n_written == 1:
                 wait_until(lambda: any(saves_failed))
 
-    def write_documents(*words: Any) -> Any:
+    def full(folder: Path, pieces: Any, ranks: Ranks) -> Any:
         if here == rank and n_written == 1:
-            raise OSError(28, "No space left on device")
-        return document(*words)
+            ranks.gather({})
+            ranks.together(lambda: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        return write_tensors(folder, pieces, ranks)
 
     def train_step(stepper: Stepper, flags: Callable[[], tuple[bool, bool]]) -> Any:
         if here == rank and stepper.state.step == 24:
@@ -298,6 +302,6 @@ def start_with_a_failing_rank(argv: Sequence[str], rank: int) -> Start:
     with (
         mock.patch.object(Stepper, "train_step", train_step),
         mock.patch.object(save, "write_step", write_step),
-        mock.patch.object(save, "_write_documents", write_documents),
+        mock.patch.object(save, "write_tensors", full),
     ):
         return start(argv)

@@ -13,9 +13,9 @@ from torchtitan_lite.checkpoint import CheckpointConfig
 from torchtitan_lite.checkpoint.patience import patiently
 from torchtitan_lite.checkpoint.state import State
 from torchtitan_lite.checkpoint.steps import Steps
-from torchtitan_lite.checkpoint.weights import new_folder
 from torchtitan_lite.config.job import JobConfig
 from torchtitan_lite.config.load import ConfigError, Problem
+from torchtitan_lite.durable import new_folder
 from torchtitan_lite.parallel.signals import StopRequest
 from torchtitan_lite.parallel.watch import End
 from torchtitan_lite.parallel.world import World

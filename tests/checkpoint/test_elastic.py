@@ -1,4 +1,4 @@
-"""A run goes on on any number of ranks, however they share the work: the same samples, weights and losses."""
+"""A run goes on on any number of ranks and any mesh: with the same samples, weights and losses."""
 
 from pathlib import Path
 
@@ -83,7 +83,7 @@ def test_a_run_goes_on_on_another_mesh(
         )
         for (part,) in done:
             assert (part.began, part.ended) == (began, end)
-            # To the bit, whoever has which part of them.
+            # To the bit, however the ranks share the tensors.
             assert before is None or part.at_start == before
         n_split = sum("tensor" in key or "context" in key for key in changes)
         n_same |= {step: 2**n_split for step in range(began + 1, end + 1)}
@@ -93,7 +93,7 @@ def test_a_run_goes_on_on_another_mesh(
 
 
 def check_samples(found: Path, wanted: Path, n_same: dict[int, int]) -> None:
-    """That every step had the samples of the uninterrupted run, and each of them as often as it has to."""
+    """Assert that every step had the samples of the uninterrupted run, each on as many ranks as share it."""
     expected = {
         step: {sample: n * n_same[step] for sample, n in counts.items()}
         for step, counts in cases.sample_ids(wanted).items()

@@ -1,4 +1,4 @@
-"""The manifest: one text for one content, every byte of it checked, and it speaks for every file."""
+"""The manifest: only one text stands for a content, and every byte of that text is checked."""
 
 import errno
 import hashlib
@@ -13,7 +13,6 @@ from torchtitan_lite.checkpoint.manifest import (
     FORMAT_VERSION,
     MANIFEST,
     Damaged,
-    Digest,
     Manifest,
     Unreadable,
     check_file,
@@ -55,7 +54,7 @@ def test_the_text_says_its_format_and_ends_with_its_own_hash() -> None:
     assert content["files"]["a.bin"] == {"size": 3, "sha256": hashlib.sha256(b"abc").hexdigest()}
 
 
-def test_every_other_byte_is_found(step: Path) -> None:
+def test_every_changed_byte_is_found(step: Path) -> None:
     text = (step / MANIFEST).read_bytes()
     for place in range(len(text)):
         for bit in (1, 32):
@@ -64,25 +63,22 @@ def test_every_other_byte_is_found(step: Path) -> None:
                 read_manifest(step)
 
 
-@pytest.mark.parametrize("end", [" ", "\n", "{}", "\0"])
-def test_a_longer_or_shorter_text_is_found(step: Path, end: str) -> None:
-    (step / MANIFEST).write_text(WRITTEN.text() + end)
-    with pytest.raises(Damaged):
-        read_manifest(step)
-    for n in (0, 1, 100, len(WRITTEN.text()) - 1):
-        (step / MANIFEST).write_text(WRITTEN.text()[:n])
-        with pytest.raises(Damaged):
-            read_manifest(step)
+TEXT = WRITTEN.text()
 
 
-def test_the_same_content_in_another_text_is_found(step: Path) -> None:
-    (step / MANIFEST).write_text(json.dumps(json.loads(WRITTEN.text())))
-    with pytest.raises(Damaged):
-        read_manifest(step)
-
-
-def test_a_key_given_twice_is_found(step: Path) -> None:
-    (step / MANIFEST).write_text(WRITTEN.text().replace('"step": 7', '"step": 6,\n  "step": 7'))
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(TEXT + end for end in (" ", "\n", "{}", "\0")),
+        *(TEXT[:n] for n in (0, 1, 100, len(TEXT) - 1)),
+        json.dumps(json.loads(TEXT)),
+        TEXT.replace('"step": 7', '"step": 6,\n  "step": 7'),
+    ],
+    ids=range(10),
+)
+def test_another_text_is_found(step: Path, text: str) -> None:
+    assert text != TEXT
+    (step / MANIFEST).write_text(text)
     with pytest.raises(Damaged):
         read_manifest(step)
 
@@ -92,11 +88,6 @@ def test_a_later_format_is_named(step: Path) -> None:
     words = f"has format {FORMAT_VERSION + 1}, and this version reads up to {FORMAT_VERSION}"
     with pytest.raises(Unreadable, match=words):
         read_manifest(step)
-
-
-def test_no_manifest_is_told(tmp_path: Path) -> None:
-    with pytest.raises(Damaged, match=r"^manifest\.json is missing$"):
-        read_manifest(tmp_path)
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES, errno.EMFILE])
@@ -114,26 +105,3 @@ def test_a_file_that_cannot_be_read_is_not_called_damaged(step: Path, number: in
     monkeypatch.setattr(os, "scandir", fail)
     with pytest.raises(Unreadable, match=rf"^the folder{words}"):
         check_names(step, WRITTEN)
-
-
-def test_names_too_many_or_too_few_are_told(step: Path) -> None:
-    (step / "c.bin").touch()
-    with pytest.raises(Damaged, match=r"^c\.bin does not belong there$"):
-        check_names(step, WRITTEN)
-    (step / "c.bin").rename(step / "b.bin")
-    check_names(step, WRITTEN)
-    (step / "b.bin").unlink()
-    with pytest.raises(Damaged, match=r"^b\.bin is missing$"):
-        check_names(step, WRITTEN)
-
-
-def test_a_file_of_another_size_or_content_is_told(step: Path) -> None:
-    known = WRITTEN.files["a.bin"]
-    with pytest.raises(Damaged, match=r"^a\.bin has 3 bytes, and 4 were written$"):
-        check_file(step, "a.bin", Digest(4, known.sha256))
-    (step / "a.bin").write_bytes(b"abd")
-    with pytest.raises(Damaged, match=r"^a\.bin is not what was written \(its SHA-256 differs\)$"):
-        check_file(step, "a.bin", known)
-    (step / "a.bin").unlink()
-    with pytest.raises(Damaged, match=r"^a\.bin is missing$"):
-        check_file(step, "a.bin", known)

@@ -27,47 +27,46 @@ def dies(at: str, when: str, n: int = 1, **others: str) -> dict[str, Any]:
     return {**SAVING, "at": at.replace("checkpoint:", f"{CHECKPOINT}."), "when": when, "n": n, **others}
 
 
-# What is on the disk when a process dies while it saves step 4, and whether that step is there then.
+SYNC = "torchtitan_lite.durable.sync"
+# Where a process dies while it saves step 4, by what is on the disk then; and whether step 4 is published.
+# It syncs the file of tensors, then the four files of the step and the folder, then the folder of steps.
 POINTS = {
-    "before anything": (dies("checkpoint:steps.Steps.scratch", "before"), False),
+    "nothing": (dies("checkpoint:steps.Steps.scratch", "before"), False),
     "empty scratch folder": (dies("checkpoint:steps.Steps.scratch", "after"), False),
-    "half a shard": (dies("checkpoint:files._HashedStream.write", "after", 400), False),
-    "shard": (dies("os.fsync", "after", 1), False),
-    "index under its first name": (dies("os.fsync", "after", 2), False),
+    "half of the tensors": (dies("checkpoint:tensor_file.bytes_of", "after", 40), False),
+    "tensors": (dies(SYNC, "before", 1), False),
     "index": (dies("checkpoint:save.write_tensors", "after"), False),
-    "the generators": (dies("os.fsync", "after", 3), False),
-    "all documents": (dies("checkpoint:save._write_documents", "after"), False),
-    "empty manifest": (dies("checkpoint:manifest.Manifest.text", "before"), False),
-    "half a manifest": (dies("os.fsync", "after", 5, halve=f"{CHECKPOINT}.manifest.Manifest.text"), False),
-    "manifest": (dies("os.fsync", "after", 5), False),
-    "all, and it is on the disk": (dies("checkpoint:steps.sync", "after", 1), False),
-    "all, before its name": (dies("pathlib.Path.rename", "before", 2), False),
-    "its name": (dies("checkpoint:steps.sync", "before", 2), True),
-    "its name on the disk": (dies("checkpoint:steps.sync", "after", 2), True),
-    "half of what latest will be": (
-        dies("os.fsync", "after", 8, halve=f"{CHECKPOINT}.steps.Steps._pointer"),
+    "state": (dies("checkpoint:save._write_state", "after"), False),
+    "half a manifest": (
+        dies("checkpoint:steps.Steps.publish", "before", halve=f"{CHECKPOINT}.manifest.Manifest.text"),
+        False,
+    ),
+    "manifest": (dies(SYNC, "after", 3), False),
+    "all but the name": (dies("pathlib.Path.rename", "before", 1), False),
+    "the name": (dies(SYNC, "before", 7), True),
+    "the name, for good": (dies(SYNC, "after", 7), True),
+    "half of the new latest": (
+        dies("pathlib.Path.rename", "before", 2, halve=f"{CHECKPOINT}.steps.Steps._pointer"),
         True,
     ),
-    "what latest will be": (dies("pathlib.Path.replace", "before"), True),
-    "latest": (dies("pathlib.Path.replace", "after"), True),
-    "the oldest step without its name": (dies("shutil.rmtree", "before"), True),
+    "the new latest under another name": (dies("pathlib.Path.rename", "before", 2), True),
+    "the new latest": (dies("pathlib.Path.rename", "after", 2), True),
+    "the oldest step under another name": (dies("shutil.rmtree", "before"), True),
     "half of the oldest step": (dies("os.unlink", "after", 2), True),
-    "the oldest step is gone": (dies("shutil.rmtree", "after"), True),
+    "no oldest step": (dies("shutil.rmtree", "after"), True),
 }
 IN_BACKGROUND = (
-    "empty scratch folder",
-    "half a shard",
+    "half of the tensors",
     "half a manifest",
-    "all, before its name",
-    "its name",
-    "half of what latest will be",
+    "all but the name",
+    "the name",
     "half of the oldest step",
 )
 
 
 @pytest.fixture(scope="module")
 def straight(starts: Starts, options: Options, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The last step of the run when nothing happens to it."""
+    """The last step of the same run, never killed."""
     folder = tmp_path_factory.mktemp("straight") / "run"
     assert starts(options(folder, 5)).status == 0
     return folder / "checkpoint" / "step-5"
@@ -83,13 +82,13 @@ def left_over(folder: Path) -> list[str]:
     return [path.name for path in (folder / "checkpoint").iterdir() if SCRATCH.match(path.name)]
 
 
-def shards(step: Path) -> dict[str, Any]:
-    """What is known of a step's tensors."""
-    return {name: file for name, file in read_manifest(step).files.items() if name.endswith(".distcp")}
+def tensors(step: Path) -> dict[str, Any]:
+    """Return the digests of a step's files of tensors."""
+    return {name: file for name, file in read_manifest(step).files.items() if name.endswith(".safetensors")}
 
 
 def check_goes_on(folder: Path, start: Start, expected: int, left: list[str]) -> None:
-    """The `start` after a kill that left `left` was a quiet one from step `expected` to the last."""
+    """Assert that the `start` after a kill removed `left`, went on from step `expected` and did the rest."""
     assert (start.status, resumed_from(start)) == (0, expected), start
     assert "Traceback" not in start.err and "DAMAGED" not in start.err
     for name in left:
@@ -116,27 +115,26 @@ def test_a_run_killed_while_it_saves_goes_on_from_the_last_published_step(
     assert len(left) <= 1
     assert (run_folder / "checkpoint" / "step-4").exists() == is_published
     check_goes_on(run_folder, starts(words), 4 if is_published else 3, left)
-    assert shards(run_folder / "checkpoint" / "step-5") == shards(straight)
+    assert tensors(run_folder / "checkpoint" / "step-5") == tensors(straight)
 
 
 def test_the_points_leave_what_they_say(starts: Starts, options: Options, run_folder: Path) -> None:
-    """Else the test above would kill at the same harmless moment again and again."""
-    assert starts(options(run_folder, 5), POINTS["half a shard"][0]).status == -9
+    """Without this, the test above could kill at one harmless moment again and again."""
+    newest = run_folder / "checkpoint" / "step-3"
+    assert starts(options(run_folder, 5), POINTS["half of the tensors"][0]).status == -9
     (scratch,) = left_over(run_folder)
-    half = run_folder / "checkpoint" / scratch / "__0_0.distcp"
-    assert [path.name for path in half.parent.iterdir()] == [half.name]
-    whole = run_folder / "checkpoint" / "step-3" / half.name
-    assert 0 < half.stat().st_size < whole.stat().st_size
+    (half,) = (run_folder / "checkpoint" / scratch).iterdir()
+    assert 0 < half.stat().st_size < (newest / half.name).stat().st_size
     assert starts(options(run_folder, 5), POINTS["half a manifest"][0]).status == -9
     (scratch,) = left_over(run_folder)
     size = (run_folder / "checkpoint" / scratch / "manifest.json").stat().st_size
-    assert 0 < size < (run_folder / "checkpoint" / "step-3" / "manifest.json").stat().st_size
-    assert starts(options(run_folder, 5), POINTS["half of what latest will be"][0]).status == -9
+    assert 0 < size < (newest / "manifest.json").stat().st_size
+    assert starts(options(run_folder, 5), POINTS["half of the new latest"][0]).status == -9
     pointer = run_folder / "checkpoint" / "latest"
     assert 0 < pointer.with_name("latest.partial").stat().st_size < pointer.stat().st_size
     assert starts(options(run_folder, 6), POINTS["half of the oldest step"][0]).status == -9
     (scratch,) = left_over(run_folder)
-    assert 0 < len(list((run_folder / "checkpoint" / scratch).iterdir())) < 5
+    assert 0 < len(list((run_folder / "checkpoint" / scratch).iterdir())) < 4
 
 
 @pytest.mark.parametrize(
@@ -151,20 +149,20 @@ def test_the_points_leave_what_they_say(starts: Starts, options: Options, run_fo
 def test_a_run_killed_while_it_sets_a_damaged_step_aside_loses_nothing(
     starts: Starts, options: Options, run_folder: Path, fault: dict[str, Any]
 ) -> None:
-    shard = run_folder / "checkpoint" / "step-3" / "__0_0.distcp"
+    shard = run_folder / "checkpoint" / "step-3" / "tensors-0.safetensors"
     shard.write_bytes(damaged := shard.read_bytes()[:-1])
     fault = {**fault, "armed_by": f"{CHECKPOINT}.steps.Steps.set_aside"}
     assert starts(options(run_folder, 4), fault).status == -9
     start = starts(options(run_folder, 4))
     assert (start.status, resumed_from(start)) == (0, 2), start
     assert "Traceback" not in start.err
-    aside = list(run_folder.glob("earlier*/checkpoint/step-3/__0_0.distcp"))
+    aside = list(run_folder.glob("earlier*/checkpoint/step-3/tensors-0.safetensors"))
     assert [path.read_bytes() for path in aside] == [damaged]
     assert Steps(run_folder / "checkpoint").published() == [3, 4]
 
 
 def sweep(starts: Starts, words: list[str], folder: Path, delays: list[float]) -> list[str]:
-    """Kill a run so many seconds after a save began, again and again; what each kill left in the folder."""
+    """Kill a run `delays` seconds after a save began, again and again; return what each kill left behind."""
     steps, seen = Steps(folder / "checkpoint"), []
     for delay in delays:
         newest = steps.published()[-1]
@@ -216,14 +214,14 @@ def test_a_run_killed_at_many_moments_goes_on_each_time(
 @pytest.mark.parametrize(
     ("rank", "fault"),
     [
-        (1, {"at": "os.fsync", "when": "before", "n": 1, "until": "*/__0_0.distcp"}),
+        (1, {"at": "os.fsync", "when": "before", "n": 1, "until": "*/tensors-0.safetensors"}),
         (1, {"at": "os.fsync", "when": "after", "n": 1}),
-        (0, {"at": "os.fsync", "when": "before", "n": 1, "until": "*/__1_0.distcp"}),
+        (0, {"at": "os.fsync", "when": "before", "n": 1, "until": "*/tensors-1.safetensors"}),
         (0, {"at": f"{CHECKPOINT}.steps.Steps.publish", "when": "before", "n": 1}),
     ],
-    ids=["before its shard", "after its shard", "the first, before its shard", "the first, before the name"],
+    ids=["before its file", "after its file", "the first, before its file", "the first, before the name"],
 )
-def test_a_rank_killed_between_the_shards_leaves_the_step_before(
+def test_a_rank_killed_between_the_files_leaves_the_step_before(
     ranks: RanksOf, tmp_path: Path, rank: int, fault: dict[str, Any]
 ) -> None:
     publish(tmp_path, 1)

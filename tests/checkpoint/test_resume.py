@@ -1,4 +1,4 @@
-"""A run in three parts is the run in one, to the bit: weights, optimizer, generators, batches and reports."""
+"""A run in three parts equals the run in one, to the bit: weights, optimizer, batches and reports."""
 
 import json
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ STOPPED, DONE, CRASHED = 75, 0, None
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """What a run is on, and how it computes."""
+    """The mesh of a run, and its arithmetic."""
 
     mesh: Mapping[str, object]
     size: int = 1
@@ -22,7 +22,7 @@ class Case:
     dtype: str = "float32"
     flags: tuple[str, ...] = ()
     again: bool = False
-    """Whether the run goes on from its second start's first step once more."""
+    """Whether a fourth start goes on from the step that the second start went on from."""
 
     def words(self, folder: Path) -> list[str]:
         values = {
@@ -121,12 +121,12 @@ def test_three_parts_are_the_whole_to_the_bit(case: Case, ranks, texts: Path, tm
         assert first.at_end == second.at_start != third.at_start
         assert (third.at_end, third.lr) == (straight.at_end, straight.lr)
         assert first.batches + up_to(second, 9) + third.batches == straight.batches
-        assert first.draws | second.draws | third.draws == straight.draws
+        # No checkpoint holds the states of generators.
+        assert not any(part.has_drawn for part in (straight, first, second, third))
         for other in again:
             assert begun(other) == (5, 12, DONE)
             assert (other.at_start, other.at_end) == (first.at_end, straight.at_end)
             assert first.batches + other.batches == straight.batches
-            assert first.draws | other.draws == straight.draws
     check_files(whole, parts)
     if done[0][4:]:
         assert {path.name for path in (parts / "earlier" / "checkpoint").iterdir()} == {"step-9", "step-12"}
@@ -134,7 +134,7 @@ def test_three_parts_are_the_whole_to_the_bit(case: Case, ranks, texts: Path, tm
 
 
 def check_files(whole: Path, parts: Path) -> None:
-    """That the folders of two runs say the same."""
+    """Assert that the reports in the folders of two runs are equal."""
     found = cases.lines(parts)
     assert found == cases.lines(whole)
     assert [line["step"] for line in found if "loss" in line] == [*range(1, 13)]
@@ -145,7 +145,7 @@ def check_files(whole: Path, parts: Path) -> None:
         for folder in (whole, parts)
     ]
     for state in stated:
-        del state["config"]  # of which the folder is another
+        del state["config"]  # the runs' folders differ
     assert stated[0] == stated[1]
     assert cases.outcome(parts) == cases.outcome(whole)
 

@@ -1,44 +1,43 @@
-"""Saving while a run goes on: in the background, and where it fails."""
+"""Saves during a run: in the background, and saves that fail."""
 
 import errno
 import json
 import os
-import resource
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import checkpoint_cases as cases_of_steps
 import parallel_cases
 import pytest
 import resume_cases as cases
 import torch
+from checkpoint_cases import no_space, whole
 from resume_cases import main, options, outcome, steps_in
 
+from torchtitan_lite import durable
 from torchtitan_lite.checkpoint import CheckpointConfig, SaveFailed, patience, save
-from torchtitan_lite.checkpoint import steps as steps_module
 from torchtitan_lite.checkpoint.ranks import Ranks
 from torchtitan_lite.checkpoint.restore import load, verify
 from torchtitan_lite.checkpoint.save import Saver, Snapshot
-from torchtitan_lite.checkpoint.state import State
 from torchtitan_lite.checkpoint.steps import Steps
-from torchtitan_lite.checkpoint.tensors import Piece
 from torchtitan_lite.training import outputs
 from torchtitan_lite.training.step import Stepper
 
 MODES = pytest.mark.parametrize("mode", ["disabled", "async"])
 BACKGROUND = pytest.mark.parametrize("mode", ["async", "async_with_pinned_mem"])
 WITHIN = 30.0
-"""Seconds for what a thread is waited for."""
+"""Seconds that a test waits for a thread."""
 
 
 @pytest.fixture(autouse=True)
 def no_threads_left() -> Iterator[None]:
-    """A failed test must not leave a thread in torch behind, with which the process would not end well."""
+    """Wait for all saves: a process that ends with a thread inside torch may crash."""
     yield
     for thread in threading.enumerate():
         if thread.name == "checkpoint":
@@ -65,17 +64,6 @@ def go(words: list[str], tmp_path: Path) -> Callable[..., int]:
     return go
 
 
-@contextmanager
-def full_disk() -> Iterator[None]:
-    """Within it no file of this process can grow beyond 16 kB, less than a step needs."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 @pytest.fixture
 def full_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """`full_at(4)`: the disk is full while step 4 is written."""
@@ -86,7 +74,7 @@ def full_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
         def write_step(steps: Steps, snapshot: Snapshot, *more: Any) -> int:
             if snapshot.step != step:
                 return write(steps, snapshot, *more)
-            with full_disk():
+            with no_space(2**14):  # less than a step needs
                 return write(steps, snapshot, *more)
 
         monkeypatch.setattr(save, "write_step", write_step)
@@ -95,7 +83,7 @@ def full_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
 
 def known_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every step knows what came of the save before it."""
+    """Let every training step know whether the save before it has failed."""
     failed = Saver.has_failed.fget
     assert failed is not None
     monkeypatch.setattr(Saver, "has_failed", property(lambda saver: saver.wait() or failed(saver)))
@@ -106,7 +94,7 @@ def trained(folder: Path) -> list[int]:
 
 
 def good_steps(folder: Path) -> list[int]:
-    """The steps that are there, and nothing else is, all of them good."""
+    """Return the published steps, after asserting that all are good and nothing else is there."""
     steps = Steps(folder / "checkpoint")
     assert steps_in(folder) == sorted(["latest", *(f"step-{step}" for step in steps.published())])
     assert [verify(steps.path(step), Ranks()).state.step for step in steps.published()] == steps.published()
@@ -130,7 +118,9 @@ def test_a_full_disk_ends_the_run_and_keeps_the_steps_before(go, full_at, tmp_pa
     assert trained(folder) == [1, 2, 3, 4, 5, 6]
 
 
-def test_in_the_background_it_does_so_at_the_next_step(go, full_at, tmp_path: Path, monkeypatch) -> None:
+def test_a_full_disk_in_the_background_ends_the_run_at_the_next_step(
+    go, full_at, tmp_path: Path, monkeypatch
+) -> None:
     folder = tmp_path / "run"
     known_at_once(monkeypatch)
     full_at(2)
@@ -194,14 +184,14 @@ def test_a_failure_on_one_rank_ends_all_at_the_same_step(ranks, words: list[str]
 
 
 class Held:
-    """Holds the writing of steps until a step of training is reached; sees how many are written at a time."""
+    """Holds back the writing of steps until a training step is reached, and counts the writes at a time."""
 
     def __init__(self, patch: pytest.MonkeyPatch, *, until: int, only: int = -1) -> None:
         self.reached, self.at_a_time, self.most = threading.Event(), 0, 0
         self.wrote: dict[int, int] = {}
-        """Steps that were done when a step was published, by step."""
+        """By published step, the training step at that time."""
         self.hashes: dict[int, dict[str, str]] = {}
-        """Of the weights when a step was done."""
+        """By training step, the hashes of the weights after it."""
         self.until, self.only, self.step = until, only, 0
         write, step = save.write_step, Stepper.train_step
 
@@ -230,16 +220,9 @@ class Held:
 
 
 def saved_hashes(folder: Path) -> dict[str, str]:
-    """A hash of each weight in a step."""
+    """Return a hash of each weight in a step."""
     found = verify(folder, Ranks())
-    pieces = {
-        name: Piece(
-            local=torch.zeros(stored.shape, dtype=stored.dtype),
-            shape=stored.shape,
-            offsets=torch.Size([0] * len(stored.shape)),
-        )
-        for name, stored in found.index.items()
-    }
+    pieces = whole({name: torch.zeros(x.shape, dtype=x.dtype) for name, x in found.index.items()})
     load(found, pieces, Ranks())
     return {name: cases.hash_of(piece.local) for name, piece in pieces.items() if name.startswith("model.")}
 
@@ -290,7 +273,7 @@ def test_numbers_that_are_not_finite_keep_the_steps_before(
         return loss * (float("nan") if stepper.state.step == 4 else 1.0), count
 
     def write_step(steps: Steps, snapshot: Snapshot, *more: Any) -> int:
-        if mode == "async" and snapshot.step == 4:  # under way when the loss is found to be none
+        if mode == "async" and snapshot.step == 4:  # still written when the loss is nan
             assert began.wait(WITHIN)
             time.sleep(0.3)
         return write(steps, snapshot, *more)
@@ -354,19 +337,7 @@ def test_a_step_that_is_being_written_is_finished_before_an_exception_ends_the_r
 
 
 def snapshot(step: int, value: float = 0.0) -> Snapshot:
-    weight = torch.full((4,), value)
-    state = State(
-        step=step,
-        n_tokens_seen=0,
-        consumed_samples=0,
-        validated=-1,
-        model_only=False,
-        identity={},
-        schedule={},
-        config={},
-    )
-    pieces = {"model.weight": Piece(local=weight, shape=weight.shape, offsets=torch.Size([0]))}
-    return Snapshot(step=step, pieces=pieces, state=state, random={}, made={})
+    return cases_of_steps.snapshot(step, whole({"model.weight": torch.full((4,), value)}))
 
 
 def saver(folder: Path, said: list[str] | None = None, **changes: Any) -> Saver:
@@ -415,27 +386,31 @@ def test_a_published_step_whose_name_may_not_last_is_told_and_the_one_before_is_
     own = saver(tmp_path, keep_latest_k=1)
     own.save(1, lambda: snapshot(1))
 
-    def sync(folder: Path) -> None:
-        if folder == tmp_path:
+    def sync(path: Path) -> None:
+        if path == tmp_path:
             raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(steps_module, "sync", sync)
+    monkeypatch.setattr(durable, "sync", sync)
     own.save(2, lambda: snapshot(2))
     assert f"{tmp_path / 'step-2'} is there, but may not outlast a power cut" in caplog.text
     assert own.saved == 2 and Steps(tmp_path).published() == [1, 2]
 
 
 @pytest.mark.parametrize("harm", ["gone", "cut"])
-def test_a_step_whose_shard_is_not_there_is_not_published(harm: str, tmp_path: Path, monkeypatch) -> None:
+def test_a_step_with_a_file_that_is_not_there_is_not_published(
+    harm: str, tmp_path: Path, monkeypatch
+) -> None:
     gather = Ranks.gather
 
     def lose(ranks: Ranks, value: Any) -> Any:
-        for shard in tmp_path.glob("step-*/*.distcp"):  # as on a machine that has the folder for itself
-            shard.unlink() if harm == "gone" else os.truncate(shard, 10)
+        for file in tmp_path.glob("step-*/*.safetensors"):  # as on a machine that does not share the folder
+            file.unlink() if harm == "gone" else os.truncate(file, 10)
         return gather(ranks, value)
 
     monkeypatch.setattr(Ranks, "gather", lose)
-    words = {"gone": "__0_0.distcp is missing", "cut": "__0_0.distcp has 10 bytes, and "}[harm]
+    words = {"gone": "tensors-0.safetensors is missing", "cut": "tensors-0.safetensors has 10 bytes, and "}[
+        harm
+    ]
     with pytest.raises(SaveFailed, match=rf"step 1 could not be saved \({words}"):
         saver(tmp_path).save(1, lambda: snapshot(1))
     assert list(tmp_path.iterdir()) == []
@@ -447,7 +422,7 @@ def test_a_rank_gives_signs_of_life_while_one_write_takes_long(tmp_path: Path, m
     def slow_sync(descriptor: int) -> None:
         if not seen:
             seen.append(len(alive))
-            wait_until(lambda: len(alive) >= seen[0] + 2, within=15)
+            cases.wait_until(lambda: len(alive) >= seen[0] + 2)
         sync(descriptor)
 
     monkeypatch.setattr(os, "fsync", slow_sync)
@@ -455,7 +430,7 @@ def test_a_rank_gives_signs_of_life_while_one_write_takes_long(tmp_path: Path, m
     own = saver(tmp_path)
     own.alive = lambda: alive.append(1)
     own.save(1, lambda: snapshot(1))
-    assert seen and Steps(tmp_path).published() == [1]
+    assert len(alive) >= 2 and Steps(tmp_path).published() == [1]
 
 
 @BACKGROUND
@@ -472,28 +447,21 @@ def test_where_there_is_no_room_for_a_copy_the_save_has_failed(
 
 
 class AtOnce(threading.Thread):
-    """A thread that is done before whoever starts it goes on."""
+    """A thread whose `start` returns when the thread has ended."""
 
     def start(self) -> None:
         super().start()
         self.join()
 
 
-def wait_until(is_so: Callable[[], bool], within: float) -> None:
-    deadline = time.monotonic() + within
-    while not is_so():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 @pytest.fixture
 def failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Saver:
-    """Could not save step 1 in the background, and nobody has heard of it."""
+    """A saver whose save of step 1 has failed in the background, which is not reported yet."""
     own = saver(tmp_path, async_mode="async")
     with monkeypatch.context() as patch:
         patch.setattr(patience.threading, "Thread", AtOnce)
         patch.setattr(save, "write_step", lambda *_: (_ for _ in ()).throw(OSError(28, "no room")))
-        own.save(1, lambda: snapshot(1))  # another rank may not know yet: raised here, it would be alone
+        own.save(1, lambda: snapshot(1))  # must not raise: another rank may not know yet
     assert own.has_failed
     return own
 

@@ -1,8 +1,7 @@
-"""What a start finds in its folder: a step to go on from, another run's, or a run that has the folder."""
+"""A start in a folder that holds a step to go on from, steps of another run, or a run that goes on."""
 
 import os
 import shutil
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,6 @@ import programs
 import pytest
 import resume_cases as cases
 import torch
-from programs import Program
 from resume_cases import lines, main, outcome, steps_in
 from tokenizers import Tokenizer as Encoder
 from tokenizers import models, pre_tokenizers
@@ -24,7 +22,7 @@ from torchtitan_lite.checkpoint.restore import verify
 from torchtitan_lite.config.job import load_job
 from torchtitan_lite.parallel.world import World
 from torchtitan_lite.run import Run
-from torchtitan_lite.training.outputs import InUse, lock
+from torchtitan_lite.training.outputs import lock
 
 FLAG = "--checkpoint.allow-changes"
 Go = Callable[..., int]
@@ -81,7 +79,7 @@ def go(texts: Path, tmp_path: Path) -> Go:
 
 
 def files_in(folder: Path, but: tuple[str, ...] = ("exit.json", "lock")) -> dict[str, bytes]:
-    """All files, but for those that say that somebody was there."""
+    """Return the bytes of all files, except the files that each start writes."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in folder.rglob("*")
@@ -110,7 +108,7 @@ OTHER_RUNS = {
 
 
 def check_refused(capsys, folder: Path, before: dict[str, bytes], expected: list[str]) -> None:
-    """That each line says what is, what was, and how to go on all the same; and that nothing was touched."""
+    """Assert that a line tells each old and new value and the remedy, and that nothing was changed."""
     said = capsys.readouterr().err.splitlines()
     assert len(said) == len(expected)
     for line in expected:
@@ -239,19 +237,14 @@ def test_ctrl_c_while_a_step_is_loaded_ends_with_130(texts: Path, folder: Path) 
     code = (
         "import os, signal, sys, threading, time\n"
         "from torchtitan_lite import train\n"
-        "from torchtitan_lite.checkpoint import tensors\n"
-        "read = tensors._read_chunk\n"
-        "sent = []\n"
+        "from torchtitan_lite.checkpoint import restore\n"
+        "read = restore.read_tensors\n"
         "def slowly(*words):\n"
-        "    if not sent:\n"
-        "        sent.append(threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGINT)))\n"
-        "        sent[0].start()\n"
+        "    threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGINT)).start()\n"
         "    until = time.monotonic() + 3\n"
         "    while time.monotonic() < until:\n"
-        "        words[0].seek(0)\n"
-        "        found = read(*words)\n"
-        "    return found\n"
-        "tensors._read_chunk = slowly\n"
+        "        read(*words)\n"
+        "restore.read_tensors = slowly\n"
         "train.end_process(train.main(sys.argv[1:]))\n"
     )
     end = programs.run(["-c", code, *words(texts, job__dump_folder=folder)])
@@ -389,29 +382,10 @@ def test_a_folder_that_a_run_has_is_refused_to_another(go: Go, folder: Path, cap
         assert line.startswith(
             f'job.dump_folder = "{folder}" is the folder of a run that goes on (process {os.getpid()} on '
         )
-        # Neither a start that fails before it has the folder leaves anything there.
+        # A start that fails before it has the folder leaves nothing there either.
         assert go("--training.stepz", 1) == 2
         assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
     assert go() == 0
-
-
-def test_the_lock_of_a_killed_run_is_free(tmp_path: Path) -> None:
-    code = (
-        "import sys, time\nfrom pathlib import Path\nfrom torchtitan_lite.training.outputs import lock\n"
-        "held = lock(Path(sys.argv[1]))\nprint('locked', flush=True)\ntime.sleep(1000)"
-    )
-    process = Program(["-c", code, tmp_path])
-    try:
-        assert process.stdout is not None and process.stdout.readline() == "locked\n"
-        with pytest.raises(InUse, match=f"process {process.pid} on "):
-            lock(tmp_path)
-        process.send_signal(signal.SIGKILL)
-        with lock(tmp_path, seconds=5) as file:
-            file.seek(0)
-            assert file.read().startswith(f"process {os.getpid()} on ")
-    finally:
-        process.kill()
-        process.communicate()
 
 
 def test_steps_that_cannot_be_written_are_found_before_the_first(go: Go, tmp_path: Path, capsys) -> None:

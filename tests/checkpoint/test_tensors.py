@@ -1,14 +1,13 @@
-"""Tensors written in pieces by some ranks are, bit by bit, what any other number of ranks reads."""
+"""Tensors that some ranks write in pieces are, bit by bit, what any other number of ranks reads."""
 
 import hashlib
+import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from checkpoint_cases import (
     SMALL,
     TENSORS,
@@ -25,21 +24,13 @@ from checkpoint_cases import (
     write_layouts,
 )
 from ranks import RanksOf
+from safetensors import safe_open
 
-from torchtitan_lite.checkpoint.files import _BLOCK, HashedFiles
-from torchtitan_lite.checkpoint.manifest import Digest, read_manifest
+from torchtitan_lite.checkpoint.manifest import Digest
 from torchtitan_lite.checkpoint.ranks import Ranks
 from torchtitan_lite.checkpoint.restore import find, load, verify
 from torchtitan_lite.checkpoint.steps import Steps
-from torchtitan_lite.checkpoint.tensors import (
-    Chunk,
-    Piece,
-    Stored,
-    differences,
-    read_index,
-    read_tensors,
-    write_tensors,
-)
+from torchtitan_lite.checkpoint.tensors import Piece, Stored, differences, read_tensors, write_tensors
 from torchtitan_lite.config.load import ConfigError
 
 LAYOUTS = ["rows", "columns", "grid"]
@@ -47,7 +38,7 @@ LAYOUTS = ["rows", "columns", "grid"]
 
 @pytest.fixture(scope="module", params=[1, 2, 4])
 def written(request: pytest.FixtureRequest, ranks: RanksOf, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of a step for each layout, which some number of ranks has written."""
+    """A folder with a step for each layout, which some number of ranks has written."""
     folder = tmp_path_factory.mktemp("written")
     ranks(request.param).run(write_layouts, folder, LAYOUTS)
     return folder
@@ -61,7 +52,7 @@ def test_what_some_ranks_write_others_read_bit_by_bit(ranks: RanksOf, written: P
 
 
 def test_the_boxes_are_uneven_and_some_are_empty() -> None:
-    """Else the test above would say little."""
+    """Without this, the test above would show little."""
     lengths = {
         layout: [box(TENSORS["model.rows"], rank, 4, layout).local.shape for rank in range(4)]
         for layout in LAYOUTS
@@ -73,59 +64,56 @@ def test_the_boxes_are_uneven_and_some_are_empty() -> None:
     assert [piece.local.shape[0] for piece in few] == [1, 1, 0, 0]
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is")
-def test_torch_s_own_load_reads_a_step(written: Path) -> None:
-    for step in range(len(LAYOUTS)):
-        read = {name: torch.zeros_like(x) for name, x in TENSORS.items()}
-        dcp.load(  # pyright: ignore[reportPrivateImportUsage]
-            read, checkpoint_id=Steps(written).path(step), no_dist=True
-        )
+def test_any_reader_of_safetensors_opens_the_files_of_a_step(written: Path) -> None:
+    for step in map(Steps(written).path, range(len(LAYOUTS))):
+        verify(step, Ranks())
+        found = {name: torch.zeros_like(x) for name, x in TENSORS.items()}
+        index = json.loads((step / "index.json").read_text())
+        for path in step.glob("*.safetensors"):
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 - no mapping, though it has keys
+                    (chunk,) = (chunk for chunk in index[name]["chunks"] if chunk["file"] == path.name)
+                    corner = zip(chunk["offsets"], chunk["sizes"], strict=True)
+                    place = tuple(slice(start, start + n) for start, n in corner)
+                    found[name][place] = file.get_tensor(name)
         for name, tensor in TENSORS.items():
-            assert read[name].dtype == tensor.dtype and torch.equal(read[name], tensor), name
-
-
-def test_a_written_step_is_good_for_one_reader(written: Path) -> None:
-    assert [verify(Steps(written).path(step), Ranks()).state.step for step in range(3)] == [0, 1, 2]
+            assert torch.equal(found[name], tensor), name
 
 
 def test_the_digests_are_those_of_the_files(ranks: RanksOf, tmp_path: Path) -> None:
-    digests: dict[str, Digest] = {}
-    for of_rank in ranks(2).run(digests_of_a_write, tmp_path):
-        assert not digests.keys() & of_rank.keys()
-        digests |= of_rank
-    assert sorted(digests) == sorted(path.name for path in tmp_path.iterdir())
-    assert {".metadata", "__0_0.distcp", "__1_0.distcp"} == digests.keys()
-    for name, digest in digests.items():
+    of_ranks = ranks(2).run(digests_of_a_write, tmp_path, "grid")
+    assert [[*digests] for digests in of_ranks] == [
+        ["tensors-0.safetensors", "index.json"],
+        ["tensors-1.safetensors"],
+    ]
+    assert len(list(tmp_path.iterdir())) == 3
+    for name, digest in (of_ranks[0] | of_ranks[1]).items():
         content = (tmp_path / name).read_bytes()
         assert digest == Digest(len(content), hashlib.sha256(content).hexdigest())
 
 
-@pytest.mark.parametrize("n_bytes", [0, 1, _BLOCK - 1, _BLOCK, _BLOCK + 1, 3 * _BLOCK, 40 * _BLOCK + 7])
-def test_a_file_is_hashed_as_it_is_written_however_large_the_pieces(tmp_path: Path, n_bytes: int) -> None:
-    content = (bytes(range(251)) * (n_bytes // 251 + 1))[:n_bytes]
-    files = HashedFiles()
-    with files.create_stream(tmp_path / "x", "wb") as stream:
-        stream.write(content[: n_bytes // 3])
-        stream.write(memoryview(content)[n_bytes // 3 :])
-        assert stream.tell() == n_bytes
-    assert (tmp_path / "x").read_bytes() == content
-    assert files.digests == {"x": Digest(n_bytes, hashlib.sha256(content).hexdigest())}
+def test_what_all_ranks_hold_is_written_once_and_evenly(ranks: RanksOf, tmp_path: Path) -> None:
+    ranks(2).run(digests_of_a_write, tmp_path, "whole")
+    names, n_bytes = [], []
+    for rank in range(2):
+        with safe_open(tmp_path / f"tensors-{rank}.safetensors", framework="pt") as file:
+            tensors = [(name, file.get_tensor(name)) for name in file.keys()]  # noqa: SIM118
+        names += [name for name, _ in tensors]
+        n_bytes.append(sum(x.nbytes for _, x in tensors))
+    assert sorted(names) == sorted(TENSORS)
+    # The largest is as large as all others together.
+    assert sorted(n_bytes) == [151, 280]
 
 
-def test_a_stream_may_outlive_its_file(tmp_path: Path) -> None:
-    """Python closes the stream, and so flushes it, when it deletes the object; 3.13 prints an error there."""
-    with HashedFiles().create_stream(tmp_path / "x", "wb") as stream:
-        stream.write(b"text")
-    stream.close()
-    assert (tmp_path / "x").read_bytes() == b"text"
+def test_a_rank_without_anything_to_write_writes_no_file(ranks: RanksOf, tmp_path: Path) -> None:
+    ranks(4).run(write_layouts, tmp_path, ["rows"])
+    assert len(list(Steps(tmp_path).path(0).glob("*.safetensors"))) == 4
+    ranks(4).run(digests_of_a_write, tmp_path, "whole")
+    assert sum(1 for _ in tmp_path.glob("*.safetensors")) == 4
 
 
-def test_a_renamed_file_takes_its_digest_with_it(tmp_path: Path) -> None:
-    files = HashedFiles()
-    files.write_json(tmp_path / "a", {"x": 1})
-    (digest,) = files.digests.values()
-    files.rename(tmp_path / "a", tmp_path / "b")
-    assert files.digests == {"b": digest} and (tmp_path / "b").exists()
+def zeros() -> dict[str, Piece]:
+    return whole({name: torch.zeros_like(x) for name, x in SMALL.items()})
 
 
 def test_bits_that_numbers_do_not_show_survive(tmp_path: Path) -> None:
@@ -149,32 +137,52 @@ def test_a_piece_that_is_not_contiguous_is_written_and_read(tmp_path: Path) -> N
 def test_a_parameter_is_read_in_place(tmp_path: Path) -> None:
     step = publish(tmp_path, 1)
     weight = torch.nn.Parameter(torch.zeros(4, 3))
-    pieces = whole({**{name: torch.zeros_like(x) for name, x in SMALL.items()}, "model.w": weight})
-    load(verify(step, Ranks()), pieces, Ranks())
+    load(verify(step, Ranks()), {**zeros(), **whole({"model.w": weight})}, Ranks())
     assert torch.equal(weight, SMALL["model.w"]) and weight.requires_grad
 
 
-def test_only_chunks_that_a_piece_lies_in_are_read(written: Path, tmp_path: Path) -> None:
-    step = Path(shutil.copytree(Steps(written).path(0), tmp_path / "step-0"))
-    index = read_index(step, read_manifest(step))
-    corner = {
-        "model.rows": Piece(
-            local=torch.zeros(1, 2).double(), shape=torch.Size([7, 5]), offsets=torch.Size([6, 3])
-        )
-    }
-    for name, stored in index.items():
-        for chunk in stored.chunks:
-            if name != "model.rows" or chunk.offsets[0] + chunk.sizes[0] < 7:
-                with (step / chunk.file).open("r+b") as stream:  # whoever reads it is told that it is none
-                    stream.seek(chunk.start)
-                    stream.write(bytes(chunk.n_bytes))
-    read_tensors(step, corner, index)
-    assert torch.equal(corner["model.rows"].local, TENSORS["model.rows"][6:, 3:])
+def test_the_weights_alone_can_be_read_from_a_whole_step(tmp_path: Path) -> None:
+    found = verify(publish(tmp_path, 1), Ranks())
+    model = {name: piece for name, piece in zeros().items() if name.startswith("model.")}
+    load(found, model, Ranks())
+    assert all(torch.equal(piece.local, SMALL[name]) for name, piece in model.items())
+
+
+@pytest.mark.parametrize(
+    ("shape", "cut", "most_mib"),
+    [
+        ((2**12, 2**12), (slice(None), slice(None)), 4),
+        ((2**12, 2**12), (slice(1000, 3000), slice(None)), 4),
+        ((2**12, 2**12), (slice(None), slice(0, 2**11)), 20),
+        ((1, 2**12, 2**12), (slice(None), slice(0, 2**11), slice(None)), 68),
+    ],
+    ids=["whole", "rows", "columns", "part of a row"],
+)
+def test_a_load_takes_little_memory_beyond_the_tensors(
+    tmp_path: Path, shape: tuple[int, ...], cut: tuple[slice, ...], most_mib: float
+) -> None:
+    """At most a block of 16 MiB or a row: never more than the chunk, of 64 MiB here."""
+    x = torch.arange(2**24, dtype=torch.float32).view(shape)
+    found = verify(publish(tmp_path, 1, pieces=whole({"model.x": x})), Ranks())
+    into = torch.full(x[cut].shape, -1.0)
+    piece = Piece(local=into, shape=x.shape, offsets=torch.Size(part.start or 0 for part in cut))
+    read_tensors(found.folder, {"model.x": piece}, found.index)  # what is imported or kept for good
+    Path("/proc/self/clear_refs").write_text("5")
+    before = memory("VmRSS")
+    read_tensors(found.folder, {"model.x": piece}, found.index)
+    assert memory("VmHWM") - before < most_mib
+    assert torch.equal(into, x[cut])
+
+
+def memory(key: str) -> float:
+    """Return memory of this process in MiB: now (VmRSS), or the most since clear_refs was written (VmHWM)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{key}:"))
 
 
 def test_what_differs_is_told_in_a_line_each() -> None:
     def stored(dtype: torch.dtype, *shape: int) -> Stored:
-        return Stored(dtype=dtype, shape=torch.Size(shape), chunks=[])
+        return Stored(dtype=dtype, shape=shape, chunks=[])
 
     pieces = whole({"a": torch.zeros(2), "b": torch.zeros(2, 3), "c": torch.zeros(2), "same": torch.zeros(1)})
     index = {
@@ -209,20 +217,26 @@ def test_a_step_of_other_tensors_is_refused_and_nothing_is_read(tmp_path: Path) 
     assert all(not x.any() for name, x in others.items() if name.startswith("model."))
 
 
-def test_the_weights_alone_can_be_read_from_a_whole_step(tmp_path: Path) -> None:
-    found = verify(publish(tmp_path, 1), Ranks())
-    model = whole({name: torch.zeros_like(x) for name, x in SMALL.items() if name.startswith("model.")})
-    load(found, model, Ranks())
-    assert all(torch.equal(piece.local, SMALL[name]) for name, piece in model.items())
+def test_every_file_is_on_the_disk_whole_before_its_step_is_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: dict[str, int] = {}
+    sync, rename = os.fsync, Path.rename
 
+    def noted(descriptor: int) -> None:
+        sizes[Path(os.readlink(f"/proc/self/fd/{descriptor}")).name] = os.fstat(descriptor).st_size
+        sync(descriptor)
 
-def test_a_chunk_is_a_place_in_a_file(tmp_path: Path) -> None:
-    step = publish(tmp_path, 1)
-    (chunk,) = read_index(step, read_manifest(step))["model.w"].chunks
-    assert isinstance(chunk, Chunk)
-    assert (chunk.file, chunk.offsets, chunk.sizes) == ("__0_0.distcp", (0, 0), (4, 3))
-    content = (step / chunk.file).read_bytes()[chunk.start : chunk.start + chunk.n_bytes]
-    assert content.startswith(b"PK")
+    def checked(path: Path, target: Path) -> Path:
+        if target.name == "step-1":
+            found = {file.name: file.stat().st_size for file in path.iterdir()}
+            assert found == {name: sizes[name] for name in found} and len(found) == 4
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(Path, "rename", checked)
+    publish(tmp_path, 1)
+    assert Steps(tmp_path).published() == [1]
 
 
 # --- no space ---
@@ -232,7 +246,7 @@ def test_a_chunk_is_a_place_in_a_file(tmp_path: Path) -> None:
 def test_a_write_that_fails_raises_what_the_system_said(tmp_path: Path, n: int) -> None:
     pieces = whole({"model.x": torch.rand(n), "model.y": torch.rand(n + 400)})
     with no_space(), pytest.raises(OSError, match="File too large"):
-        write_tensors(tmp_path, pieces, HashedFiles(), Ranks())
+        write_tensors(tmp_path, pieces, Ranks())
 
 
 def test_a_step_without_space_leaves_nothing_and_the_one_before(tmp_path: Path) -> None:
@@ -297,19 +311,3 @@ def test_a_run_without_space_ends_with_a_line_and_goes_on_later(
     ]
     start = starts(words)
     assert start.status == 0 and "goes on from step 3 in " in start.out
-
-
-def test_all_bytes_of_a_file_are_there_when_it_is_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    sizes: dict[str, int] = {}
-    sync = os.fsync
-
-    def noted(descriptor: int) -> None:
-        sizes[os.readlink(f"/proc/self/fd/{descriptor}")] = os.fstat(descriptor).st_size
-        sync(descriptor)
-
-    monkeypatch.setattr(os, "fsync", noted)
-    files = HashedFiles()
-    x = torch.arange(5.0)
-    write_tensors(tmp_path, {"x": Piece(local=x, shape=x.shape, offsets=torch.Size([0]))}, files, Ranks())
-    assert sizes[str(tmp_path / ".metadata.tmp")] == (tmp_path / ".metadata").stat().st_size
-    assert sizes[str(tmp_path / "__0_0.distcp")] == (tmp_path / "__0_0.distcp").stat().st_size

@@ -4,6 +4,7 @@ import logging
 import math
 import os
 import shutil
+import threading
 import tracemalloc
 from collections import Counter
 from collections.abc import Callable
@@ -301,10 +302,11 @@ def test_a_complete_cache_that_cannot_be_written_to_is_enough(tokenized, text_fo
 # Runs in a process of its own: builds shards, and dies by SIGKILL at the n-th call of a function.
 BUILDER = """
 import logging, os, pathlib, signal, sys
-from torchtitan_lite.data import Text, cache, load_tokenizer, prepare, shards
+from torchtitan_lite import durable
+from torchtitan_lite.data import Text, load_tokenizer, prepare, shards
 
 path, cache_dir, point, when, n = sys.argv[1:]
-owners = {"_write": shards._Writer, "_write_metadata": shards, "_sync": cache, "rename": pathlib.Path}
+owners = {"_write": shards._Writer, "_write_metadata": shards, "sync": durable, "rename": pathlib.Path}
 n_calls = 0
 
 def mortal(real):
@@ -340,7 +342,7 @@ def start_builder(*arguments: object) -> Program:
         (False, "_write", "before", 1),
         (False, "_write", "after", 200),
         (False, "_write_metadata", "after", 1),
-        (False, "_sync", "after", 3),
+        (False, "sync", "after", 3),
         (False, "rename", "before", 1),
         (False, "rename", "after", 1),
         (True, "_write_metadata", "before", 1),
@@ -389,7 +391,7 @@ def test_leftovers_of_dead_builders_go_and_the_work_of_living_ones_stays(
 ):
     tokenized(text_folder)
     dead, alive, others = f"text-{'d' * 24}", f"jsonl-{'a' * 24}", "somebody else's"
-    places = [tmp_path / "cache" / f"{name}.tmp" for name in (dead, alive, others)]
+    places = [tmp_path / "cache" / f"{name}.tmp-0123abcd" for name in (dead, alive, others)]
     for place in places:
         place.mkdir()
         (place / "train.tokens").write_bytes(b"half")
@@ -407,16 +409,9 @@ def test_the_cache_may_be_within_the_folder_of_texts(tokenized, text_folder: Pat
     assert all(same(built[0], other) for other in (*built[1:], *again))
 
 
-def test_a_second_builder_waits_for_the_first_and_says_so(tmp_path: Path, caplog, monkeypatch):
+def test_a_second_builder_waits_for_the_first_and_says_so(tmp_path: Path, caplog):
     caplog.set_level(logging.INFO)
-    calls = []
-
-    def flock(_: object, operation: int) -> None:
-        calls.append(operation)
-        if len(calls) == 1:
-            raise BlockingIOError
-
-    monkeypatch.setattr("fcntl.flock", flock)
-    with cache.exclusive(tmp_path / "x"):
-        assert len(calls) == 2 and calls[1] == 2  # LOCK_EX, without LOCK_NB
-    assert caplog.messages == [f"waiting for another process that builds {tmp_path}/x"]
+    first = cache.exclusive(tmp_path / "x")
+    threading.Timer(0.2, first.close).start()
+    cache.exclusive(tmp_path / "x").close()
+    assert caplog.messages == [f"waiting for another process that has locked {tmp_path}/x.lock"]

@@ -245,12 +245,12 @@ def test_a_damaged_step_is_not_used(run: Path, say, tmp_path: Path) -> None:
     import shutil
 
     shutil.copytree(run / "checkpoint" / "step-3", tmp_path / "step-3")
-    with (tmp_path / "step-3" / "__0_0.distcp").open("r+b") as shard:
+    with (tmp_path / "step-3" / "tensors-0.safetensors").open("r+b") as shard:
         shard.seek(5000)
         shard.write(b"?")
     for command in ("generate", "eval"):
         status, _, err = say(command, tmp_path / "step-3")
-        assert status == 2 and "__0_0.distcp is not what was written" in err
+        assert status == 2 and "tensors-0.safetensors is not what was written" in err
 
 
 def test_two_ranks_generate_the_text_of_one(run: Path, say) -> None:

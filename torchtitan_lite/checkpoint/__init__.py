@@ -1,8 +1,9 @@
-"""The state of a run on disk, from which it goes on as if nothing had happened; see docs/checkpoints.md.
+"""The state of a run on disk, with which the run goes on as if nothing had happened; see docs/checkpoints.md.
 
-config (here)   save: Saver, in the background if asked    restore: find, verify
-                steps (folders, published by a rename)     manifest (sizes, SHA-256)
-                tensors (pieces in torch's format)         state, randomness (JSON)
+steps: folders, published by a rename      save: Saver, in the background if configured
+manifest: sizes and SHA-256                restore: find a step, verify it, load it
+tensors: pieces of many ranks, an index    tensor_file: one safetensors file
+state: the step and the identity of a run  weights: Hugging Face's folders
 """
 
 import os

@@ -1,4 +1,4 @@
-"""What a published step holds: every file with its size and SHA-256, and what the step was made of and on."""
+"""The manifest of a step: size and SHA-256 of every file, and which run, mesh and torch made the step."""
 
 import hashlib
 import json
@@ -13,21 +13,21 @@ from typing import Any
 from pydantic import TypeAdapter
 
 FORMAT_VERSION = 1
-"""Counts up when a step of the format before cannot be read any more."""
+"""Goes up by one whenever steps of the format before can no longer be read."""
 MANIFEST = "manifest.json"
 
 
 class Damaged(Exception):
-    """A step is not what was written; the message says in what."""
+    """A step is not as it was written; the message says which file, and how it differs."""
 
 
 class Unreadable(Exception):
-    """A step cannot be read here and now, which says nothing of whether it is good; the message says why."""
+    """A step cannot be read for now, so nobody knows whether it is good; the message says why."""
 
 
 @dataclass(frozen=True)
 class Digest:
-    """What a file's bytes are known by."""
+    """Size and hash of a file."""
 
     size: int
     sha256: str
@@ -39,17 +39,23 @@ class Manifest:
 
     step: int
     files: dict[str, Digest]
-    """Every other file of the step."""
+    """Every file of the step but the manifest itself."""
     made: dict[str, Any]
     """Fingerprints of configuration, tokenizer and data, the mesh, and the version of torch."""
 
     def text(self) -> str:
-        """The only text that this manifest has; it ends with its own hash."""
+        """Return the manifest as JSON that ends with its own hash. No other text stands for this manifest."""
         return _signed({"format_version": FORMAT_VERSION, **asdict(self)})
 
 
+def write_file(path: Path, content: bytes) -> Digest:
+    """Write a small file, and return its digest. It reaches the disk when its folder is published."""
+    path.write_bytes(content)
+    return Digest(len(content), hashlib.sha256(content).hexdigest())
+
+
 def _signed(content: dict[str, Any]) -> str:
-    """The text of `content`, which ends with the hash of what it would be without that."""
+    """Return `content` as JSON, and at its end the hash of the JSON without that hash."""
     return _text({**content, "sha256": hashlib.sha256(_text(content).encode()).hexdigest()})
 
 
@@ -58,7 +64,7 @@ def _text(content: dict[str, Any]) -> str:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest in `folder`; raises Damaged unless every byte of it is as it was written."""
+    """Return the manifest in `folder`; raises Damaged unless every byte of it is as it was written."""
     path = folder / MANIFEST
     with reading(MANIFEST):
         if not stat.S_ISREG(path.lstat().st_mode):
@@ -67,7 +73,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         content = json.loads(found)
         del content["sha256"]
-        # Only of a manifest that is whole: a flipped bit of an earlier one says another format too.
+        # Believe the version only if the hash is right: a flipped bit can change the version too.
         if _signed(content).encode() == found and (version := content["format_version"]) > FORMAT_VERSION:
             raise Unreadable(
                 f"{MANIFEST} has format {version}, and this version reads up to {FORMAT_VERSION}"
@@ -82,7 +88,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 @contextmanager
 def reading(name: str) -> Iterator[None]:
-    """Within it, a file `name` that is not there is a Damaged, and one that cannot be read an Unreadable."""
+    """Raise Damaged if the file `name` is missing in the block, and Unreadable for any other OSError."""
     try:
         yield
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
@@ -92,7 +98,7 @@ def reading(name: str) -> Iterator[None]:
 
 
 def check_names(folder: Path, manifest: Manifest) -> None:
-    """Raise Damaged unless the files in `folder` are those of the manifest, and nothing else is there."""
+    """Raise Damaged unless `folder` holds the files of the manifest and nothing else."""
     with reading("the folder"):
         there = {entry.name: entry.is_file(follow_symlinks=False) for entry in os.scandir(folder)}
     for name in sorted({*manifest.files, *there} - {MANIFEST}):
@@ -105,7 +111,7 @@ def check_names(folder: Path, manifest: Manifest) -> None:
 
 
 def check_size(folder: Path, name: str, digest: Digest) -> None:
-    """Raise Damaged unless the file has the size that it was written with."""
+    """Raise Damaged unless the file has the size in `digest`."""
     with reading(name):
         size = (folder / name).stat().st_size
     if size != digest.size:
@@ -113,7 +119,7 @@ def check_size(folder: Path, name: str, digest: Digest) -> None:
 
 
 def check_file(folder: Path, name: str, digest: Digest) -> None:
-    """Raise Damaged unless the file has the size and the hash that it was written with."""
+    """Raise Damaged unless the file has the size and the hash in `digest`."""
     check_size(folder, name, digest)
     with reading(name), (folder / name).open("rb") as stream:
         found = hashlib.file_digest(stream, "sha256")

@@ -1,6 +1,5 @@
-"""Finding the step to go on from, and reading it only when every byte of it is what was written."""
+"""Finding the step to go on from, verifying every byte of it, and only then loading its tensors."""
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,9 +16,8 @@ from torchtitan_lite.checkpoint.manifest import (
     read_manifest,
     reading,
 )
-from torchtitan_lite.checkpoint.randomness import check_random_state
 from torchtitan_lite.checkpoint.ranks import Ranks
-from torchtitan_lite.checkpoint.state import RANDOM, STATE, State, changes, flat, read_state
+from torchtitan_lite.checkpoint.state import STATE, State, changes, flat, read_state
 from torchtitan_lite.checkpoint.steps import Steps
 from torchtitan_lite.checkpoint.tensors import Piece, Stored, differences, read_index, read_tensors
 from torchtitan_lite.config.load import ConfigError, Problem
@@ -27,24 +25,23 @@ from torchtitan_lite.config.problem import printable
 
 _LOG = logging.getLogger(__name__)
 _MOST_SHOWN = 10
+"""Differences between a step and what is to be loaded that an error lists."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """A step that is what was written."""
+    """A verified step."""
 
     folder: Path
     manifest: Manifest
     state: State
-    random: dict[str, Any] | None
-    """This rank's generators; None where the step was made on another number of ranks."""
     index: dict[str, Stored]
 
 
 def verify(folder: Path, ranks: Ranks) -> Found:
-    """The step in `folder`; each rank hashes its share of the files.
+    """Verify the step in `folder`; each rank hashes its share of the files.
 
-    Raises Damaged, or Unreadable, on all ranks alike.
+    Raises Damaged or Unreadable, the same on all ranks.
     """
     manifest = ranks.together(lambda: _open(folder))
     by_size = sorted(manifest.files.items(), key=lambda item: -item[1].size)
@@ -63,37 +60,30 @@ def _read(folder: Path, manifest: Manifest, ranks: Ranks) -> Found:
         state = read_state((folder / STATE).read_bytes())
     if state.step != manifest.step:
         raise Damaged(f"{STATE} is of step {state.step}, and the manifest of step {manifest.step}")
-    own = RANDOM.format(rank=ranks.rank)
-    is_same_size = own in manifest.files and RANDOM.format(rank=ranks.size) not in manifest.files
-    random = _read_random(folder / own) if is_same_size else None
-    index = read_index(folder, manifest)
-    return Found(folder=folder, manifest=manifest, state=state, random=random, index=index)
-
-
-def _read_random(path: Path) -> dict[str, Any]:
-    try:
-        with reading(path.name):
-            random = json.loads(path.read_bytes())
-        check_random_state(random)
-    except (ValueError, RecursionError) as error:
-        raise Damaged(f"{path.name} is no state of generators ({error})") from None
-    return random
+    index = read_index(folder, manifest, ranks)
+    return Found(folder=folder, manifest=manifest, state=state, index=index)
 
 
 def find(steps: Steps, load_step: int, ranks: Ranks) -> Found | None:
-    """The step `load_step`, or with -1 the newest good one; None where none was published.
+    """Return the step `load_step`, or for -1 the newest good step; None if no step was published.
 
-    Raises ConfigError, on all ranks alike, where the step that is asked for is not there or is damaged, where
-    none of those that are there is good, and where one cannot be read: it may be good.
+    Raises ConfigError on all ranks if the step `load_step` is missing or damaged, if all steps are damaged,
+    and if a step cannot be read for now: it may be good.
     """
     published = ranks.share(ranks.together(lambda: _published(steps) if ranks.is_first else []))
-    if load_step >= 0:
-        return _asked_for(steps, load_step, published, ranks)
+    is_asked_for = load_step >= 0
+    if is_asked_for and load_step not in published:
+        there = ", ".join(map(str, published)) or "none"
+        rule, remedy = f"is not in {steps.folder} (there: {there})", "use -1 for the newest that is there"
+        raise ConfigError([Problem("checkpoint.load_step", load_step, rule, remedy)])
     problems = []
-    for step in reversed(published):
+    for step in [load_step] if is_asked_for else reversed(published):
         try:
             return _verified(steps, step, ranks)
         except Damaged as damage:
+            if is_asked_for:
+                rule, remedy = f"is damaged: {damage}", "use -1 for the newest step that is not"
+                raise ConfigError([Problem("checkpoint.load_step", step, rule, remedy)]) from None
             problems.append(f"step {step}: {damage}")
             if ranks.is_first:
                 words = printable(str(damage))
@@ -125,22 +115,10 @@ def _verified(steps: Steps, step: int, ranks: Ranks) -> Found:
     return found
 
 
-def _asked_for(steps: Steps, step: int, published: list[int], ranks: Ranks) -> Found:
-    if step not in published:
-        there = ", ".join(map(str, published)) or "none"
-        rule, remedy = f"is not in {steps.folder} (there: {there})", "use -1 for the newest that is there"
-        raise ConfigError([Problem("checkpoint.load_step", step, rule, remedy)])
-    try:
-        return _verified(steps, step, ranks)
-    except Damaged as damage:
-        rule, remedy = f"is damaged: {damage}", "use -1 for the newest step that is not"
-        raise ConfigError([Problem("checkpoint.load_step", step, rule, remedy)]) from None
-
-
 def find_initial(path: str, ranks: Ranks, key: str = "checkpoint.initial_load_path") -> Found:
-    """The step at `path`: the folder of a step, or of steps or of a run, of which the newest.
+    """Return the step at `path`: the folder of a step, or the newest step in a folder of steps or of a run.
 
-    Raises ConfigError where there is none, or it is damaged: nothing else is taken in its place.
+    Raises ConfigError if no step is there or the step is damaged; no other step takes its place.
     """
     try:
         return verify(ranks.share(ranks.together(lambda: _initial(path))), ranks)
@@ -157,7 +135,7 @@ def _initial(path: str) -> Path:
         for place in (folder, *sorted(path for path in folder.iterdir() if _may_have_steps(path))):
             if published := Steps(place).published():
                 return Steps(place).path(published[-1])
-    except (OSError, RuntimeError) as error:  # a name too long; ~ of a user who is not known
+    except (OSError, RuntimeError) as error:  # the name is too long; ~ of an unknown user
         raise Unreadable(f"it cannot be read ({error})") from None
     if not folder.name.startswith("step-") and not (folder / MANIFEST).exists():
         raise Damaged("it has none (checkpoint.enable has a run save some)")
@@ -165,20 +143,20 @@ def _initial(path: str) -> Path:
 
 
 def _may_have_steps(path: Path) -> bool:
-    """Whether it is the folder of steps in a run's, and not of those that were put aside."""
+    """Return whether a folder may hold a run's steps; `earlier` holds steps that were put aside."""
     return path.is_dir() and not path.name.startswith("earlier")
 
 
 def check_same_run(
     state: State, identity: Mapping[str, Any], config: Mapping[str, Any], *, allow_changes: bool
 ) -> list[Problem]:
-    """What is no longer as when the step was saved; raises ConfigError unless the run may go on with it.
+    """Return what differs between this run and the run that saved the step.
 
-    `config` says which of the user's settings the data are another because of.
+    `config` has the settings that decide the data's fingerprint. Raises ConfigError unless `allow_changes`.
     """
     saved, now = dict(state.identity), dict(identity)
     if saved.get("data.fingerprint") != now.get("data.fingerprint"):
-        # A fingerprint alone says nothing of what the user has to set back.
+        # The user can set back these settings, but not a fingerprint.
         saved, now = {**_of_data(state.config), **saved}, {**_of_data(config), **now}
     return check_same(saved, now, state.step, allow_changes=allow_changes)
 
@@ -186,7 +164,7 @@ def check_same_run(
 def check_same(
     saved: Mapping[str, Any], now: Mapping[str, Any], step: int, *, allow_changes: bool
 ) -> list[Problem]:
-    """What differs from when `step` was saved; raises ConfigError unless that is allowed."""
+    """Return what differs from when `step` was saved; raises ConfigError unless `allow_changes`."""
     found = changes(saved, now, step=step, remedy="set it back, or use --checkpoint.allow-changes")
     if found and not allow_changes:
         raise ConfigError(found)
@@ -199,10 +177,10 @@ def _of_data(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load(found: Found, pieces: Mapping[str, Piece], ranks: Ranks, key: str = "checkpoint.folder") -> None:
-    """Read `pieces` from the step, all of its tensors that there are of their kinds.
+    """Load `pieces`. Every stored tensor of the same kind (model, optimizer) must be asked for.
 
-    Raises ConfigError about `key`, on all ranks alike, where names, shapes or dtypes differ, where a payload
-    is none, and where it cannot be read any more.
+    Raises ConfigError about `key` on all ranks if names, shapes or dtypes differ, or if a file can no longer
+    be read.
     """
     kinds = {name.partition(".")[0] for name in pieces}
     index = {name: stored for name, stored in found.index.items() if name.partition(".")[0] in kinds}
@@ -214,9 +192,6 @@ def load(found: Found, pieces: Mapping[str, Piece], ranks: Ranks, key: str = "ch
         raise ConfigError([Problem(key, str(found.folder), rule, remedy)])
     try:
         ranks.together(lambda: read_tensors(found.folder, pieces, index))
-    except Damaged as damage:
-        rule, remedy = f"is refused: {damage}", "use another step: what is in this one was not written here"
+    except (Damaged, Unreadable) as problem:
+        rule, remedy = f"can no longer be read: {problem}", "see to that and start again"
         raise ConfigError([Problem(key, str(found.folder), rule, remedy)]) from None
-    except Unreadable as problem:
-        remedy = "see to that and start again"
-        raise ConfigError([Problem(key, str(found.folder), str(problem), remedy)]) from None

@@ -1,8 +1,8 @@
-"""Saving a step: all ranks write, the first one publishes, and in the background if that is asked for."""
+"""Saving a step: every rank writes its tensors, the first rank publishes; in the background if configured."""
 
 import contextlib
+import json
 import logging
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
@@ -14,18 +14,19 @@ from typing import Any
 import torch
 
 from torchtitan_lite.checkpoint import CheckpointConfig, SaveFailed
-from torchtitan_lite.checkpoint.files import HashedFiles
 from torchtitan_lite.checkpoint.manifest import (
     MANIFEST,
     Damaged,
+    Digest,
     Manifest,
     Unreadable,
     check_names,
     check_size,
+    write_file,
 )
 from torchtitan_lite.checkpoint.patience import in_thread, result
 from torchtitan_lite.checkpoint.ranks import OnAnotherRank, Ranks
-from torchtitan_lite.checkpoint.state import RANDOM, STATE, State
+from torchtitan_lite.checkpoint.state import STATE, State
 from torchtitan_lite.checkpoint.steps import Steps
 from torchtitan_lite.checkpoint.tensors import Piece, read_index, read_tensors, write_tensors
 from torchtitan_lite.config.load import ConfigError, Problem
@@ -35,15 +36,13 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
-    """What is saved of one step, as one rank has it."""
+    """The content of a step, as one rank has it."""
 
     step: int
     pieces: Mapping[str, Piece]
     state: State
-    random: dict[str, Any]
-    """This rank's generators."""
     made: dict[str, Any]
-    """For the manifest: what it was made of and on."""
+    """For the manifest: fingerprints, mesh and version of torch."""
 
 
 class Saver:
@@ -62,7 +61,7 @@ class Saver:
     ) -> None:
         self.config, self.steps, self.ranks, self.say, self.alive = config, steps, ranks, say, alive
         self.on_published = on_published
-        """Called with each step that was published: by all ranks, when all of them have waited for it."""
+        """Called with each published step, on all ranks, once this rank has waited for the save."""
         self.saved = saved
         """The step that was published last."""
         self._staging = _Staging(pinned=config.async_mode == "async_with_pinned_mem")
@@ -71,32 +70,32 @@ class Saver:
 
     @property
     def has_failed(self) -> bool:
-        """Whether a step saved in the background has failed, and that was not reported yet."""
+        """Whether a save in the background has failed and `report` has not said so yet."""
         return self._failure is not None and (self._writing is None or self._writing.done())
 
     def save(self, step: int, take: Callable[[], Snapshot], *, last: bool = False) -> None:
-        """Save `step`, which `take` gives; in the background, where configured, unless it is the `last` one.
+        """Save `step`, whose snapshot `take` returns; in the background if configured and not `last`.
 
-        Raises SaveFailed when it fails, at once or, in the background, as `report` says. One save at a time:
-        this one waits for the one before.
+        Waits for the save before this one. Raises SaveFailed if a save fails: this one, or in background mode
+        the one before (see `report`).
         """
         began = perf_counter()
         self.wait()
         if step == self.saved:
             return
-        self.report(quiet=last)  # of the one before, which all ranks have waited for
+        self.report(quiet=last)
         in_foreground = last or self.config.async_mode == "disabled"
         snapshot = self._take(step, take if in_foreground else lambda: self._staging.copy(take()))
         stood_still = None if in_foreground else perf_counter() - began
         if snapshot is not None:
-            # In a thread anyhow: one write may take longer than a rank may go without a sign of life.
+            # In a thread in either mode: a write may take longer than a rank may go without a sign of life.
             self._writing = in_thread(lambda: self._write(snapshot, began, stood_still))
         if in_foreground:
             self.report(fatal=last)
-        # Else the ranks learn at different moments what came of it: they agree on when to `report` it.
+        # In background mode the ranks notice a failure at different times: they agree on when to `report` it.
 
     def wait(self) -> None:
-        """Until the step that is being saved is published, or has failed."""
+        """Wait until the save that is under way has published its step or has failed."""
         if self._writing is not None:
             result(self._writing, self.alive)
             self._writing = None
@@ -104,15 +103,15 @@ class Saver:
                 self.on_published(self.saved)
 
     def finish(self) -> None:
-        """Finish the save that is under way, where another error ends the run, and say what came of it."""
+        """Finish the save that is under way when another error ends the run; log a failure."""
         if self._writing is not None and not self._writing.done():
             self.say("finishing the save that is under way")
         self.report(quiet=True)
 
     def report(self, *, fatal: bool = False, quiet: bool = False) -> None:
-        """Say that the last save has failed, if it has; raise SaveFailed if that is to end the run.
+        """If the last save has failed, log that, or raise SaveFailed if the failure ends the run.
 
-        `quiet`: it is not to, as the present step is about to be saved for good.
+        A `fatal` failure always ends the run. A `quiet` one never does: the present step is saved next.
         """
         self.wait()
         failure, self._failure = self._failure, None
@@ -124,18 +123,18 @@ class Saver:
             _LOG.error("%s%s", failure, "" if quiet else "; the run goes on")
 
     def _take(self, step: int, take: Callable[[], Snapshot]) -> Snapshot | None:
-        """What `take` gives; None, on all ranks, where there is no room for it on one."""
+        """Return the snapshot; None on all ranks if one of them has no memory for it."""
         try:
             return self.ranks.together(take)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the run hears of it
+        except Exception as error:  # noqa: BLE001 - whatever it is, `report` raises it
             self._failure = self._failed(step, error)
             return None
 
     def _write(self, snapshot: Snapshot, began: float, stood_still: float | None) -> None:
-        """Write and publish; what goes wrong is kept for `report`."""
+        """Write and publish a step; keep an error for `report`."""
         try:
             n_bytes = write_step(self.steps, snapshot, self.ranks, self.config.keep_latest_k)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the run hears of it
+        except Exception as error:  # noqa: BLE001 - whatever it is, `report` raises it
             self._failure = self._failed(snapshot.step, error)
             return
         self.saved = snapshot.step
@@ -154,30 +153,32 @@ class Saver:
 
 
 def write_step(steps: Steps, snapshot: Snapshot, ranks: Ranks, keep_latest_k: int = 0) -> int:
-    """Write a step beside the published ones, publish it and remove old ones; the bytes of all ranks.
+    """Write a step beside the published ones, publish it and remove old ones; return the bytes of all ranks.
 
-    Raises on every rank what went wrong on one, and leaves nothing of it.
+    If a rank fails, all raise, and nothing of the step is left.
     """
     with _scratch(steps, snapshot.step, ranks) as scratch:
-        files = HashedFiles()
-        write_tensors(scratch, snapshot.pieces, files, ranks)
-        ranks.together(lambda: _write_documents(scratch, snapshot, files, ranks))
-        manifest = _manifest(snapshot.step, files, ranks, snapshot.made)
+        digests = write_tensors(scratch, snapshot.pieces, ranks)
+        digests |= ranks.together(lambda: _write_state(scratch, snapshot.state) if ranks.is_first else {})
+        manifest = _manifest(snapshot.step, digests, ranks, snapshot.made)
 
         def publish() -> None:
-            is_durable = _publish(steps, scratch, manifest)
+            _check(scratch, manifest)
+            (scratch / MANIFEST).write_bytes(manifest.text().encode())
+            is_durable = steps.publish(scratch, manifest.step)
             if keep_latest_k and is_durable:
                 _remove_old(steps, keep_latest_k)
 
-        # The others wait until old steps are gone, however long: here they are patient, in a step not.
+        # The other ranks wait here for the removal of old steps: within a training step they wait less long.
         ranks.together(lambda: publish() if ranks.is_first else None)
     return sum(digest.size for digest in manifest.files.values())
 
 
 def probe(steps: Steps, ranks: Ranks) -> None:
-    """Write a tensor of all ranks as a step is written, read it, and remove it.
+    """Let all ranks write a tensor as a step is written, read it, and remove it.
 
-    Raises ConfigError, on all ranks alike, where that fails: before the run, and not at its first save.
+    Raises ConfigError on all ranks if that fails: the run then ends before its first step, not at its first
+    save.
     """
     own = torch.full((1,), float(ranks.rank))
     other = (ranks.rank + 1) % ranks.size
@@ -187,12 +188,11 @@ def probe(steps: Steps, ranks: Ranks) -> None:
 
     try:
         with _scratch(steps, 0, ranks, keep=False) as scratch:
-            files = HashedFiles()
-            write_tensors(scratch, piece(own, ranks.rank), files, ranks)
-            manifest = _manifest(0, files, ranks, {})
+            manifest = _manifest(0, write_tensors(scratch, piece(own, ranks.rank), ranks), ranks, {})
             ranks.together(lambda: _check(scratch, manifest) if ranks.is_first else None)
             read = torch.full((1,), -1.0)
-            ranks.together(lambda: read_tensors(scratch, piece(read, other), read_index(scratch, manifest)))
+            index = ranks.together(lambda: read_index(scratch, manifest, ranks))
+            ranks.together(lambda: read_tensors(scratch, piece(read, other), index))
             assert read.item() == other
     except (OSError, OnAnotherRank, Damaged, Unreadable) as error:
         rule = f"cannot hold what all ranks write and read ({_line(error)})"
@@ -202,7 +202,7 @@ def probe(steps: Steps, ranks: Ranks) -> None:
 
 @contextlib.contextmanager
 def _scratch(steps: Steps, step: int, ranks: Ranks, *, keep: bool = True) -> Iterator[Path]:
-    """A new folder for `step`, which the first rank makes; it goes when that fails, or is not to be kept."""
+    """Have the first rank make a folder for `step`. It is removed if the block fails, and without `keep`."""
     scratch = ranks.share(ranks.together(lambda: steps.scratch(step) if ranks.is_first else None))
     assert scratch is not None
     done = False
@@ -215,36 +215,24 @@ def _scratch(steps: Steps, step: int, ranks: Ranks, *, keep: bool = True) -> Ite
                 with contextlib.suppress(OSError):
                     shutil.rmtree(scratch)
             with contextlib.suppress(Exception):
-                ranks.gather(None)  # the others wait for that, as nobody else would wait so long
+                ranks.gather(None)  # the other ranks wait here until the folder is gone
 
 
-def _manifest(step: int, files: HashedFiles, ranks: Ranks, made: dict[str, Any]) -> Manifest:
-    """Of the files of all ranks."""
-    digests = {name: digest for of_rank in ranks.gather(files.digests) for name, digest in of_rank.items()}
-    return Manifest(step=step, files=dict(sorted(digests.items())), made=made)
+def _write_state(folder: Path, state: State) -> dict[str, Digest]:
+    return {STATE: write_file(folder / STATE, (json.dumps(asdict(state), indent=1) + "\n").encode())}
+
+
+def _manifest(step: int, digests: Mapping[str, Digest], ranks: Ranks, made: dict[str, Any]) -> Manifest:
+    """Return the manifest of the files of all ranks."""
+    files = {name: digest for of_rank in ranks.gather(digests) for name, digest in of_rank.items()}
+    return Manifest(step=step, files=dict(sorted(files.items())), made=made)
 
 
 def _check(folder: Path, manifest: Manifest) -> None:
-    """Raise Damaged unless the files are there, whoever wrote them: machines may have folders of one name."""
+    """Raise Damaged if a file of another rank is not there: machines may each have a folder of this name."""
     check_names(folder, manifest)
     for name, digest in manifest.files.items():
         check_size(folder, name, digest)
-
-
-def _write_documents(scratch: Path, snapshot: Snapshot, files: HashedFiles, ranks: Ranks) -> None:
-    files.write_json(scratch / RANDOM.format(rank=ranks.rank), snapshot.random)
-    if ranks.is_first:
-        files.write_json(scratch / STATE, asdict(snapshot.state))
-
-
-def _publish(steps: Steps, scratch: Path, manifest: Manifest) -> bool:
-    """Whether the step outlasts a power cut, too."""
-    _check(scratch, manifest)
-    with (scratch / MANIFEST).open("wb") as stream:
-        stream.write(manifest.text().encode())
-        stream.flush()
-        os.fsync(stream.fileno())
-    return steps.publish(scratch, manifest.step)
 
 
 def _remove_old(steps: Steps, keep_latest_k: int) -> None:
@@ -255,14 +243,14 @@ def _remove_old(steps: Steps, keep_latest_k: int) -> None:
 
 
 class _Staging:
-    """Memory of the host that a step waits in while it is written; pinned memory is used again each time."""
+    """Host memory that holds a step while it is written; pinned memory is kept and used for every step."""
 
     def __init__(self, pinned: bool) -> None:
         self._pinned = pinned
         self._kept: dict[str, torch.Tensor] = {}
 
     def copy(self, snapshot: Snapshot) -> Snapshot:
-        """The step as it is now."""
+        """Return a copy of the step as it is now."""
         pieces = snapshot.pieces
         copies = {name: self._copy(name, piece.local.detach()) for name, piece in pieces.items()}
         if any(piece.local.is_cuda for piece in pieces.values()):

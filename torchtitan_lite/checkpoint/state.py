@@ -1,4 +1,4 @@
-"""What is saved beside the tensors: how far the run is, and of which model and data."""
+"""state.json, which a step holds beside its tensors: how far the run is, and which run it is."""
 
 import hashlib
 import json
@@ -13,35 +13,33 @@ from torchtitan_lite.config.load import Problem
 from torchtitan_lite.config.problem import literal
 
 STATE = "state.json"
-RANDOM = "random-{rank}.json"
-
 
 _Count = Annotated[int, Field(ge=0, le=2**62)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class State:
-    """Where a run stands, all ranks together."""
+    """How far a run is, over all ranks."""
 
     step: _Count
-    """Steps done."""
+    """Finished steps."""
     n_tokens_seen: _Count
     consumed_samples: _Count
-    """Samples taken of the global order: the position in the data, whatever the number of ranks."""
+    """Samples taken from the global order: the position in the data, which no number of ranks changes."""
     validated: int
-    """Step of the last validation; -1 before the first."""
+    """Step of the last validation; -1 before the first validation."""
     model_only: bool
-    """Whether the optimizer's state was left out: to load, but not to go on from."""
+    """Whether the step holds the weights alone: other runs can load them, but no run can go on from it."""
     identity: dict[str, Any]
-    """What must stay for the run to be the same one: model, tokenizer, data, seed and batch, by key."""
+    """The values that make it the same run: model, tokenizer, data, seed and batch, by dotted key."""
     schedule: dict[str, Any]
-    """The learning rate's course, resolved."""
+    """The learning-rate schedule, with its resolved numbers of steps."""
     config: dict[str, Any]
     """The whole configuration, by section."""
 
 
 def read_state(text: bytes) -> State:
-    """The state that `text` holds as JSON; raises Damaged where it holds anything else."""
+    """Return the state in the JSON `text`; raises Damaged if it holds anything else."""
     try:
         return TypeAdapter(State).validate_json(text, strict=True)
     except ValidationError as error:
@@ -49,7 +47,7 @@ def read_state(text: bytes) -> State:
 
 
 def changes(saved: Mapping[str, Any], now: Mapping[str, Any], *, step: int, remedy: str) -> list[Problem]:
-    """A problem for each key whose value is another than when `step` was saved."""
+    """Return a problem for each key whose value differs from the value when `step` was saved."""
     return [
         Problem(key, new, f"was {literal(old)} when step {step} was saved", remedy)
         for key, (old, new) in changed(saved, now).items()
@@ -59,14 +57,14 @@ def changes(saved: Mapping[str, Any], now: Mapping[str, Any], *, step: int, reme
 def changed(
     saved: Mapping[str, Any], now: Mapping[str, Any], but: tuple[str, ...] = ()
 ) -> dict[str, tuple[Any, Any]]:
-    """What each dotted key was and is, where that differs; none that start with one of `but`."""
+    """Return the old and new value of each dotted key that differs and starts with none of `but`."""
     old, new = flat(saved), flat(now)
     pairs = {key: (old.get(key), new.get(key)) for key in sorted({*old, *new}) if not key.startswith(but)}
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The values of nested tables by dotted key."""
+    """Return the values of nested tables by dotted key."""
     found: dict[str, Any] = {}
     for key, value in table.items():
         if isinstance(value, Mapping):
@@ -77,5 +75,5 @@ def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def fingerprint(content: Mapping[str, Any]) -> str:
-    """What `content` is known by: SHA-256 of its JSON."""
+    """Return the SHA-256 of the JSON of `content`."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

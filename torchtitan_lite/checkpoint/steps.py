@@ -1,19 +1,19 @@
-"""The steps of a run on disk: one that is there was published whole, and is never written into again.
+"""The steps of a run on disk. A folder with a step's name was published whole and is never written again.
 
     checkpoint/step-500/  step-1000/  step-1500.tmp-6f1c92ab/  latest
 
-A step is written into a folder of another name, which gets its own when all of it is on the disk. `latest`
-names the newest one with the hash of its manifest, for other programs; what counts is what is published.
+A step is written into a folder with another name, which is renamed once all of it is on the disk. `latest`
+names the newest step and the hash of its manifest, for other programs; a start looks at the folders alone.
 """
 
 import logging
 import os
 import re
-import secrets
 import shutil
 from hashlib import sha256
 from pathlib import Path
 
+from torchtitan_lite import durable
 from torchtitan_lite.checkpoint.manifest import MANIFEST
 
 LATEST = "latest"
@@ -29,58 +29,58 @@ class Steps:
         self.folder = folder
 
     def path(self, step: int) -> Path:
-        """Where `step` is, or will be."""
+        """Return the folder that `step` has or will have."""
         return self.folder / f"step-{step}"
 
     def published(self) -> list[int]:
-        """The steps that are there, in order; what links point to does not count."""
+        """Return the published steps in order; a link to a folder is no step."""
         try:
             names = [entry.name for entry in os.scandir(self.folder) if entry.is_dir(follow_symlinks=False)]
         except (FileNotFoundError, NotADirectoryError):
             return []
-        return sorted(int(found[1]) for found in map(_STEP.fullmatch, names) if found)
+        return _steps_among(names)
 
     def named(self) -> list[int]:
-        """The steps whose names are taken, in order: by steps, or by anything else."""
+        """Return the steps whose names are taken in order: by steps, files or links."""
         try:
-            found = map(_STEP.fullmatch, os.listdir(self.folder))
+            return _steps_among(os.listdir(self.folder))
         except (FileNotFoundError, NotADirectoryError):
             return []
-        return sorted(int(match[1]) for match in found if match)
 
     def scratch(self, step: int) -> Path:
-        """A new folder to write `step` into."""
+        """Make a new folder in which `step` is written."""
         if not self.folder.exists():
             self.folder.mkdir(parents=True)
-            sync(self.folder.parent)
-        place = self._scratch_name(step)
+            durable.sync(self.folder.parent)
+        place = durable.scratch_path(self.path(step))
         place.mkdir()
         return place
 
     def publish(self, scratch: Path, step: int) -> bool:
-        """Give what was written into `scratch` its name, at once and for good; its files are on the disk.
+        """Rename `scratch` to the folder of `step`, and let `latest` name the step.
 
-        Whether its name is on the disk too. Raises OSError only where the step is not published.
+        Returns whether the new name is on the disk; if not, a warning says so. Raises OSError if the step is
+        not published.
         """
         target = self.path(step)
-        if os.path.lexists(target):  # a rename would put it in the place of an empty folder
+        if os.path.lexists(target):  # a rename would replace an empty folder
             raise FileExistsError(f"{target} is there already")
-        sync(scratch)
-        scratch.rename(target)
         try:
-            sync(self.folder)
+            durable.publish(scratch, target)
         except OSError as error:
+            if scratch.exists():
+                raise
             _LOG.warning("%s is there, but may not outlast a power cut (%s)", target, error.strerror)
             return False
         self.point_to(step)
         return True
 
     def latest_problem(self) -> str:
-        """What is wrong with `latest`; empty if nothing is."""
+        """Return what is wrong with `latest`; empty if nothing is."""
         try:
             found = (self.folder / LATEST).read_bytes()
         except FileNotFoundError:
-            return ""  # killed between the first step's name and this file
+            return ""  # a run was killed after it published its first step and before it wrote this file
         except OSError as error:
             return f"{LATEST} cannot be read ({error.strerror})"
         for step in reversed(self.published()):
@@ -92,7 +92,7 @@ class Steps:
         return f"{LATEST} names no step that is there with the manifest that it was published with"
 
     def clean(self) -> None:
-        """Remove what was written of steps that were not published, or was being removed."""
+        """Remove the folders of steps that a killed run was writing or removing."""
         if not self.folder.is_dir() or self.folder.is_symlink():
             return
         for entry in sorted(os.scandir(self.folder), key=lambda entry: entry.name):
@@ -101,18 +101,18 @@ class Steps:
                 _LOG.info("removed %s, which a run that was stopped had left", entry.path)
 
     def keep_latest(self, n: int) -> None:
-        """Remove all but the newest `n` steps; none where the folder is reached through a link."""
+        """Remove all but the newest `n` steps; none if the folder is a link."""
         for step in self.published()[:-n]:
             if self.folder.is_symlink():
                 _LOG.warning("%s is a link: its old steps stay", self.folder)
                 return
             # Half a step must never have a step's name.
-            doomed = self._scratch_name(step)
+            doomed = durable.scratch_path(self.path(step))
             self.path(step).rename(doomed)
             shutil.rmtree(doomed)
 
     def set_aside(self, steps: list[int], to: Path) -> None:
-        """Move `steps` to the folder `to` of the same disk: their names are needed, and nothing is lost."""
+        """Move `steps` to the folder `to` on the same disk, as the run will need their names."""
         if steps and not self.latest_problem():
             (self.folder / LATEST).unlink(missing_ok=True)  # it names one of them
         for step in steps:
@@ -121,35 +121,19 @@ class Steps:
             _LOG.warning("moved %s to %s", self.path(step), to)
 
     def point_to(self, step: int) -> None:
-        """Let `latest` name a step that is there; a warning where it cannot: nothing depends on it."""
-        try:
-            self._point_to(step)
-        except OSError as error:
-            _LOG.warning("%s in %s cannot be written (%s)", LATEST, self.folder, error.strerror)
-
-    def _point_to(self, step: int) -> None:
+        """Let `latest` name a published step; a failure is a warning, as no start depends on `latest`."""
         if problem := self.latest_problem():
             _LOG.warning("%s in %s is DAMAGED and is written again: %s", LATEST, self.folder, problem)
-        partial = self.folder / f"{LATEST}.partial"
-        with partial.open("wb") as stream:
-            stream.write(self._pointer(step))
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(self.folder / LATEST)
-        sync(self.folder)
-
-    def _scratch_name(self, step: int) -> Path:
-        return self.folder / f"step-{step}.tmp-{secrets.token_hex(4)}"
+        try:
+            with durable.replaced(self.folder / LATEST) as stream:
+                stream.write(self._pointer(step))
+        except OSError as error:
+            _LOG.warning("%s in %s cannot be written (%s)", LATEST, self.folder, error.strerror)
 
     def _pointer(self, step: int) -> bytes:
         digest = sha256((self.path(step) / MANIFEST).read_bytes()).hexdigest()
         return f"step-{step} manifest-sha256:{digest}\n".encode()
 
 
-def sync(folder: Path) -> None:
-    """See to it that the names in `folder` are on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _steps_among(names: list[str]) -> list[int]:
+    return sorted(int(found[1]) for found in map(_STEP.fullmatch, names) if found)

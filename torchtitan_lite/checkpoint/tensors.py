@@ -1,38 +1,31 @@
-"""Tensors in torch's distributed checkpoint format, in pieces that any number of ranks can read.
+"""The tensors of a step: each rank writes its pieces to a file, and any number of ranks can read them.
 
-The shards and their index (`.metadata`) are what torch.distributed.checkpoint writes, and its `load` reads
-them. Here the index is read with an unpickler that knows a dozen classes and no others, and the tensors with
-torch's own for weights: neither runs what a file says.
+A step has a file `tensors-<rank>.safetensors` of each rank that writes something. There a chunk, a part of a
+tensor, stands under the tensor's name. `index.json` has the dtype, shape and chunks of each tensor: where a
+chunk is in the tensor, and where in which file.
 """
 
 import io
-import operator
-import pickle
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, NamedTuple
 
 import torch
+from pydantic import Field, PlainSerializer, PlainValidator, TypeAdapter, ValidationError
 from torch import Tensor
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    _MEM_FORMAT_ENCODING,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    StorageMeta,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
-from torchtitan_lite.checkpoint.files import HashedFiles, without_checksums
-from torchtitan_lite.checkpoint.manifest import Damaged, Manifest, Unreadable, reading
+from torchtitan_lite.checkpoint import tensor_file
+from torchtitan_lite.checkpoint.manifest import Damaged, Digest, Manifest, reading, write_file
 from torchtitan_lite.checkpoint.ranks import Ranks
+from torchtitan_lite.checkpoint.tensor_file import DTYPE_NAMES, DTYPES, Layout, bytes_of, layout
 
-INDEX = ".metadata"
+INDEX = "index.json"
+_FILE = "tensors-{rank}.safetensors"
+_BLOCK = 16 << 20
+"""Bytes that are read at a time where they cannot be read straight into a tensor."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,250 +39,178 @@ class Piece:
     """Where the part starts in the whole, in each dim."""
 
 
-def write_tensors(folder: Path, pieces: Mapping[str, Piece], files: HashedFiles, ranks: Ranks) -> None:
-    """Write the pieces of all ranks into `folder`, each of them once, on the disk when this returns.
-
-    Raises what a rank met with, as OnAnotherRank on the others.
-    """
-    # Nothing is copied ahead on a stream of a GPU's own: a copy in host memory needs no GPU.
-    planner, writer = _Planner(), _Writer(folder, per_thread_copy_ahead=0)
-    writer.fs = files
-    planner.set_up_planner(dict(pieces), is_coordinator=ranks.is_first)
-    writer.set_up_storage_writer(ranks.is_first, rank=ranks.rank, use_collectives=True)
-    own = ranks.together(lambda: writer.prepare_local_plan(planner.create_local_plan()))
-    # Every rank makes the same plan of all plans: nothing to hand out.
-    plans, metadata = planner.create_global_plan(ranks.gather(own))
-    plan = writer.prepare_global_plan(plans)[ranks.rank]
-    with without_checksums():
-        results = ranks.gather(
-            ranks.together(lambda: writer.write_data(planner.finish_plan(plan), planner).wait())
-        )
-    ranks.together(lambda: writer.finish(metadata, results) if ranks.is_first else None)
+def _dtype(name: object) -> torch.dtype:
+    if not isinstance(name, str) or name not in DTYPES:
+        raise ValueError("is no dtype that is written here")
+    return DTYPES[name]
 
 
-class _Planner(DefaultSavePlanner):
-    """Plans pieces, whose boxes are known, where torch's own plans DTensors."""
-
-    def __init__(self) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-
-    def create_local_plan(self) -> SavePlan:
-        self.plan = SavePlan(
-            [_write_item(name, piece) for name, piece in self.state_dict.items() if _holds(piece)]
-        )
-        return self.plan
-
-    def lookup_object(self, index: MetadataIndex) -> Tensor:
-        return self.state_dict[index.fqn].local.detach()
-
-
-def _holds(piece: Piece) -> bool:
-    """Whether there is something in the piece: where ranks are more than rows, some have none."""
-    return piece.local.numel() > 0
-
-
-def _write_item(name: str, piece: Piece) -> WriteItem:
-    return WriteItem(
-        index=MetadataIndex(name, piece.offsets),
-        type=WriteItemType.SHARD,
-        tensor_data=TensorWriteData(
-            chunk=ChunkStorageMetadata(offsets=piece.offsets, sizes=piece.local.shape),
-            properties=TensorProperties(dtype=piece.local.dtype),
-            size=piece.shape,
-        ),
-    )
-
-
-class _Writer(FileSystemWriter):
-    """Leaves the folder's name out of the index: that name is a passing one."""
-
-    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        # The first rank has made the folder, which is new. torch would make it on every rank, also where a
-        # machine does not see that one, and look for an index, which some clients of NFS then miss for long.
-        return plan
-
-    def storage_meta(self) -> StorageMeta:
-        return StorageMeta(save_id=self.save_id)
+_Dtype = Annotated[torch.dtype, PlainValidator(_dtype), PlainSerializer(DTYPE_NAMES.__getitem__)]
+_Dims = Annotated[tuple[Annotated[int, Field(ge=0, lt=2**63)], ...], Field(max_length=64)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
-    """A box of a tensor, and where its bytes are."""
+    """A box of a tensor, and which bytes of which file hold it, row by row."""
 
-    offsets: torch.Size
-    sizes: torch.Size
+    offsets: _Dims
+    sizes: _Dims
     file: str
     start: int
-    n_bytes: int
+    stop: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stored:
     """A tensor in a checkpoint."""
 
-    dtype: torch.dtype
-    shape: torch.Size
+    dtype: _Dtype
+    shape: _Dims
     chunks: list[Chunk]
 
 
-def read_index(folder: Path, manifest: Manifest) -> dict[str, Stored]:
-    """Which tensors there are, and where; raises Damaged for anything else than tensors in listed files."""
+_Index = TypeAdapter(dict[str, Stored])
+
+
+class _Box(NamedTuple):
+    """What ranks tell each other about a piece."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+
+def write_tensors(folder: Path, pieces: Mapping[str, Piece], ranks: Ranks) -> dict[str, Digest]:
+    """Write the pieces of all ranks into `folder`, and wait until they are on the disk.
+
+    A piece that several ranks hold is written once. Returns the digests of the files that this rank wrote. If
+    a rank fails, all raise: that rank its own error, the others OnAnotherRank.
+    """
+    held = {
+        name: _Box(piece.local.dtype, tuple(piece.shape), tuple(piece.offsets), tuple(piece.local.shape))
+        for name, piece in pieces.items()
+        if piece.local.numel()  # with more ranks than rows, some ranks hold nothing
+    }
+    # Every rank computes the same division from the same boxes: no rank has to hand it out.
+    division = _divide(ranks.gather(held))
+
+    def write() -> dict[str, Digest]:
+        digests = {}
+        if own := division[ranks.rank]:
+            file = _FILE.format(rank=ranks.rank)
+            digests[file] = tensor_file.write(folder / file, {name: pieces[name].local for name in own})
+        if ranks.is_first:
+            digests[INDEX] = write_file(folder / INDEX, _Index.dump_json(_index_of(division)))
+        return digests
+
+    return ranks.together(write)
+
+
+def _divide(held: Sequence[Mapping[str, _Box]]) -> list[dict[str, _Box]]:
+    """Return the boxes that each rank writes, by name, so that the ranks write about as many bytes each.
+
+    `held`: the boxes of each rank.
+    """
+    holders: dict[tuple[str, _Box], list[int]] = {}
+    for rank, boxes in enumerate(held):
+        for item in boxes.items():
+            holders.setdefault(item, []).append(rank)
+    size = {item: math.prod(item[1].sizes) * item[1].dtype.itemsize for item in holders}
+    # First the boxes without a choice, then the larger ones: the small ones even out.
+    order = sorted(holders, key=lambda item: (len(holders[item]) > 1, -size[item], item[0], item[1].offsets))
+    division: list[dict[str, _Box]] = [{} for _ in held]
+    n_bytes = [0] * len(held)
+    for name, box in order:
+        rank = min(holders[name, box], key=lambda rank: (n_bytes[rank], rank))
+        division[rank][name] = box
+        n_bytes[rank] += size[name, box]
+    return division
+
+
+def _index_of(division: Sequence[Mapping[str, _Box]]) -> dict[str, Stored]:
+    index: dict[str, Stored] = {}
+    for rank, boxes in enumerate(division):
+        places = layout({name: (box.dtype, box.sizes) for name, box in boxes.items()}).places
+        for name, (start, stop) in places.items():
+            box = boxes[name]
+            stored = index.setdefault(name, Stored(dtype=box.dtype, shape=box.shape, chunks=[]))
+            assert (stored.dtype, stored.shape) == (box.dtype, box.shape), name
+            file = _FILE.format(rank=rank)
+            chunk = Chunk(offsets=box.offsets, sizes=box.sizes, file=file, start=start, stop=stop)
+            stored.chunks.append(chunk)
+    return index
+
+
+def read_index(folder: Path, manifest: Manifest, ranks: Ranks) -> dict[str, Stored]:
+    """Return which tensors a step holds, and where.
+
+    Raises Damaged unless the chunks of each tensor fill it, and each file is what its chunks decide: its size
+    in `manifest`, the places of the chunks, and its header. Each rank looks at the headers of some files.
+    """
     with reading(INDEX):
         content = (folder / INDEX).read_bytes()
     try:
-        metadata = _Unpickler(io.BytesIO(content)).load()
-        return {name: _stored(name, metadata, manifest) for name in metadata.state_dict_metadata}
-    except Damaged as error:
-        raise Damaged(f"{INDEX} {error}") from None
-    except MemoryError:
-        raise Unreadable(f"{INDEX} cannot be read (no memory)") from None
-    except Exception as error:  # noqa: BLE001 - a pickle can fail in any way, and it is then no index
-        raise Damaged(f"{INDEX} is no index of tensors ({type(error).__name__}: {error})") from None
+        index = _Index.validate_json(content, strict=True)
+    except ValidationError as error:
+        raise Damaged(f"{INDEX} is no index of tensors ({error.error_count()} values are wrong)") from None
+    for name, stored in index.items():
+        if not _is_whole(stored):
+            raise Damaged(f"{INDEX} does not have all of {name}, and each part once")
+    layouts = _layouts_of(index)
+    for file, wanted in layouts.items():
+        if file not in manifest.files or manifest.files[file].size != wanted.n_bytes:
+            raise Damaged(f"{INDEX} says of {file} what the manifest does not")
+    for name, stored in index.items():
+        for chunk in stored.chunks:
+            if (chunk.start, chunk.stop) != layouts[chunk.file].places[name]:
+                raise Damaged(f"{INDEX} places {name} where {chunk.file} does not have it")
+    for file in sorted(layouts)[ranks.rank :: ranks.size]:
+        tensor_file.check_header(folder, file, layouts[file].header)
+    return index
 
 
-def _stored(name: str, metadata: Metadata, manifest: Manifest) -> Stored:
-    tensor = metadata.state_dict_metadata[name]
-    if type(name) is not str or type(tensor) is not TensorStorageMetadata:
-        raise Damaged(f"holds {name!r}, which is no tensor")
-    dtype, shape = tensor.properties.dtype, torch.Size(tensor.size)
-    if not isinstance(dtype, torch.dtype):
-        raise Damaged(f"has no dtype for {name}")
-    places = metadata.storage_data
-    chunks = [
-        _chunk(name, chunk, places[MetadataIndex(name, chunk.offsets)], manifest) for chunk in tensor.chunks
-    ]
-    boxes = [
-        tuple((start, start + n) for start, n in zip(chunk.offsets, chunk.sizes, strict=True))
-        for chunk in chunks
-    ]
-    if not all(0 <= a < b <= n for box in boxes for (a, b), n in zip(box, shape, strict=True)):
-        raise Damaged(f"has a part of {name} that is outside of it")
-    if not _are_all_of(boxes, shape):
-        raise Damaged(f"does not have all of {name}, and each part once")
-    return Stored(dtype=dtype, shape=shape, chunks=chunks)
+def _layouts_of(index: Mapping[str, Stored]) -> dict[str, Layout]:
+    """Return the layout of each file of an index; raises Damaged if a file has two chunks of one name."""
+    files: dict[str, dict[str, tuple[torch.dtype, tuple[int, ...]]]] = {}
+    for name, stored in index.items():
+        for chunk in stored.chunks:
+            tensors = files.setdefault(chunk.file, {})
+            if name in tensors:
+                raise Damaged(f"{INDEX} has two chunks of {name} in {chunk.file}")
+            tensors[name] = stored.dtype, chunk.sizes
+    return {file: layout(tensors) for file, tensors in files.items()}
 
 
-def _chunk(name: str, chunk: ChunkStorageMetadata, place: _StorageInfo, manifest: Manifest) -> Chunk:
-    digest = manifest.files.get(place.relative_path)
-    start, n_bytes = operator.index(place.offset), operator.index(place.length)
-    if digest is None or not 0 <= start <= start + n_bytes <= digest.size:
-        raise Damaged(f"places {name} outside of the step's files")
-    if place.transform_descriptors:
-        raise Damaged(f"has {name} in a form that is not written here")
-    return Chunk(
-        offsets=torch.Size(chunk.offsets),
-        sizes=torch.Size(chunk.sizes),
-        file=place.relative_path,
-        start=start,
-        n_bytes=n_bytes,
-    )
+def _is_whole(stored: Stored) -> bool:
+    """Return whether the chunks fill the tensor, without gaps and overlaps."""
+    n_dims = {len(dims) for chunk in stored.chunks for dims in (chunk.offsets, chunk.sizes)}
+    if n_dims - {len(stored.shape)}:
+        return False
+    boxes = [[*zip(chunk.offsets, chunk.sizes, strict=True)] for chunk in stored.chunks]
+    return _fill_all(boxes, stored.shape)
 
 
-def _are_all_of(boxes: Sequence[tuple[tuple[int, int], ...]], shape: Sequence[int]) -> bool:
-    """Whether the boxes, from-to in each dim, leave no gap and do not overlap.
+def _fill_all(boxes: Sequence[Sequence[tuple[int, int]]], shape: Sequence[int]) -> bool:
+    """Return whether boxes, an offset and a size in each dim, fill `shape` without gaps and overlaps.
 
-    Slab by slab of the first dim, and so on: what ranks cut a tensor into always has slabs.
+    Slab by slab of the first dim, then of the next: ranks cut a tensor into nothing but slabs.
     """
     if not shape:
         return len(boxes) == 1
-    slabs: dict[tuple[int, int], list[tuple[tuple[int, int], ...]]] = {}
+    slabs: dict[tuple[int, int], list[Sequence[tuple[int, int]]]] = {}
     for first, *others in boxes:
-        slabs.setdefault(first, []).append(tuple(others))
+        slabs.setdefault(first, []).append(others)
     end = 0
-    for (start, stop), parts in sorted(slabs.items()):
-        if start != end or not _are_all_of(parts, shape[1:]):
+    for (offset, size), parts in sorted(slabs.items()):
+        if offset != end or size == 0 or not _fill_all(parts, shape[1:]):
             return False
-        end = stop
+        end += size
     return end == shape[0]
 
 
-_DTYPES = {name: dtype for name, dtype in vars(torch).items() if isinstance(dtype, torch.dtype)}
-_METADATA = "torch.distributed.checkpoint.metadata"
-_PARTS = {
-    **{
-        (_METADATA, cls.__name__): cls
-        for cls in (
-            ChunkStorageMetadata,
-            Metadata,
-            MetadataIndex,
-            StorageMeta,
-            TensorProperties,
-            TensorStorageMetadata,
-        )
-    },
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): _StorageInfo,
-}
-_IN_KEYS = (str, int, torch.Size, type(None))
-_OPCODES = (
-    "PROTO FRAME STOP MARK MEMOIZE BINGET LONG_BINGET NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 "
-    "SHORT_BINUNICODE BINUNICODE EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS EMPTY_DICT "
-    "SETITEM SETITEMS STACK_GLOBAL REDUCE NEWOBJ BUILD"
-)
-
-
-def _reduce(unpickler: Any) -> None:
-    """Call what makes a value; the parts themselves are made empty, and given their attributes after that."""
-    if unpickler.stack[-2] in _PARTS.values():
-        raise Damaged("makes a part of it in another way")
-    pickle._Unpickler.dispatch[pickle.REDUCE[0]](unpickler)
-
-
-def _build(unpickler: Any) -> None:
-    """Give a part its attributes; a class or a function would keep them after the index.
-
-    What is a key holds no other: hashing many of them, one in the other, would never end.
-    """
-    state, built = unpickler.stack[-1], unpickler.stack[-2]
-    if type(built) not in _PARTS.values():
-        raise Damaged("changes what is no part of it")
-    if type(built) is MetadataIndex and not all(type(x) in _IN_KEYS for x in state.values()):
-        raise Damaged("nests the keys of its parts")
-    pickle._Unpickler.dispatch[pickle.BUILD[0]](unpickler)
-
-
-def _shallow(make: Callable[[Any], None]) -> Callable[[Any], None]:
-    """Make a tuple of tuples at most: hashing many of them, one in the other, would end the process."""
-
-    def checked(unpickler: Any) -> None:
-        make(unpickler)
-        inner = [x for x in unpickler.stack[-1] if type(x) is tuple]
-        if any(type(x) is tuple for part in inner for x in part):
-            raise Damaged("nests tuples")
-
-    return checked
-
-
-def _loads() -> dict[int, Callable[[Any], None]]:
-    """What is done for each opcode that an index needs."""
-    loads = {getattr(pickle, name)[0]: name for name in _OPCODES.split()}
-    found = {code: pickle._Unpickler.dispatch[code] for code in loads}
-    found |= {code: _shallow(found[code]) for code, name in loads.items() if name.startswith("TUPLE")}
-    return {**found, pickle.BUILD[0]: _build, pickle.REDUCE[0]: _reduce}
-
-
-class _Unpickler(pickle._Unpickler):
-    """Makes what an index of tensors consists of, and refuses all else.
-
-    In Python, where the one in C would change classes, and takes as much memory as it is told to.
-    """
-
-    dispatch: ClassVar = _loads()
-    _ALLOWED: ClassVar = {
-        **_PARTS,
-        **{("torch", name): dtype for name, dtype in _DTYPES.items()},
-        ("torch", "Size"): torch.Size,
-        ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
-        (_METADATA, "_MEM_FORMAT_ENCODING"): _MEM_FORMAT_ENCODING,
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self._ALLOWED:
-            raise Damaged(f"asks for {module}.{name}, which no index of tensors needs")
-        return self._ALLOWED[module, name]
-
-
 def differences(pieces: Mapping[str, Piece], index: Mapping[str, Stored]) -> list[str]:
-    """Why `pieces` cannot be read from what is stored: names, shapes and dtypes, a line each."""
+    """Return why `pieces` cannot be read from the stored tensors: names, shapes and dtypes, a line each."""
     lines = [f"{name} is not in the checkpoint" for name in pieces if name not in index]
     lines += [f"{name} is in the checkpoint alone" for name in index if name not in pieces]
     for name in pieces.keys() & index.keys():
@@ -303,25 +224,22 @@ def differences(pieces: Mapping[str, Piece], index: Mapping[str, Stored]) -> lis
 
 @torch.no_grad()
 def read_tensors(folder: Path, pieces: Mapping[str, Piece], index: Mapping[str, Stored]) -> None:
-    """Read every piece from the chunks that it lies in; the names, shapes and dtypes are those of `index`.
+    """Read every piece from the chunks that overlap it. `differences` must have found none.
 
-    Raises Damaged for a chunk that is no plain tensor of its box.
+    Bytes go straight into a piece whose memory is laid out as the file, else through a block of 16 MiB or one
+    row. Raises Damaged if a file has become shorter.
     """
-    wanted = sorted(
-        ((chunk.file, chunk.start, name, chunk) for name in pieces for chunk in index[name].chunks),
-        key=lambda place: place[:2],
-    )
-    for file, _, name, chunk in wanted:
-        piece = pieces[name]
-        if overlap := _overlap(piece, chunk):
-            source, target = overlap
-            with reading(file), (folder / file).open("rb") as stream:
-                tensor = _read_chunk(stream, name, chunk, index[name].dtype)
-            piece.local[target].copy_(tensor[source])
+    chunks = [(chunk.file, chunk.start, name, chunk) for name in pieces for chunk in index[name].chunks]
+    for file, of_file in groupby(sorted(chunks, key=lambda item: item[:2]), key=lambda item: item[0]):
+        with reading(file), (folder / file).open("rb") as stream:
+            for _, _, name, chunk in of_file:
+                if overlap := _overlap(pieces[name], chunk):
+                    source, target = overlap
+                    _read(stream, chunk, source, pieces[name].local.detach()[target])
 
 
 def _overlap(piece: Piece, chunk: Chunk) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
-    """What the two have in common, as a place in the chunk and one in the piece."""
+    """Return what the two have in common, as a place in the chunk and a place in the piece."""
     in_chunk, in_piece = [], []
     for a, n_a, b, n_b in zip(piece.offsets, piece.local.shape, chunk.offsets, chunk.sizes, strict=True):
         start, stop = max(a, b), min(a + n_a, b + n_b)
@@ -332,17 +250,28 @@ def _overlap(piece: Piece, chunk: Chunk) -> tuple[tuple[slice, ...], tuple[slice
     return tuple(in_chunk), tuple(in_piece)
 
 
-def _read_chunk(stream: Any, name: str, chunk: Chunk, dtype: torch.dtype) -> Tensor:
-    stream.seek(chunk.start)
-    content = io.BytesIO(stream.read(chunk.n_bytes))
-    try:
-        tensor = torch.load(content, map_location="cpu", weights_only=True)
-    except Exception as error:  # noqa: BLE001 - whatever is wrong with it, it is no tensor
-        line = str(error).partition("\n")[0]
-        raise Damaged(
-            f"{chunk.file} holds no plain tensor for {name} ({type(error).__name__}: {line})"
-        ) from None
-    is_plain = type(tensor) is Tensor and tensor.layout == torch.strided and not tensor.is_meta
-    if not is_plain or tensor.dtype != dtype or tensor.shape != chunk.sizes:
-        raise Damaged(f"{chunk.file} holds something else than {name}")
-    return tensor
+def _read(stream: io.BufferedReader, chunk: Chunk, source: tuple[slice, ...], target: Tensor) -> None:
+    """Read the box `source` of a chunk into `target`."""
+    if not chunk.sizes:  # a scalar is a row of one number
+        source, target = (slice(0, 1),), target.view(1)
+    rows, *rest = source
+    row = list(chunk.sizes[1:])
+    row_bytes = math.prod(row) * target.element_size()
+    stream.seek(chunk.start + rows.start * row_bytes)
+    has_whole_rows = list(target.shape[1:]) == row
+    if has_whole_rows and target.is_cpu and target.is_contiguous():
+        _fill(stream, target)
+        return
+    n_most = min(len(target), max(1, _BLOCK // row_bytes))
+    block = torch.empty((n_most, *row), dtype=target.dtype)
+    for part in target.split(n_most):
+        read = block[: len(part)]
+        _fill(stream, read)
+        part.copy_(read[(slice(None), *rest)])
+
+
+def _fill(stream: io.BufferedReader, target: Tensor) -> None:
+    """Read the next bytes into the memory of a contiguous tensor."""
+    memory = bytes_of(target)
+    if stream.readinto(memory) != len(memory):
+        raise Damaged(f"{Path(stream.name).name} has become shorter")

@@ -1,14 +1,10 @@
-"""Weights in safetensors files, laid out as on the Hugging Face Hub: one file, or several with an index.
-
-Only safetensors: a header of names, dtypes, shapes and places, and bytes, of which nothing is run. A tensor
-is read box by box, straight into where it is needed.
-"""
+"""Weights in safetensors files, laid out as on the Hugging Face Hub: one file, or several with an index."""
 
 import errno
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -21,14 +17,14 @@ from torchtitan_lite.checkpoint.tensors import Piece
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""What a float32 weight can be read from without losing a bit."""
+"""The dtypes that become float32 without losing a bit."""
 _ROWS = 1024
-"""Of a tensor that are compared at a time."""
+"""Rows of a tensor that are compared at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where a tensor is, and what it is."""
+    """The file of a tensor, and its dtype and shape there."""
 
     file: str
     dtype: str
@@ -36,15 +32,15 @@ class Place:
 
 
 class Weights:
-    """The tensors in the safetensors files of a folder; raises Damaged for anything else there.
+    """The tensors in the safetensors files of a folder.
 
-    A context manager: the files are open, and mapped, within it.
+    A context manager, which holds the files open; entering raises Damaged if the files are not whole.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.places: dict[str, Place] = {}
-        """By name."""
+        """By the tensor's name."""
         self._files: dict[str, Any] = {}
         self._open = ExitStack()
 
@@ -82,12 +78,15 @@ class Weights:
         self._files[file] = opened
 
     def box(self, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
-        """A box of a tensor, in its own dtype."""
+        """Return a box of a tensor in the dtype of the file."""
         part = self._files[self.places[name].file].get_slice(name)
         return part[tuple(slice(start, start + n) for start, n in zip(offsets, sizes, strict=True))]
 
     def differences(self, wanted: Mapping[str, Sequence[int]], ignored: Sequence[str] = ()) -> list[str]:
-        """Why tensors of these shapes cannot be read as float32, a line each; `ignored` may be there too."""
+        """Return why tensors of these shapes cannot be read as float32, a line each.
+
+        Tensors named in `ignored` may be in the files too.
+        """
         lines = [f"{name} is missing" for name in wanted if name not in self.places]
         lines += [
             f"{name} belongs to no weight of the model"
@@ -104,7 +103,10 @@ class Weights:
 
     @torch.no_grad()
     def read(self, pieces: Mapping[str, Piece]) -> None:
-        """Read every piece, file by file; `differences` has found none."""
+        """Read every piece, file by file. `differences` must have found none.
+
+        Raises Damaged if a tensor has a number that is not finite.
+        """
         for name in sorted(pieces, key=lambda name: (self.places[name].file, name)):
             piece = pieces[name]
             if piece.local.numel():
@@ -113,7 +115,7 @@ class Weights:
                     raise Damaged(f"{name} has numbers that are not finite")
 
     def are_equal(self, one: str, other: str) -> bool:
-        """Whether two tensors are the same, bit by bit."""
+        """Return whether two tensors are the same, bit by bit."""
         a, b = self.places[one], self.places[other]
         if (a.shape, a.dtype) != (b.shape, b.dtype):
             return False
@@ -128,7 +130,7 @@ class Weights:
 
 
 def _listed(folder: Path) -> dict[str, str]:
-    """The file of each tensor, as the index says; empty where there is one file without an index."""
+    """Return the file of each tensor as the index says; empty if there is one file without an index."""
     index = folder / INDEX
     if not index.is_file():
         if not (folder / SINGLE).exists():
@@ -150,7 +152,9 @@ def _listed(folder: Path) -> dict[str, str]:
         if not isinstance(file, str) or os.path.basename(file) != file or not file.endswith(".safetensors"):
             raise Damaged(f"{INDEX} names {file!r}, which is no safetensors file in the folder")
     if (folder / SINGLE).exists() and SINGLE not in listed.values():
-        raise Damaged(f"{SINGLE} is there, and an {INDEX} of other files")  # others read the one or the other
+        raise Damaged(
+            f"{SINGLE} is there, and an {INDEX} of other files"
+        )  # some programs would read the file, others the index
     return listed
 
 
@@ -158,35 +162,6 @@ def _whereabouts(name: str, listed: Mapping[str, str], found: Mapping[str, str])
     if name not in listed:
         return f"{found[name]} has it, and the index does not"
     return f"it names {listed[name]}, and the tensor is {'in ' + found[name] if name in found else 'nowhere'}"
-
-
-@contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder beside `folder`, which gets its name when all that was written into it is on the disk.
-
-    It is gone if that fails, or the next time if the process was killed. Raises OSError where `folder` is
-    there already and is not empty.
-    """
-    import glob
-    import secrets
-    import shutil
-
-    from torchtitan_lite.checkpoint.steps import sync
-
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    for left in folder.parent.glob(f"{glob.escape(folder.name)}.tmp-????????"):
-        shutil.rmtree(left)
-    scratch = folder.with_name(f"{folder.name}.tmp-{secrets.token_hex(4)}")
-    scratch.mkdir()
-    try:
-        yield scratch
-        for path in (*scratch.rglob("*"), scratch):
-            sync(path)
-        scratch.rename(folder)  # onto an empty folder, or none
-        sync(folder.parent)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
 
 
 def write_weights(
@@ -198,7 +173,7 @@ def write_weights(
 ) -> None:
     """Write tensors of these names and shapes in `dtype`, in files of at most `most_bytes` and an index.
 
-    `read(names)` gives some of them whole; no more than a file's are in memory at a time. Raises OSError.
+    `read(names)` returns the tensors of one file: no more are in memory at a time. Raises OSError.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -215,7 +190,7 @@ def write_weights(
         tensors = {name: x.to(dtype).contiguous() for name, x in read(names).items()}
         try:
             save_file(tensors, folder / file, metadata={"format": "pt"})
-        except SafetensorError as error:  # which it raises for a full disk, too
+        except SafetensorError as error:  # raised for a full disk too
             raise OSError(errno.EIO, str(error), str(folder / file)) from None
     total = sum(torch.Size(shape).numel() * dtype.itemsize for shape in shapes.values())
     index = {
@@ -226,7 +201,7 @@ def write_weights(
 
 
 def _groups(sizes: Mapping[str, int], most: int) -> list[list[str]]:
-    """The names in order, in groups that are not larger than `most`, but for a single one that is."""
+    """Return the names in order, in groups of at most `most` bytes; a larger tensor is a group."""
     groups: list[list[str]] = [[]]
     total = 0
     for name, size in sizes.items():

@@ -1,84 +1,39 @@
-"""Folders that are either complete or not there, whoever builds them and whatever kills the builder."""
+"""The names and locks of the folders in a cache; `durable` builds the folders."""
 
-import fcntl
-import logging
-import os
+import math
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
-_LOG = logging.getLogger(__name__)
-_OURS = re.compile(r"[A-Za-z0-9_]+-[0-9a-f]{24}(\.tmp|\.lock)?")
+from torchtitan_lite import durable
+
+_OURS = re.compile(r"([A-Za-z0-9_]+-[0-9a-f]{24})(\.tmp-[0-9a-f]{8}|\.lock)?")
 
 
 def name(kind: str, key: str) -> str:
-    """The name of the folder for what `key`, a hash, stands for."""
+    """Return the name of the folder for the content with the hash `key`."""
     made = f"{kind}-{key[:24]}"
     assert is_ours(made), made
     return made
 
 
 def is_ours(name: str) -> bool:
-    """Whether a file or folder of this name belongs to a cache: the folder may hold other things too."""
+    """Return whether a file or folder of this name belongs to a cache. Other files may be beside it."""
     return _OURS.fullmatch(name) is not None
 
 
-@contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
-    """Hold the right to build `folder`, waiting for it; it ends with the process, however that ends."""
+def exclusive(folder: Path, seconds: float = math.inf) -> IO[str]:
+    """Take the right to build `folder` until the returned file is closed; see `durable.lock`."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _lock_file(folder).open("ab") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            _LOG.info("waiting for another process that builds %s", folder)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-@contextmanager
-def scratch(folder: Path) -> Iterator[Path]:
-    """A fresh folder beside `folder` to build it in, for who holds the right; gone if not published."""
-    place = folder.with_name(f"{folder.name}.tmp")
-    for left in (place, folder):
-        if left.exists():
-            shutil.rmtree(left)
-    place.mkdir()
-    try:
-        yield place
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
-
-
-def publish(built: Path, folder: Path) -> None:
-    """Put what was built in `scratch(folder)` in its place, at once and for good."""
-    for file in built.iterdir():
-        _sync(file)
-    _sync(built)
-    built.rename(folder)
-    _sync(folder.parent)
+    return durable.lock(folder.with_name(f"{folder.name}.lock"), seconds)
 
 
 def sweep(parent: Path) -> None:
-    """Remove what killed builders left in `parent`; what a living one is building stays."""
-    for left in parent.glob("*.tmp"):
-        if is_ours(left.name):
-            # Also where the folder can only be read.
-            with suppress(OSError), _lock_file(left.with_suffix("")).open("ab") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    """Remove what killed builders have left in `parent`, but nothing that a living process builds."""
+    for left in parent.glob("*.tmp-????????"):
+        if ours := _OURS.fullmatch(left.name):
+            # OSError: the folder may be one that can only be read.
+            with suppress(OSError, durable.InUse), exclusive(parent / ours[1], seconds=0):
                 shutil.rmtree(left)
-
-
-def _lock_file(folder: Path) -> Path:
-    # Never removed: a process could hold the lock of a file that the next one no longer finds.
-    return folder.with_name(f"{folder.name}.lock")
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

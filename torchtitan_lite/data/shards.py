@@ -9,6 +9,7 @@ the end-of-text token last. Offsets are int64: where each document starts, then 
 import hashlib
 import json
 import logging
+import shutil
 import time
 from array import array
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
+from torchtitan_lite import durable
 from torchtitan_lite.config.load import ConfigError, Problem
 from torchtitan_lite.data import cache, heldout
 from torchtitan_lite.data.datasets import DataConfig, open_source
@@ -94,7 +96,9 @@ def _build(source: Source, config: DataConfig, tokenizer: Tokenizer, folder: Pat
     began = time.perf_counter()
     held_out = heldout.choose(source.documents(), config.validation_fraction, source.n_bytes)
     dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
-    with cache.scratch(folder) as place:
+    if folder.exists():  # and is not whole
+        shutil.rmtree(folder)
+    with durable.new_folder(folder) as place:
         with open(place / "train.tokens", "wb") as first, open(place / "validation.tokens", "wb") as second:
             train, validation = _Writer(first, tokenizer, dtype), _Writer(second, tokenizer, dtype)
             for document in source.documents():
@@ -108,7 +112,6 @@ def _build(source: Source, config: DataConfig, tokenizer: Tokenizer, folder: Pat
         (place / "train.offsets").write_bytes(train.offsets)
         (place / "validation.offsets").write_bytes(validation.offsets)
         _write_metadata(place, {"key": key, "dtype": dtype, "splits": splits})
-        cache.publish(place, folder)
     shards = _load(folder, key)
     assert shards, f"{folder} was built just now"
     n_documents = shards.train.n_documents + shards.validation.n_documents

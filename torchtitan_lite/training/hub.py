@@ -14,16 +14,16 @@ from torch import Tensor
 
 from torchtitan_lite.checkpoint import CheckpointConfig
 from torchtitan_lite.checkpoint.manifest import Damaged
-from torchtitan_lite.checkpoint.randomness import random_state
 from torchtitan_lite.checkpoint.ranks import Ranks
 from torchtitan_lite.checkpoint.restore import Found, verify
 from torchtitan_lite.checkpoint.save import Snapshot, write_step
 from torchtitan_lite.checkpoint.state import State, fingerprint, flat
 from torchtitan_lite.checkpoint.steps import Steps
 from torchtitan_lite.checkpoint.tensors import Piece, read_tensors
-from torchtitan_lite.checkpoint.weights import Weights, new_folder, write_weights
+from torchtitan_lite.checkpoint.weights import Weights, write_weights
 from torchtitan_lite.config.load import ConfigError, Problem
 from torchtitan_lite.data import Tokenizer, load_tokenizer
+from torchtitan_lite.durable import new_folder
 from torchtitan_lite.models.decoder import DecoderConfig
 from torchtitan_lite.models.huggingface import (
     CONFIG,
@@ -273,7 +273,6 @@ def import_(folder: Path, out: Path, tokenizer: Tokenizer | None) -> None:
         step=0,
         pieces={_MODEL + name: piece for name, piece in pieces.items()},
         state=state,
-        random=random_state(),
         made={"imported_from": str(folder)},
     )
     with new_folder(out) as place:

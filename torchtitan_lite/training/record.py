@@ -1,4 +1,4 @@
-"""What a checkpoint says of a run beside its tensors, and what a run may go on from or start with."""
+"""The identity of a run, as its checkpoints record it, and which checkpoints a run may use."""
 
 import json
 import os
@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from torchtitan_lite.checkpoint.patience import patiently
-from torchtitan_lite.checkpoint.randomness import random_state
 from torchtitan_lite.checkpoint.ranks import Ranks
 from torchtitan_lite.checkpoint.restore import Found, check_same, check_same_run, find, find_initial, load
 from torchtitan_lite.checkpoint.save import Snapshot, probe
@@ -29,25 +28,25 @@ from torchtitan_lite.training import hub
 
 INITIAL = "checkpoint.initial_load_path"
 _ORDER = ("data.fingerprint", "debug.seed", "training.seq_len")
-"""What the order of the samples depends on, among what makes a run what it is."""
+"""The values of a run's identity that decide the order of the samples."""
 _MEANING = ("model.", "data.tokenizer_fingerprint")
-"""What weights depend on for what they mean."""
+"""The values of a run's identity that give the weights their meaning, by prefix."""
 _NOT_NOTED = ("job.", "checkpoint.", "metrics.", "debug.log_sample_ids")
+"""Settings whose changes are not reported, by prefix."""
 
 
 def ranks_of(world: World) -> Ranks:
-    """The ranks, as checkpoints see them."""
+    """Return the ranks for checkpoints, with their own process group."""
     return Ranks(rank=world.rank, size=world.size, group=world.saving)
 
 
 def find_start(
     job: JobConfig, folder: Path, world: World, alive: Callable[[], None]
 ) -> tuple[Found | None, Found | Path | None]:
-    """The verified step that the run in `folder` goes on from, or the one whose weights it starts with.
+    """Return the verified step that the run in `folder` goes on from, and what a new run starts with.
 
-    Instead of the latter, the folder of a Hugging Face model.
-
-    Raises ConfigError, on all ranks alike, where there is none that is good, or where none could be saved.
+    At most one of the two is not None. A new run starts with the weights of a verified step or of the folder
+    of a Hugging Face model. Raises ConfigError on all ranks if none is good, or if no step can be saved.
     """
     checkpoint, ranks = job.checkpoint, ranks_of(world)
     if checkpoint.enable:
@@ -65,7 +64,7 @@ def find_start(
 
 
 class Record:
-    """What a run is, for its checkpoints."""
+    """The identity and the settings of a run, for its checkpoints."""
 
     def __init__(self, job: JobConfig, world: World, shards: Shards, tokenizer: Tokenizer) -> None:
         self.job, self.degrees = job, job.parallelism.degrees(world.size)
@@ -82,21 +81,21 @@ class Record:
                 "training.global_batch_size": training.local_batch_size * accumulation * self.degrees.data,
             }
         )
-        """What must stay for a run to be the same one."""
+        """The values that make it the same run, by dotted key."""
         self.config: dict[str, Any] = _as_json(asdict(job))
         schedule, steps = job.lr_scheduler, training.steps
         resolved = {"total_steps": schedule.total(steps), "warmup_steps": schedule.warmup(steps)}
         self.schedule: dict[str, Any] = {**asdict(schedule), **resolved}
 
     def check(self, found: Found) -> list[str]:
-        """What there is to say of going on from a step. Raises ConfigError where it is another run's."""
+        """Return lines about going on from a step; raises ConfigError if the step is of another run."""
         state = found.state
         allow = self.job.checkpoint.allow_changes
         if state.model_only and state.step < self.job.training.steps:
             rule = f"leads to step {state.step}, which holds the model alone and was to be the last"
             remedy = "name an earlier step, or start another run with checkpoint.initial_load_path"
             raise ConfigError([Problem("checkpoint.load_step", self.job.checkpoint.load_step, rule, remedy)])
-        saved_by = state.config.get("optimizer", {}).get("name", self.job.optimizer.name)
+        saved_by = flat(state.config).get("optimizer.name", self.job.optimizer.name)
         if saved_by != self.job.optimizer.name and not state.model_only:
             rule = (
                 f'was "{saved_by}" when step {state.step} was saved, and no other optimizer can use its state'
@@ -125,14 +124,14 @@ class Record:
         return [printable(line) for line in lines]
 
     def check_initial(self, found: Found | Path) -> list[str]:
-        """What there is to say of starting with those weights; raises ConfigError like `check`."""
+        """Return lines about starting with these weights; raises ConfigError as `check` does."""
         if isinstance(found, Path):
             return [printable(f"starts with the weights of {found}"), *self._check_tokenizer_of(found)]
         keys = [key for key in {**found.state.identity, **self.identity} if key.startswith(_MEANING)]
         saved, own = (
             {key: x[key] for key in keys if key in x} for x in (found.state.identity, self.identity)
         )
-        if "data.tokenizer_fingerprint" not in saved:  # imported without one
+        if "data.tokenizer_fingerprint" not in saved:  # imported without a tokenizer
             own.pop("data.tokenizer_fingerprint", None)
         others = check_same(saved, own, found.state.step, allow_changes=self.job.checkpoint.allow_changes)
         return [
@@ -151,7 +150,7 @@ class Record:
         return [printable(f"allowed: {problem}")]
 
     def has_order_of(self, state: State) -> bool:
-        """Whether the samples come in the order that they came in when `state` was saved."""
+        """Return whether the order of the samples is the order in the run that saved `state`."""
         return all(state.identity.get(key) == self.identity[key] for key in _ORDER)
 
     def snapshot(
@@ -165,7 +164,7 @@ class Record:
         validated: int,
         is_done: bool,
     ) -> Snapshot:
-        """What is saved of a step; once the run `is_done`, the model alone where that is configured."""
+        """Return the snapshot of a step; if the run `is_done` and so configured, of the weights alone."""
         config = self.job.checkpoint
         model_only = config.last_save_model_only and is_done
         if model_only:
@@ -175,7 +174,7 @@ class Record:
                 for name, piece in pieces(parameters).items()
             }
         else:
-            # Before the first step there is no state, and only the optimizer knows how its own begins.
+            # Before its first step an optimizer has no state, and it alone knows how its state begins.
             found = pieces(parameters, optimizer if optimizer.state else None)
         state = State(
             step=step,
@@ -187,7 +186,7 @@ class Record:
             schedule=self.schedule,
             config=self.config,
         )
-        return Snapshot(step=step, pieces=found, state=state, random=random_state(), made=self._made())
+        return Snapshot(step=step, pieces=found, state=state, made=self._made())
 
     def _made(self) -> dict[str, Any]:
         model = {key: value for key, value in self.identity.items() if key.startswith("model.")}
@@ -206,7 +205,7 @@ class Record:
 def pieces(
     parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer | None = None
 ) -> dict[str, Piece]:
-    """This rank's shards of the weights, and of the optimizer's state where one is given."""
+    """Return this rank's shards of the weights and, if an optimizer is given, of its state."""
     found = {f"model.{name}": _piece(weight) for name, weight in parameters.items()}
     if optimizer is not None:
         for name, weight in parameters.items():
@@ -217,14 +216,14 @@ def pieces(
 
 
 def _resolved(schedule: Mapping[str, Any]) -> dict[str, Any]:
-    """What the schedule's settings have come to."""
+    """Return the resolved numbers of steps of a schedule."""
     return {f"schedule.{key}": schedule.get(key) for key in ("total_steps", "warmup_steps")}
 
 
 def load_initial(
     found: Found | Path, config: DecoderConfig, parameters: Mapping[str, Tensor], ranks: Ranks
 ) -> None:
-    """Read the weights that a new run starts with, each rank its own shards; raises ConfigError."""
+    """Load this rank's shards of the weights that a new run starts with; raises ConfigError."""
     if isinstance(found, Path):
         own = {name: _piece(weight) for name, weight in parameters.items()}
         hub.load_weights(found, config, own, ranks, INITIAL)
@@ -233,11 +232,11 @@ def load_initial(
 
 
 def _piece(x: Tensor) -> Piece:
-    """This rank's shard of a tensor, as a part of the whole one."""
+    """Return this rank's shard of a tensor as a piece of the whole tensor."""
     offsets = torch.Size(start for start, _ in shard_box(x))
     return Piece(local=local_shard(x), shape=x.shape, offsets=offsets)
 
 
 def _as_json(value: Any) -> Any:
-    """`value` as it is when it has been written and read again."""
+    """Return `value` as it is after it was written as JSON and read again."""
     return json.loads(json.dumps(value))

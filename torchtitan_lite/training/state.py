@@ -8,7 +8,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from torchtitan_lite.checkpoint.patience import patiently
-from torchtitan_lite.checkpoint.randomness import set_random_state
 from torchtitan_lite.checkpoint.ranks import Ranks
 from torchtitan_lite.checkpoint.restore import Found, load
 from torchtitan_lite.checkpoint.save import Snapshot
@@ -92,8 +91,6 @@ class TrainState:
         self.step, self.n_tokens_seen, self.validated = state.step, state.n_tokens_seen, state.validated
         if self.record.has_order_of(state):
             self.batches.consumed_samples = state.consumed_samples
-        if found.random is not None:
-            set_random_state(found.random)
 
     def check_optimizer(self, name: str) -> None:
         """Raise ConfigError unless all state of the optimizer `name` is tensors, which can be saved."""

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from torchtitan_lite import durable
 from torchtitan_lite.attention.portable.tiles import CAUSAL, FULL
 
 # The compiler that torch uses: torch._inductor.config.cpp.cxx.
@@ -162,9 +163,7 @@ def _built(head_dim: int) -> Path:
             parts = Path(folder) / "kernel.o", Path(folder) / "kernel.so"
             _run([CXX, *flags, "-c", str(_SOURCE), "-o", str(parts[0])])
             _run([CXX, "-shared", str(parts[0]), "-o", str(parts[1])])
-            with parts[1].open("rb+") as written:
-                os.fsync(written.fileno())  # whole, even after a loss of power
-            parts[1].replace(library)  # at once: other processes may be at it too
+            durable.publish(parts[1], library)  # other processes may do the same at this moment
     return library
 
 

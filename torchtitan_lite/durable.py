@@ -1,0 +1,131 @@
+"""Files and folders that survive a crash: after one, each is there whole, or is not there. And locks.
+
+Needs the standard library alone.
+"""
+
+import errno
+import fcntl
+import glob
+import logging
+import os
+import secrets
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+_LOG = logging.getLogger(__name__)
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+"""Errors of file systems that have no locks, such as Lustre mounted without them."""
+
+
+class InUse(Exception):
+    """Another process holds a lock; the message is what that process wrote about itself."""
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's bytes, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def publish(built: Path, target: Path) -> None:
+    """Rename a file, or a folder with everything in it, to `target` once all of it is on the disk.
+
+    A file replaces a file, a folder only an empty folder. Raises OSError. If `built` no longer exists then,
+    `target` does, but a power cut may undo the rename.
+    """
+    for path in (*built.rglob("*"), built):
+        sync(path)
+    built.rename(target)
+    sync(target.parent)
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file that replaces `path` when the block ends and all of its bytes are on the disk.
+
+    If the block or the disk fails, `path` stays as it was.
+    """
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        with partial.open("wb") as stream:
+            yield stream
+        publish(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def scratch_path(folder: Path) -> Path:
+    """Return an unused name beside `folder`, in which the folder can be built or removed."""
+    return folder.with_name(f"{folder.name}.tmp-{secrets.token_hex(4)}")
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Make a folder beside `folder`, and publish it as `folder` when the block ends.
+
+    If the block fails, the new folder is removed. Folders that killed processes left here are removed first.
+    Raises OSError if `folder` exists and is not empty.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for left in folder.parent.glob(f"{glob.escape(folder.name)}.tmp-????????"):
+        shutil.rmtree(left)
+    scratch = scratch_path(folder)
+    scratch.mkdir()
+    try:
+        yield scratch
+        publish(scratch, folder)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+
+
+def lock(path: Path, seconds: float = 0, *, required: bool = True) -> IO[str]:
+    """Lock the file at `path` until the returned file is closed or this process ends.
+
+    Raises InUse if another process holds the lock for longer than `seconds`. On a file system without locks:
+    raises OSError if a lock is `required`, else warns and returns the file.
+    """
+    # The file is never removed: a process could hold the lock of a file that the next one no longer finds.
+    file = path.open("a+", encoding="utf-8")
+    try:
+        _wait_for_lock(file, path, seconds)
+    except BlockingIOError:
+        with file:
+            file.seek(0)
+            raise InUse(file.read().strip()) from None
+    except OSError as error:
+        if required or error.errno not in _NO_LOCKS:
+            file.close()
+            raise
+        _LOG.warning(
+            "%s: this file system has no locks (%s): a second process would not be kept out",
+            path,
+            error.strerror,
+        )
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file
+
+
+def _wait_for_lock(file: IO[str], path: Path, seconds: float) -> None:
+    deadline, is_first = time.monotonic() + seconds, True
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise
+        if is_first:
+            _LOG.info("waiting for another process that has locked %s", path)
+            is_first = False
+        time.sleep(0.1)
