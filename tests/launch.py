@@ -36,7 +36,8 @@ class Launched:
     def of_ranks(self) -> str:
         """What the ranks printed on standard error, without log lines and what torchrun says itself."""
         own = self.err.partition('Traceback (most recent call last):\n  File "<frozen runpy>"')[0]
-        others = ("torch/distributed/elastic", "tokenized ", "USDT:", "DeviceProperties")
+        # The last is torchrun's store, of a rank that was killed while it waited there.
+        others = ("torch/distributed/elastic", "tokenized ", "USDT:", "DeviceProperties", "TCPStoreLibUv")
         # C++ writes the end of a line by itself: where two ranks write at once, an empty line follows.
         lines = [line for line in own.splitlines() if line]
         return "\n".join(line for line in lines if not any(other in line for other in others))

@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from torchtitan_lite.config.job import load_job
-from torchtitan_lite.parallel.world import World
+from torchtitan_lite.launch.world import World
 from torchtitan_lite.training.config import TrainingConfig
 from torchtitan_lite.training.hooks import work
 from torchtitan_lite.training.trainer import Trainer

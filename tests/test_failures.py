@@ -18,7 +18,7 @@ WRONG = """\
 import ctypes, os, signal, sys, time
 from torchtitan_lite import train
 from torchtitan_lite.config.load import ConfigError, Problem
-from torchtitan_lite.parallel import watch
+from torchtitan_lite.launch import guard, watch
 from torchtitan_lite.training.step import Stepper
 from torchtitan_lite.training.trainer import Trainer
 
@@ -26,14 +26,14 @@ place = Trainer if sys.argv[1] == "__init__" else Stepper
 sound, rank = getattr(place, sys.argv[1]), int(os.environ["RANK"])
 
 def signalled_on_the_way_out(number):
-    sound, left = train._end_of, [number]
+    sound, left = guard.end_of, [number]
 
     def end_of(*words):
         while left:
             os.kill(os.getpid(), left.pop())
         return sound(*words)
 
-    train._end_of = end_of
+    guard.end_of = end_of
 
 def wrong(self, *args, **words):
     if int(sys.argv[2]) in (rank, -1) and (place is Trainer or self.state.step == 2):

@@ -25,8 +25,8 @@ STANDALONE = ("--standalone", "--nproc_per_node", 2)
 # Does with signals what a run does, without the time that its imports and steps take.
 RANK = """\
 import os, signal, sys, time
-from torchtitan_lite.parallel import signals
-from torchtitan_lite.parallel.signals import StopRequest
+from torchtitan_lite.launch import signals
+from torchtitan_lite.launch.signals import StopRequest
 
 signals._ECHO = 60.0  # instead of a second, in which a busy machine may not pass a signal on
 rank = int(os.environ["RANK"])

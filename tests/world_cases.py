@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from torchtitan_lite.config.load import ConfigError, Problem
-from torchtitan_lite.parallel.world import World, join
+from torchtitan_lite.launch.world import World, join
 
 
 def world(machines: int = 1) -> World:
@@ -94,12 +94,12 @@ def waits_of_a_joined_run(port: int) -> list[float]:
     if not here.is_first:
         here.store.wait(["saving"])
         time.sleep(2)
-        dist.all_reduce(torch.ones(1), group=here.saving)
+        dist.all_reduce(torch.ones(1), group=here.saving_group)
         here.store.wait(["waited"])  # a rank that is gone would end the wait
         return []
     start = time.monotonic()
     here.store.set("saving", "")
-    dist.all_reduce(torch.ones(1), group=here.saving)
+    dist.all_reduce(torch.ones(1), group=here.saving_group)
     waits = [time.monotonic() - start, seconds_until_given_up(dist.group.WORLD)]
     here.store.set("waited", "")
     return waits

@@ -36,11 +36,11 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from torchtitan_lite.checkpoint.manifest import Damaged, read_manifest
-from torchtitan_lite.checkpoint.ranks import Ranks
 from torchtitan_lite.checkpoint.restore import find, load, verify
 from torchtitan_lite.checkpoint.steps import Steps
 from torchtitan_lite.checkpoint.tensors import read_index
 from torchtitan_lite.config.load import ConfigError
+from torchtitan_lite.launch.world import World
 
 W, SHARD = "model.w", "__0_0.distcp"
 Change = Callable[[Any], Any]
@@ -56,7 +56,7 @@ def step(tmp_path: Path) -> Path:
 def refusal(step: Path) -> str:
     """Why a step whose manifest fits is refused."""
     with pytest.raises(Damaged) as caught:
-        verify(step, Ranks())
+        verify(step, World())
     return str(caught.value)
 
 
@@ -311,11 +311,11 @@ def with_payload(step: Path, payload: bytes) -> None:
 
 
 def load_refusal(step: Path) -> str:
-    found = verify(step, Ranks())
+    found = verify(step, World())
     before = {name: torch.full_like(x, 7) for name, x in SMALL.items()}
     pieces = whole({name: x.clone() for name, x in before.items()})
     with pytest.raises(ConfigError) as caught:
-        load(found, pieces, Ranks())
+        load(found, pieces, World())
     assert torch.equal(pieces[W].local, before[W])
     return str(caught.value)
 
@@ -374,7 +374,7 @@ def test_a_payload_that_is_not_the_plain_tensor_of_the_index_is_refused(
 def test_a_plain_tensor_with_other_strides_is_taken_for_what_it_says(step: Path) -> None:
     with_payload(step, saved(strided((4, 3), (0, 0))))
     pieces = whole({name: torch.ones_like(x) for name, x in SMALL.items()})
-    load(verify(step, Ranks()), pieces, Ranks())
+    load(verify(step, World()), pieces, World())
     assert torch.equal(pieces[W].local, torch.zeros(4, 3))
 
 
@@ -516,7 +516,7 @@ def check_not_found(step: Path) -> str:
     """The error with which a start refuses the step. The step itself is not touched."""
     before = tree(step.parent)
     with pytest.raises(ConfigError) as caught:
-        find(Steps(step.parent), -1, Ranks())
+        find(Steps(step.parent), -1, World())
     assert tree(step.parent) == before
     (line,) = str(caught.value).splitlines()
     return line

@@ -19,14 +19,15 @@ import resume_cases as cases
 import torch
 from resume_cases import main, options, outcome, steps_in
 
-from torchtitan_lite.checkpoint import CheckpointConfig, SaveFailed, patience, save
+from torchtitan_lite.checkpoint import CheckpointConfig, SaveFailed, save
 from torchtitan_lite.checkpoint import steps as steps_module
-from torchtitan_lite.checkpoint.ranks import Ranks
 from torchtitan_lite.checkpoint.restore import load, verify
 from torchtitan_lite.checkpoint.save import Saver, Snapshot
 from torchtitan_lite.checkpoint.state import State
 from torchtitan_lite.checkpoint.steps import Steps
 from torchtitan_lite.checkpoint.tensors import Piece
+from torchtitan_lite.launch import background
+from torchtitan_lite.launch.world import World
 from torchtitan_lite.training import outputs
 from torchtitan_lite.training.step import Stepper
 
@@ -109,7 +110,7 @@ def good_steps(folder: Path) -> list[int]:
     """The steps that are there, and nothing else is, all of them good."""
     steps = Steps(folder / "checkpoint")
     assert steps_in(folder) == sorted(["latest", *(f"step-{step}" for step in steps.published())])
-    assert [verify(steps.path(step), Ranks()).state.step for step in steps.published()] == steps.published()
+    assert [verify(steps.path(step), World()).state.step for step in steps.published()] == steps.published()
     assert steps.latest_problem() == ""
     return steps.published()
 
@@ -231,7 +232,7 @@ class Held:
 
 def saved_hashes(folder: Path) -> dict[str, str]:
     """A hash of each weight in a step."""
-    found = verify(folder, Ranks())
+    found = verify(folder, World())
     pieces = {
         name: Piece(
             local=torch.zeros(stored.shape, dtype=stored.dtype),
@@ -240,7 +241,7 @@ def saved_hashes(folder: Path) -> dict[str, str]:
         )
         for name, stored in found.index.items()
     }
-    load(found, pieces, Ranks())
+    load(found, pieces, World())
     return {name: cases.hash_of(piece.local) for name, piece in pieces.items() if name.startswith("model.")}
 
 
@@ -372,7 +373,7 @@ def snapshot(step: int, value: float = 0.0) -> Snapshot:
 def saver(folder: Path, said: list[str] | None = None, **changes: Any) -> Saver:
     words: list[str] = [] if said is None else said
     config = CheckpointConfig(enable=True, **changes)
-    return Saver(config, Steps(folder), Ranks(), say=words.append, alive=lambda: None)
+    return Saver(config, Steps(folder), World(), say=words.append, alive=lambda: None)
 
 
 def test_a_step_is_saved_once(tmp_path: Path) -> None:
@@ -427,14 +428,14 @@ def test_a_published_step_whose_name_may_not_last_is_told_and_the_one_before_is_
 
 @pytest.mark.parametrize("harm", ["gone", "cut"])
 def test_a_step_whose_shard_is_not_there_is_not_published(harm: str, tmp_path: Path, monkeypatch) -> None:
-    gather = Ranks.gather
+    gather = World.gather
 
-    def lose(ranks: Ranks, value: Any) -> Any:
+    def lose(ranks: World, value: Any) -> Any:
         for shard in tmp_path.glob("step-*/*.distcp"):  # as on a machine that has the folder for itself
             shard.unlink() if harm == "gone" else os.truncate(shard, 10)
         return gather(ranks, value)
 
-    monkeypatch.setattr(Ranks, "gather", lose)
+    monkeypatch.setattr(World, "gather", lose)
     words = {"gone": "__0_0.distcp is missing", "cut": "__0_0.distcp has 10 bytes, and "}[harm]
     with pytest.raises(SaveFailed, match=rf"step 1 could not be saved \({words}"):
         saver(tmp_path).save(1, lambda: snapshot(1))
@@ -451,7 +452,7 @@ def test_a_rank_gives_signs_of_life_while_one_write_takes_long(tmp_path: Path, m
         sync(descriptor)
 
     monkeypatch.setattr(os, "fsync", slow_sync)
-    monkeypatch.setattr(patience, "_OFTEN", 0.02)
+    monkeypatch.setattr(background, "_PERIOD", 0.02)
     own = saver(tmp_path)
     own.alive = lambda: alive.append(1)
     own.save(1, lambda: snapshot(1))
@@ -491,7 +492,7 @@ def failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Saver:
     """Could not save step 1 in the background, and nobody has heard of it."""
     own = saver(tmp_path, async_mode="async")
     with monkeypatch.context() as patch:
-        patch.setattr(patience.threading, "Thread", AtOnce)
+        patch.setattr(background.threading, "Thread", AtOnce)
         patch.setattr(save, "write_step", lambda *_: (_ for _ in ()).throw(OSError(28, "no room")))
         own.save(1, lambda: snapshot(1))  # another rank may not know yet: raised here, it would be alone
     assert own.has_failed

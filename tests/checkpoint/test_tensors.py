@@ -28,7 +28,6 @@ from ranks import RanksOf
 
 from torchtitan_lite.checkpoint.files import _BLOCK, HashedFiles
 from torchtitan_lite.checkpoint.manifest import Digest, read_manifest
-from torchtitan_lite.checkpoint.ranks import Ranks
 from torchtitan_lite.checkpoint.restore import find, load, verify
 from torchtitan_lite.checkpoint.steps import Steps
 from torchtitan_lite.checkpoint.tensors import (
@@ -41,6 +40,7 @@ from torchtitan_lite.checkpoint.tensors import (
     write_tensors,
 )
 from torchtitan_lite.config.load import ConfigError
+from torchtitan_lite.launch.world import World
 
 LAYOUTS = ["rows", "columns", "grid"]
 
@@ -85,7 +85,7 @@ def test_torch_s_own_load_reads_a_step(written: Path) -> None:
 
 
 def test_a_written_step_is_good_for_one_reader(written: Path) -> None:
-    assert [verify(Steps(written).path(step), Ranks()).state.step for step in range(3)] == [0, 1, 2]
+    assert [verify(Steps(written).path(step), World()).state.step for step in range(3)] == [0, 1, 2]
 
 
 def test_the_digests_are_those_of_the_files(ranks: RanksOf, tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_bits_that_numbers_do_not_show_survive(tmp_path: Path) -> None:
     odd = {"model.x": bits.view(torch.float32), "model.y": torch.tensor([-0.0, float("inf")]).bfloat16()}
     step = publish(tmp_path, 1, pieces=whole(odd))
     read = whole({name: torch.zeros_like(x) for name, x in odd.items()})
-    load(verify(step, Ranks()), read, Ranks())
+    load(verify(step, World()), read, World())
     assert read["model.x"].local.view(torch.int32).tolist() == bits.view(torch.int32).tolist()
     assert torch.equal(read["model.y"].local.view(torch.int16), odd["model.y"].view(torch.int16))
 
@@ -142,7 +142,7 @@ def test_a_piece_that_is_not_contiguous_is_written_and_read(tmp_path: Path) -> N
     x = torch.arange(12.0).view(3, 4)
     step = publish(tmp_path, 1, pieces=whole({"model.x": x.T}))
     into = torch.zeros(3, 8)[:, ::2].T
-    load(verify(step, Ranks()), whole({"model.x": into}), Ranks())
+    load(verify(step, World()), whole({"model.x": into}), World())
     assert torch.equal(into, x.T)
 
 
@@ -150,7 +150,7 @@ def test_a_parameter_is_read_in_place(tmp_path: Path) -> None:
     step = publish(tmp_path, 1)
     weight = torch.nn.Parameter(torch.zeros(4, 3))
     pieces = whole({**{name: torch.zeros_like(x) for name, x in SMALL.items()}, "model.w": weight})
-    load(verify(step, Ranks()), pieces, Ranks())
+    load(verify(step, World()), pieces, World())
     assert torch.equal(weight, SMALL["model.w"]) and weight.requires_grad
 
 
@@ -192,14 +192,14 @@ def test_what_differs_is_told_in_a_line_each() -> None:
 
 
 def test_a_step_of_other_tensors_is_refused_and_nothing_is_read(tmp_path: Path) -> None:
-    found = verify(publish(tmp_path, 1), Ranks())
+    found = verify(publish(tmp_path, 1), World())
     others = {
         "model.w": torch.zeros(3, 4),
         "model.norm": torch.zeros(5),
         "optimizer.w.step": torch.tensor(1.0),
     }
     with pytest.raises(ConfigError) as caught:
-        load(found, whole(others), Ranks())
+        load(found, whole(others), World())
     assert str(caught.value) == (
         f'checkpoint.folder = "{tmp_path}/step-1" does not fit: '
         "model.norm is torch.float32 here and torch.bfloat16 in the checkpoint, "
@@ -210,9 +210,9 @@ def test_a_step_of_other_tensors_is_refused_and_nothing_is_read(tmp_path: Path) 
 
 
 def test_the_weights_alone_can_be_read_from_a_whole_step(tmp_path: Path) -> None:
-    found = verify(publish(tmp_path, 1), Ranks())
+    found = verify(publish(tmp_path, 1), World())
     model = whole({name: torch.zeros_like(x) for name, x in SMALL.items() if name.startswith("model.")})
-    load(found, model, Ranks())
+    load(found, model, World())
     assert all(torch.equal(piece.local, SMALL[name]) for name, piece in model.items())
 
 
@@ -232,7 +232,7 @@ def test_a_chunk_is_a_place_in_a_file(tmp_path: Path) -> None:
 def test_a_write_that_fails_raises_what_the_system_said(tmp_path: Path, n: int) -> None:
     pieces = whole({"model.x": torch.rand(n), "model.y": torch.rand(n + 400)})
     with no_space(), pytest.raises(OSError, match="File too large"):
-        write_tensors(tmp_path, pieces, HashedFiles(), Ranks())
+        write_tensors(tmp_path, pieces, HashedFiles(), World())
 
 
 def test_a_step_without_space_leaves_nothing_and_the_one_before(tmp_path: Path) -> None:
@@ -259,7 +259,7 @@ def test_a_rank_without_space_fails_the_save_on_all_and_leaves_nothing(
             assert (f"rank {first}: " in said[1]) == (rank not in full)
             assert said[1].endswith("; step 1 is the newest that was")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-1", "step-3"]
-    found = find(Steps(tmp_path), -1, Ranks())
+    found = find(Steps(tmp_path), -1, World())
     assert found is not None and found.state.step == 3
 
 
@@ -310,6 +310,6 @@ def test_all_bytes_of_a_file_are_there_when_it_is_synced(tmp_path: Path, monkeyp
     monkeypatch.setattr(os, "fsync", noted)
     files = HashedFiles()
     x = torch.arange(5.0)
-    write_tensors(tmp_path, {"x": Piece(local=x, shape=x.shape, offsets=torch.Size([0]))}, files, Ranks())
+    write_tensors(tmp_path, {"x": Piece(local=x, shape=x.shape, offsets=torch.Size([0]))}, files, World())
     assert sizes[str(tmp_path / ".metadata.tmp")] == (tmp_path / ".metadata").stat().st_size
     assert sizes[str(tmp_path / "__0_0.distcp")] == (tmp_path / "__0_0.distcp").stat().st_size

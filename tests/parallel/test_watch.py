@@ -10,15 +10,15 @@ from hook_cases import stats
 from launch import DEEP
 from programs import PIPE, Program
 
-from torchtitan_lite.parallel.watch import is_of_communication
+from torchtitan_lite.launch.watch import is_of_communication
 from torchtitan_lite.training.hooks import HookFailed, Hooks
 
 PROGRAM = """\
 import ctypes, os, signal, sys, threading, time
 import torch.distributed as dist
-from torchtitan_lite.parallel import watch as module
-from torchtitan_lite.parallel.signals import StopRequest
-from torchtitan_lite.parallel.watch import End, Watch, signalled
+from torchtitan_lite.launch import watch as module
+from torchtitan_lite.launch.signals import StopRequest
+from torchtitan_lite.launch.watch import End, Watch, signalled
 
 module._SILENCE, module._GRACE = 1.5, 2.0
 rank, size, port = map(int, sys.argv[1:])
@@ -211,7 +211,7 @@ def test_a_late_rank_that_waits_for_nobody_ends_at_once(start) -> None:
 
 LAUNCHER = """\
 import os, signal, time
-from torchtitan_lite.parallel.watch import while_launched
+from torchtitan_lite.launch.watch import while_launched
 
 launcher = os.getpid()
 if os.fork():

@@ -8,7 +8,7 @@ import torch
 import world_cases as cases
 
 from torchtitan_lite.config.load import ConfigError
-from torchtitan_lite.parallel.world import World, join, leave, world_size
+from torchtitan_lite.launch.world import World, join, leave, world_size
 
 TORCHRUN = {
     "RANK": "0",
@@ -47,7 +47,8 @@ def test_without_a_launcher_a_run_is_one_rank_without_a_process_group(environmen
     assert world.share("folder") == "folder"
     assert world.in_turn(lambda: 3) == 3
     assert [world.any(flag) for flag in (False, True)] == [False, True]
-    assert world.saving is None
+    assert world.saving is world
+    assert world.gather(3) == [3] and world.together(lambda: 3) == 3
     world.steady()
     leave()
 
@@ -120,7 +121,7 @@ def test_wrong_input_on_any_rank_is_the_same_on_all(raising: list[int], ranks) -
 
 @pytest.mark.parametrize("raising", [0, 1, 2])
 def test_another_exception_stops_all_ranks_and_stays_as_it_is_on_its_own(raising: int, ranks) -> None:
-    expected = [f"DistError: rank {raising}: KeyError: {raising}"] * 4
+    expected = [f"OnAnotherRank: rank {raising}: KeyError: {raising}"] * 4
     expected[raising] = f"KeyError: {raising}"
     assert ranks(4).run(cases.error_in_turn, [raising], False) == expected
 

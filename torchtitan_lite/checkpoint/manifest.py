@@ -12,16 +12,18 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from torchtitan_lite.launch.world import SameOnAllRanks
+
 FORMAT_VERSION = 1
 """Counts up when a step of the format before cannot be read any more."""
 MANIFEST = "manifest.json"
 
 
-class Damaged(Exception):
+class Damaged(SameOnAllRanks):
     """A step is not what was written; the message says in what."""
 
 
-class Unreadable(Exception):
+class Unreadable(SameOnAllRanks):
     """A step cannot be read here and now, which says nothing of whether it is good; the message says why."""
 
 

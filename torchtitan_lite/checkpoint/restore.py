@@ -18,12 +18,12 @@ from torchtitan_lite.checkpoint.manifest import (
     reading,
 )
 from torchtitan_lite.checkpoint.randomness import check_random_state
-from torchtitan_lite.checkpoint.ranks import Ranks
 from torchtitan_lite.checkpoint.state import RANDOM, STATE, State, changes, flat, read_state
 from torchtitan_lite.checkpoint.steps import Steps
 from torchtitan_lite.checkpoint.tensors import Piece, Stored, differences, read_index, read_tensors
 from torchtitan_lite.config.load import ConfigError, Problem
 from torchtitan_lite.config.problem import printable
+from torchtitan_lite.launch.world import World
 
 _LOG = logging.getLogger(__name__)
 _MOST_SHOWN = 10
@@ -41,7 +41,7 @@ class Found:
     index: dict[str, Stored]
 
 
-def verify(folder: Path, ranks: Ranks) -> Found:
+def verify(folder: Path, ranks: World) -> Found:
     """The step in `folder`; each rank hashes its share of the files.
 
     Raises Damaged, or Unreadable, on all ranks alike.
@@ -58,7 +58,7 @@ def _open(folder: Path) -> Manifest:
     return manifest
 
 
-def _read(folder: Path, manifest: Manifest, ranks: Ranks) -> Found:
+def _read(folder: Path, manifest: Manifest, ranks: World) -> Found:
     with reading(STATE):
         state = read_state((folder / STATE).read_bytes())
     if state.step != manifest.step:
@@ -80,7 +80,7 @@ def _read_random(path: Path) -> dict[str, Any]:
     return random
 
 
-def find(steps: Steps, load_step: int, ranks: Ranks) -> Found | None:
+def find(steps: Steps, load_step: int, ranks: World) -> Found | None:
     """The step `load_step`, or with -1 the newest good one; None where none was published.
 
     Raises ConfigError, on all ranks alike, where the step that is asked for is not there or is damaged, where
@@ -113,7 +113,7 @@ def _published(steps: Steps) -> list[int]:
         raise ConfigError([Problem("checkpoint.folder", str(steps.folder), rule, remedy)]) from None
 
 
-def _verified(steps: Steps, step: int, ranks: Ranks) -> Found:
+def _verified(steps: Steps, step: int, ranks: World) -> Found:
     try:
         found = verify(steps.path(step), ranks)
     except Unreadable as problem:
@@ -125,7 +125,7 @@ def _verified(steps: Steps, step: int, ranks: Ranks) -> Found:
     return found
 
 
-def _asked_for(steps: Steps, step: int, published: list[int], ranks: Ranks) -> Found:
+def _asked_for(steps: Steps, step: int, published: list[int], ranks: World) -> Found:
     if step not in published:
         there = ", ".join(map(str, published)) or "none"
         rule, remedy = f"is not in {steps.folder} (there: {there})", "use -1 for the newest that is there"
@@ -137,7 +137,7 @@ def _asked_for(steps: Steps, step: int, published: list[int], ranks: Ranks) -> F
         raise ConfigError([Problem("checkpoint.load_step", step, rule, remedy)]) from None
 
 
-def find_initial(path: str, ranks: Ranks, key: str = "checkpoint.initial_load_path") -> Found:
+def find_initial(path: str, ranks: World, key: str = "checkpoint.initial_load_path") -> Found:
     """The step at `path`: the folder of a step, or of steps or of a run, of which the newest.
 
     Raises ConfigError where there is none, or it is damaged: nothing else is taken in its place.
@@ -198,7 +198,7 @@ def _of_data(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in flat({"data": config.get("data")}).items() if key in keys}
 
 
-def load(found: Found, pieces: Mapping[str, Piece], ranks: Ranks, key: str = "checkpoint.folder") -> None:
+def load(found: Found, pieces: Mapping[str, Piece], ranks: World, key: str = "checkpoint.folder") -> None:
     """Read `pieces` from the step, all of its tensors that there are of their kinds.
 
     Raises ConfigError about `key`, on all ranks alike, where names, shapes or dtypes differ, where a payload

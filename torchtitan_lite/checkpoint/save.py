@@ -23,12 +23,12 @@ from torchtitan_lite.checkpoint.manifest import (
     check_names,
     check_size,
 )
-from torchtitan_lite.checkpoint.patience import in_thread, result
-from torchtitan_lite.checkpoint.ranks import OnAnotherRank, Ranks
 from torchtitan_lite.checkpoint.state import RANDOM, STATE, State
 from torchtitan_lite.checkpoint.steps import Steps
 from torchtitan_lite.checkpoint.tensors import Piece, read_index, read_tensors, write_tensors
 from torchtitan_lite.config.load import ConfigError, Problem
+from torchtitan_lite.launch.background import in_thread, result
+from torchtitan_lite.launch.world import OnAnotherRank, World
 
 _LOG = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class Saver:
         self,
         config: CheckpointConfig,
         steps: Steps,
-        ranks: Ranks,
+        ranks: World,
         *,
         say: Callable[[str], None],
         alive: Callable[[], None],
@@ -153,7 +153,7 @@ class Saver:
         return SaveFailed(f"step {step} could not be saved ({_line(error)}); {before}")
 
 
-def write_step(steps: Steps, snapshot: Snapshot, ranks: Ranks, keep_latest_k: int = 0) -> int:
+def write_step(steps: Steps, snapshot: Snapshot, ranks: World, keep_latest_k: int = 0) -> int:
     """Write a step beside the published ones, publish it and remove old ones; the bytes of all ranks.
 
     Raises on every rank what went wrong on one, and leaves nothing of it.
@@ -174,7 +174,7 @@ def write_step(steps: Steps, snapshot: Snapshot, ranks: Ranks, keep_latest_k: in
     return sum(digest.size for digest in manifest.files.values())
 
 
-def probe(steps: Steps, ranks: Ranks) -> None:
+def probe(steps: Steps, ranks: World) -> None:
     """Write a tensor of all ranks as a step is written, read it, and remove it.
 
     Raises ConfigError, on all ranks alike, where that fails: before the run, and not at its first save.
@@ -201,7 +201,7 @@ def probe(steps: Steps, ranks: Ranks) -> None:
 
 
 @contextlib.contextmanager
-def _scratch(steps: Steps, step: int, ranks: Ranks, *, keep: bool = True) -> Iterator[Path]:
+def _scratch(steps: Steps, step: int, ranks: World, *, keep: bool = True) -> Iterator[Path]:
     """A new folder for `step`, which the first rank makes; it goes when that fails, or is not to be kept."""
     scratch = ranks.share(ranks.together(lambda: steps.scratch(step) if ranks.is_first else None))
     assert scratch is not None
@@ -218,7 +218,7 @@ def _scratch(steps: Steps, step: int, ranks: Ranks, *, keep: bool = True) -> Ite
                 ranks.gather(None)  # the others wait for that, as nobody else would wait so long
 
 
-def _manifest(step: int, files: HashedFiles, ranks: Ranks, made: dict[str, Any]) -> Manifest:
+def _manifest(step: int, files: HashedFiles, ranks: World, made: dict[str, Any]) -> Manifest:
     """Of the files of all ranks."""
     digests = {name: digest for of_rank in ranks.gather(files.digests) for name, digest in of_rank.items()}
     return Manifest(step=step, files=dict(sorted(digests.items())), made=made)
@@ -231,7 +231,7 @@ def _check(folder: Path, manifest: Manifest) -> None:
         check_size(folder, name, digest)
 
 
-def _write_documents(scratch: Path, snapshot: Snapshot, files: HashedFiles, ranks: Ranks) -> None:
+def _write_documents(scratch: Path, snapshot: Snapshot, files: HashedFiles, ranks: World) -> None:
     files.write_json(scratch / RANDOM.format(rank=ranks.rank), snapshot.random)
     if ranks.is_first:
         files.write_json(scratch / STATE, asdict(snapshot.state))

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 
 from torchtitan_lite.checkpoint.files import HashedFiles, without_checksums
 from torchtitan_lite.checkpoint.manifest import Damaged, Manifest, Unreadable, reading
-from torchtitan_lite.checkpoint.ranks import Ranks
+from torchtitan_lite.launch.world import World
 
 INDEX = ".metadata"
 
@@ -46,7 +46,7 @@ class Piece:
     """Where the part starts in the whole, in each dim."""
 
 
-def write_tensors(folder: Path, pieces: Mapping[str, Piece], files: HashedFiles, ranks: Ranks) -> None:
+def write_tensors(folder: Path, pieces: Mapping[str, Piece], files: HashedFiles, ranks: World) -> None:
     """Write the pieces of all ranks into `folder`, each of them once, on the disk when this returns.
 
     Raises what a rank met with, as OnAnotherRank on the others.

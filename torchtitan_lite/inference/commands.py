@@ -15,7 +15,6 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from torchtitan_lite import registry
 from torchtitan_lite.attention import AttentionConfig, refusals
-from torchtitan_lite.checkpoint.ranks import Ranks
 from torchtitan_lite.config.load import MISSING, ConfigError, Problem, load
 from torchtitan_lite.config.validation import validate
 from torchtitan_lite.data import (
@@ -46,10 +45,9 @@ from torchtitan_lite.inference.trained import (
     told_as,
     told_of_step,
 )
+from torchtitan_lite.launch.world import World, join, leave
 from torchtitan_lite.models.decoder import DecoderConfig
-from torchtitan_lite.parallel.world import join, leave
 from torchtitan_lite.training import hub
-from torchtitan_lite.training.record import ranks_of
 
 T = TypeVar("T")
 _KEYS = {
@@ -121,7 +119,7 @@ def _generate(place: str, argv: Sequence[str]) -> None:
     config = _read(GenerateConfig, "generate", place, argv)
     device, dtype = _device(config.device), _dtype(config.dtype, config.device)
     world = join(device.type)
-    ranks = ranks_of(world)
+    ranks = world.saving
     try:
         trained = find(place, ranks, config.tokenizer)
         _check(trained.config, config.attention, device, dtype)
@@ -197,12 +195,12 @@ class _Stream:
 def _eval(place: str, argv: Sequence[str]) -> None:
     config = _read(EvalConfig, "eval", place, argv)
     device, dtype = _device(config.device), _dtype(config.dtype, config.device)
-    trained = find(place, Ranks(), config.tokenizer)
+    trained = find(place, World(), config.tokenizer)
     _check(trained.config, config.attention, device, dtype)
     split = _text(config, trained)
     longest = min(trained.config.max_seq_len, _SEQ_LEN)
     seq_len = config.seq_len or trained.found.state.identity.get("training.seq_len", longest)
-    model = build(trained, attention=config.attention, device=device, dtype=dtype, ranks=Ranks())
+    model = build(trained, attention=config.attention, device=device, dtype=dtype, ranks=World())
     parts = {"seq_len": seq_len, "batch_size": config.batch_size, "rest": bool(config.data)}
     with told_as(_KEYS):
         found = evaluate(model, split, **parts)
@@ -253,7 +251,7 @@ def _named_data(config: EvalConfig) -> DataConfig:
 
 def _export(place: str, argv: Sequence[str]) -> None:
     config = _read(ExportConfig, "export-hf", place, argv)
-    trained = find(place, Ranks(), config.tokenizer)
+    trained = find(place, World(), config.tokenizer)
     out = Path(os.path.expanduser(config.out)).absolute()
     with _writing(config.out), told_of_step(place):
         hub.export(trained.found, trained.tokenizer, out, getattr(torch, config.dtype))

@@ -3,9 +3,13 @@
 import math
 from collections.abc import Sequence
 
+from torchtitan_lite.launch.end import RunError
 
-class NonFinite(Exception):
+
+class NonFinite(RunError):
     """A loss or gradient norm that is not finite, found before it reached the weights."""
+
+    outcome = "non-finite"
 
     def __init__(self, *, step: int, name: str, value: float, sample_ids: Sequence[int]) -> None:
         self.step, self.name, self.value, self.sample_ids = step, name, value, list(sample_ids)

@@ -10,9 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchtitan_lite.checkpoint.patience import patiently
 from torchtitan_lite.checkpoint.randomness import random_state
-from torchtitan_lite.checkpoint.ranks import Ranks
 from torchtitan_lite.checkpoint.restore import Found, check_same, check_same_run, find, find_initial, load
 from torchtitan_lite.checkpoint.save import Snapshot, probe
 from torchtitan_lite.checkpoint.state import State, changed, fingerprint, flat
@@ -22,9 +20,10 @@ from torchtitan_lite.config.job import JobConfig
 from torchtitan_lite.config.load import ConfigError, Problem
 from torchtitan_lite.config.problem import printable
 from torchtitan_lite.data import Shards, Tokenizer
+from torchtitan_lite.launch.background import patiently
+from torchtitan_lite.launch.world import World
 from torchtitan_lite.models.decoder import DecoderConfig
 from torchtitan_lite.parallel.fsdp import local_shard, shard_box
-from torchtitan_lite.parallel.world import World
 from torchtitan_lite.training import hub
 
 INITIAL = "checkpoint.initial_load_path"
@@ -33,11 +32,6 @@ _ORDER = ("data.fingerprint", "debug.seed", "training.seq_len")
 _MEANING = ("model.", "data.tokenizer_fingerprint")
 """What weights depend on for what they mean."""
 _NOT_NOTED = ("job.", "checkpoint.", "metrics.", "debug.log_sample_ids")
-
-
-def ranks_of(world: World) -> Ranks:
-    """The ranks, as checkpoints see them."""
-    return Ranks(rank=world.rank, size=world.size, group=world.saving)
 
 
 def find_start(
@@ -49,7 +43,7 @@ def find_start(
 
     Raises ConfigError, on all ranks alike, where there is none that is good, or where none could be saved.
     """
-    checkpoint, ranks = job.checkpoint, ranks_of(world)
+    checkpoint, ranks = job.checkpoint, world.saving
     if checkpoint.enable:
         steps = Steps(folder / checkpoint.folder)
         patiently(lambda: probe(steps, ranks), alive)
@@ -222,7 +216,7 @@ def _resolved(schedule: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load_initial(
-    found: Found | Path, config: DecoderConfig, parameters: Mapping[str, Tensor], ranks: Ranks
+    found: Found | Path, config: DecoderConfig, parameters: Mapping[str, Tensor], ranks: World
 ) -> None:
     """Read the weights that a new run starts with, each rank its own shards; raises ConfigError."""
     if isinstance(found, Path):

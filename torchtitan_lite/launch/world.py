@@ -1,10 +1,10 @@
-"""The ranks of a run: who this one is, how they meet, and what they settle between them."""
+"""The ranks of a run: who this one is, how they meet, and what they exchange."""
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,7 @@ T = TypeVar("T")
 _BACKEND = {"cpu": "gloo", "cuda": "nccl"}
 _NCCL_GRACE = 20
 _SAVING = timedelta(minutes=30)
-"""How long a rank may write while the others wait for it."""
+"""How long a rank may save or load while the others wait for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,97 +41,117 @@ class CommConfig:
         ]
 
 
+class SameOnAllRanks(Exception):
+    """An error that `World.together` raises unchanged on every rank, as it does with ConfigError."""
+
+
+class OnAnotherRank(RuntimeError):
+    """Another rank raised an error; the message says which rank and which error."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """All ranks of a run, as one of them sees them; as it is made without arguments, a run of one process."""
+    """All ranks of a run, as one of them sees them. Without arguments: a run of one process."""
 
     rank: int = 0
     local_rank: int = 0
-    """Number of this rank among those of its machine."""
+    """Number of this rank among the ranks of its machine."""
     size: int = 1
     local_size: int = 1
     train_seconds: int = 100
     """How long a rank waits for the others in a `steady` run."""
     store: Store | None = None
     """Where the ranks met; None without a process group."""
-    saving: ProcessGroup | None = None
-    """All ranks once more, on the CPU, for the thread that saves alone; None where there are no others."""
+    group: ProcessGroup | None = None
+    """The process group that the methods use; None for the default one."""
+    saving_group: ProcessGroup | None = None
+    """A gloo group of all ranks, with long timeouts; None where there is one rank."""
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the rank that speaks and writes for all."""
+        """Whether this rank prints and writes for all."""
         return self.rank == 0
 
+    @property
+    def saving(self) -> "World":
+        """The same ranks over the group that waits long, for the one thread that saves or loads."""
+        return self if self.saving_group is None else replace(self, group=self.saving_group)
+
     def sum(self, x: Tensor) -> Tensor:
-        """`x` summed over all ranks, in place."""
+        """Sum `x` over all ranks, in place."""
         if dist.is_initialized():
-            dist.all_reduce(x)
+            dist.all_reduce(x, group=self.group)
         return x
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` is set on any rank."""
         if self.size == 1:
             return flag
-        found = torch.tensor(int(flag), device="cuda" if dist.get_backend() == "nccl" else "cpu")
-        dist.all_reduce(found, dist.ReduceOp.MAX)
+        device = "cuda" if dist.get_backend(self.group) == "nccl" else "cpu"
+        found = torch.tensor(int(flag), device=device)
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=self.group)
         return bool(found)
 
+    def gather(self, value: T) -> list[T]:
+        """The values of all ranks, on every rank."""
+        if self.size == 1:
+            return [value]
+        values: list[T] = [value] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
     def share(self, value: T) -> T:
-        """The `value` of rank 0, on every rank."""
+        """The value of rank 0, on every rank."""
         if self.size == 1:
             return value
         values = [value]
-        dist.broadcast_object_list(values, src=0)
+        dist.broadcast_object_list(values, src=0, group=self.group)
         return values[0]
 
-    def in_turn(self, build: Callable[[], T]) -> T:
-        """What `build` gives, first on one rank of each machine, so that the others find what it has cached.
+    def together(self, act: Callable[[], T]) -> T:
+        """Run `act` on every rank. If it raises on one rank, every rank raises.
 
-        What it raises on one rank stops all: elsewhere a ConfigError is the same, anything else a DistError.
+        The other ranks raise the same error if it is a ConfigError or SameOnAllRanks, else OnAnotherRank.
+        """
+        try:
+            done, error = act(), None
+        except Exception as raised:  # noqa: BLE001 - raised again once the others know
+            done, error = None, raised
+        is_shared = error is None or isinstance(error, (ConfigError, SameOnAllRanks))
+        told = error if is_shared else OnAnotherRank(f"rank {self.rank}: {type(error).__name__}: {error}")
+        first = next((found for found in self.gather(told) if found is not None), None)
+        if first is not None:
+            raise first if is_shared or error is None else error
+        return cast(T, done)
+
+    def in_turn(self, build: Callable[[], T]) -> T:
+        """Run `build` on one rank of each machine, then on the others, which find what that rank has cached.
+
+        Errors as in `together`.
         """
         if self.size == 1:
             return build()
-        built: list[T] = []
-        for turn in (True, False):
-            error = None
-            if (self.local_rank == 0) == turn:
-                try:
-                    built.append(build())
-                except Exception as raised:  # noqa: BLE001 - raised again once the others know
-                    error = raised
-            self._stop_all_on(error)
-        return built[0]
+        is_first_here = self.local_rank == 0
+        first = self.together(lambda: build() if is_first_here else None)
+        second = self.together(lambda: None if is_first_here else build())
+        return cast(T, first if is_first_here else second)
 
     def steady(self) -> None:
-        """From now on a rank waits no longer than `train_seconds` for the others: the slow start is over.
-
-        Only while it saves it may wait for long, as before.
-        """
+        """Set the timeout of every group but that for saving to `train_seconds`: the slow start is over."""
         if dist.is_initialized():
             timeout = _timeout(self.train_seconds, dist.get_backend())
-            for group in set(distributed_c10d._world.pg_map) - {self.saving}:
+            for group in set(distributed_c10d._world.pg_map) - {self.saving_group}:
                 distributed_c10d._set_pg_timeout(timeout, group)
-
-    def _stop_all_on(self, error: Exception | None) -> None:
-        """Raise on every rank if there is an `error` on any."""
-        words = error
-        if error is not None and not isinstance(error, ConfigError):
-            words = dist.DistError(f"rank {self.rank}: {type(error).__name__}: {error}")
-        found: list[Exception | None] = [None] * self.size
-        dist.all_gather_object(found, words)
-        first = next((other for other in found if other is not None), None)
-        if first is not None:
-            raise first if error is None or isinstance(error, ConfigError) else error
 
 
 def _timeout(seconds: int, backend: str) -> timedelta:
-    """How long an exchange may take where one rank is given `seconds`."""
-    # NCCL ends the process that waits, without a word of Python: by then the rank that hangs has spoken.
+    """How long a collective may take where a rank may go `seconds` without progress."""
+    # NCCL ends the process that waits, without a Python error: the watch must come first.
     return timedelta(seconds=seconds + _NCCL_GRACE * (backend == "nccl"))
 
 
 def world_size() -> int:
-    """How many ranks the launcher started; one without a launcher."""
+    """How many ranks the launcher started; 1 without a launcher."""
     return _number("WORLD_SIZE", at_least=1) if "WORLD_SIZE" in os.environ else 1
 
 
@@ -140,12 +160,15 @@ def join(
 ) -> World:
     """Meet the other ranks that the launcher started, and take this rank's GPU.
 
-    `offload` makes a group of this process alone where there is no launcher, as FSDP needs one for it. Raises
-    ConfigError where the launcher's variables make no sense, or give this machine more ranks than GPUs.
+    Raises ConfigError where the launcher's variables make no sense, give this machine more ranks than GPUs,
+    or do not bring the ranks together.
+
+    Args:
+        offload: make a process group without a launcher too, as FSDP's offload to the CPU needs one.
     """
     size = world_size()
     if "RANK" not in os.environ and size == 1:
-        if offload:  # FSDP does it, and needs a group of at least this process
+        if offload:
             store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
             dist.init_process_group(_BACKEND[device_type], store=store, rank=0, world_size=1)
         return World()
@@ -160,7 +183,7 @@ def join(
     try:
         store, _, _ = next(rendezvous("env://", timeout=timeout))
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
-        saving = _build_saving(timeout) if size > 1 else None
+        saving_group = _build_saving_group(timeout) if size > 1 else None
     except (dist.DistError, ValueError) as error:  # ValueError: a port that is no number
         rule = f"did not bring the {size} ranks together ({str(error).splitlines()[0]})"
         remedy = "see what became of the others, or raise comm.init_timeout_seconds"
@@ -172,12 +195,12 @@ def join(
         local_size=local_size,
         train_seconds=train_seconds,
         store=store,
-        saving=saving,
+        saving_group=saving_group,
     )
 
 
-def _build_saving(timeout: timedelta) -> ProcessGroup:
-    """A gloo group of all ranks, which meet within `timeout` and then have `_SAVING` for each exchange."""
+def _build_saving_group(timeout: timedelta) -> ProcessGroup:
+    """A gloo group of all ranks, which meet within `timeout` and then may take `_SAVING` for a collective."""
     group = dist.new_group(backend="gloo", timeout=timeout)
     assert isinstance(group, ProcessGroup)
     distributed_c10d._set_pg_timeout(_SAVING, group)
@@ -185,7 +208,7 @@ def _build_saving(timeout: timedelta) -> ProcessGroup:
 
 
 def leave(wait: bool = True) -> None:
-    """Part from the other ranks; with `wait`, when every one of them is done."""
+    """Leave the process group; with `wait`, once every rank comes here."""
     if dist.is_initialized():
         nccl = dist.get_backend() == "nccl"
         if wait:
@@ -205,7 +228,7 @@ def _take_gpu(local_rank: int, local_size: int) -> None:
 
 
 def _number(name: str, *, at_least: int = 0, below: int | None = None) -> int:
-    """The launcher's variable `name` as a number in its range."""
+    """Read the launcher's variable `name` as a number in its range."""
     given = _variable(name)
     if not (given.isascii() and given.isdecimal()) or int(given) < at_least:
         rule = "is not the number of a rank" if at_least == 0 else "is not a number of ranks"
@@ -218,9 +241,7 @@ def _number(name: str, *, at_least: int = 0, below: int | None = None) -> int:
 
 def _variable(name: str) -> str:
     if name not in os.environ:
-        rule, remedy = (
-            "is not set, and other variables of a launcher are",
-            "start with torchrun, or unset those",
-        )
+        rule = "is not set, and other variables of a launcher are"
+        remedy = "start with torchrun, or unset those"
         raise ConfigError([Problem(name, MISSING, rule, remedy)])
     return os.environ[name]
