@@ -46,7 +46,7 @@ MUTANTS = {
         f"{TESTS}steps.py::test_what_was_left_is_removed_and_told_and_nothing_else",
     ),
     "checkpoints: reports of steps that were lost stay": Mutant(
-        "torchtitan_lite/run.py",
+        "torchtitan_lite/run_folder.py",
         "            jsonl.cut(self.folder, resumed.step, resumed.validated)\n",
         "",
         f"{TESTS}resume.py::test_a_validation_that_a_stop_came_before_is_made_up_for",
@@ -76,7 +76,7 @@ MUTANTS = {
         f"{TESTS}damage.py::{DAMAGED}",
     ),
     "checkpoints: a damaged step stays in the way": Mutant(
-        "torchtitan_lite/run.py",
+        "torchtitan_lite/run_folder.py",
         "if later := [step for step in steps.named() if step > last]:",
         "if later := []:",
         f"{TESTS}damage.py::{DAMAGED}",
@@ -214,7 +214,7 @@ MUTANTS = {
         STOP_SAVE,
     ),
     "checkpoints: a stopped run ends with 0": Mutant(
-        "torchtitan_lite/run.py",
+        "torchtitan_lite/run_folder.py",
         "        return STOPPED if stopped else 0\n",
         "        return 0\n",
         STOP_STEP,

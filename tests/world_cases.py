@@ -10,8 +10,10 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import init_device_mesh
 
 from torchtitan_lite.config.load import ConfigError, Problem
+from torchtitan_lite.launch.cause import collectives
 from torchtitan_lite.launch.world import World, join
 
 
@@ -114,3 +116,14 @@ def joined(port: int) -> World:
     variables = {key: str(value) for key, value in {**numbers, "MASTER_PORT": port}.items()}
     with mock.patch.dict(os.environ, variables, MASTER_ADDR="127.0.0.1"):
         return join("cpu", init_seconds=1000, train_seconds=1)
+
+
+def counts_of_a_mesh(hanging: int) -> dict[str, int]:
+    """The counts of a rank of a 2 x 2 mesh in which `hanging` enters no collective and the others wait."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    rank, peer = dist.get_rank(), {0: 1, 1: 0, 2: 3, 3: 2}
+    if rank != hanging:
+        dist.all_reduce(torch.ones(1), group=mesh["tp"].get_group(), async_op=True)
+        if peer[rank] != hanging:  # else it waits in the first one
+            dist.all_reduce(torch.ones(1), group=mesh["dp"].get_group(), async_op=True)
+    return collectives()

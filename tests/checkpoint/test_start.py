@@ -16,7 +16,6 @@ from programs import Program
 from resume_cases import lines, main, outcome, steps_in
 from tokenizers import Tokenizer as Encoder
 from tokenizers import models, pre_tokenizers
-from torchtitan_lite.run_folder import RunFolder
 
 from torchtitan_lite import run_folder
 from torchtitan_lite.checkpoint import CheckpointConfig
@@ -24,6 +23,7 @@ from torchtitan_lite.checkpoint.restore import verify
 from torchtitan_lite.config.job import load_job
 from torchtitan_lite.launch import background
 from torchtitan_lite.launch.world import World
+from torchtitan_lite.run_folder import RunFolder
 from torchtitan_lite.training.outputs import InUse, lock
 
 FLAG = "--checkpoint.allow-changes"

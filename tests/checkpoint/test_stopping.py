@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from launch import ROOT, launched
+from launch import launched
 from programs import Program, environment
 from resume_cases import lines, main, outcome, steps_in
 
@@ -162,7 +162,7 @@ def test_a_signal_to_the_launch_script_stops_both_with_its_status(
 ) -> None:
     # Rank 0 is at its third step, and the signal comes to it through the launcher.
     words = drive(tmp_path, "step", f"os.kill(os.getppid(), {number}); wait_until_asked()", small_run, (0,))
-    with launched(tmp_path, *words, program=(ROOT / "scripts" / "launch.py",)) as run:
+    with launched(tmp_path, *words, program=("-m", "torchtitan_lite.cli", "launch")) as run:
         assert run.wait() == 75, run.err
         assert run.left() == []
     check_stopped(tmp_path, number, 3, 2)

@@ -15,6 +15,9 @@ from torch.distributed import distributed_c10d
 
 from torchtitan_lite.launch.end import End
 
+Met = Literal["nothing", "signal", "echo", "error"]
+"""What ended the work of a rank. An echo is an error that tells of another rank's."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
@@ -22,8 +25,8 @@ class Answer:
 
     end: End
     """How the run ends if this rank is the cause."""
-    met: Literal["nothing", "signal", "echo", "error"]
-    """What ended its work. An echo is an error that tells of another rank's."""
+    met: Met
+    """What ended its work."""
     is_late: bool
     """Whether its main thread has made no progress for longer than allowed."""
     counts: Mapping[str, int]

@@ -31,6 +31,8 @@ class End:
     outcome: str = "failed"
     quiet: bool = False
     """The other ranks print nothing: their lines would only repeat the message."""
+    is_dead: bool = False
+    """The rank does not answer any more."""
 
     @property
     def is_signal(self) -> bool:

@@ -4,8 +4,8 @@ A thread reads the signals from a pipe (signal.set_wakeup_fd), so they count eve
 a library, where no Python handler runs.
 
 From the signal to exit status 75: `StopRequest.asked` is set here. At its next exchange the Trainer agrees
-with the other ranks on one step to stop at, and saves that step. Then train.train calls `done` and returns the
-status of RunFolder.finish.
+with the other ranks on one step to stop at, and saves that step. Then train.train calls `done` and returns
+the status of RunFolder.finish.
 """
 
 import contextlib
@@ -15,6 +15,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+
+from torchtitan_lite.launch.end import say
 
 _STOPS = frozenset({signal.SIGTERM, signal.SIGUSR1})
 _ECHO = 1.0
@@ -137,9 +139,7 @@ class StopRequest:
 
     def _say(self, text: str) -> None:
         if self._is_first:
-            with contextlib.suppress(OSError):
-                sys.stderr.write(f"{text}\n")
-                sys.stderr.flush()
+            say(text)
 
 
 def _pass(*_: object) -> None:

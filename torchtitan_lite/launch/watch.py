@@ -10,7 +10,6 @@ cause prints first, the others print a line each, and all processes end. A rank 
 """
 
 import contextlib
-import json
 import math
 import os
 import signal
@@ -18,15 +17,15 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import Literal, NoReturn
+from typing import NoReturn
 
 import torch.distributed as dist
+from pydantic import TypeAdapter
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from torchtitan_lite.launch.cause import Answer, collectives, find_cause, is_settled
+from torchtitan_lite.launch.cause import Answer, Met, collectives, find_cause, is_settled
 from torchtitan_lite.launch.end import End, say, signalled, tell_launcher, words_of_signal
 
 _TICK = 0.5
@@ -39,20 +38,11 @@ _AT_MOST = 60.0
 """Seconds that ending may take: a disk or a terminal that does not answer keeps no process."""
 _FOREVER = timedelta(days=20)
 """More than this is more milliseconds than poll() can count."""
+
+# Keys in the store, beside answer/RANK. "trouble" holds the rank that announced it, or _OVER.
 _TROUBLE, _VERDICT, _TOLD = "trouble", "verdict", "told"
-_DONE = b"done"
-"""What `_TROUBLE` is set to when the run is over."""
-
-Met = Literal["nothing", "signal", "echo", "error"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Verdict:
-    """What the ranks agree on."""
-
-    end: End
-    announcer: int
-    dead: list[int]
+_OVER = "over"
+_ANSWER, _END = TypeAdapter(Answer), TypeAdapter(End)
 
 
 class Watch:
@@ -62,7 +52,7 @@ class Watch:
         store: where the ranks met.
         seconds: how long the main thread may take until it calls `alive`.
         launcher: the process that started this one.
-        on_end: called on one rank with the end of the run: on rank 0, or on the announcing one if 0 is dead.
+        on_end: called on rank 0, or for a dead rank 0 on the announcing rank, with the end of the run.
     """
 
     def __init__(
@@ -76,11 +66,11 @@ class Watch:
         on_end: Callable[[End], None] = lambda end: None,
     ) -> None:
         self.rank, self.size, self.on_end = rank, size, on_end
-        self._store, self._waiting = (PrefixStore("watch", _connect(store)) for _ in range(2))
         self._launcher = launcher
+        self._store, self._waiting = _connect(store), _connect(store)
         self.alive(seconds)
         self._signal, self._must_end_at = int(signal.SIGTERM), math.inf
-        self._ending, self._ended_at = threading.Lock(), math.inf
+        self._ending = threading.Lock()
         self._is_announced, self._stopped = threading.Event(), threading.Event()
         self._threads = [
             threading.Thread(target=target, name="watch", daemon=True)
@@ -96,7 +86,7 @@ class Watch:
         """Stop to watch: the run is done on all ranks."""
         self._stopped.set()
         with contextlib.suppress(RuntimeError):  # the store is gone already
-            self._store.compare_set(_TROUBLE, "", _DONE.decode())
+            self._store.compare_set(_TROUBLE, "", _OVER)
         for thread in self._threads:
             thread.join()
 
@@ -124,122 +114,100 @@ class Watch:
 
         Args:
             own: how the run ends if this rank is the cause.
-            details: what this rank prints in that case; by default its message.
-            met: what this rank's work ended with.
+            details: what this rank prints in that case; by default the message.
+            met: what ended the work of this rank.
         """
         with self._ending:  # never released: the first thread that comes here ends the process
-            self._ended_at = time.monotonic()
+            limit = threading.Timer(_AT_MOST, os._exit, [own.status])
+            limit.daemon = True
+            limit.start()
             for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-                with contextlib.suppress(ValueError):  # only the main thread may, and only it gets exceptions
+                with contextlib.suppress(ValueError):  # not in the main thread, and no exception comes here
                     signal.signal(number, signal.SIG_IGN)
-            if self._is_orphan():
+            if self._is_orphan:
                 own, details = self._orphaned(), ""
-            verdict = self._agree(own, met)
-            end = verdict.end
-            if end.rank == self.rank:
-                say(details or end.line_on(self.rank))
-            with contextlib.suppress(RuntimeError):
-                self._take_turns(verdict)
-            if end.rank != self.rank:
-                say(end.line_on(self.rank))
-            if self.rank == (verdict.announcer if 0 in verdict.dead else 0):
+            end, writer = self._agree(own, met)
+            is_own = end.rank == self.rank
+            line = end.line_on(self.rank)
+            with contextlib.suppress(RuntimeError):  # no store any more
+                if is_own:
+                    say(details or line)
+                    self._store.set(_TOLD, "")
+                elif not end.is_dead:
+                    self._store.wait([_TOLD])
+            if not is_own:
+                say(line)
+            if self.rank == writer:
                 with contextlib.suppress(OSError):
                     self.on_end(end)
-            is_own = end.rank == self.rank
-            tell_launcher(end.message if is_own else end.line_on(self.rank) or end.message, late=not is_own)
+            tell_launcher(end.message if is_own else line or end.message, late=not is_own)
             with contextlib.suppress(OSError, ValueError):
                 sys.stdout.flush()
             os._exit(end.status)
 
-    def _agree(self, own: End, met: Met) -> Verdict:
-        """The verdict of all ranks; this rank's own where the others cannot be asked any more."""
-        alone = Verdict(end=own, announcer=self.rank, dead=[])
-        if self._is_orphan():
-            return alone  # most likely the store died with the launcher, and torch would say so at length
+    def _agree(self, own: End, met: Met) -> tuple[End, int]:
+        """How all ranks end the run, and which rank writes that; `own` where no others can be asked."""
+        if self._is_orphan:
+            return own, 0  # most likely the store died with the launcher, and torch would say so at length
         try:
-            # The store returns the value that is there afterwards.
-            announcer = self._store.compare_set(_TROUBLE, "", str(self.rank))
-            if announcer == _DONE:
-                return alone
+            found = self._store.compare_set(_TROUBLE, "", str(self.rank)).decode()
+            if found == _OVER:
+                return own, 0
+            announcer = int(found)
             self._store.set(f"answer/{self.rank}", self._answer(own, met))
-            if int(announcer) == self.rank:
-                self._store.set(_VERDICT, json.dumps(asdict(self._judge())))
-            return self._read_verdict(int(announcer))
-        except RuntimeError:  # no store any more
-            return alone
+            if announcer == self.rank:
+                self._store.set(_VERDICT, _END.dump_json(self._judge()).decode())
+            end = _verdict(self._store, announcer)
+        except RuntimeError:
+            return own, 0
+        return end, announcer if end.is_dead and end.rank == 0 else 0
 
-    def _read_verdict(self, announcer: int) -> Verdict:
-        try:
-            verdict = json.loads(self._store.get(_VERDICT))
-        except dist.DistStoreError:  # in vain
-            return Verdict(end=_no_answer([announcer]), announcer=self.rank, dead=[announcer])
-        return Verdict(**{**verdict, "end": End(**verdict["end"])})
-
-    def _take_turns(self, verdict: Verdict) -> None:
-        """Let the rank that is the cause print before the others."""
-        if verdict.end.rank == self.rank:
-            self._store.set(_TOLD, "")
-        elif verdict.end.rank not in verdict.dead:
-            self._store.wait([_TOLD])
-
-    def _judge(self) -> Verdict:
+    def _judge(self) -> End:
         """Collect the answers of all ranks and find the cause."""
+        deadline = time.monotonic() + _SILENCE
         keys = [f"answer/{rank}" for rank in range(self.size)]
-        deadline, answers = time.monotonic() + _SILENCE, {}
-        while time.monotonic() < deadline:
-            if self._store.check(keys):
-                answers = self._answers(range(self.size))
-                if is_settled(answers):
-                    break
+        while True:
+            is_over = time.monotonic() > deadline
+            there = {rank: self._store.get(key) for rank, key in enumerate(keys) if self._store.check([key])}
+            answers = {rank: _ANSWER.validate_json(text) for rank, text in there.items()}
+            if is_over or (len(answers) == self.size and is_settled(answers)):
+                break
             time.sleep(0.05)
-        else:
-            answers = self._answers([rank for rank, key in enumerate(keys) if self._store.check([key])])
-        dead = [rank for rank in range(self.size) if rank not in answers]
-        end = _no_answer(dead) if dead else answers[find_cause(answers, self.rank)].end
-        return Verdict(end=end, announcer=self.rank, dead=dead)
-
-    def _answers(self, ranks: Sequence[int]) -> dict[int, Answer]:
-        texts = self._store.multi_get([f"answer/{rank}" for rank in ranks])
-        found = [json.loads(text) for text in texts]
-        return {
-            rank: Answer(**{**fields, "end": End(**fields["end"])})
-            for rank, fields in zip(ranks, found, strict=True)
-        }
+        if dead := [rank for rank in range(self.size) if rank not in answers]:
+            return _no_answer(dead)
+        return answers[find_cause(answers, self.rank)].end
 
     def _answer(self, own: End, met: Met) -> str:
         answer = Answer(end=own, met=met, is_late=self._is_late, counts=collectives())
-        return json.dumps(asdict(answer))
+        return _ANSWER.dump_json(answer).decode()
 
     def _look_at_store(self) -> None:
         """Wait until a rank announces trouble, answer, and see to it that this process ends."""
         try:
             self._waiting.wait([_TROUBLE], _FOREVER)
-            announcer = self._waiting.get(_TROUBLE)
-            if announcer == _DONE:
+            announcer = self._waiting.get(_TROUBLE).decode()
+            if announcer == _OVER:
                 return
             self._is_announced.set()
             # The main thread answers too if it meets an error: that answer counts.
             self._waiting.compare_set(f"answer/{self.rank}", "", self._answer(self._hang(), "nothing"))
-            self._waiting.wait([_VERDICT])
-            verdict = self._read_verdict(int(announcer))
+            end = _verdict(self._waiting, int(announcer))
         except RuntimeError:
             # At the end of a run the store may go a moment before this thread is told to stop.
             if not self._stopped.wait(2):
                 self.end(self._orphaned())
             return
-        if verdict.end.rank == self.rank:  # and the main thread hangs, or is about to end the process
-            self.end(verdict.end, self._stack(), met="nothing")
+        if end.rank == self.rank:  # and the main thread hangs, or is about to end the process
+            self.end(end, self._stack(), met="nothing")
         self.hurry()
 
     def _look_at_process(self) -> None:
         """End the process when its launcher is gone, when it is late, and when it does not end in time."""
         while not self._stopped.wait(_TICK):
             now = time.monotonic()
-            if now > self._ended_at + _AT_MOST:
-                os._exit(1)
             if self._ending.locked():
-                continue
-            if self._is_orphan() and not self._stopped.wait(2):
+                return
+            if self._is_orphan and not self._stopped.wait(2):
                 self.end(self._orphaned())
             elif now > self._due:
                 self.end(self._hang(), self._stack(), met="nothing")
@@ -247,6 +215,7 @@ class Watch:
                 end = signalled(self.rank, self._signal)
                 self.end(end, words_of_signal(end), met="signal")
 
+    @property
     def _is_orphan(self) -> bool:
         return os.getppid() != self._launcher
 
@@ -264,15 +233,24 @@ class Watch:
 
 
 def _connect(store: Store) -> Store:
-    """A connection of our own to the store, which no other thread keeps busy."""
+    """A connection of its own to the store: a request keeps a connection busy until it is answered."""
     own = store.clone()  # pyright: ignore[reportAttributeAccessIssue]
     own.set_timeout(timedelta(seconds=_GRACE))
-    return own
+    return PrefixStore("watch", own)
 
 
-def _no_answer(ranks: Sequence[int]) -> End:
+def _verdict(store: Store, announcer: int) -> End:
+    """Wait for the verdict; if none comes, the rank that was to write it is dead."""
+    try:
+        return _END.validate_json(store.get(_VERDICT))
+    except dist.DistStoreError:
+        return _no_answer([announcer])
+
+
+def _no_answer(ranks: list[int]) -> End:
     answers = "answer" if len(ranks) > 1 else "answers"
-    return End(rank=ranks[0], message=f"rank {', '.join(map(str, ranks))} no longer {answers}")
+    message = f"rank {', '.join(map(str, ranks))} no longer {answers}"
+    return End(rank=ranks[0], message=message, is_dead=True)
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ T = TypeVar("T")
 
 _BACKEND = {"cpu": "gloo", "cuda": "nccl"}
 _NCCL_GRACE = 20
+_MOST_RANKS = 1_000_000
 _SAVING = timedelta(minutes=30)
 """How long a rank may save or load while the others wait for it."""
 
@@ -152,7 +153,7 @@ def _timeout(seconds: int, backend: str) -> timedelta:
 
 def world_size() -> int:
     """How many ranks the launcher started; 1 without a launcher."""
-    return _number("WORLD_SIZE", at_least=1) if "WORLD_SIZE" in os.environ else 1
+    return _number("WORLD_SIZE", 1, _MOST_RANKS) if "WORLD_SIZE" in os.environ else 1
 
 
 def join(
@@ -172,10 +173,9 @@ def join(
             store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
             dist.init_process_group(_BACKEND[device_type], store=store, rank=0, world_size=1)
         return World()
-    rank = _number("RANK", below=size)
-    local_size = _number("LOCAL_WORLD_SIZE", at_least=1)
-    local_rank = _number("LOCAL_RANK", below=local_size)
-    address, _ = _variable("MASTER_ADDR"), _variable("MASTER_PORT")
+    rank = _number("RANK", 0, size - 1)
+    local_size = _number("LOCAL_WORLD_SIZE", 1, size)
+    local_rank = _number("LOCAL_RANK", 0, local_size - 1)
     if device_type == "cuda":
         _take_gpu(local_rank, local_size)
     backend = _BACKEND[device_type]
@@ -184,7 +184,8 @@ def join(
         store, _, _ = next(rendezvous("env://", timeout=timeout))
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         saving_group = _build_saving_group(timeout) if size > 1 else None
-    except (dist.DistError, ValueError) as error:  # ValueError: a port that is no number
+    except (dist.DistError, ValueError) as error:  # ValueError: no MASTER_PORT, or no number
+        address = os.environ.get("MASTER_ADDR", MISSING)
         rule = f"did not bring the {size} ranks together ({str(error).splitlines()[0]})"
         remedy = "see what became of the others, or raise comm.init_timeout_seconds"
         raise ConfigError([Problem("MASTER_ADDR", address, rule, remedy)]) from None
@@ -227,21 +228,11 @@ def _take_gpu(local_rank: int, local_size: int) -> None:
     torch.cuda.set_device(local_rank)
 
 
-def _number(name: str, *, at_least: int = 0, below: int | None = None) -> int:
-    """Read the launcher's variable `name` as a number in its range."""
-    given = _variable(name)
-    if not (given.isascii() and given.isdecimal()) or int(given) < at_least:
-        rule = "is not the number of a rank" if at_least == 0 else "is not a number of ranks"
-        raise ConfigError([Problem(name, given, rule, "unset it, or start with torchrun, which sets it")])
-    if below is not None and int(given) >= below:
-        rule = f"is not below the {below} ranks there are"
-        raise ConfigError([Problem(name, int(given), rule, "start with torchrun, which sets it")])
-    return int(given)
-
-
-def _variable(name: str) -> str:
-    if name not in os.environ:
-        rule = "is not set, and other variables of a launcher are"
-        remedy = "start with torchrun, or unset those"
-        raise ConfigError([Problem(name, MISSING, rule, remedy)])
-    return os.environ[name]
+def _number(name: str, least: int, most: int) -> int:
+    """Read the launcher's variable `name` as a number from `least` to `most`."""
+    given = os.environ.get(name)
+    if given is not None and given.isascii() and given.isdecimal() and least <= int(given) <= most:
+        return int(given)
+    rule = f"must be a number from {least} to {most}, as there are other variables of a launcher"
+    remedy = "start with torchrun, which sets it, or unset those"
+    raise ConfigError([Problem(name, MISSING if given is None else given, rule, remedy)])

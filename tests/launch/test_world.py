@@ -56,16 +56,16 @@ def test_without_a_launcher_a_run_is_one_rank_without_a_process_group(environmen
 @pytest.mark.parametrize(
     ("changed", "line"),
     [
-        ({"RANK": "two"}, 'RANK = "two" is not the number of a rank: unset it, or start with torchrun'),
-        ({"RANK": "-1"}, 'RANK = "-1" is not the number of a rank: '),
-        ({"RANK": "2"}, "RANK = 2 is not below the 2 ranks there are: "),
-        ({"RANK": None}, "RANK is not set, and other variables of a launcher are: start with torchrun"),
-        ({"WORLD_SIZE": "0"}, 'WORLD_SIZE = "0" is not a number of ranks: '),
-        ({"WORLD_SIZE": "²"}, 'WORLD_SIZE = "²" is not a number of ranks: '),
-        ({"LOCAL_RANK": None}, "LOCAL_RANK is not set, "),
-        ({"LOCAL_RANK": "5"}, "LOCAL_RANK = 5 is not below the 2 ranks there are: "),
-        ({"LOCAL_WORLD_SIZE": ""}, 'LOCAL_WORLD_SIZE = "" is not a number of ranks: '),
-        ({"MASTER_PORT": None}, "MASTER_PORT is not set, "),
+        ({"RANK": "two"}, 'RANK = "two" must be a number from 0 to 1, '),
+        ({"RANK": "-1"}, 'RANK = "-1" must be a number from 0 to 1, '),
+        ({"RANK": "2"}, 'RANK = "2" must be a number from 0 to 1, '),
+        ({"RANK": None}, "RANK must be a number from 0 to 1, as there are other variables of a launcher: "),
+        ({"WORLD_SIZE": "0"}, 'WORLD_SIZE = "0" must be a number from 1 to '),
+        ({"WORLD_SIZE": "²"}, 'WORLD_SIZE = "²" must be a number from 1 to '),
+        ({"LOCAL_RANK": None}, "LOCAL_RANK must be a number from 0 to 1, "),
+        ({"LOCAL_WORLD_SIZE": ""}, 'LOCAL_WORLD_SIZE = "" must be a number from 1 to 2, '),
+        ({"MASTER_PORT": None}, 'MASTER_ADDR = "127.0.0.1" did not bring the 2 ranks together ('),
+        ({"MASTER_ADDR": None}, "MASTER_ADDR did not bring the 2 ranks together ("),
     ],
 )
 def test_variables_that_make_no_sense_are_a_line(changed, line: str, environment) -> None:
