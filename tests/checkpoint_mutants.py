@@ -47,7 +47,7 @@ MUTANTS = {
     ),
     "checkpoints: reports of steps that were lost stay": Mutant(
         "torchtitan_lite/run_folder.py",
-        "            jsonl.cut(self.folder, resumed.step, resumed.validated)\n",
+        "            jsonl.cut(path, last, resumed.state.validated)\n",
         "",
         f"{TESTS}resume.py::test_a_validation_that_a_stop_came_before_is_made_up_for",
     ),
@@ -215,7 +215,7 @@ MUTANTS = {
     ),
     "checkpoints: a stopped run ends with 0": Mutant(
         "torchtitan_lite/run_folder.py",
-        "        return STOPPED if stopped else 0\n",
+        "        return status\n",
         "        return 0\n",
         STOP_STEP,
     ),

@@ -22,7 +22,6 @@ from torch import Tensor
 from torchtitan_lite import train
 from torchtitan_lite.checkpoint import CheckpointConfig, SaveFailed, save
 from torchtitan_lite.checkpoint.steps import Steps
-from torchtitan_lite.config.job import load_job
 from torchtitan_lite.launch import process
 from torchtitan_lite.launch.signals import StopRequest
 from torchtitan_lite.run_folder import RunFolder
@@ -203,7 +202,6 @@ def start(argv: Sequence[str], stop_at: int = -1, crash_at: int = -1, double: bo
     random.seed(0)
     np.random.seed(0)
     with precision(double), seen.looking():
-        job = load_job(argv, world_size=world.size).config
         guards: list[Unguarded] = []
 
         def guard(*_: Any, on_end: Any, **__: Any) -> Unguarded:
@@ -211,12 +209,14 @@ def start(argv: Sequence[str], stop_at: int = -1, crash_at: int = -1, double: bo
             return guards[0]
 
         with (
+            mock.patch("torchtitan_lite.launch.world.world_size", lambda: world.size),
             mock.patch("torchtitan_lite.launch.world.join", lambda *_, **__: world),
+            mock.patch("torchtitan_lite.launch.world.leave"),
             mock.patch("torchtitan_lite.launch.guard.Guard", guard),
             mock.patch("torchtitan_lite.launch.process.show_log"),
         ):
             try:
-                status = train.train(job)
+                status = train.run(argv, "train")
             except Crash:
                 pass
             except SaveFailed as error:

@@ -19,7 +19,7 @@ if not __package__:
     sys.path[:] = [str(here.parent), *(entry for entry in sys.path if Path(entry).resolve() != here)]
 
 if TYPE_CHECKING:
-    from torchtitan_lite.config.job import JobConfig
+    from torchtitan_lite.config.load import ConfigError
 
 _LAUNCHER = os.getppid()
 """The process that started this one."""
@@ -29,113 +29,113 @@ _LAUNCHER = os.getppid()
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m torchtitan_lite.train") -> int:
     """Train as the command line `argv` says, and return the exit status."""
-    from torchtitan_lite.launch.end import end_of, say, words_of
-    from torchtitan_lite.launch.process import discard_output, starting
+    from torchtitan_lite.launch.process import starting
 
+    words = sys.argv[1:] if argv is None else argv
     with starting():
         try:
-            return _main(sys.argv[1:] if argv is None else argv, prog)
+            return run(words, prog)
         except BaseException as error:
-            end = end_of(error)
-            if not end.quiet or isinstance(error, SystemExit):
-                raise
-            if isinstance(error, BrokenPipeError):
-                discard_output()
-            say(words_of(error, end))
-            return end.status
+            return _status_of(error, is_dry="--dry-run" in words)
 
 
-def _main(argv: Sequence[str], prog: str) -> int:
-    from torchtitan_lite.config.job import load_job
-    from torchtitan_lite.config.load import ConfigError
-    from torchtitan_lite.launch.world import world_size
-
-    try:
-        loaded = load_job(argv, world_size=world_size(), prog=prog)
-        if not loaded.dry_run:
-            return train(loaded.config)
-        print(loaded.config.to_toml(loaded.world_size), end="", flush=True)
-    except ConfigError as error:
-        _refuse(error, writes="--dry-run" not in argv)
-        return 2
-    return 0
-
-
-def train(job: "JobConfig") -> int:
+def run(argv: Sequence[str], prog: str) -> int:
     """Train to the last step, or until a signal asks to stop, and return the exit status.
 
     The outcome is left in the run's folder, also when it is an exception. In a run of several ranks an
     exception ends all processes, this one included.
     """
-    from torchtitan_lite.launch.guard import Guard
-    from torchtitan_lite.launch.process import show_log, started
+    from torchtitan_lite.config.job import load_job
+    from torchtitan_lite.launch import world as ranks
+
+    loaded = load_job(argv, world_size=ranks.world_size(), prog=prog)
+    job = loaded.config
+    if loaded.dry_run:
+        print(job.to_toml(loaded.world_size), end="", flush=True)
+        return 0
+
+    from torchtitan_lite.launch import guard, process
     from torchtitan_lite.launch.watch import while_launched
-    from torchtitan_lite.launch.world import join, leave
     from torchtitan_lite.run_folder import RunFolder
     from torchtitan_lite.training.hardware import keep_freed_memory
     from torchtitan_lite.training.record import find_start
     from torchtitan_lite.training.trainer import Trainer
 
     with while_launched(_LAUNCHER) if "RANK" in os.environ else contextlib.nullcontext():
-        world = join(
+        world = ranks.join(
             job.device,
             init_seconds=job.comm.init_timeout_seconds,
             train_seconds=job.comm.train_timeout_seconds,
             offload=job.training.enable_cpu_offload,
         )
-    show_log(world.is_first)
+    process.show_log(world.is_first)
     if job.device == "cpu":
         keep_freed_memory()
     folder = RunFolder(job, world)
     # Only now: a rank that waits for others that never come can do no better than end at the first signal.
     saves = job.checkpoint.enable
-    with Guard(world, job.comm, saves=saves, launcher=_LAUNCHER, on_end=folder.write_exit) as guard:
-        path = folder.claim(guard.alive)
-        resumed, initial = find_start(job, path, world, guard.alive)
+    with guard.Guard(world, job.comm, saves=saves, launcher=_LAUNCHER, on_end=folder.write_exit) as own:
+        path = folder.claim(own.alive)
+        resumed, initial = find_start(job, path, world, own.alive)
         trainer = Trainer(
             job,
             world,
-            guard.alive,
+            own.alive,
             folder=path,
-            is_asked=lambda: guard.stop.asked,
+            is_asked=lambda: own.stop.asked,
             resumed=resumed,
             initial=initial,
         )
-        guard.is_steady = lambda: trainer.is_steady
-        folder.settle(trainer, resumed, guard.alive)
-        started()
+        own.is_steady = lambda: trainer.is_steady
+        folder.settle(trainer, resumed, own.alive)
+        process.started()
         if resumed is not None and resumed.state.model_only:
             trainer.say(
                 f"nothing to do: step {resumed.state.step} is the last one, and holds the model alone"
             )
         else:
             trainer.run()
-        folder.export(guard.alive)
-        guard.stop.done()
-        status = folder.finish(guard.stop.signal_name)
-        leave()
+        folder.export(own.alive)
+        own.stop.done()
+        status = folder.finish(own.stop.signal_name)
+        ranks.leave()
     return status
 
 
-def _refuse(error: Exception, *, writes: bool) -> None:
-    """Print what is wrong with the input on one rank of each machine; with `writes`, in exit.json too."""
+def _status_of(error: BaseException, *, is_dry: bool) -> int:
+    """Print what a user can act on without a traceback, and return its exit status; raise any other error."""
+    from torchtitan_lite.config.load import ConfigError
+    from torchtitan_lite.launch.end import end_of, say, words_of
+    from torchtitan_lite.launch.process import discard_output
+
+    end = end_of(error)
+    if not end.quiet or isinstance(error, SystemExit):
+        raise error
+    if isinstance(error, ConfigError):
+        _refuse(error, writes=not is_dry)
+        return end.status
+    if isinstance(error, BrokenPipeError):
+        discard_output()
+    say(words_of(error, end))
+    return end.status
+
+
+def _refuse(error: "ConfigError", *, writes: bool) -> None:
+    """Print what is wrong with the input, on one rank of each machine; with `writes`, in exit.json too."""
     from torchtitan_lite.config.job import JobConfig
     from torchtitan_lite.launch.end import say, tell_launcher
     from torchtitan_lite.training.outputs import write_refusal
 
     tell_launcher(str(error))
-    local_rank = os.environ.get("LOCAL_RANK")
-    if local_rank not in (None, "0"):
-        # Local rank 0 prints the same meanwhile, and then the launcher ends this process.
-        time.sleep(5)
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(5)  # local rank 0 prints the same meanwhile; then the launcher ends this process
         return
-    if local_rank is None and os.environ.get("RANK", "0") != "0":
+    if "LOCAL_RANK" not in os.environ and os.environ.get("RANK", "0") != "0":
         return
     say(str(error))
-    job = getattr(error, "config", None)
-    if writes and isinstance(job, JobConfig) and job.job.dump_folder:
+    if writes and isinstance(error.config, JobConfig) and error.config.job.dump_folder:
         with contextlib.suppress(OSError, RuntimeError):  # the folder itself may be what is wrong
-            write_refusal(Path(job.job.dump_folder).expanduser(), str(error))
+            write_refusal(Path(error.config.job.dump_folder).expanduser(), str(error))
 
 
 if __name__ == "__main__":

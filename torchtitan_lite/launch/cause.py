@@ -14,6 +14,7 @@ from typing import Literal
 from torch.distributed import distributed_c10d
 
 from torchtitan_lite.launch.end import End
+from torchtitan_lite.launch.world import SAVING
 
 Met = Literal["nothing", "signal", "echo", "error"]
 """What ended the work of a rank. An echo is an error that tells of another rank's."""
@@ -34,7 +35,7 @@ class Answer:
 
 
 def collectives() -> dict[str, int]:
-    """How many collectives this process has entered in each of its process groups.
+    """How many collectives the main thread has entered in each of its process groups.
 
     All ranks of a group know it by the same name. Disjoint groups may share a name, so the key has the first
     rank too.
@@ -42,7 +43,7 @@ def collectives() -> dict[str, int]:
     world, counts = distributed_c10d._world, {}
     for group, name in list(world.pg_names.items()):
         ranks = world.pg_group_ranks.get(group)
-        if not ranks:  # being made
+        if not ranks or group.group_desc == SAVING:  # being made, or of another thread
             continue
         with contextlib.suppress(RuntimeError):  # a backend that does not count
             key = f"{name} of rank {min(ranks)}"

@@ -4,7 +4,7 @@ A thread reads the signals from a pipe (signal.set_wakeup_fd), so they count eve
 a library, where no Python handler runs.
 
 From the signal to exit status 75: `StopRequest.asked` is set here. At its next exchange the Trainer agrees
-with the other ranks on one step to stop at, and saves that step. Then train.train calls `done` and returns
+with the other ranks on one step to stop at, and saves that step. Then train.run calls `done` and returns
 the status of RunFolder.finish.
 """
 

@@ -20,7 +20,9 @@ T = TypeVar("T")
 _BACKEND = {"cpu": "gloo", "cuda": "nccl"}
 _NCCL_GRACE = 20
 _MOST_RANKS = 1_000_000
-_SAVING = timedelta(minutes=30)
+SAVING = "saving"
+"""What the process group of the thread that saves is called."""
+_SAVING_TIMEOUT = timedelta(minutes=30)
 """How long a rank may save or load while the others wait for it."""
 
 
@@ -201,10 +203,10 @@ def join(
 
 
 def _build_saving_group(timeout: timedelta) -> ProcessGroup:
-    """A gloo group of all ranks, which meet within `timeout` and then may take `_SAVING` for a collective."""
-    group = dist.new_group(backend="gloo", timeout=timeout)
+    """A gloo group of all ranks, which meet within `timeout` and then wait for `_SAVING_TIMEOUT` at most."""
+    group = dist.new_group(backend="gloo", timeout=timeout, group_desc=SAVING)
     assert isinstance(group, ProcessGroup)
-    distributed_c10d._set_pg_timeout(_SAVING, group)
+    distributed_c10d._set_pg_timeout(_SAVING_TIMEOUT, group)
     return group
 
 
