@@ -19,7 +19,9 @@ if not __package__:
     sys.path[:] = [str(here.parent), *(entry for entry in sys.path if Path(entry).resolve() != here)]
 
 if TYPE_CHECKING:
+    from torchtitan_lite.config.job import JobConfig
     from torchtitan_lite.config.load import ConfigError
+    from torchtitan_lite.launch.world import World
 
 _LAUNCHER = os.getppid()
 """The process that started this one."""
@@ -35,7 +37,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m torchtitan_li
     with starting():
         try:
             return run(words, prog)
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - raised again unless it is an end that a line explains
             return _status_of(error, is_dry="--dry-run" in words)
 
 
@@ -46,60 +48,67 @@ def run(argv: Sequence[str], prog: str) -> int:
     exception ends all processes, this one included.
     """
     from torchtitan_lite.config.job import load_job
-    from torchtitan_lite.launch import world as ranks
+    from torchtitan_lite.launch.world import leave, world_size
 
-    loaded = load_job(argv, world_size=ranks.world_size(), prog=prog)
+    loaded = load_job(argv, world_size=world_size(), prog=prog)
     job = loaded.config
     if loaded.dry_run:
         print(job.to_toml(loaded.world_size), end="", flush=True)
         return 0
 
-    from torchtitan_lite.launch import guard, process
-    from torchtitan_lite.launch.watch import while_launched
+    from torchtitan_lite.launch.guard import Guard
+    from torchtitan_lite.launch.process import show_log, started
     from torchtitan_lite.run_folder import RunFolder
     from torchtitan_lite.training.hardware import keep_freed_memory
     from torchtitan_lite.training.record import find_start
     from torchtitan_lite.training.trainer import Trainer
 
-    with while_launched(_LAUNCHER) if "RANK" in os.environ else contextlib.nullcontext():
-        world = ranks.join(
-            job.device,
-            init_seconds=job.comm.init_timeout_seconds,
-            train_seconds=job.comm.train_timeout_seconds,
-            offload=job.training.enable_cpu_offload,
-        )
-    process.show_log(world.is_first)
+    world = _meet(job)
+    show_log(world.is_first)
     if job.device == "cpu":
         keep_freed_memory()
     folder = RunFolder(job, world)
     # Only now: a rank that waits for others that never come can do no better than end at the first signal.
     saves = job.checkpoint.enable
-    with guard.Guard(world, job.comm, saves=saves, launcher=_LAUNCHER, on_end=folder.write_exit) as own:
-        path = folder.claim(own.alive)
-        resumed, initial = find_start(job, path, world, own.alive)
+    with Guard(world, job.comm, saves=saves, launcher=_LAUNCHER, on_end=folder.write_exit) as guard:
+        path = folder.claim(guard.alive)
+        resumed, initial = find_start(job, path, world, guard.alive)
         trainer = Trainer(
             job,
             world,
-            own.alive,
+            guard.alive,
             folder=path,
-            is_asked=lambda: own.stop.asked,
+            is_asked=lambda: guard.stop.asked,
             resumed=resumed,
             initial=initial,
         )
-        own.is_steady = lambda: trainer.is_steady
-        folder.settle(trainer, resumed, own.alive)
-        process.started()
+        guard.is_steady = lambda: trainer.is_steady
+        folder.settle(trainer, resumed, guard.alive)
+        started()
         if resumed is not None and resumed.state.model_only:
-            trainer.say(
-                f"nothing to do: step {resumed.state.step} is the last one, and holds the model alone"
-            )
+            step = resumed.state.step
+            trainer.say(f"nothing to do: step {step} is the last one, and holds the model alone")
         else:
             trainer.run()
-        folder.export(own.alive)
-        own.stop.done()
-        status = folder.finish(own.stop.signal_name)
-        ranks.leave()
+        folder.export(guard.alive)
+        guard.stop.done()
+        status = folder.finish(guard.stop.signal_name)
+        leave()
     return status
+
+
+def _meet(job: "JobConfig") -> "World":
+    """Meet the other ranks. Meanwhile this process ends if its launcher does."""
+    from torchtitan_lite.launch.watch import while_launched
+    from torchtitan_lite.launch.world import join
+
+    with while_launched(_LAUNCHER) if "RANK" in os.environ else contextlib.nullcontext():
+        return join(
+            job.device,
+            init_seconds=job.comm.init_timeout_seconds,
+            train_seconds=job.comm.train_timeout_seconds,
+            offload=job.training.enable_cpu_offload,
+        )
 
 
 def _status_of(error: BaseException, *, is_dry: bool) -> int:
