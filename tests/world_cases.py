@@ -100,8 +100,10 @@ def waits_of_a_joined_run(port: int) -> list[float]:
         here.store.wait(["waited"])  # a rank that is gone would end the wait
         return []
     start = time.monotonic()
+    counts = collectives()
     here.store.set("saving", "")
     dist.all_reduce(torch.ones(1), group=here.saving_group)
+    assert collectives() == counts, "the main thread does not wait in this group"
     waits = [time.monotonic() - start, seconds_until_given_up(dist.group.WORLD)]
     here.store.set("waited", "")
     return waits

@@ -240,6 +240,7 @@ def test_ctrl_c_while_a_step_is_loaded_ends_with_130(texts: Path, folder: Path) 
         "import os, signal, sys, threading, time\n"
         "from torchtitan_lite import train\n"
         "from torchtitan_lite.checkpoint import tensors\n"
+        "from torchtitan_lite.launch import process\n"
         "read = tensors._read_chunk\n"
         "sent = []\n"
         "def slowly(*words):\n"
@@ -252,7 +253,7 @@ def test_ctrl_c_while_a_step_is_loaded_ends_with_130(texts: Path, folder: Path) 
         "        found = read(*words)\n"
         "    return found\n"
         "tensors._read_chunk = slowly\n"
-        "train.end_process(train.main(sys.argv[1:]))\n"
+        "process.end_process(train.main(sys.argv[1:]))\n"
     )
     end = programs.run(["-c", code, *words(texts, job__dump_folder=folder)])
     assert (end.returncode, end.stderr.splitlines()[-1]) == (130, "interrupted"), end.stderr
