@@ -168,7 +168,7 @@ def here() -> World:
         return World()
     rank, size = dist.get_rank(), dist.get_world_size()
     store = dist.distributed_c10d._get_default_store()
-    return World(rank=rank, local_rank=rank, size=size, local_size=size, store=store)
+    return World(rank=rank, local_rank=rank, size=size, store=store)
 
 
 def new_trainer(argv: Sequence[str]) -> Trainer:

@@ -172,8 +172,8 @@ class RankOfTorchrun(_Forked):
             ends = [own if stream < 0 else stream for own, stream in enumerate(streams)]
             _become(words[1:], str(cwd or os.getcwd()), env, ends, new_session)
 
-        # The thread that forks is the new process's main thread. Its stack, which a rank looks at to see
-        # what it waits for, must not begin with torchrun's.
+        # The thread that forks is the new process's main thread. Its stack, which a rank that hangs prints,
+        # must not begin with torchrun's.
         thread = threading.Thread(target=fork)
         thread.start()
         thread.join()

@@ -20,8 +20,7 @@ from torchtitan_lite.launch.world import World, join
 def world(machines: int = 1) -> World:
     """This rank, with the ranks dealt out to `machines`."""
     rank, size = dist.get_rank(), dist.get_world_size()
-    local_size = size // machines
-    return World(rank=rank, local_rank=rank % local_size, size=size, local_size=local_size, train_seconds=1)
+    return World(rank=rank, local_rank=rank % (size // machines), size=size, train_seconds=1)
 
 
 def total() -> list[float]:
@@ -35,7 +34,7 @@ def shared() -> Path:
 def order_of_turns(folder: Path, machines: int) -> list[str]:
     """What each rank finds of what the others of its machine have left."""
     here = world(machines)
-    machine = here.rank // here.local_size
+    machine = here.rank * machines // here.size
 
     def build() -> list[str]:
         found = sorted(path.name for path in folder.glob(f"{machine}-*"))

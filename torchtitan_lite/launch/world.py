@@ -60,7 +60,6 @@ class World:
     local_rank: int = 0
     """Number of this rank among the ranks of its machine."""
     size: int = 1
-    local_size: int = 1
     train_seconds: int = 100
     """How long a rank waits for the others in a `steady` run."""
     store: Store | None = None
@@ -195,7 +194,6 @@ def join(
         rank=rank,
         local_rank=local_rank,
         size=size,
-        local_size=local_size,
         train_seconds=train_seconds,
         store=store,
         saving_group=saving_group,
