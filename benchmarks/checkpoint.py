@@ -23,12 +23,12 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
-from torchtitan_lite.checkpoint.ranks import Ranks
 from torchtitan_lite.checkpoint.restore import verify
 from torchtitan_lite.checkpoint.save import Snapshot, write_step
 from torchtitan_lite.checkpoint.state import State
 from torchtitan_lite.checkpoint.steps import Steps
 from torchtitan_lite.checkpoint.tensors import Piece, read_tensors
+from torchtitan_lite.launch.world import World
 
 
 def main() -> None:
@@ -67,16 +67,16 @@ def main() -> None:
         dist.destroy_process_group()
 
 
-def join() -> Ranks:
+def join() -> World:
     """Return the ranks that torchrun has started; without torchrun, one."""
     if "RANK" not in os.environ:
-        return Ranks()
+        return World()
     dist.init_process_group("gloo")
-    return Ranks(rank=dist.get_rank(), size=dist.get_world_size())
+    return World(rank=dist.get_rank(), size=dist.get_world_size())
 
 
 def one_round(
-    place: Path, number: int, own: dict[str, torch.Tensor], pieces: dict[str, Piece], ranks: Ranks
+    place: Path, number: int, own: dict[str, torch.Tensor], pieces: dict[str, Piece], ranks: World
 ) -> Iterator[tuple[str, Callable[[], None]]]:
     """Yield what is timed, in two pairs."""
     state = State(

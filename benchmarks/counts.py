@@ -44,8 +44,8 @@ from synthetic import write_shards
 
 from torchtitan_lite.config.job import JobConfig
 from torchtitan_lite.data import Loader, Samples, Shards
+from torchtitan_lite.launch.world import World, join
 from torchtitan_lite.parallel.apply import prepare_compile
-from torchtitan_lite.parallel.world import World, join
 from torchtitan_lite.training import step as training_step
 from torchtitan_lite.training.trainer import Trainer
 

@@ -19,12 +19,12 @@ import torch.distributed as dist
 from loss import table
 from scaling import reported
 
+from torchtitan_lite.launch.world import join, leave
 from torchtitan_lite.models.init import init_weights
 from torchtitan_lite.models.registry import resolve
 from torchtitan_lite.parallel.apply import apply
 from torchtitan_lite.parallel.fsdp import own_shard
 from torchtitan_lite.parallel.mesh import Degrees, build_mesh
-from torchtitan_lite.parallel.world import join, leave
 
 AXES = {
     "fsdp": lambda n: Degrees(shard=n),

@@ -33,7 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from torchtitan_lite.config.job import load_job
-from torchtitan_lite.parallel.world import join, leave, world_size
+from torchtitan_lite.launch.world import join, leave, world_size
 from torchtitan_lite.training.trainer import Trainer
 
 AXES = {"fsdp": "data-parallel-shard-degree", "tp": "tensor-parallel-degree", "cp": "context-parallel-degree"}

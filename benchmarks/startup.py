@@ -24,7 +24,7 @@ from step import DTYPES, PRESETS
 from synthetic import write_shards
 
 from torchtitan_lite.config.job import load_job
-from torchtitan_lite.parallel.world import World
+from torchtitan_lite.launch.world import World
 from torchtitan_lite.training.record import find_start
 from torchtitan_lite.training.trainer import Trainer
 

@@ -24,12 +24,12 @@ from torch import Tensor
 
 from torchtitan_lite.checkpoint import CheckpointConfig, SaveFailed
 from torchtitan_lite.checkpoint.manifest import MANIFEST, Digest, read_manifest
-from torchtitan_lite.checkpoint.ranks import OnAnotherRank, Ranks
 from torchtitan_lite.checkpoint.save import Saver, Snapshot, probe, write_step
 from torchtitan_lite.checkpoint.state import State
 from torchtitan_lite.checkpoint.steps import Steps
 from torchtitan_lite.checkpoint.tensors import Piece, differences, read_index, read_tensors, write_tensors
 from torchtitan_lite.config.load import ConfigError
+from torchtitan_lite.launch.world import OnAnotherRank, World
 
 ROOT = Path(__file__).parents[1]
 SMALL = {
@@ -69,7 +69,7 @@ def snapshot(step: int, pieces: Mapping[str, Piece] | None = None) -> Snapshot:
 def publish(folder: Path, *numbers: int, pieces: Mapping[str, Piece] | None = None) -> Path:
     """Publish steps in `folder`; return the path of the last one."""
     for step in numbers:
-        write_step(Steps(folder), snapshot(step, pieces), Ranks())
+        write_step(Steps(folder), snapshot(step, pieces), World())
     return Steps(folder).path(numbers[-1])
 
 
@@ -110,9 +110,9 @@ def tree(folder: Path) -> dict[str, bytes]:
 # --- on ranks ---------------------------------------------------------------------------------------
 
 
-def here() -> Ranks:
+def here() -> World:
     """Return this rank among the ranks of the test."""
-    return Ranks(rank=dist.get_rank(), size=dist.get_world_size(), group=dist.group.WORLD)
+    return World(rank=dist.get_rank(), size=dist.get_world_size(), group=dist.group.WORLD)
 
 
 TENSORS = {
@@ -137,7 +137,7 @@ def box(tensor: Tensor, rank: int, size: int, layout: str) -> Piece:
     return Piece(local=local, shape=tensor.shape, offsets=torch.Size(place.start or 0 for place in places))
 
 
-def boxes(layout: str, ranks: Ranks) -> dict[str, Piece]:
+def boxes(layout: str, ranks: World) -> dict[str, Piece]:
     return {name: box(x, ranks.rank, ranks.size, layout) for name, x in TENSORS.items()}
 
 
@@ -174,7 +174,7 @@ def _bits(x: Tensor) -> tuple[Any, ...]:
 def save_without_space(folder: Path, full: list[int], async_mode: Any, on_failure: Any) -> list[str]:
     """Save three steps, the second without space on the ranks `full`; return what came of each."""
     config = CheckpointConfig(enable=True, async_mode=async_mode, on_failure=on_failure)
-    ranks = here() if dist.is_initialized() else Ranks()
+    ranks = here() if dist.is_initialized() else World()
     saver = Saver(config, Steps(folder), ranks, say=lambda _: None, alive=lambda: None)
     said = []
     for step in (1, 2, 3):
@@ -209,7 +209,7 @@ def probe_folders(folders: list[Path]) -> str:
     """Probe a folder of each rank, as on machines with folders of one name; return the refusal."""
     ranks = here()
     own = Steps(folders[ranks.rank] / "checkpoint")
-    with mock.patch.object(Ranks, "share", _share_in(folders)):
+    with mock.patch.object(World, "share", _share_in(folders)):
         try:
             probe(own, ranks)
         except ConfigError as error:
@@ -217,10 +217,10 @@ def probe_folders(folders: list[Path]) -> str:
     return ""
 
 
-def _share_in(folders: list[Path]) -> Callable[[Ranks, Any], Any]:
-    share = Ranks.share
+def _share_in(folders: list[Path]) -> Callable[[World, Any], Any]:
+    share = World.share
 
-    def shared(ranks: Ranks, path: Path) -> Path:
+    def shared(ranks: World, path: Path) -> Path:
         """Return the same name in the rank's own file system."""
         return folders[ranks.rank] / share(ranks, path).relative_to(folders[0])
 

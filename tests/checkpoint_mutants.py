@@ -46,8 +46,8 @@ MUTANTS = {
         f"{TESTS}steps.py::test_what_was_left_is_removed_and_told_and_nothing_else",
     ),
     "checkpoints: reports of steps that were lost stay": Mutant(
-        "torchtitan_lite/run.py",
-        "            jsonl.cut(self.folder, resumed.step, resumed.validated)\n",
+        "torchtitan_lite/run_folder.py",
+        "            jsonl.cut(path, last, resumed.state.validated)\n",
         "",
         f"{TESTS}resume.py::test_a_validation_that_a_stop_came_before_is_made_up_for",
     ),
@@ -76,7 +76,7 @@ MUTANTS = {
         f"{TESTS}damage.py::{DAMAGED}",
     ),
     "checkpoints: a damaged step stays in the way": Mutant(
-        "torchtitan_lite/run.py",
+        "torchtitan_lite/run_folder.py",
         "if later := [step for step in steps.named() if step > last]:",
         "if later := []:",
         f"{TESTS}damage.py::{DAMAGED}",
@@ -142,7 +142,7 @@ MUTANTS = {
         f"{TESTS}damage.py::test_a_file_that_cannot_be_read_refuses_the_start_and_nothing_else_is_taken",
     ),
     "checkpoints: a rank that writes for long is silent": Mutant(
-        "torchtitan_lite/checkpoint/patience.py",
+        "torchtitan_lite/launch/background.py",
         "        alive()\n",
         "        pass\n",
         f"{TESTS}saver.py::test_a_rank_gives_signs_of_life_while_one_write_takes_long",
@@ -220,8 +220,8 @@ MUTANTS = {
         STOP_SAVE,
     ),
     "checkpoints: a stopped run ends with 0": Mutant(
-        "torchtitan_lite/run.py",
-        "        return STOPPED if stopped else 0\n",
+        "torchtitan_lite/run_folder.py",
+        "        return status\n",
         "        return 0\n",
         STOP_STEP,
     ),

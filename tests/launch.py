@@ -36,8 +36,9 @@ class Launched:
     def of_ranks(self) -> str:
         """The ranks' lines on standard error, without log lines and lines of torchrun."""
         own = self.err.partition('Traceback (most recent call last):\n  File "<frozen runpy>"')[0]
-        others = ("torch/distributed/elastic", "tokenized ", "USDT:", "DeviceProperties")
-        # C++ writes the end of a line separately: if two ranks write at once, an empty line follows.
+        # The last is torchrun's store, of a rank that was killed while it waited there.
+        others = ("torch/distributed/elastic", "tokenized ", "USDT:", "DeviceProperties", "TCPStoreLibUv")
+        # C++ writes the end of a line by itself: where two ranks write at once, an empty line follows.
         lines = [line for line in own.splitlines() if line]
         return "\n".join(line for line in lines if not any(other in line for other in others))
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from torchtitan_lite.config.job import load_job
-from torchtitan_lite.parallel.world import World
+from torchtitan_lite.launch.world import World
 from torchtitan_lite.training.config import TrainingConfig
 from torchtitan_lite.training.hooks import work
 from torchtitan_lite.training.trainer import Trainer
@@ -166,7 +166,7 @@ def here() -> World:
         return World()
     rank, size = dist.get_rank(), dist.get_world_size()
     store = dist.distributed_c10d._get_default_store()
-    return World(rank=rank, local_rank=rank, size=size, local_size=size, store=store)
+    return World(rank=rank, local_rank=rank, size=size, store=store)
 
 
 def new_trainer(argv: Sequence[str]) -> Trainer:

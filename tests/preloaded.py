@@ -22,11 +22,11 @@ with exit_functions_noted():
     import torch.utils.tensorboard
     from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
-    from torchtitan_lite import cli, run, train
+    from torchtitan_lite import cli, run_folder, train
     from torchtitan_lite.inference import commands
     from torchtitan_lite.training import record, trainer
 
-IMPORTED = (parallel_cases, ranks, cli, run, commands, record, trainer)
+IMPORTED = (parallel_cases, ranks, cli, run_folder, commands, record, trainer)
 
 
 def popen(

@@ -183,8 +183,8 @@ class RankOfTorchrun(_Forked):
             ends = [own if stream < 0 else stream for own, stream in enumerate(streams)]
             _become(words[1:], str(cwd or os.getcwd()), env, ends, new_session)
 
-        # The thread that forks becomes the main thread of the new process. A rank looks at its main thread's
-        # stack to find what the rank waits for, so the stack must not have torchrun's frames.
+        # The thread that forks becomes the main thread of the new process. A rank that hangs prints
+        # the stack of its main thread, which must not have torchrun's frames.
         thread = threading.Thread(target=fork)
         thread.start()
         thread.join()

@@ -6,7 +6,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,11 @@ from torch import Tensor
 
 from torchtitan_lite import train
 from torchtitan_lite.checkpoint import CheckpointConfig, SaveFailed, save
-from torchtitan_lite.checkpoint.ranks import Ranks
 from torchtitan_lite.checkpoint.steps import Steps
-from torchtitan_lite.config.job import load_job
-from torchtitan_lite.parallel.signals import StopRequest
-from torchtitan_lite.run import Run
+from torchtitan_lite.launch import process
+from torchtitan_lite.launch.signals import StopRequest
+from torchtitan_lite.launch.world import World
+from torchtitan_lite.run_folder import RunFolder
 from torchtitan_lite.training import outputs
 from torchtitan_lite.training.state import TrainState
 from torchtitan_lite.training.step import Stepper
@@ -178,25 +178,49 @@ def hashes(state: TrainState) -> dict[str, str]:
     return found
 
 
+class Unguarded(nullcontext[Any]):
+    """Stands in for the Guard of a start: the tests watch over the ranks."""
+
+    def __init__(self, folder: RunFolder, stop: StopRequest) -> None:
+        super().__init__(self)
+        self.folder, self.stop = folder, stop
+
+    def alive(self) -> None:
+        pass
+
+
 def start(argv: Sequence[str], stop_at: int = -1, crash_at: int = -1, double: bool = False) -> Start:
     """One start of a run on all ranks, to its end, or until asked to stop in a step (0: before the first)."""
     world = here()
     if world.size > 1:
-        world = replace(world, saving=dist.new_group(backend="gloo"))
+        world = replace(world, saving_group=dist.new_group(backend="gloo"))
     seen = _Seen(stop_at, crash_at)
     status, failure = None, ""
     with precision(double), seen.looking():
-        run = Run(load_job(argv, world_size=world.size).config, world)
-        try:
-            status = run.work(seen.stop, alive=lambda: None)
-        except Crash:
-            pass
-        except SaveFailed as error:
-            failure = str(error)
-        finally:
-            if run._lock is not None:
-                run._lock.close()
-        trainer = run.trainer
+        guards: list[Unguarded] = []
+
+        def guard(*_: Any, on_end: Any, **__: Any) -> Unguarded:
+            guards.append(Unguarded(on_end.__self__, seen.stop))
+            return guards[0]
+
+        with (
+            mock.patch("torchtitan_lite.launch.world.world_size", lambda: world.size),
+            mock.patch("torchtitan_lite.launch.world.join", lambda *_, **__: world),
+            mock.patch("torchtitan_lite.launch.world.leave"),
+            mock.patch("torchtitan_lite.launch.guard.Guard", guard),
+            mock.patch("torchtitan_lite.launch.process.show_log"),
+        ):
+            try:
+                status = train.run(argv, "train")
+            except Crash:
+                pass
+            except SaveFailed as error:
+                failure = str(error)
+            finally:
+                folder = guards[0].folder
+                if folder._lock is not None:
+                    folder._lock.close()
+        trainer = folder.trainer
         assert trainer is not None
         return Start(
             began=trainer.state.began,
@@ -252,7 +276,7 @@ def main(*words: object) -> int:
         return locks[-1]
 
     with ExitStack() as stack:
-        for target, name in ((StopRequest, "install"), (StopRequest, "done"), (train, "_show_log")):
+        for target, name in ((StopRequest, "install"), (StopRequest, "done"), (process, "show_log")):
             stack.enter_context(mock.patch.object(target, name))
         stack.enter_context(mock.patch.object(outputs, "lock", kept))
         try:
@@ -286,7 +310,7 @@ def start_with_a_failing_rank(argv: Sequence[str], rank: int) -> Start:
             if here != rank and n_written == 1:
                 wait_until(lambda: any(saves_failed))
 
-    def full(folder: Path, pieces: Any, ranks: Ranks) -> Any:
+    def full(folder: Path, pieces: Any, ranks: World) -> Any:
         if here == rank and n_written == 1:
             ranks.gather({})
             ranks.together(lambda: (_ for _ in ()).throw(OSError(28, "No space left on device")))

@@ -18,7 +18,7 @@ WRONG = """\
 import ctypes, os, signal, sys, time
 from torchtitan_lite import train
 from torchtitan_lite.config.load import ConfigError, Problem
-from torchtitan_lite.parallel import watch
+from torchtitan_lite.launch import guard, watch
 from torchtitan_lite.training.step import Stepper
 from torchtitan_lite.training.trainer import Trainer
 
@@ -26,14 +26,14 @@ place = Trainer if sys.argv[1] == "__init__" else Stepper
 sound, rank = getattr(place, sys.argv[1]), int(os.environ["RANK"])
 
 def signalled_on_the_way_out(number):
-    sound, left = train._end_of, [number]
+    sound, left = guard.end_of, [number]
 
     def end_of(*words):
         while left:
             os.kill(os.getpid(), left.pop())
         return sound(*words)
 
-    train._end_of = end_of
+    guard.end_of = end_of
 
 def wrong(self, *args, **words):
     if int(sys.argv[2]) in (rank, -1) and (place is Trainer or self.state.step == 2):
@@ -63,7 +63,7 @@ class Mine:
     name: Literal["mine"] = "mine"
 
     def build(self, run):
-        return self if run.rank == 1 else None
+        return self if run.rank == 0 else None
 
     def step(self, stats):
         1 / (stats.step - 2)
@@ -129,9 +129,9 @@ def test_a_hook_that_fails_on_one_rank_ends_all_with_its_name(small_run, tmp_pat
         assert run.left() == []
     said = run.of_ranks().splitlines()
     cause = 'hook "mine" failed in step(): ZeroDivisionError: division by zero'
-    assert said[0] == "rank 1 failed:"
-    assert said[-1] == f"rank 0 stopped: rank 1 failed: HookFailed: {cause}"
-    assert outcome(tmp_path)["message"] == f"rank 1 failed: HookFailed: {cause}"
+    assert said[0] == "rank 0 failed:"
+    assert said[-1] == f"rank 1 stopped: rank 0 failed: HookFailed: {cause}"
+    assert outcome(tmp_path)["message"] == f"rank 0 failed: HookFailed: {cause}"
 
 
 def test_before_the_first_step_it_is_the_same(wrong, tmp_path: Path) -> None:
@@ -196,7 +196,9 @@ def test_a_killed_rank_is_named_in_a_line(rank: int, wrong, tmp_path: Path) -> N
 
 
 def test_a_rank_that_hangs_says_so_within_the_timeout_with_its_stack(wrong, tmp_path: Path) -> None:
-    with wrong(f"{SAY}; time.sleep(1000)", *SOON) as run:
+    # Ranks 0 and 3 share no group with each other: 0 waits for 1 or 2, which wait for 3.
+    mesh = ("--parallelism.tensor-parallel-degree", 2)
+    with wrong(f"{SAY}; time.sleep(1000)", *SOON, *mesh, rank=3, where="loss_of", processes=4) as run:
         assert run.process.stdout is not None
         assert any(line.strip().isdecimal() for line in run.process.stdout)
         start = time.monotonic()
@@ -204,11 +206,14 @@ def test_a_rank_that_hangs_says_so_within_the_timeout_with_its_stack(wrong, tmp_
         assert time.monotonic() - start < 5 + 40
         assert run.left() == []
     said = run.of_ranks().splitlines()
-    assert said[0].startswith("rank 1 hangs: no progress for ")
+    assert said[0].startswith("rank 3 hangs: no progress for ")
     assert any("wrong.py" in line and line.endswith("in wrong") for line in said)
-    assert said[-1].startswith("rank 0 stopped: rank 1 hangs: no progress for ")
-    assert len([line for line in said if not line.startswith(" ")]) == 2
-    assert outcome(tmp_path)["message"].startswith("rank 1 hangs: ")
+    others = sorted(line for line in said[1:] if not line.startswith(" "))
+    assert [line.partition(" no progress")[0] for line in others] == [
+        f"rank {rank} stopped: rank 3 hangs:" for rank in range(3)
+    ]
+    assert outcome(tmp_path)["message"].startswith("rank 3 hangs: ")
+    assert "rank      : 3 " in run.err.partition("Root Cause")[2]
 
 
 @pytest.mark.parametrize(

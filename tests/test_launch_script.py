@@ -25,8 +25,8 @@ STANDALONE = ("--standalone", "--nproc_per_node", 2)
 # Does with signals what a run does, without the time that its imports and steps take.
 RANK = """\
 import os, signal, sys, time
-from torchtitan_lite.parallel import signals
-from torchtitan_lite.parallel.signals import StopRequest
+from torchtitan_lite.launch import signals
+from torchtitan_lite.launch.signals import StopRequest
 
 signals._ECHO = 60.0  # instead of a second, in which a busy machine may not pass a signal on
 rank = int(os.environ["RANK"])
@@ -55,7 +55,8 @@ class Launch:
             command = ["bash", folder / "scripts" / "launch.sh", *map(str, words)]
             self.process = subprocess.Popen(command, stdout=PIPE, stderr=PIPE, text=True, **options)
         else:
-            self.process = Program([folder / "scripts" / "launch.py", *words], **options)
+            script = folder / "torchtitan_lite" / "launch" / "torchrun.py"
+            self.process = Program([script, *words], **options)
         assert self.process.stdout is not None
         self._pipe = os.readlink(f"/proc/self/fd/{self.process.stdout.fileno()}")
 
@@ -87,7 +88,8 @@ class Launch:
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
     """The scripts, in a folder with a space, where shell scripts break, and without an environment."""
-    shutil.copytree(ROOT / "scripts", tmp_path / "a repository" / "scripts")
+    for folder in ("scripts", "torchtitan_lite/launch"):
+        shutil.copytree(ROOT / folder, tmp_path / "a repository" / folder)
     return tmp_path / "a repository"
 
 
@@ -269,4 +271,4 @@ def test_the_repositorys_environment_goes_first(repository: Path) -> None:
     words = ("--nproc_per_node", "2", "two  words")
     status, out, _ = Launch(repository, *words, fresh=True, PYTHON="/absent").end()
     assert (status, out.splitlines()[1:]) == (0, ["--nproc_per_node", "2", "two  words"])
-    assert out.splitlines()[0] == f"{repository}/scripts/launch.py"
+    assert out.splitlines()[0] == f"{repository}/torchtitan_lite/launch/torchrun.py"

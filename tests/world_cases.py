@@ -10,16 +10,17 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import init_device_mesh
 
 from torchtitan_lite.config.load import ConfigError, Problem
-from torchtitan_lite.parallel.world import World, join
+from torchtitan_lite.launch.cause import collectives
+from torchtitan_lite.launch.world import World, join
 
 
 def world(machines: int = 1) -> World:
     """The World of this rank, with the ranks split over `machines`."""
     rank, size = dist.get_rank(), dist.get_world_size()
-    local_size = size // machines
-    return World(rank=rank, local_rank=rank % local_size, size=size, local_size=local_size, train_seconds=1)
+    return World(rank=rank, local_rank=rank % (size // machines), size=size, train_seconds=1)
 
 
 def total() -> list[float]:
@@ -33,7 +34,7 @@ def shared() -> Path:
 def order_of_turns(folder: Path, machines: int) -> list[str]:
     """The files that this rank finds in its turn from the first rank of its machine."""
     here = world(machines)
-    machine = here.rank // here.local_size
+    machine = here.rank * machines // here.size
 
     def build() -> list[str]:
         found = sorted(path.name for path in folder.glob(f"{machine}-*"))
@@ -94,12 +95,14 @@ def waits_of_a_joined_run(port: int) -> list[float]:
     if not here.is_first:
         here.store.wait(["saving"])
         time.sleep(2)
-        dist.all_reduce(torch.ones(1), group=here.saving)
-        here.store.wait(["waited"])  # stay alive: the end of this rank would end the wait
+        dist.all_reduce(torch.ones(1), group=here.saving_group)
+        here.store.wait(["waited"])  # a rank that is gone would end the wait
         return []
     start = time.monotonic()
+    counts = collectives()
     here.store.set("saving", "")
-    dist.all_reduce(torch.ones(1), group=here.saving)
+    dist.all_reduce(torch.ones(1), group=here.saving_group)
+    assert collectives() == counts, "the main thread does not wait in this group"
     waits = [time.monotonic() - start, seconds_until_given_up(dist.group.WORLD)]
     here.store.set("waited", "")
     return waits
@@ -114,3 +117,14 @@ def joined(port: int) -> World:
     variables = {key: str(value) for key, value in {**numbers, "MASTER_PORT": port}.items()}
     with mock.patch.dict(os.environ, variables, MASTER_ADDR="127.0.0.1"):
         return join("cpu", init_seconds=1000, train_seconds=1)
+
+
+def counts_of_a_mesh(hanging: int) -> dict[str, int]:
+    """The counts of a rank of a 2 x 2 mesh in which `hanging` enters no collective and the others wait."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    rank, peer = dist.get_rank(), {0: 1, 1: 0, 2: 3, 3: 2}
+    if rank != hanging:
+        dist.all_reduce(torch.ones(1), group=mesh["tp"].get_group(), async_op=True)
+        if peer[rank] != hanging:  # else it waits in the first one
+            dist.all_reduce(torch.ones(1), group=mesh["dp"].get_group(), async_op=True)
+    return collectives()

@@ -8,6 +8,8 @@ USAGE = """\
 usage: torchtitan-lite COMMAND
 
   train [options]                   train a model; `torchtitan-lite train --help` lists the options
+  launch [torchrun's options] train.py [options]
+                                    torchrun that passes SIGTERM and SIGUSR1 on to the ranks, for schedulers
   generate RUN_OR_STEP [options]    let a trained model go on from a prompt
   eval RUN_OR_STEP [options]        measure how well it predicts a text
   export-hf RUN_OR_STEP --out DIR   write it for transformers, vLLM and others
@@ -28,6 +30,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from torchtitan_lite import train
 
         return train.main(rest, prog="torchtitan-lite train")
+    if command == "launch":
+        from torchtitan_lite.launch import torchrun
+
+        return torchrun.main(rest)
     if command in TRAINED:
         from torchtitan_lite.inference.commands import run
 
@@ -111,7 +117,7 @@ def _aligned(rows: Iterable[tuple[str, ...]], left: int) -> list[str]:
 def _refusal(command: str, rest: Sequence[str]) -> str:
     from torchtitan_lite.config.load import near
 
-    commands = ("train", *TRAINED, "models", "attention")
+    commands = ("train", "launch", *TRAINED, "models", "attention")
     if command in ("models", "attention"):
         return f"torchtitan-lite {command} takes no option but --plugins: leave out {' '.join(rest)}"
     if command in commands:
@@ -125,7 +131,7 @@ def _refusal(command: str, rest: Sequence[str]) -> str:
 
 def program() -> NoReturn:
     """The process of the command."""
-    from torchtitan_lite.train import end_process
+    from torchtitan_lite.launch.process import end_process
 
     end_process(main())
 

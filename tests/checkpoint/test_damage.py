@@ -15,11 +15,11 @@ import torch
 from checkpoint_cases import Start, Starts, forged_manifest, publish, tree, whole
 
 from torchtitan_lite.checkpoint.manifest import FORMAT_VERSION, MANIFEST, Damaged, Unreadable, read_manifest
-from torchtitan_lite.checkpoint.ranks import Ranks
 from torchtitan_lite.checkpoint.restore import find, load, verify
 from torchtitan_lite.checkpoint.steps import Steps
 from torchtitan_lite.checkpoint.tensors import read_index
 from torchtitan_lite.config.load import ConfigError
+from torchtitan_lite.launch.world import World
 
 FILES = ("index.json", "manifest.json", "state.json", "tensors-0.safetensors")
 N_FLIPS = 200
@@ -43,12 +43,12 @@ def step(good: Path, tmp_path: Path) -> Path:
 
 def damage_of(folder: Path) -> str:
     with pytest.raises(Damaged) as caught:
-        verify(folder, Ranks())
+        verify(folder, World())
     return str(caught.value)
 
 
 def test_a_step_that_nothing_happened_to_is_good(good: Path) -> None:
-    assert verify(good, Ranks()).state.step == 5
+    assert verify(good, World()).state.step == 5
     assert sorted(path.name for path in good.iterdir()) == sorted(FILES)
     assert Steps(good.parent).latest_problem() == ""
 
@@ -65,7 +65,7 @@ def test_every_flipped_byte_is_found_and_the_file_named(step: Path) -> None:
         file.write_bytes(flipped)
         assert damage_of(step).startswith(f"{file.name} "), place
         file.write_bytes(content)
-    verify(step, Ranks())
+    verify(step, World())
 
 
 def test_every_flipped_bit_of_latest_is_found(step: Path) -> None:
@@ -158,7 +158,7 @@ def test_a_file_that_cannot_be_read_refuses_the_start_and_nothing_else_is_taken(
     monkeypatch.setattr(Path, "open", fails)
     shutil.copytree(step, step.parent / "step-4", dirs_exist_ok=True)
     with pytest.raises(ConfigError, match=rf"{name} cannot be read \(Input/output error\)") as refused:
-        find(Steps(step.parent), load_step, Ranks())
+        find(Steps(step.parent), load_step, World())
     assert "holds step 5, which cannot be told to be good or not" in str(refused.value)
 
 
@@ -166,43 +166,43 @@ def test_an_index_that_only_this_rank_cannot_read_is_not_called_damaged(step: Pa
     manifest = read_manifest(step)
     monkeypatch.setattr(Path, "read_bytes", mock.Mock(side_effect=OSError(errno.ESTALE, "Stale file handle")))
     with pytest.raises(Unreadable, match=r"^index\.json cannot be read \(Stale file handle\)$"):
-        read_index(step, manifest, Ranks())
+        read_index(step, manifest, World())
 
 
 def test_a_step_that_cannot_be_read_any_more_after_it_was_verified_is_a_line(step: Path, monkeypatch) -> None:
-    found = verify(step, Ranks())
+    found = verify(step, World())
     pieces = whole({name: torch.zeros(x.shape, dtype=x.dtype) for name, x in found.index.items()})
     (step / "tensors-0.safetensors").write_bytes(b"short")
     with pytest.raises(
         ConfigError, match=r"can no longer be read: tensors-0\.safetensors has become shorter"
     ):
-        load(found, pieces, Ranks())
+        load(found, pieces, World())
     (step / "tensors-0.safetensors").unlink()
     with pytest.raises(ConfigError, match=r"can no longer be read: tensors-0\.safetensors is missing"):
-        load(found, pieces, Ranks())
+        load(found, pieces, World())
     monkeypatch.setattr(Path, "open", mock.Mock(side_effect=OSError(errno.EIO, os.strerror(errno.EIO))))
     with pytest.raises(ConfigError, match=r"tensors-0\.safetensors cannot be read \(Input/output error\)"):
-        load(found, pieces, Ranks())
+        load(found, pieces, World())
 
 
 def test_a_folder_of_steps_that_cannot_be_read_is_not_taken_for_empty(step: Path, monkeypatch) -> None:
     monkeypatch.setattr(os, "scandir", mock.Mock(side_effect=PermissionError(13, "Permission denied")))
     with pytest.raises(ConfigError, match=r"cannot be read \(Permission denied\): see to that"):
-        find(Steps(step.parent), -1, Ranks())
+        find(Steps(step.parent), -1, World())
 
 
 def test_a_step_of_a_later_version_is_not_passed_over(step: Path) -> None:
     forged_manifest(step, format_version=FORMAT_VERSION + 1)
     with pytest.raises(ConfigError, match=f"{MANIFEST} has format {FORMAT_VERSION + 1}"):
-        find(Steps(step.parent), -1, Ranks())
+        find(Steps(step.parent), -1, World())
 
 
 def test_a_step_under_the_name_of_another_is_found(step: Path) -> None:
     step.rename(step.parent / "step-6")
     with pytest.raises(ConfigError, match="it is step 5 under another name"):
-        find(Steps(step.parent), 6, Ranks())
+        find(Steps(step.parent), 6, World())
     with pytest.raises(ConfigError, match="it is step 5 under another name"):
-        find(Steps(step.parent), -1, Ranks())
+        find(Steps(step.parent), -1, World())
 
 
 # --- which step a start takes ---
@@ -253,12 +253,12 @@ def test_a_damaged_step_is_passed_over_loudly_or_refused_where_it_is_asked_for(
     publish(step.parent, 4)
     damage(step)
     before = tree(step.parent)
-    found = find(Steps(step.parent), -1, Ranks())
+    found = find(Steps(step.parent), -1, World())
     assert found is not None and found.state.step == 4
     (line,) = caplog.messages
     assert line.startswith(f"step 5 in {step.parent} is DAMAGED and is passed over: {words}")
     with pytest.raises(ConfigError) as refused:
-        find(Steps(step.parent), 5, Ranks())
+        find(Steps(step.parent), 5, World())
     assert str(refused.value).startswith(f"checkpoint.load_step = 5 is damaged: {words}")
     assert tree(step.parent) == before
 
@@ -278,7 +278,7 @@ def test_the_newest_good_step_is_taken_loudly_and_the_damaged_one_is_kept_aside(
     assert start.status == 0
     assert tree(run_folder / "earlier" / "checkpoint" / "step-3") == before
     assert Steps(folder).published() == [3, 4]
-    assert [verify(Steps(folder).path(step), Ranks()).state.step for step in (3, 4)] == [3, 4]
+    assert [verify(Steps(folder).path(step), World()).state.step for step in (3, 4)] == [3, 4]
 
 
 def test_an_empty_folder_with_a_step_s_name_is_passed_over(

@@ -14,10 +14,10 @@ from checkpoint_cases import Starts, forge, forged_manifest, publish, tree
 
 import torchtitan_lite
 from torchtitan_lite.checkpoint.manifest import Damaged
-from torchtitan_lite.checkpoint.ranks import Ranks
 from torchtitan_lite.checkpoint.restore import find, verify
 from torchtitan_lite.checkpoint.steps import Steps
 from torchtitan_lite.config.load import ConfigError
+from torchtitan_lite.launch.world import World
 
 W, FILE = "model.w", "tensors-0.safetensors"
 DEEP = 100_000
@@ -34,7 +34,7 @@ def refusal(step: Path) -> str:
     """Return why the step is refused. The step itself must not be touched."""
     before = tree(step.parent)
     with pytest.raises(Damaged) as caught:
-        verify(step, Ranks())
+        verify(step, World())
     assert tree(step.parent) == before
     return str(caught.value)
 
@@ -316,7 +316,7 @@ def test_a_manifest_with_a_wrong_value_is_refused(step: Path, changes: dict[str,
     forged_manifest(step, **changes)
     before = tree(step.parent)
     with pytest.raises(ConfigError):
-        find(Steps(step.parent), -1, Ranks())
+        find(Steps(step.parent), -1, World())
     assert tree(step.parent) == before
 
 

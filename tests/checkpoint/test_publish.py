@@ -12,9 +12,9 @@ from checkpoint_cases import Start, Starts, die_in_save, publish
 from ranks import RankFailed, RanksOf
 
 from torchtitan_lite.checkpoint.manifest import read_manifest
-from torchtitan_lite.checkpoint.ranks import Ranks
 from torchtitan_lite.checkpoint.restore import find, verify
 from torchtitan_lite.checkpoint.steps import Steps
+from torchtitan_lite.launch.world import World
 
 CHECKPOINT = "torchtitan_lite.checkpoint"
 SAVING = {"armed_by": f"{CHECKPOINT}.save.write_step"}
@@ -95,7 +95,7 @@ def check_goes_on(folder: Path, start: Start, expected: int, left: list[str]) ->
         assert f"removed {folder / 'checkpoint' / name}, which a run that was stopped had left" in start.err
     assert sorted(path.name for path in (folder / "checkpoint").iterdir()) == ["latest", "step-4", "step-5"]
     steps = Steps(folder / "checkpoint")
-    assert [verify(steps.path(step), Ranks()).state.step for step in (4, 5)] == [4, 5]
+    assert [verify(steps.path(step), World()).state.step for step in (4, 5)] == [4, 5]
     assert steps.latest_problem() == ""
     logged = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert logged == [1, 2, 3, 4, 5]
@@ -173,7 +173,7 @@ def sweep(starts: Starts, words: list[str], folder: Path, delays: list[float]) -
         seen += left_over(folder) or ["nothing"]
         assert len(left_over(folder)) <= 1
         for step in steps.published():
-            assert verify(steps.path(step), Ranks()).state.step == step
+            assert verify(steps.path(step), World()).state.step == step
     return seen
 
 
@@ -231,6 +231,6 @@ def test_a_rank_killed_between_the_files_leaves_the_step_before(
         ranks(2).run(die_in_save, tmp_path, rank, fault)
     steps = Steps(tmp_path)
     steps.clean()
-    found = find(steps, -1, Ranks())
+    found = find(steps, -1, World())
     assert found is not None and found.state.step == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-1"]

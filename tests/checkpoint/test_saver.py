@@ -21,11 +21,12 @@ from checkpoint_cases import no_space, whole
 from resume_cases import main, options, outcome, steps_in
 
 from torchtitan_lite import durable
-from torchtitan_lite.checkpoint import CheckpointConfig, SaveFailed, patience, save
-from torchtitan_lite.checkpoint.ranks import Ranks
+from torchtitan_lite.checkpoint import CheckpointConfig, SaveFailed, save
 from torchtitan_lite.checkpoint.restore import load, verify
 from torchtitan_lite.checkpoint.save import Saver, Snapshot
 from torchtitan_lite.checkpoint.steps import Steps
+from torchtitan_lite.launch import background
+from torchtitan_lite.launch.world import World
 from torchtitan_lite.training import outputs
 from torchtitan_lite.training.step import Stepper
 
@@ -97,7 +98,7 @@ def good_steps(folder: Path) -> list[int]:
     """Return the published steps, after asserting that all are good and nothing else is there."""
     steps = Steps(folder / "checkpoint")
     assert steps_in(folder) == sorted(["latest", *(f"step-{step}" for step in steps.published())])
-    assert [verify(steps.path(step), Ranks()).state.step for step in steps.published()] == steps.published()
+    assert [verify(steps.path(step), World()).state.step for step in steps.published()] == steps.published()
     assert steps.latest_problem() == ""
     return steps.published()
 
@@ -221,9 +222,9 @@ class Held:
 
 def saved_hashes(folder: Path) -> dict[str, str]:
     """Return a hash of each weight in a step."""
-    found = verify(folder, Ranks())
+    found = verify(folder, World())
     pieces = whole({name: torch.zeros(x.shape, dtype=x.dtype) for name, x in found.index.items()})
-    load(found, pieces, Ranks())
+    load(found, pieces, World())
     return {name: cases.hash_of(piece.local) for name, piece in pieces.items() if name.startswith("model.")}
 
 
@@ -343,7 +344,7 @@ def snapshot(step: int, value: float = 0.0) -> Snapshot:
 def saver(folder: Path, said: list[str] | None = None, **changes: Any) -> Saver:
     words: list[str] = [] if said is None else said
     config = CheckpointConfig(enable=True, **changes)
-    return Saver(config, Steps(folder), Ranks(), say=words.append, alive=lambda: None)
+    return Saver(config, Steps(folder), World(), say=words.append, alive=lambda: None)
 
 
 def test_a_step_is_saved_once(tmp_path: Path) -> None:
@@ -400,14 +401,14 @@ def test_a_published_step_whose_name_may_not_last_is_told_and_the_one_before_is_
 def test_a_step_with_a_file_that_is_not_there_is_not_published(
     harm: str, tmp_path: Path, monkeypatch
 ) -> None:
-    gather = Ranks.gather
+    gather = World.gather
 
-    def lose(ranks: Ranks, value: Any) -> Any:
+    def lose(ranks: World, value: Any) -> Any:
         for file in tmp_path.glob("step-*/*.safetensors"):  # as on a machine that does not share the folder
             file.unlink() if harm == "gone" else os.truncate(file, 10)
         return gather(ranks, value)
 
-    monkeypatch.setattr(Ranks, "gather", lose)
+    monkeypatch.setattr(World, "gather", lose)
     words = {"gone": "tensors-0.safetensors is missing", "cut": "tensors-0.safetensors has 10 bytes, and "}[
         harm
     ]
@@ -426,7 +427,7 @@ def test_a_rank_gives_signs_of_life_while_one_write_takes_long(tmp_path: Path, m
         sync(descriptor)
 
     monkeypatch.setattr(os, "fsync", slow_sync)
-    monkeypatch.setattr(patience, "_OFTEN", 0.02)
+    monkeypatch.setattr(background, "_PERIOD", 0.02)
     own = saver(tmp_path)
     own.alive = lambda: alive.append(1)
     own.save(1, lambda: snapshot(1))
@@ -459,7 +460,7 @@ def failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Saver:
     """A saver whose save of step 1 has failed in the background, which is not reported yet."""
     own = saver(tmp_path, async_mode="async")
     with monkeypatch.context() as patch:
-        patch.setattr(patience.threading, "Thread", AtOnce)
+        patch.setattr(background.threading, "Thread", AtOnce)
         patch.setattr(save, "write_step", lambda *_: (_ for _ in ()).throw(OSError(28, "no room")))
         own.save(1, lambda: snapshot(1))  # must not raise: another rank may not know yet
     assert own.has_failed

@@ -15,13 +15,13 @@ from resume_cases import lines, main, outcome, steps_in
 from tokenizers import Tokenizer as Encoder
 from tokenizers import models, pre_tokenizers
 
-from torchtitan_lite import run as run_module
-from torchtitan_lite.checkpoint import CheckpointConfig, patience
-from torchtitan_lite.checkpoint.ranks import Ranks
+from torchtitan_lite import run_folder
+from torchtitan_lite.checkpoint import CheckpointConfig
 from torchtitan_lite.checkpoint.restore import verify
 from torchtitan_lite.config.job import load_job
-from torchtitan_lite.parallel.world import World
-from torchtitan_lite.run import Run
+from torchtitan_lite.launch import background
+from torchtitan_lite.launch.world import World
+from torchtitan_lite.run_folder import RunFolder
 from torchtitan_lite.training.outputs import lock
 
 FLAG = "--checkpoint.allow-changes"
@@ -187,7 +187,7 @@ def test_an_earlier_step_may_be_asked_for_and_nothing_is_lost(go: Go, folder: Pa
     assert files_in(folder / "earlier" / "checkpoint" / "step-4") == before
     assert trained(folder) == [1, 2, 3]
     assert "DAMAGED" not in caplog.text
-    assert verify(folder / "checkpoint" / "step-3", Ranks()).state.consumed_samples == 24
+    assert verify(folder / "checkpoint" / "step-3", World()).state.consumed_samples == 24
 
 
 def test_a_run_at_its_last_step_is_done(go: Go, folder: Path, capsys) -> None:
@@ -221,8 +221,8 @@ def test_another_folder_for_the_steps_of_an_earlier_run_is_refused(go: Go, folde
 
 def test_what_takes_long_on_the_first_rank_is_no_hang(monkeypatch) -> None:
     alive: list[int] = []
-    monkeypatch.setattr(patience, "_OFTEN", 0.01)
-    run = Run(load_job([]).config, World())
+    monkeypatch.setattr(background, "_PERIOD", 0.01)
+    folder = RunFolder(load_job([]).config, World())
 
     def slow() -> str:
         deadline = time.monotonic() + 30
@@ -230,7 +230,7 @@ def test_what_takes_long_on_the_first_rank_is_no_hang(monkeypatch) -> None:
             time.sleep(0.01)
         return "done"
 
-    assert run._on_first(slow, lambda: alive.append(1)) == "done" and len(alive) >= 3
+    assert folder._on_first(slow, lambda: alive.append(1)) == "done" and len(alive) >= 3
 
 
 def test_ctrl_c_while_a_step_is_loaded_ends_with_130(texts: Path, folder: Path) -> None:
@@ -238,6 +238,7 @@ def test_ctrl_c_while_a_step_is_loaded_ends_with_130(texts: Path, folder: Path) 
         "import os, signal, sys, threading, time\n"
         "from torchtitan_lite import train\n"
         "from torchtitan_lite.checkpoint import restore\n"
+        "from torchtitan_lite.launch.process import end_process\n"
         "read = restore.read_tensors\n"
         "def slowly(*words):\n"
         "    threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGINT)).start()\n"
@@ -245,7 +246,7 @@ def test_ctrl_c_while_a_step_is_loaded_ends_with_130(texts: Path, folder: Path) 
         "    while time.monotonic() < until:\n"
         "        read(*words)\n"
         "restore.read_tensors = slowly\n"
-        "train.end_process(train.main(sys.argv[1:]))\n"
+        "end_process(train.main(sys.argv[1:]))\n"
     )
     end = programs.run(["-c", code, *words(texts, job__dump_folder=folder)])
     assert (end.returncode, end.stderr.splitlines()[-1]) == (130, "interrupted"), end.stderr
@@ -264,7 +265,7 @@ def test_what_has_the_name_of_a_step_to_come_is_moved_out_of_the_way(
     assert go("--checkpoint.keep-latest-k", 1) == 0
     assert "moved " in caplog.text
     assert steps_in(folder) == ["latest", "step-2", "step-6"]
-    verify(folder / "checkpoint" / "step-6", Ranks())
+    verify(folder / "checkpoint" / "step-6", World())
     aside = folder / "earlier" / "checkpoint" / "step-6"
     assert aside.is_symlink() if kind == "link" else aside.is_file()
     assert (tmp_path / "elsewhere" / "mine").exists()
@@ -292,7 +293,7 @@ def test_of_a_last_step_with_the_model_alone_no_run_goes_on_but_another_starts(
 ) -> None:
     alone = ("--checkpoint.last-save-model-only",)
     assert go(*alone) == 0
-    saved = verify(folder / "checkpoint" / "step-6", Ranks())
+    saved = verify(folder / "checkpoint" / "step-6", World())
     assert saved.state.model_only and all(name.startswith("model.") for name in saved.index)
 
     before = files_in(folder)
@@ -329,7 +330,7 @@ def test_weights_of_another_dtype_are_refused_and_not_cast(
     go: Go, folder: Path, tmp_path: Path, capsys
 ) -> None:
     assert go("--checkpoint.last-save-model-only", "--checkpoint.export-dtype", "bfloat16") == 0
-    index = verify(folder / "checkpoint" / "step-6", Ranks()).index
+    index = verify(folder / "checkpoint" / "step-6", World()).index
     assert {stored.dtype for stored in index.values()} == {torch.bfloat16}
     capsys.readouterr()
     words = ("--checkpoint.initial-load-path", folder / "checkpoint")  # the newest in it
@@ -373,7 +374,7 @@ def test_initial_weights_are_not_needed_any_more_by_a_run_that_goes_on(go: Go, f
 
 
 def test_a_folder_that_a_run_has_is_refused_to_another(go: Go, folder: Path, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(run_module, "SECONDS_TO_DIE", 0.2)
+    monkeypatch.setattr(run_folder, "_SECONDS_TO_DIE", 0.2)
     (folder / "exit.json").unlink()
     with lock(folder):
         before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}

@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from launch import ROOT, launched
+from launch import launched
 from programs import Program, environment
 from resume_cases import lines, main, outcome, steps_in
 
-from torchtitan_lite.checkpoint.ranks import Ranks
 from torchtitan_lite.checkpoint.restore import verify
 from torchtitan_lite.checkpoint.steps import Steps
+from torchtitan_lite.launch.world import World
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 
@@ -21,7 +21,7 @@ DRIVER = """\
 import os, signal, sys, time
 from torchtitan_lite import train
 from torchtitan_lite.checkpoint import save
-from torchtitan_lite.parallel.signals import StopRequest
+from torchtitan_lite.launch.signals import StopRequest
 from torchtitan_lite.training import corpus, state
 from torchtitan_lite.training.state import TrainState
 from torchtitan_lite.training.step import Stepper
@@ -107,7 +107,7 @@ def check_stopped(folder: Path, number: int, step: int, n_ranks: int) -> None:
     )
     steps = Steps(folder / "run" / "checkpoint")
     assert steps.published()[-1] == step
-    found = verify(steps.path(step), Ranks())
+    found = verify(steps.path(step), World())
     assert (found.state.step, found.state.consumed_samples) == (step, 8 * step)
     assert found.manifest.made["mesh"]["ranks"] == n_ranks
 
@@ -162,7 +162,7 @@ def test_a_signal_to_the_launch_script_stops_both_with_its_status(
 ) -> None:
     # Rank 0 is at its third step, and the signal comes to it through the launcher.
     words = drive(tmp_path, "step", f"os.kill(os.getppid(), {number}); wait_until_asked()", small_run, (0,))
-    with launched(tmp_path, *words, program=(ROOT / "scripts" / "launch.py",)) as run:
+    with launched(tmp_path, *words, program=("-m", "torchtitan_lite.cli", "launch")) as run:
         assert run.wait() == 75, run.err
         assert run.left() == []
     check_stopped(tmp_path, number, 3, 2)
@@ -256,7 +256,7 @@ def test_a_second_signal_ends_at_once_and_keeps_the_steps_before(
     assert (left["status"], left["outcome"], left["step"]) == (status, "terminated", 4)
     steps = Steps(tmp_path / "run" / "checkpoint")
     assert steps.published() == [2]
-    assert verify(steps.path(2), Ranks()).state.step == 2
+    assert verify(steps.path(2), World()).state.step == 2
     assert any(".tmp-" in name for name in steps_in(tmp_path / "run"))
     check_goes_on(tmp_path, small_run)
 
@@ -268,7 +268,7 @@ def test_a_rank_that_is_killed_in_a_save_keeps_the_steps_before(small_run, tmp_p
         assert run.left() == []
     assert outcome(tmp_path / "run")["message"] == "rank 1 no longer answers"
     steps = Steps(tmp_path / "run" / "checkpoint")
-    assert steps.published() == [2] and verify(steps.path(2), Ranks()).state.step == 2
+    assert steps.published() == [2] and verify(steps.path(2), World()).state.step == 2
     check_goes_on(tmp_path, small_run)
 
 

@@ -27,11 +27,11 @@ from ranks import RanksOf
 from safetensors import safe_open
 
 from torchtitan_lite.checkpoint.manifest import Digest
-from torchtitan_lite.checkpoint.ranks import Ranks
 from torchtitan_lite.checkpoint.restore import find, load, verify
 from torchtitan_lite.checkpoint.steps import Steps
 from torchtitan_lite.checkpoint.tensors import Piece, Stored, differences, read_tensors, write_tensors
 from torchtitan_lite.config.load import ConfigError
+from torchtitan_lite.launch.world import World
 
 LAYOUTS = ["rows", "columns", "grid"]
 
@@ -66,7 +66,7 @@ def test_the_boxes_are_uneven_and_some_are_empty() -> None:
 
 def test_any_reader_of_safetensors_opens_the_files_of_a_step(written: Path) -> None:
     for step in map(Steps(written).path, range(len(LAYOUTS))):
-        verify(step, Ranks())
+        verify(step, World())
         found = {name: torch.zeros_like(x) for name, x in TENSORS.items()}
         index = json.loads((step / "index.json").read_text())
         for path in step.glob("*.safetensors"):
@@ -121,7 +121,7 @@ def test_bits_that_numbers_do_not_show_survive(tmp_path: Path) -> None:
     odd = {"model.x": bits.view(torch.float32), "model.y": torch.tensor([-0.0, float("inf")]).bfloat16()}
     step = publish(tmp_path, 1, pieces=whole(odd))
     read = whole({name: torch.zeros_like(x) for name, x in odd.items()})
-    load(verify(step, Ranks()), read, Ranks())
+    load(verify(step, World()), read, World())
     assert read["model.x"].local.view(torch.int32).tolist() == bits.view(torch.int32).tolist()
     assert torch.equal(read["model.y"].local.view(torch.int16), odd["model.y"].view(torch.int16))
 
@@ -130,21 +130,21 @@ def test_a_piece_that_is_not_contiguous_is_written_and_read(tmp_path: Path) -> N
     x = torch.arange(12.0).view(3, 4)
     step = publish(tmp_path, 1, pieces=whole({"model.x": x.T}))
     into = torch.zeros(3, 8)[:, ::2].T
-    load(verify(step, Ranks()), whole({"model.x": into}), Ranks())
+    load(verify(step, World()), whole({"model.x": into}), World())
     assert torch.equal(into, x.T)
 
 
 def test_a_parameter_is_read_in_place(tmp_path: Path) -> None:
     step = publish(tmp_path, 1)
     weight = torch.nn.Parameter(torch.zeros(4, 3))
-    load(verify(step, Ranks()), {**zeros(), **whole({"model.w": weight})}, Ranks())
+    load(verify(step, World()), {**zeros(), **whole({"model.w": weight})}, World())
     assert torch.equal(weight, SMALL["model.w"]) and weight.requires_grad
 
 
 def test_the_weights_alone_can_be_read_from_a_whole_step(tmp_path: Path) -> None:
-    found = verify(publish(tmp_path, 1), Ranks())
+    found = verify(publish(tmp_path, 1), World())
     model = {name: piece for name, piece in zeros().items() if name.startswith("model.")}
-    load(found, model, Ranks())
+    load(found, model, World())
     assert all(torch.equal(piece.local, SMALL[name]) for name, piece in model.items())
 
 
@@ -163,7 +163,7 @@ def test_a_load_takes_little_memory_beyond_the_tensors(
 ) -> None:
     """At most a block of 16 MiB or a row: never more than the chunk, of 64 MiB here."""
     x = torch.arange(2**24, dtype=torch.float32).view(shape)
-    found = verify(publish(tmp_path, 1, pieces=whole({"model.x": x})), Ranks())
+    found = verify(publish(tmp_path, 1, pieces=whole({"model.x": x})), World())
     into = torch.full(x[cut].shape, -1.0)
     piece = Piece(local=into, shape=x.shape, offsets=torch.Size(part.start or 0 for part in cut))
     read_tensors(found.folder, {"model.x": piece}, found.index)  # what is imported or kept for good
@@ -200,14 +200,14 @@ def test_what_differs_is_told_in_a_line_each() -> None:
 
 
 def test_a_step_of_other_tensors_is_refused_and_nothing_is_read(tmp_path: Path) -> None:
-    found = verify(publish(tmp_path, 1), Ranks())
+    found = verify(publish(tmp_path, 1), World())
     others = {
         "model.w": torch.zeros(3, 4),
         "model.norm": torch.zeros(5),
         "optimizer.w.step": torch.tensor(1.0),
     }
     with pytest.raises(ConfigError) as caught:
-        load(found, whole(others), Ranks())
+        load(found, whole(others), World())
     assert str(caught.value) == (
         f'checkpoint.folder = "{tmp_path}/step-1" does not fit: '
         "model.norm is torch.float32 here and torch.bfloat16 in the checkpoint, "
@@ -246,7 +246,7 @@ def test_every_file_is_on_the_disk_whole_before_its_step_is_published(
 def test_a_write_that_fails_raises_what_the_system_said(tmp_path: Path, n: int) -> None:
     pieces = whole({"model.x": torch.rand(n), "model.y": torch.rand(n + 400)})
     with no_space(), pytest.raises(OSError, match="File too large"):
-        write_tensors(tmp_path, pieces, Ranks())
+        write_tensors(tmp_path, pieces, World())
 
 
 def test_a_step_without_space_leaves_nothing_and_the_one_before(tmp_path: Path) -> None:
@@ -273,7 +273,7 @@ def test_a_rank_without_space_fails_the_save_on_all_and_leaves_nothing(
             assert (f"rank {first}: " in said[1]) == (rank not in full)
             assert said[1].endswith("; step 1 is the newest that was")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-1", "step-3"]
-    found = find(Steps(tmp_path), -1, Ranks())
+    found = find(Steps(tmp_path), -1, World())
     assert found is not None and found.state.step == 3
 
 

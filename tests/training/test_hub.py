@@ -16,11 +16,11 @@ from resume_cases import main
 from safetensors.torch import load_file, save_file
 
 from torchtitan_lite.checkpoint.manifest import Damaged
-from torchtitan_lite.checkpoint.ranks import Ranks
 from torchtitan_lite.checkpoint.restore import verify
 from torchtitan_lite.checkpoint.tensors import Piece
 from torchtitan_lite.config.load import ConfigError
 from torchtitan_lite.data.tokenizer import ByteTokenizer, load_tokenizer
+from torchtitan_lite.launch.world import World
 from torchtitan_lite.models.huggingface import config_json
 from torchtitan_lite.models.registry import families
 from torchtitan_lite.training import hub
@@ -46,7 +46,7 @@ def logits_of(folder: Path) -> torch.Tensor:
 
 def test_import_and_export_give_the_same_model_bit_for_bit(folder: Path, tmp_path: Path) -> None:
     hub.import_(folder, tmp_path / "steps", None)
-    found = verify(tmp_path / "steps" / "step-0", Ranks())
+    found = verify(tmp_path / "steps" / "step-0", World())
     assert found.state.model_only
     hub.export(found, ByteTokenizer(), tmp_path / "out", torch.float32)
     theirs = {name: x for path in folder.glob("*.safetensors") for name, x in load_file(path).items()}
@@ -312,7 +312,7 @@ def test_a_weight_that_a_precision_cannot_hold_is_refused(tmp_path: Path) -> Non
     weights["model.norm.weight"][3] = -7e4
     save_file(weights, tmp_path / "hf" / "model.safetensors")
     hub.import_(tmp_path / "hf", tmp_path / "steps", None)
-    found = verify(tmp_path / "steps" / "step-0", Ranks())
+    found = verify(tmp_path / "steps" / "step-0", World())
     with pytest.raises(
         ConfigError, match=r'dtype = "float16" cannot hold model\.norm\.weight, which reaches 7e\+04'
     ):
@@ -339,7 +339,7 @@ def test_a_model_that_transformers_lacks_is_not_exported(
     expected = "sliding_window = 7 has no model in transformers"
     assert f"model.overrides.{expected}" in capsys.readouterr().err
     assert main(*argv) == 0
-    found = verify(tmp_path / "run" / "checkpoint" / "step-1", Ranks())
+    found = verify(tmp_path / "run" / "checkpoint" / "step-1", World())
     with pytest.raises(ConfigError, match=expected):
         hub.export(found, ByteTokenizer(), tmp_path / "hf", torch.float32)
     assert not (tmp_path / "hf").exists()
@@ -373,7 +373,7 @@ def test_loading_holds_no_second_copy_of_the_model(tmp_path: Path) -> None:
     del weights
     into = {name: torch.zeros(shape) for name, shape in config.shapes.items()}
     own = {name: Piece(local=x, shape=x.shape, offsets=torch.Size([0] * x.ndim)) for name, x in into.items()}
-    held = cases.held_during(lambda: hub.load_weights(tmp_path, config, own, Ranks(), "x"))
+    held = cases.held_during(lambda: hub.load_weights(tmp_path, config, own, World(), "x"))
     assert all((x == 1).all() for x in into.values())
     assert largest < total / 30 and held < total / 4
 
@@ -393,7 +393,7 @@ def test_a_mesh_and_one_rank_export_the_same_bytes(
         )
         for (start,) in ranks(size).run(resume_cases.starts, [run], timeout=100):
             assert (start.began, start.ended, start.status) == (0, 0, 75)
-        found = verify(folder / "checkpoint" / "step-0", Ranks())
+        found = verify(folder / "checkpoint" / "step-0", World())
         hub.export(found, ByteTokenizer(), folder / "hf", torch.bfloat16)
         exported.append({path.name: path.read_bytes() for path in (folder / "hf").iterdir()})
     assert exported[0] == exported[1]

@@ -208,7 +208,7 @@ def test_cpu_offload_works_without_a_launcher(run, small_run) -> None:
 def test_a_wrong_world_size_is_reported_in_one_line(size: str, monkeypatch, capsys) -> None:
     monkeypatch.setenv("WORLD_SIZE", size)
     assert train.main(["--dry-run"]) == 2
-    assert capsys.readouterr().err.startswith(f'WORLD_SIZE = "{size}" is not a number of ranks: ')
+    assert capsys.readouterr().err.startswith(f'WORLD_SIZE = "{size}" must be a number from 1 to ')
 
 
 def test_a_diverging_run_stops_and_names_the_step_and_the_samples(run, small_run, tmp_path: Path) -> None:

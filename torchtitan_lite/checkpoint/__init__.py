@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Literal
 
 from torchtitan_lite.config.load import Problem
+from torchtitan_lite.launch.end import RunError
 
 
-class SaveFailed(Exception):
+class SaveFailed(RunError):
     """A step could not be saved; the ones before it are as they were."""
+
+    outcome = "not-saved"
 
 
 @dataclass(frozen=True, kw_only=True)

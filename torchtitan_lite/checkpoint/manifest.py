@@ -12,16 +12,18 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from torchtitan_lite.launch.world import SameOnAllRanks
+
 FORMAT_VERSION = 1
 """Goes up by one whenever steps of the format before can no longer be read."""
 MANIFEST = "manifest.json"
 
 
-class Damaged(Exception):
+class Damaged(SameOnAllRanks):
     """A step is not as it was written; the message says which file, and how it differs."""
 
 
-class Unreadable(Exception):
+class Unreadable(SameOnAllRanks):
     """A step cannot be read for now, so nobody knows whether it is good; the message says why."""
 
 

@@ -16,12 +16,12 @@ from torchtitan_lite.checkpoint.manifest import (
     read_manifest,
     reading,
 )
-from torchtitan_lite.checkpoint.ranks import Ranks
 from torchtitan_lite.checkpoint.state import STATE, State, changes, flat, read_state
 from torchtitan_lite.checkpoint.steps import Steps
 from torchtitan_lite.checkpoint.tensors import Piece, Stored, differences, read_index, read_tensors
 from torchtitan_lite.config.load import ConfigError, Problem
 from torchtitan_lite.config.problem import printable
+from torchtitan_lite.launch.world import World
 
 _LOG = logging.getLogger(__name__)
 _MOST_SHOWN = 10
@@ -38,7 +38,7 @@ class Found:
     index: dict[str, Stored]
 
 
-def verify(folder: Path, ranks: Ranks) -> Found:
+def verify(folder: Path, ranks: World) -> Found:
     """Verify the step in `folder`; each rank hashes its share of the files.
 
     Raises Damaged or Unreadable, the same on all ranks.
@@ -55,7 +55,7 @@ def _open(folder: Path) -> Manifest:
     return manifest
 
 
-def _read(folder: Path, manifest: Manifest, ranks: Ranks) -> Found:
+def _read(folder: Path, manifest: Manifest, ranks: World) -> Found:
     with reading(STATE):
         state = read_state((folder / STATE).read_bytes())
     if state.step != manifest.step:
@@ -64,7 +64,7 @@ def _read(folder: Path, manifest: Manifest, ranks: Ranks) -> Found:
     return Found(folder=folder, manifest=manifest, state=state, index=index)
 
 
-def find(steps: Steps, load_step: int, ranks: Ranks) -> Found | None:
+def find(steps: Steps, load_step: int, ranks: World) -> Found | None:
     """Return the step `load_step`, or for -1 the newest good step; None if no step was published.
 
     Raises ConfigError on all ranks if the step `load_step` is missing or damaged, if all steps are damaged,
@@ -103,7 +103,7 @@ def _published(steps: Steps) -> list[int]:
         raise ConfigError([Problem("checkpoint.folder", str(steps.folder), rule, remedy)]) from None
 
 
-def _verified(steps: Steps, step: int, ranks: Ranks) -> Found:
+def _verified(steps: Steps, step: int, ranks: World) -> Found:
     try:
         found = verify(steps.path(step), ranks)
     except Unreadable as problem:
@@ -115,7 +115,7 @@ def _verified(steps: Steps, step: int, ranks: Ranks) -> Found:
     return found
 
 
-def find_initial(path: str, ranks: Ranks, key: str = "checkpoint.initial_load_path") -> Found:
+def find_initial(path: str, ranks: World, key: str = "checkpoint.initial_load_path") -> Found:
     """Return the step at `path`: the folder of a step, or the newest step in a folder of steps or of a run.
 
     Raises ConfigError if no step is there or the step is damaged; no other step takes its place.
@@ -176,7 +176,7 @@ def _of_data(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in flat({"data": config.get("data")}).items() if key in keys}
 
 
-def load(found: Found, pieces: Mapping[str, Piece], ranks: Ranks, key: str = "checkpoint.folder") -> None:
+def load(found: Found, pieces: Mapping[str, Piece], ranks: World, key: str = "checkpoint.folder") -> None:
     """Load `pieces`. Every stored tensor of the same kind (model, optimizer) must be asked for.
 
     Raises ConfigError about `key` on all ranks if names, shapes or dtypes differ, or if a file can no longer

@@ -24,12 +24,12 @@ from torchtitan_lite.checkpoint.manifest import (
     check_size,
     write_file,
 )
-from torchtitan_lite.checkpoint.patience import in_thread, result
-from torchtitan_lite.checkpoint.ranks import OnAnotherRank, Ranks
 from torchtitan_lite.checkpoint.state import STATE, State
 from torchtitan_lite.checkpoint.steps import Steps
 from torchtitan_lite.checkpoint.tensors import Piece, read_index, read_tensors, write_tensors
 from torchtitan_lite.config.load import ConfigError, Problem
+from torchtitan_lite.launch.background import in_thread, result
+from torchtitan_lite.launch.world import OnAnotherRank, World
 
 _LOG = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class Saver:
         self,
         config: CheckpointConfig,
         steps: Steps,
-        ranks: Ranks,
+        ranks: World,
         *,
         say: Callable[[str], None],
         alive: Callable[[], None],
@@ -152,7 +152,7 @@ class Saver:
         return SaveFailed(f"step {step} could not be saved ({_line(error)}); {before}")
 
 
-def write_step(steps: Steps, snapshot: Snapshot, ranks: Ranks, keep_latest_k: int = 0) -> int:
+def write_step(steps: Steps, snapshot: Snapshot, ranks: World, keep_latest_k: int = 0) -> int:
     """Write a step beside the published ones, publish it and remove old ones; return the bytes of all ranks.
 
     If a rank fails, all raise, and nothing of the step is left.
@@ -174,7 +174,7 @@ def write_step(steps: Steps, snapshot: Snapshot, ranks: Ranks, keep_latest_k: in
     return sum(digest.size for digest in manifest.files.values())
 
 
-def probe(steps: Steps, ranks: Ranks) -> None:
+def probe(steps: Steps, ranks: World) -> None:
     """Let all ranks write a tensor as a step is written, read it, and remove it.
 
     Raises ConfigError on all ranks if that fails: the run then ends before its first step, not at its first
@@ -201,7 +201,7 @@ def probe(steps: Steps, ranks: Ranks) -> None:
 
 
 @contextlib.contextmanager
-def _scratch(steps: Steps, step: int, ranks: Ranks, *, keep: bool = True) -> Iterator[Path]:
+def _scratch(steps: Steps, step: int, ranks: World, *, keep: bool = True) -> Iterator[Path]:
     """Have the first rank make a folder for `step`. It is removed if the block fails, and without `keep`."""
     scratch = ranks.share(ranks.together(lambda: steps.scratch(step) if ranks.is_first else None))
     assert scratch is not None
@@ -222,7 +222,7 @@ def _write_state(folder: Path, state: State) -> dict[str, Digest]:
     return {STATE: write_file(folder / STATE, (json.dumps(asdict(state), indent=1) + "\n").encode())}
 
 
-def _manifest(step: int, digests: Mapping[str, Digest], ranks: Ranks, made: dict[str, Any]) -> Manifest:
+def _manifest(step: int, digests: Mapping[str, Digest], ranks: World, made: dict[str, Any]) -> Manifest:
     """Return the manifest of the files of all ranks."""
     files = {name: digest for of_rank in ranks.gather(digests) for name, digest in of_rank.items()}
     return Manifest(step=step, files=dict(sorted(files.items())), made=made)

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from torchtitan_lite.checkpoint import tensor_file
 from torchtitan_lite.checkpoint.manifest import Damaged, Digest, Manifest, reading, write_file
-from torchtitan_lite.checkpoint.ranks import Ranks
 from torchtitan_lite.checkpoint.tensor_file import DTYPE_NAMES, DTYPES, Layout, bytes_of, layout
+from torchtitan_lite.launch.world import World
 
 INDEX = "index.json"
 _FILE = "tensors-{rank}.safetensors"
@@ -81,7 +81,7 @@ class _Box(NamedTuple):
     sizes: tuple[int, ...]
 
 
-def write_tensors(folder: Path, pieces: Mapping[str, Piece], ranks: Ranks) -> dict[str, Digest]:
+def write_tensors(folder: Path, pieces: Mapping[str, Piece], ranks: World) -> dict[str, Digest]:
     """Write the pieces of all ranks into `folder`, and wait until they are on the disk.
 
     A piece that several ranks hold is written once. Returns the digests of the files that this rank wrote. If
@@ -142,7 +142,7 @@ def _index_of(division: Sequence[Mapping[str, _Box]]) -> dict[str, Stored]:
     return index
 
 
-def read_index(folder: Path, manifest: Manifest, ranks: Ranks) -> dict[str, Stored]:
+def read_index(folder: Path, manifest: Manifest, ranks: World) -> dict[str, Stored]:
     """Return which tensors a step holds, and where.
 
     Raises Damaged unless the chunks of each tensor fill it, and each file is what its chunks decide: its size

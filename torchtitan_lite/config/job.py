@@ -25,13 +25,13 @@ from torchtitan_lite.config.load import (
 )
 from torchtitan_lite.data.datasets import DataConfig, PythonStdlib
 from torchtitan_lite.data.tokenizer import load_tokenizer
+from torchtitan_lite.launch.world import CommConfig
 from torchtitan_lite.models.decoder import DecoderConfig
 from torchtitan_lite.models.huggingface import export_problems
 from torchtitan_lite.models.registry import FOLDER, AnyAttention, meant_kind, read, resolve, split_flavor
 from torchtitan_lite.parallel.apply import CompileConfig, model_problems, plan
 from torchtitan_lite.parallel.mesh import ParallelismConfig
 from torchtitan_lite.parallel.recompute import ActivationCheckpointConfig
-from torchtitan_lite.parallel.world import CommConfig
 from torchtitan_lite.training.config import TrainingConfig
 from torchtitan_lite.training.hooks import own as own_hooks  # noqa: F401 (registers our hooks)
 from torchtitan_lite.training.hooks.profiler import ProfilingConfig

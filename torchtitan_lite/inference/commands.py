@@ -15,7 +15,6 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from torchtitan_lite import registry
 from torchtitan_lite.attention import AttentionConfig, refusals
-from torchtitan_lite.checkpoint.ranks import Ranks
 from torchtitan_lite.config.load import MISSING, ConfigError, Problem, load
 from torchtitan_lite.config.validation import validate
 from torchtitan_lite.data import (
@@ -40,10 +39,9 @@ from torchtitan_lite.inference.trained import (
     renaming_keys,
     reporting_damage,
 )
+from torchtitan_lite.launch.world import World, join, leave
 from torchtitan_lite.models.decoder import DecoderConfig
-from torchtitan_lite.parallel.world import join, leave
 from torchtitan_lite.training import hub
-from torchtitan_lite.training.record import ranks_of
 
 _KEYS = {  # key of a run: key of eval
     "data.path": "data",
@@ -107,7 +105,7 @@ def _read(options: type, command: str, path: str, argv: Sequence[str]) -> Any:
 def _generate(path: str, config: GenerateConfig) -> None:
     device, dtype = _placement(config)
     world = join(device.type)
-    ranks = ranks_of(world)
+    ranks = world.saving
     try:
         trained = find(path, ranks, config.tokenizer)
         _check(trained.config, config.attention, device, dtype)
@@ -176,12 +174,12 @@ class _Stream:
 
 def _eval(path: str, config: EvalConfig) -> None:
     device, dtype = _placement(config)
-    trained = find(path, Ranks(), config.tokenizer)
+    trained = find(path, World(), config.tokenizer)
     _check(trained.config, config.attention, device, dtype)
     split = _text(config, trained)
     longest = min(trained.config.max_seq_len, _SEQ_LEN)
     seq_len = config.seq_len or trained.found.state.identity.get("training.seq_len", longest)
-    model = build(trained, attention=config.attention, device=device, dtype=dtype, ranks=Ranks())
+    model = build(trained, attention=config.attention, device=device, dtype=dtype, ranks=World())
     parts = {"seq_len": seq_len, "batch_size": config.batch_size, "rest": bool(config.data)}
     with renaming_keys(_KEYS):
         result = evaluate(model, split, **parts)
@@ -231,7 +229,7 @@ def _named_data(config: EvalConfig) -> DataConfig:
 
 
 def _export(path: str, config: ExportConfig) -> None:
-    trained = find(path, Ranks(), config.tokenizer)
+    trained = find(path, World(), config.tokenizer)
     out = Path(os.path.expanduser(config.out)).absolute()
     with _reporting_os_errors(config.out), reporting_damage(path):
         hub.export(trained.found, trained.tokenizer, out, getattr(torch, config.dtype))

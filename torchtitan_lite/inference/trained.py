@@ -11,11 +11,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torchtitan_lite import registry
 from torchtitan_lite.attention import AttentionConfig
 from torchtitan_lite.checkpoint.manifest import Damaged, Unreadable
-from torchtitan_lite.checkpoint.ranks import Ranks
 from torchtitan_lite.checkpoint.restore import Found, find_initial, load
 from torchtitan_lite.config.load import ConfigError, Problem
 from torchtitan_lite.config.validation import validate
 from torchtitan_lite.data import Tokenizer, load_tokenizer
+from torchtitan_lite.launch.world import World
 from torchtitan_lite.models.decoder import Decoder, DecoderConfig
 from torchtitan_lite.parallel.tensor import apply_tensor_parallel_to_predict
 from torchtitan_lite.training.hub import TOKENIZER, check_vocabulary, decoder_of
@@ -35,7 +35,7 @@ class Trained:
     tokenizer: Tokenizer
 
 
-def find(path: str, ranks: Ranks, tokenizer: str = "") -> Trained:
+def find(path: str, ranks: World, tokenizer: str = "") -> Trained:
     """The step in `path`, or the newest step if `path` is the folder of a run. All bytes are verified.
 
     `tokenizer` names the tokenizer if it has moved since the run. Raises ConfigError.
@@ -113,7 +113,7 @@ def build(
     attention: AttentionConfig,
     device: torch.device,
     dtype: torch.dtype,
-    ranks: Ranks,
+    ranks: World,
     tensor: DeviceMesh | None = None,
 ) -> Decoder:
     """The model, for inference: weights in `dtype`, split over the mesh `tensor` if there is one."""

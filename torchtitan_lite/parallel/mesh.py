@@ -1,6 +1,6 @@
 """The mesh of all ranks of a run.
 
-It has four axes. Ranks along an axis further right exchange more, so their numbers are closer together:
+It has four axes. World along an axis further right exchange more, so their numbers are closer together:
 
     dp_replicate   each rank has a copy of the model (HSDP's outer axis)
     dp_shard       the ranks share one copy of the weights, and see different samples
@@ -60,11 +60,11 @@ class ParallelismConfig:
     data_parallel_replicate_degree: int = 1
     """Groups of ranks that each hold the whole model and see different samples."""
     data_parallel_shard_degree: int = -1
-    """Ranks that share one copy of the weights and see different samples. -1: all ranks that are left."""
+    """World that share one copy of the weights and see different samples. -1: all ranks that are left."""
     tensor_parallel_degree: int = 1
-    """Ranks that share each matrix, and the sequence in between."""
+    """World that share each matrix, and the sequence in between."""
     context_parallel_degree: int = 1
-    """Ranks that share each sequence."""
+    """World that share each sequence."""
     context_parallel_method: Literal["allgather", "ulysses"] = "allgather"
     """allgather: each rank gathers all keys and values; ulysses: ranks trade sequence shares for heads."""
     context_parallel_load_balancer: Literal["headtail", "none"] = "headtail"

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torchtitan_lite.config.job import JobConfig
 from torchtitan_lite.data import Samples, Shards, Tokenizer, load_tokenizer, prepare
-from torchtitan_lite.parallel.world import World
+from torchtitan_lite.launch.world import World
 
 
 @dataclass(frozen=True, kw_only=True)

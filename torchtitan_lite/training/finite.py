@@ -3,9 +3,13 @@
 import math
 from collections.abc import Sequence
 
+from torchtitan_lite.launch.end import RunError
 
-class NonFinite(Exception):
+
+class NonFinite(RunError):
     """The loss or the gradient norm of a step is infinite or NaN; the weights have not been updated."""
+
+    outcome = "non-finite"
 
 
 def check_finite(*, step: int, loss: float, grad_norm: float, sample_ids: Sequence[int]) -> None:

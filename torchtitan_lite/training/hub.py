@@ -14,7 +14,6 @@ from torch import Tensor
 
 from torchtitan_lite.checkpoint import CheckpointConfig
 from torchtitan_lite.checkpoint.manifest import Damaged
-from torchtitan_lite.checkpoint.ranks import Ranks
 from torchtitan_lite.checkpoint.restore import Found, verify
 from torchtitan_lite.checkpoint.save import Snapshot, write_step
 from torchtitan_lite.checkpoint.state import State, fingerprint, flat
@@ -24,6 +23,7 @@ from torchtitan_lite.checkpoint.weights import Weights, write_weights
 from torchtitan_lite.config.load import ConfigError, Problem
 from torchtitan_lite.data import Tokenizer, load_tokenizer
 from torchtitan_lite.durable import new_folder
+from torchtitan_lite.launch.world import World
 from torchtitan_lite.models.decoder import DecoderConfig
 from torchtitan_lite.models.huggingface import (
     CONFIG,
@@ -47,7 +47,7 @@ _MOST_LINES = 5
 """How many tensors a message names at most."""
 
 
-def check(folder: Path, config: DecoderConfig, ranks: Ranks, key: str) -> None:
+def check(folder: Path, config: DecoderConfig, ranks: World, key: str) -> None:
     """Raise ConfigError, the same on all ranks, unless `folder` holds a whole model of `config`.
 
     The error names `key` if tensors are missing, too many or of other shapes, or if a file is damaged.
@@ -66,7 +66,7 @@ def check(folder: Path, config: DecoderConfig, ranks: Ranks, key: str) -> None:
 
 
 def load_weights(
-    folder: Path, config: DecoderConfig, pieces: Mapping[str, Piece], ranks: Ranks, key: str
+    folder: Path, config: DecoderConfig, pieces: Mapping[str, Piece], ranks: World, key: str
 ) -> None:
     """Load `pieces` of a model, by our names, from the safetensors in `folder`, and read no other bytes.
 
@@ -233,7 +233,7 @@ def _name_of(dtype: torch.dtype) -> str:
 def export_last(folder: Path, checkpoint: CheckpointConfig, step: int, tokenizer: Tokenizer) -> None:
     """Write the model of the last step of the run in `folder` to `hf` in it, unless that is done already."""
     out, dtype = folder / HUB, checkpoint.export_dtype
-    found = verify(Steps(folder / checkpoint.folder).path(step), Ranks())
+    found = verify(Steps(folder / checkpoint.folder).path(step), World())
     source = {"step": step, "manifest": fingerprint(asdict(found.manifest)), "dtype": dtype}
     if out.exists():
         with suppress(OSError, ValueError):
@@ -255,7 +255,7 @@ def import_(folder: Path, out: Path, tokenizer: Tokenizer | None) -> None:
     if tokenizer is not None:
         check_vocabulary(tokenizer, config, "PATH", str(folder))
     pieces = {name: _whole(shape) for name, shape in config.shapes.items()}
-    load_weights(folder, config, pieces, Ranks(), "PATH")
+    load_weights(folder, config, pieces, World(), "PATH")
     identity = identity_of(config)
     if tokenizer is not None:
         identity["data.tokenizer_fingerprint"] = tokenizer.fingerprint
@@ -276,7 +276,7 @@ def import_(folder: Path, out: Path, tokenizer: Tokenizer | None) -> None:
         made={"imported_from": str(folder)},
     )
     with new_folder(out) as place:
-        write_step(Steps(place), snapshot, Ranks())
+        write_step(Steps(place), snapshot, World())
         if tokenizer is not None:
             (place / TOKENIZER).mkdir()
             tokenizer.save(place / TOKENIZER)

@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchtitan_lite.checkpoint.patience import patiently
-from torchtitan_lite.checkpoint.ranks import Ranks
 from torchtitan_lite.checkpoint.restore import Found, check_same, check_same_run, find, find_initial, load
 from torchtitan_lite.checkpoint.save import Snapshot, probe
 from torchtitan_lite.checkpoint.state import State, changed, fingerprint, flat
@@ -21,9 +19,10 @@ from torchtitan_lite.config.job import JobConfig
 from torchtitan_lite.config.load import ConfigError, Problem
 from torchtitan_lite.config.problem import printable
 from torchtitan_lite.data import Shards, Tokenizer
+from torchtitan_lite.launch.background import patiently
+from torchtitan_lite.launch.world import World
 from torchtitan_lite.models.decoder import DecoderConfig
 from torchtitan_lite.parallel.fsdp import local_shard, shard_box
-from torchtitan_lite.parallel.world import World
 from torchtitan_lite.training import hub
 
 INITIAL = "checkpoint.initial_load_path"
@@ -35,11 +34,6 @@ _NOT_NOTED = ("job.", "checkpoint.", "metrics.", "debug.log_sample_ids")
 """Settings whose changes are not reported, by prefix."""
 
 
-def ranks_of(world: World) -> Ranks:
-    """Return the ranks for checkpoints, with their own process group."""
-    return Ranks(rank=world.rank, size=world.size, group=world.saving)
-
-
 def find_start(
     job: JobConfig, folder: Path, world: World, alive: Callable[[], None]
 ) -> tuple[Found | None, Found | Path | None]:
@@ -48,7 +42,7 @@ def find_start(
     At most one of the two is not None. A new run starts with the weights of a verified step or of the folder
     of a Hugging Face model. Raises ConfigError on all ranks if none is good, or if no step can be saved.
     """
-    checkpoint, ranks = job.checkpoint, ranks_of(world)
+    checkpoint, ranks = job.checkpoint, world.saving
     if checkpoint.enable:
         steps = Steps(folder / checkpoint.folder)
         patiently(lambda: probe(steps, ranks), alive)
@@ -221,7 +215,7 @@ def _resolved(schedule: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load_initial(
-    found: Found | Path, config: DecoderConfig, parameters: Mapping[str, Tensor], ranks: Ranks
+    found: Found | Path, config: DecoderConfig, parameters: Mapping[str, Tensor], ranks: World
 ) -> None:
     """Load this rank's shards of the weights that a new run starts with; raises ConfigError."""
     if isinstance(found, Path):

@@ -7,23 +7,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from torchtitan_lite.checkpoint.patience import patiently
-from torchtitan_lite.checkpoint.ranks import Ranks
 from torchtitan_lite.checkpoint.restore import Found, load
 from torchtitan_lite.checkpoint.save import Snapshot
 from torchtitan_lite.config.job import JobConfig
 from torchtitan_lite.config.load import ConfigError, Problem
 from torchtitan_lite.data import Loader
+from torchtitan_lite.launch.background import patiently
+from torchtitan_lite.launch.world import World
 from torchtitan_lite.models.decoder import Decoder
 from torchtitan_lite.models.init import init_weights
 from torchtitan_lite.parallel.apply import apply, prepare_compile
 from torchtitan_lite.parallel.context import ContextParallel
 from torchtitan_lite.parallel.fsdp import own_shard
 from torchtitan_lite.parallel.mesh import build_mesh
-from torchtitan_lite.parallel.world import World
 from torchtitan_lite.training.corpus import Corpus
 from torchtitan_lite.training.optimizer import build_optimizer, create_state
-from torchtitan_lite.training.record import Record, load_initial, pieces, ranks_of
+from torchtitan_lite.training.record import Record, load_initial, pieces
 
 
 class TrainState:
@@ -71,16 +70,16 @@ class TrainState:
         self.validated = -1
         """The step that was last validated."""
         if resumed is not None:
-            self._resume(resumed, ranks_of(world), alive)
+            self._resume(resumed, world.saving, alive)
         elif initial is not None:
-            patiently(lambda: load_initial(initial, job.decoder, self.parameters, ranks_of(world)), alive)
+            patiently(lambda: load_initial(initial, job.decoder, self.parameters, world.saving), alive)
 
     @property
     def began(self) -> int:
         """Steps done before this start."""
         return self.resumed_step or 0
 
-    def _resume(self, found: Found, ranks: Ranks, alive: Callable[[], None]) -> None:
+    def _resume(self, found: Found, ranks: World, alive: Callable[[], None]) -> None:
         """Continue from a saved step. A step that holds only the model ends a run: nothing is loaded."""
         state = found.state
         if not state.model_only:

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from torchtitan_lite.config.job import JobConfig
 from torchtitan_lite.data import IGNORE, Batch
+from torchtitan_lite.launch.world import World
 from torchtitan_lite.parallel.fsdp import sync_gradients
 from torchtitan_lite.parallel.gradients import scale, squared_norm, sum_partial
-from torchtitan_lite.parallel.world import World
 from torchtitan_lite.training.finite import check_finite
 from torchtitan_lite.training.hardware import peak_memory_gib
 from torchtitan_lite.training.hooks import StepStats

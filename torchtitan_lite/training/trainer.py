@@ -15,13 +15,12 @@ from torchtitan_lite.checkpoint.save import Saver
 from torchtitan_lite.checkpoint.steps import Steps
 from torchtitan_lite.config.job import JobConfig
 from torchtitan_lite.data import Batch, Shards, in_order
-from torchtitan_lite.parallel.world import World
+from torchtitan_lite.launch.world import World
 from torchtitan_lite.training.corpus import load_corpus
 from torchtitan_lite.training.finite import NonFinite
 from torchtitan_lite.training.hooks import HookFailed, Hooks, Outcome, RunInfo
 from torchtitan_lite.training.hooks.console import say
 from torchtitan_lite.training.process import set_up_process
-from torchtitan_lite.training.record import ranks_of
 from torchtitan_lite.training.state import TrainState
 from torchtitan_lite.training.step import Stepper
 from torchtitan_lite.training.validation import Validation, mean_loss
@@ -88,7 +87,7 @@ class Trainer:
         return Saver(
             config,
             Steps(folder / config.folder),
-            ranks_of(self.world),
+            self.world.saving,
             say=self.say,
             alive=self.alive,
             saved=self.state.resumed_step,

@@ -1,24 +1,24 @@
 """Signals and the watch together: which of them end a rank, how soon, and what is told of it."""
 
 import signal
+import time
 from collections.abc import Iterator
-from unittest import mock
+from typing import Any
 
 import pytest
 import torch.distributed as dist
-from hook_cases import stats
 from launch import DEEP
 from programs import PIPE, Program
 
-from torchtitan_lite.parallel.watch import is_of_communication
-from torchtitan_lite.training.hooks import HookFailed, Hooks
+from torchtitan_lite.launch import watch
 
 PROGRAM = """\
 import ctypes, os, signal, sys, threading, time
 import torch.distributed as dist
-from torchtitan_lite.parallel import watch as module
-from torchtitan_lite.parallel.signals import StopRequest
-from torchtitan_lite.parallel.watch import End, Watch, signalled
+from torchtitan_lite.launch import watch as module
+from torchtitan_lite.launch.end import End, signalled
+from torchtitan_lite.launch.signals import StopRequest
+from torchtitan_lite.launch.watch import Watch
 
 module._SILENCE, module._GRACE = 1.5, 2.0
 rank, size, port = map(int, sys.argv[1:])
@@ -33,7 +33,7 @@ watch = Watch(
 request = StopRequest(
     is_first=rank == 0,
     launched=True,
-    on_second=lambda number: watch.end(signalled(rank, number), doubtful=True),
+    on_second=lambda number: watch.end(signalled(rank, number), met="signal"),
     on_ending=watch.hurry,
     is_ending=lambda: watch.is_ending,
 )
@@ -54,12 +54,6 @@ WAIT = "while not request.asked: time.sleep(0.01)\n"
 PATIENT = "module._GRACE = 1000.0\n"  # so that a rank to which it is given does not end within the test
 FOREVER = "while True: time.sleep(0.1)"
 TELL = "threading.Thread(target=tell, daemon=True).start()\n"
-MEET = """\
-from torch.distributed.elastic.utils.store import synchronize
-synchronize(store, b"", rank, size, "both")
-{before}
-synchronize(store, b"", rank, {ranks}, "both again")
-"""
 LEAVE = "request.done(); watch.stop(); sys.exit(75)"
 ASKED = "asked to stop by SIGTERM: saves and stops as soon as it can\n"
 
@@ -123,14 +117,6 @@ def test_a_rank_deep_in_a_library_ends_soon_by_a_signal_that_is_no_request(
     assert rank.end() == (int(end.split()[0]), f"{end}\n", said)
 
 
-def test_a_rank_deep_in_a_library_says_interrupted_when_it_is_the_first_to_end(start) -> None:
-    interrupted = "watch.end(signalled(0, signal.SIGINT), 'interrupted', doubtful=True)"
-    ranks = start(f"module._SILENCE = 1000.0\n{interrupted}", DEEP)
-    ranks[1].send_signal(signal.SIGINT)
-    assert ranks[1].end() == (130, "", "interrupted\n")
-    assert ranks[0].end() == (130, "130 interrupted\n", "")
-
-
 @pytest.mark.parametrize("what", [FOREVER, DEEP], ids=["in Python", "in C"])
 def test_a_second_request_on_all_ranks_ends_them_at_once_and_is_told_once(what: str, start) -> None:
     ranks = start(PATIENT + TELL + what, PATIENT + TELL + what)
@@ -167,7 +153,7 @@ def test_ranks_that_have_saved_may_go_at_different_times(start) -> None:
 def test_another_ranks_failure_is_what_is_told_whatever_the_launcher_sends_then(
     asked_before: bool, start
 ) -> None:
-    fail = "input(); watch.end(End(rank=1, message='disk full'), 'disk full', doubtful=False)"
+    fail = "input(); watch.end(End(rank=1, message='disk full'), 'disk full')"
     ranks = start(FOREVER, fail)
     assert ranks[0].stderr is not None and ranks[1].stdin is not None
     if asked_before:
@@ -182,36 +168,68 @@ def test_another_ranks_failure_is_what_is_told_whatever_the_launcher_sends_then(
     assert ASKED not in err
 
 
-def test_a_sign_of_life_within_the_grace_saves_a_rank_that_is_late(start) -> None:
-    look = "print(watch.is_ending);"
-    looks = f"{look} watch.alive(60); {look} time.sleep(2); {look}"
-    ranks = start(
-        MEET.format(ranks=2, before="watch.alive(0.5)") + looks + LEAVE,
-        MEET.format(ranks=2, before="time.sleep(1.5)") + LEAVE,
-    )
-    assert ranks[0].end() == (75, "True\nFalse\nFalse\n", "")
-    assert ranks[1].end() == (75, "", "")
-
-
-def test_a_late_rank_without_one_ends_after_the_grace(start) -> None:
-    # It notes the time itself: under load, the test may hear of its start much later.
-    told = "told = lambda end: os.write(1, b'%d' % (time.monotonic() - began >= 0.5 + 2))"
-    (rank,) = start(MEET.format(ranks=2, before=f"{told}; began = time.monotonic(); watch.alive(0.5)"))
-    status, out, err = rank.end()
-    assert (status, out) == (1, "1")
-    assert err.startswith("rank 0 hangs: no progress for")
-
-
-def test_a_late_rank_that_waits_for_nobody_ends_at_once(start) -> None:
-    (rank,) = start(f"{PATIENT}watch.alive(0.5)\n{FOREVER}")
-    status, _, err = rank.end()
+def test_a_late_rank_ends_as_a_hang_although_it_is_the_only_one(start) -> None:
+    ranks = start(f"{PATIENT}watch.alive(0.2)\n{FOREVER}", f"{PATIENT}{FOREVER}")
+    status, _, err = ranks[0].end()
     assert status == 1
-    assert err.startswith("rank 0 hangs: no progress for")
+    assert err.startswith("rank 0 hangs: no progress for ")
+    assert '  File "<string>"' in err
+
+
+def test_a_rank_that_dies_before_its_verdict_is_named(start) -> None:
+    die = "dist.PrefixStore('watch', store).set('trouble', '1'); os.kill(os.getpid(), signal.SIGKILL)"
+    ranks = start(FOREVER, die)
+    status, out, err = ranks[0].end()
+    assert (status, out) == (1, "1 failed\n")
+    assert err.splitlines()[-1] == "rank 0 stopped: rank 1 no longer answers"
+
+
+def test_an_outcome_that_cannot_be_written_keeps_no_process(start) -> None:
+    stuck = "module._AT_MOST = 0.1; watch.on_end = lambda end: threading.Event().wait(); watch.alive(0.1)"
+    (rank,) = start(f"{stuck}\n{FOREVER}")
+    assert rank.end()[0] == 1
+
+
+class CountingStore:
+    """A store in this process that counts the requests of all its clones."""
+
+    def __init__(self) -> None:
+        self.requests: list[str] = []
+        self._store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+
+    def clone(self) -> "CountingStore":
+        return self
+
+    def set_timeout(self, seconds: object) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Any:
+        def request(*arguments: object) -> object:
+            self.requests.append(name)
+            return getattr(self._store, name)(*arguments)
+
+        return request
+
+
+def test_a_healthy_run_asks_the_store_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long it lasts: here a hundred looks at the process."""
+    looks: list[float] = []
+    store: Any = CountingStore()
+    monkeypatch.setattr(watch, "PrefixStore", lambda prefix, own: own)
+    monkeypatch.setattr(watch, "_TICK", 0.001)
+    monkeypatch.setattr(watch.Watch, "_is_orphan", property(lambda own: looks.append(time.monotonic())))
+    own = watch.Watch(store, rank=0, size=1, seconds=60, launcher=0)
+    own.start()
+    while len(looks) < 100:
+        own.alive(60)
+    assert store.requests == ["wait"]
+    own.stop()
+    assert sorted(store.requests) == ["compare_set", "get", "wait"]
 
 
 LAUNCHER = """\
 import os, signal, time
-from torchtitan_lite.parallel.watch import while_launched
+from torchtitan_lite.launch.watch import while_launched
 
 launcher = os.getpid()
 if os.fork():
@@ -227,13 +245,3 @@ def test_a_rank_that_still_waits_for_the_others_ends_with_its_launcher() -> None
     with Program(["-c", LAUNCHER]) as launcher:
         _, said = launcher.communicate()
     assert (launcher.returncode, said) == (-signal.SIGKILL, "stopped: the launcher no longer answers\n")
-
-
-def test_another_ranks_end_that_is_felt_in_a_hook_is_of_communication() -> None:
-    def failed(error: Exception) -> Exception:
-        with pytest.raises(HookFailed) as caught:
-            Hooks([("mine", mock.Mock(step=mock.Mock(side_effect=error)))]).step(stats(1))
-        return caught.value
-
-    assert is_of_communication(failed(dist.DistError("gone")))
-    assert not is_of_communication(failed(ValueError("wrong")))

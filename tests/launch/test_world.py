@@ -8,7 +8,7 @@ import torch
 import world_cases as cases
 
 from torchtitan_lite.config.load import ConfigError
-from torchtitan_lite.parallel.world import World, join, leave, world_size
+from torchtitan_lite.launch.world import World, join, leave, world_size
 
 TORCHRUN = {
     "RANK": "0",
@@ -47,7 +47,8 @@ def test_without_a_launcher_a_run_is_one_rank_without_a_process_group(environmen
     assert world.share("folder") == "folder"
     assert world.in_turn(lambda: 3) == 3
     assert [world.any(flag) for flag in (False, True)] == [False, True]
-    assert world.saving is None
+    assert world.saving is world
+    assert world.gather(3) == [3] and world.together(lambda: 3) == 3
     world.steady()
     leave()
 
@@ -55,16 +56,16 @@ def test_without_a_launcher_a_run_is_one_rank_without_a_process_group(environmen
 @pytest.mark.parametrize(
     ("changed", "line"),
     [
-        ({"RANK": "two"}, 'RANK = "two" is not the number of a rank: unset it, or start with torchrun'),
-        ({"RANK": "-1"}, 'RANK = "-1" is not the number of a rank: '),
-        ({"RANK": "2"}, "RANK = 2 is not below the 2 ranks there are: "),
-        ({"RANK": None}, "RANK is not set, and other variables of a launcher are: start with torchrun"),
-        ({"WORLD_SIZE": "0"}, 'WORLD_SIZE = "0" is not a number of ranks: '),
-        ({"WORLD_SIZE": "²"}, 'WORLD_SIZE = "²" is not a number of ranks: '),
-        ({"LOCAL_RANK": None}, "LOCAL_RANK is not set, "),
-        ({"LOCAL_RANK": "5"}, "LOCAL_RANK = 5 is not below the 2 ranks there are: "),
-        ({"LOCAL_WORLD_SIZE": ""}, 'LOCAL_WORLD_SIZE = "" is not a number of ranks: '),
-        ({"MASTER_PORT": None}, "MASTER_PORT is not set, "),
+        ({"RANK": "two"}, 'RANK = "two" must be a number from 0 to 1, '),
+        ({"RANK": "-1"}, 'RANK = "-1" must be a number from 0 to 1, '),
+        ({"RANK": "2"}, 'RANK = "2" must be a number from 0 to 1, '),
+        ({"RANK": None}, "RANK must be a number from 0 to 1, as there are other variables of a launcher: "),
+        ({"WORLD_SIZE": "0"}, 'WORLD_SIZE = "0" must be a number from 1 to '),
+        ({"WORLD_SIZE": "²"}, 'WORLD_SIZE = "²" must be a number from 1 to '),
+        ({"LOCAL_RANK": None}, "LOCAL_RANK must be a number from 0 to 1, "),
+        ({"LOCAL_WORLD_SIZE": ""}, 'LOCAL_WORLD_SIZE = "" must be a number from 1 to 2, '),
+        ({"MASTER_PORT": None}, 'MASTER_ADDR = "127.0.0.1" did not bring the 2 ranks together ('),
+        ({"MASTER_ADDR": None}, "MASTER_ADDR did not bring the 2 ranks together ("),
     ],
 )
 def test_variables_that_make_no_sense_are_a_line(changed, line: str, environment) -> None:
@@ -120,7 +121,7 @@ def test_wrong_input_on_any_rank_is_the_same_on_all(raising: list[int], ranks) -
 
 @pytest.mark.parametrize("raising", [0, 1, 2])
 def test_another_exception_stops_all_ranks_and_stays_as_it_is_on_its_own(raising: int, ranks) -> None:
-    expected = [f"DistError: rank {raising}: KeyError: {raising}"] * 4
+    expected = [f"OnAnotherRank: rank {raising}: KeyError: {raising}"] * 4
     expected[raising] = f"KeyError: {raising}"
     assert ranks(4).run(cases.error_in_turn, [raising], False) == expected
 

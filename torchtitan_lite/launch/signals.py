@@ -1,7 +1,11 @@
-"""SIGTERM and SIGUSR1, with which schedulers announce that a process is to go: a request to save and stop.
+"""SIGTERM and SIGUSR1, with which schedulers announce the end of a job: a request to save and stop.
 
-A thread of its own reads the signals, so that they count even while the main thread is deep in a library,
-where no handler in Python runs.
+A thread reads the signals from a pipe (signal.set_wakeup_fd), so they count even while the main thread is in
+a library, where no Python handler runs.
+
+From the signal to exit status 75: `StopRequest.asked` is set here. At its next exchange the Trainer agrees
+with the other ranks on one step to stop at, and saves that step. Then train.run calls `done` and returns
+the status of RunFolder.finish.
 """
 
 import contextlib
@@ -12,24 +16,28 @@ import threading
 import time
 from collections.abc import Callable
 
+from torchtitan_lite.launch.end import say
+
 _STOPS = frozenset({signal.SIGTERM, signal.SIGUSR1})
 _ECHO = 1.0
-"""Seconds within which a launcher may pass on a signal that this process has got already."""
+"""Seconds within which a launcher may pass on a signal that this process has received already."""
 _PAUSE = 1.0
-"""Seconds in which a rank learns of another's failure, upon which a launcher sends SIGTERM too."""
+"""Seconds within which a rank learns of another's failure, on which a launcher sends SIGTERM too."""
 _LAST_WORDS = 5.0
-"""Seconds for what is done at the end; more than the other ranks need to agree on it."""
+"""Seconds for the last words; more than the ranks need to agree on how the run ends."""
 
 
 class StopRequest:
-    """Whether this process is asked to save and stop.
+    """Whether a signal has asked this process to save and stop.
 
-    The same signal again within a second is no second request where a launcher has started the process: a
-    scheduler may signal both, and the launcher passes it on. Every other further signal ends the process.
+    A second signal ends the process. But under a launcher the same signal within a second is no second
+    request: a scheduler may signal both processes, and the launcher passes its signal on.
 
     Args:
-        on_second: called, from a thread, with the number of a second signal; the process ends in any case.
-        on_ending: called, from a thread, with the number of a signal upon which the main thread is to end.
+        is_first: whether this rank prints for all.
+        launched: whether a launcher started this process.
+        on_second: called from a thread with the number of a second signal. The process ends in any case.
+        on_ending: called from a thread with the number of a signal on which the main thread is to end.
         is_ending: whether the process is about to end for another reason than a request.
     """
 
@@ -44,7 +52,7 @@ class StopRequest:
     ) -> None:
         self.asked = False
         self.signal_name = ""
-        """Of the signal that asked."""
+        """The signal that asked."""
         self.on_second, self.on_ending, self.is_ending = on_second, on_ending, is_ending
         self._is_first, self._launched = is_first, launched
         self._saves = self._is_done = False
@@ -52,10 +60,12 @@ class StopRequest:
         self._unsaid = threading.Lock()
 
     def install(self, *, saves: bool) -> None:
-        """Take the signals, from the main thread, in which they raise SystemExit where the run never `saves`.
+        """Handle the signals. Called from the main thread.
 
-        With `saves` they stay blocked in every thread and process that is started later: a compiler or a data
-        worker goes on.
+        Without `saves` a signal raises SystemExit in the main thread.
+
+        With `saves` the signals stay blocked in every thread and process started later, so that a compiler or
+        a data worker goes on.
         """
         self._saves = saves
         for number in _STOPS:
@@ -70,7 +80,7 @@ class StopRequest:
             signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
 
     def done(self) -> None:
-        """From now on no signal but SIGINT counts: the run has saved, and its launcher signals all it has."""
+        """Ignore SIGTERM and SIGUSR1 from now on: the run has saved, and launchers signal what still runs."""
         self._is_done = True
         for number in _STOPS:
             signal.signal(number, signal.SIG_IGN)
@@ -96,7 +106,7 @@ class StopRequest:
     def _ask(self, number: int) -> None:
         self.signal_name, self._at = signal.Signals(number).name, time.monotonic()
         self.asked = True
-        # In another thread, here and below: nobody may be reading what is printed.
+        # In another thread, here and below, as printing blocks while nobody reads the output.
         threading.Thread(target=self._tell_in_time, daemon=True).start()
 
     def _is_echo(self, number: int) -> bool:
@@ -110,7 +120,7 @@ class StopRequest:
             self._tell()
 
     def _tell(self) -> None:
-        if self._unsaid.acquire(blocking=False):  # never released: said once
+        if self._unsaid.acquire(blocking=False):  # never released, so that it is said once
             self._say(f"asked to stop by {self.signal_name}: saves and stops as soon as it can")
 
     def _end(self, number: int) -> None:
@@ -129,15 +139,13 @@ class StopRequest:
 
     def _say(self, text: str) -> None:
         if self._is_first:
-            with contextlib.suppress(OSError):
-                sys.stderr.write(f"{text}\n")
-                sys.stderr.flush()
+            say(text)
 
 
 def _pass(*_: object) -> None:
-    """What the main thread does about a signal that is read elsewhere."""
+    """The handler in the main thread: the other thread reads the signal."""
 
 
 def _exit(number: int, _: object) -> None:
-    # As an exception, so that the outcome is written on the way out.
+    # An exception, so that the outcome is written on the way out.
     sys.exit(128 + number)

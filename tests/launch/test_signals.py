@@ -11,8 +11,8 @@ from programs import Program
 
 PROGRAM = """\
 import ctypes, os, signal, subprocess, sys, threading, time, warnings
-from torchtitan_lite.parallel import signals
-from torchtitan_lite.parallel.signals import StopRequest
+from torchtitan_lite.launch import signals
+from torchtitan_lite.launch.signals import StopRequest
 
 ending = threading.Event()
 

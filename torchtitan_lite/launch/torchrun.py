@@ -1,13 +1,15 @@
-"""torchrun, except that SIGTERM and SIGUSR1 only go to the ranks, and that it ends with their exit status.
+"""torchrun for schedulers: `torchtitan-lite launch` or `python -m torchtitan_lite.launch.torchrun`.
 
-By itself torchrun kills the ranks 30 seconds after a SIGTERM, dies of a SIGUSR1 without them, and makes 1 of
-every exit status. For Linux, where the ranks are found in /proc.
+SIGTERM and SIGUSR1 are passed on to the ranks, which may take as long as they need to save, and the exit
+status is that of the ranks. torchrun itself kills the ranks 30 seconds after a SIGTERM, dies of a SIGUSR1
+without them, and turns every exit status into 1. For Linux, where the ranks are found in /proc.
 """
 
 import contextlib
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,11 +17,11 @@ if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing import PContext
 
 SAVED = 75
-"""Exit status of a rank that has been asked to stop, and has saved."""
+"""Exit status of a process that was asked to stop and has saved: EX_TEMPFAIL of sysexits.h, "try again"."""
 
 
 class PassOn:
-    """Passes a signal on to the ranks; ends this process where there are none yet."""
+    """A signal handler that passes the signal on to the ranks, or ends this process while there are none."""
 
     def __init__(self) -> None:
         self.has_passed_on = False
@@ -27,7 +29,7 @@ class PassOn:
     def __call__(self, number: int, _: object) -> None:
         found = children()
         if not found and not self.has_passed_on:
-            # At once: torch may be on its way in, and an exception amid its C++ aborts the process.
+            # At once: an exception in the middle of torch's import would abort the process.
             os._exit(128 + number)
         self.has_passed_on = True
         for pid in found:
@@ -36,10 +38,10 @@ class PassOn:
 
 
 def children() -> list[int]:
-    """The processes that this one has started, which are the ranks."""
+    """The processes that this one has started: the ranks."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it has ended meanwhile
+        with contextlib.suppress(OSError):  # the process has ended meanwhile
             after_name = path.read_text(errors="replace").rpartition(")")[2].split()
             if int(after_name[1]) == os.getpid():
                 found.append(int(path.parent.name))
@@ -47,7 +49,7 @@ def children() -> list[int]:
 
 
 def refusal(words: list[str]) -> str:
-    """Why torchrun is not to be given `words`, if it is not."""
+    """Why torchrun must not be given `words`; empty if it may."""
     from torch.distributed.run import parse_args
 
     own = "none of the user's"
@@ -64,7 +66,7 @@ def refusal(words: list[str]) -> str:
 
 
 def remember_starts() -> "list[PContext]":
-    """The ranks of this node, one for each time that torchrun starts them from now on, as it does."""
+    """A list to which torchrun's start of this node's ranks is added."""
     from torch.distributed.elastic.agent.server import local_elastic_agent as agent
     from torch.distributed.elastic.multiprocessing import start_processes
 
@@ -79,15 +81,15 @@ def remember_starts() -> "list[PContext]":
 
 
 def have_saved(ranks: "PContext") -> bool:
-    """Whether each of `ranks` has ended because it has saved."""
+    """Whether every one of `ranks` has ended with `SAVED`."""
     ended = ranks.wait(0)
     failures = ended.failures.values() if ended else []
     return [failure.exitcode for failure in failures] == [SAVED] * ranks.nprocs
 
 
 def launch(words: list[str]) -> int:
-    """The exit status of a torchrun of `words`."""
-    # Late, so that signals are taken before this slow import.
+    """Run torchrun with `words`, and return the exit status."""
+    # Not at the top: the signals are handled before this slow import.
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
@@ -109,15 +111,20 @@ def launch(words: list[str]) -> int:
     except SignalException as error:
         return 128 + error.sigval
     except RendezvousError:
-        # The first node, with the store in it, may go while ranks of this one still end.
+        # The first node, which has the store, may end while ranks of this one still end.
         if not starts or not have_saved(starts[-1]):
             raise
         return SAVED
     return 0
 
 
-if __name__ == "__main__":
+def main(argv: Sequence[str]) -> int:
+    """Handle the signals, run torchrun with `argv`, and return the exit status."""
     pass_on = PassOn()
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, pass_on)
-    sys.exit(launch(sys.argv[1:]))
+    return launch(list(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

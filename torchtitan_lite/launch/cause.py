@@ -1,0 +1,89 @@
+"""Which rank is the reason that a run of several ranks ends: the one that the others wait for.
+
+A process group counts its collectives, gloo's as well as NCCL's, and a rank increments its own count when it
+enters one. So in each group the ranks with the highest count wait for those that are behind. Groups overlap:
+with tensor and data parallel, rank A may hang, B wait for A in one group, and C wait for B in another. All
+ranks run the same program, so A is the rank that is behind somewhere and ahead nowhere.
+"""
+
+import contextlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from torch.distributed import distributed_c10d
+
+from torchtitan_lite.launch.end import End
+from torchtitan_lite.launch.world import SAVING
+
+Met = Literal["nothing", "signal", "echo", "error"]
+"""What ended the work of a rank. An echo is an error that tells of another rank's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What one rank says of itself once a rank has announced trouble."""
+
+    end: End
+    """How the run ends if this rank is the cause."""
+    met: Met
+    """What ended its work."""
+    is_late: bool
+    """Whether its main thread has made no progress for longer than allowed."""
+    counts: Mapping[str, int]
+    """Collectives entered, by process group."""
+
+
+def collectives() -> dict[str, int]:
+    """How many collectives the main thread has entered in each of its process groups.
+
+    All ranks of a group know it by the same name. Disjoint groups may share a name, so the key has the first
+    rank too.
+    """
+    world, counts = distributed_c10d._world, {}
+    for group, name in list(world.pg_names.items()):
+        ranks = world.pg_group_ranks.get(group)
+        if not ranks or group.group_desc == SAVING:  # being made, or of another thread
+            continue
+        with contextlib.suppress(RuntimeError):  # a backend that does not count
+            key = f"{name} of rank {min(ranks)}"
+            counts[key] = group._get_sequence_number_for_group()  # pyright: ignore[reportAttributeAccessIssue]
+    return counts
+
+
+def is_settled(answers: Mapping[int, Answer]) -> bool:
+    """Whether an answer explains the trouble. Otherwise the rank that does has yet to report its error."""
+    return any(answer.is_late or answer.met in ("error", "signal") for answer in answers.values())
+
+
+def find_cause(answers: Mapping[int, Answer], announcer: int) -> int:
+    """The rank to name, of those that answer; the announcer where nothing points to another rank."""
+    low, high = _bounds(answers, min), _bounds(answers, max)
+    ahead, behind = (
+        {rank for rank in answers if any(n != bounds[key] for key, n in answers[rank].counts.items())}
+        for bounds in (low, high)
+    )
+    ranks = sorted(answers, key=lambda rank: (rank != announcer, rank))
+    # A rank that waited as long as allowed, and in vain, may have got an error from that.
+    failed = [
+        rank
+        for rank in ranks
+        if answers[rank].met == "error" and not (answers[rank].is_late and rank in ahead)
+    ]
+    someone_waits = any(answer.is_late for answer in answers.values())
+    waited_for = [rank for rank in ranks if rank in behind] if someone_waits else []
+    signalled = [rank for rank in ranks if answers[rank].met == "signal"]
+    for candidates in (failed, waited_for):
+        if candidates:
+            return next((rank for rank in candidates if rank not in ahead), candidates[0])
+    late = [rank for rank in ranks if answers[rank].is_late]
+    return [*late, *signalled, announcer][0]
+
+
+def _bounds(answers: Mapping[int, Answer], choose: Callable[[int, int], int]) -> dict[str, int]:
+    """The lowest or the highest count of each group."""
+    found: dict[str, int] = {}
+    for answer in answers.values():
+        for key, n in answer.counts.items():
+            found[key] = choose(found.get(key, n), n)
+    return found

@@ -1,0 +1,271 @@
+"""How a run of several ranks ends when one fails: all of it, soon, and with that rank's error first.
+
+Each rank's watch has two threads of its own. One blocks at the store where the ranks met until some rank
+announces trouble, so a healthy run asks nothing of the store. The other looks, in this process alone, whether
+the launcher lives and whether the main thread makes progress.
+
+When trouble is announced, by a rank with an error or by one without progress, every watch answers with what
+it knows (cause.Answer). The announcing rank picks the cause and writes the verdict. The rank that is the
+cause prints first, the others print a line each, and all processes end. A rank that does not answer is dead.
+"""
+
+import contextlib
+import math
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import NoReturn
+
+import torch.distributed as dist
+from pydantic import TypeAdapter
+from torch.distributed.distributed_c10d import PrefixStore, Store
+
+from torchtitan_lite.launch.cause import Answer, Met, collectives, find_cause, is_settled
+from torchtitan_lite.launch.end import End, say, signalled, tell_launcher, words_of_signal
+
+_TICK = 0.5
+"""Seconds between two looks at the main thread and the launcher."""
+_SILENCE = 3.0
+"""Seconds without an answer after which a rank is dead."""
+_GRACE = 6.0
+"""Seconds that the main thread has to end the process by itself; more than a `_SILENCE`."""
+_AT_MOST = 60.0
+"""Seconds that ending may take: a disk or a terminal that does not answer keeps no process."""
+_FOREVER = timedelta(days=20)
+"""More than this is more milliseconds than poll() can count."""
+
+# Keys in the store, beside answer/RANK. "trouble" holds the rank that announced it, or _OVER.
+_TROUBLE, _VERDICT, _TOLD = "trouble", "verdict", "told"
+_OVER = "over"
+_ANSWER, _END = TypeAdapter(Answer), TypeAdapter(End)
+
+
+class Watch:
+    """One rank's watch over its own main thread and over the other ranks, from `start` to `stop`.
+
+    Args:
+        store: where the ranks met.
+        seconds: how long the main thread may take until it calls `alive`.
+        launcher: the process that started this one.
+        on_end: called on rank 0, or for a dead rank 0 on the announcing rank, with the end of the run.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        rank: int,
+        size: int,
+        seconds: float,
+        launcher: int,
+        on_end: Callable[[End], None] = lambda end: None,
+    ) -> None:
+        self.rank, self.size, self.on_end = rank, size, on_end
+        self._launcher = launcher
+        self._store, self._waiting = _connect(store), _connect(store)
+        self.alive(seconds)
+        self._signal, self._must_end_at = int(signal.SIGTERM), math.inf
+        self._ending = threading.Lock()
+        self._is_announced, self._stopped = threading.Event(), threading.Event()
+        self._threads = [
+            threading.Thread(target=target, name="watch", daemon=True)
+            for target in (self._look_at_store, self._look_at_process)
+        ]
+
+    def start(self) -> None:
+        """Start to watch."""
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """Stop to watch: the run is done on all ranks."""
+        self._stopped.set()
+        with contextlib.suppress(RuntimeError):  # the store is gone already
+            self._store.compare_set(_TROUBLE, "", _OVER)
+        for thread in self._threads:
+            thread.join()
+
+    def alive(self, seconds: float) -> None:
+        """Report progress of the main thread. The next report must come within `seconds`."""
+        self._last = time.monotonic()
+        self._due = self._last + seconds
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether the run is about to end because of trouble, as far as this rank knows."""
+        return self._is_announced.is_set() or self._ending.locked() or self._is_late
+
+    @property
+    def _is_late(self) -> bool:
+        return time.monotonic() > self._due
+
+    def hurry(self, number: int = signal.SIGTERM) -> None:
+        """Let the main thread end the process within `_GRACE` seconds; then end it as on signal `number`."""
+        if self._must_end_at == math.inf:
+            self._signal, self._must_end_at = number, time.monotonic() + _GRACE
+
+    def end(self, own: End, details: str = "", *, met: Met = "error") -> NoReturn:
+        """Agree with the other ranks on how the run ends, print that, and end this process.
+
+        Args:
+            own: how the run ends if this rank is the cause.
+            details: what this rank prints in that case; by default the message.
+            met: what ended the work of this rank.
+        """
+        with self._ending:  # never released: the first thread that comes here ends the process
+            limit = threading.Timer(_AT_MOST, os._exit, [own.status])
+            limit.daemon = True
+            limit.start()
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+                with contextlib.suppress(ValueError):  # not in the main thread, and no exception comes here
+                    signal.signal(number, signal.SIG_IGN)
+            if self._is_orphan:
+                own, details = self._orphaned(), ""
+            end, writer = self._agree(own, met)
+            is_own = end.rank == self.rank
+            line = end.line_on(self.rank)
+            with contextlib.suppress(RuntimeError):  # no store any more
+                if is_own:
+                    say(details or line)
+                    self._store.set(_TOLD, "")
+                elif not end.is_dead:
+                    self._store.wait([_TOLD])
+            if not is_own:
+                say(line)
+            if self.rank == writer:
+                with contextlib.suppress(OSError):
+                    self.on_end(end)
+            tell_launcher(end.message if is_own else line or end.message, late=not is_own)
+            with contextlib.suppress(OSError, ValueError):
+                sys.stdout.flush()
+            os._exit(end.status)
+
+    def _agree(self, own: End, met: Met) -> tuple[End, int]:
+        """How all ranks end the run, and which rank writes that; `own` where no others can be asked."""
+        if self._is_orphan:
+            return own, 0  # most likely the store died with the launcher, and torch would say so at length
+        try:
+            found = self._store.compare_set(_TROUBLE, "", str(self.rank)).decode()
+            if found == _OVER:
+                return own, 0
+            announcer = int(found)
+            self._store.set(f"answer/{self.rank}", self._answer(own, met))
+            if announcer == self.rank:
+                self._store.set(_VERDICT, _END.dump_json(self._judge()).decode())
+            end = _verdict(self._store, announcer)
+        except RuntimeError:
+            return own, 0
+        return end, announcer if end.is_dead and end.rank == 0 else 0
+
+    def _judge(self) -> End:
+        """Collect the answers of all ranks and find the cause."""
+        deadline = time.monotonic() + _SILENCE
+        keys = [f"answer/{rank}" for rank in range(self.size)]
+        while True:
+            is_over = time.monotonic() > deadline
+            there = {rank: self._store.get(key) for rank, key in enumerate(keys) if self._store.check([key])}
+            answers = {rank: _ANSWER.validate_json(text) for rank, text in there.items()}
+            if is_over or (len(answers) == self.size and is_settled(answers)):
+                break
+            time.sleep(0.05)
+        if dead := [rank for rank in range(self.size) if rank not in answers]:
+            return _no_answer(dead)
+        return answers[find_cause(answers, self.rank)].end
+
+    def _answer(self, own: End, met: Met) -> str:
+        answer = Answer(end=own, met=met, is_late=self._is_late, counts=collectives())
+        return _ANSWER.dump_json(answer).decode()
+
+    def _look_at_store(self) -> None:
+        """Wait until a rank announces trouble, answer, and see to it that this process ends."""
+        try:
+            self._waiting.wait([_TROUBLE], _FOREVER)
+            announcer = self._waiting.get(_TROUBLE).decode()
+            if announcer == _OVER:
+                return
+            self._is_announced.set()
+            # The main thread answers too if it meets an error: that answer counts.
+            self._waiting.compare_set(f"answer/{self.rank}", "", self._answer(self._hang(), "nothing"))
+            end = _verdict(self._waiting, int(announcer))
+        except RuntimeError:
+            # At the end of a run the store may go a moment before this thread is told to stop.
+            if not self._stopped.wait(2):
+                self.end(self._orphaned())
+            return
+        if end.rank == self.rank:  # and the main thread hangs, or is about to end the process
+            self.end(end, self._stack(), met="nothing")
+        self.hurry()
+
+    def _look_at_process(self) -> None:
+        """End the process when its launcher is gone, when it is late, and when it does not end in time."""
+        while not self._stopped.wait(_TICK):
+            now = time.monotonic()
+            if self._ending.locked():
+                return
+            if self._is_orphan and not self._stopped.wait(2):
+                self.end(self._orphaned())
+            elif now > self._due:
+                self.end(self._hang(), self._stack(), met="nothing")
+            elif now > self._must_end_at:
+                end = signalled(self.rank, self._signal)
+                self.end(end, words_of_signal(end), met="signal")
+
+    @property
+    def _is_orphan(self) -> bool:
+        return os.getppid() != self._launcher
+
+    def _orphaned(self) -> End:
+        return End(rank=self.rank, message="the launcher no longer answers")
+
+    def _hang(self) -> End:
+        seconds = time.monotonic() - self._last
+        return End(rank=self.rank, message=f"rank {self.rank} hangs: no progress for {seconds:.0f} s")
+
+    def _stack(self) -> str:
+        main = sys._current_frames()[threading.main_thread().ident or 0]
+        stack = "".join(traceback.format_stack(main))
+        return f"{self._hang().message} (the timeouts of [comm] say how long that may be)\n{stack}".rstrip()
+
+
+def _connect(store: Store) -> Store:
+    """A connection of its own to the store: a request keeps a connection busy until it is answered."""
+    own = store.clone()  # pyright: ignore[reportAttributeAccessIssue]
+    own.set_timeout(timedelta(seconds=_GRACE))
+    return PrefixStore("watch", own)
+
+
+def _verdict(store: Store, announcer: int) -> End:
+    """Wait for the verdict; if none comes, the rank that was to write it is dead."""
+    try:
+        return _END.validate_json(store.get(_VERDICT))
+    except dist.DistStoreError:
+        return _no_answer([announcer])
+
+
+def _no_answer(ranks: list[int]) -> End:
+    answers = "answer" if len(ranks) > 1 else "answers"
+    message = f"rank {', '.join(map(str, ranks))} no longer {answers}"
+    return End(rank=ranks[0], message=message, is_dead=True)
+
+
+@contextlib.contextmanager
+def while_launched(launcher: int) -> Iterator[None]:
+    """Within it, this process ends when the process `launcher` does: there is no watch yet."""
+    done = threading.Event()
+
+    def look() -> None:
+        while not done.wait(_TICK):
+            if os.getppid() != launcher:
+                say("stopped: the launcher no longer answers")
+                os._exit(1)
+
+    threading.Thread(target=look, name="launcher", daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()

@@ -1,0 +1,238 @@
+"""The ranks of a run: who this one is, how they meet, and what they exchange."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import distributed_c10d
+from torch.distributed.distributed_c10d import ProcessGroup, Store
+from torch.distributed.rendezvous import rendezvous
+
+from torchtitan_lite.config.load import MISSING, ConfigError, Problem
+
+T = TypeVar("T")
+
+_BACKEND = {"cpu": "gloo", "cuda": "nccl"}
+_NCCL_GRACE = 20
+_MOST_RANKS = 1_000_000
+SAVING = "saving"
+"""What the process group of the thread that saves is called."""
+_SAVING_TIMEOUT = timedelta(minutes=30)
+"""How long a rank may save or load while the others wait for it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommConfig:
+    """How long a rank waits for the others before the run counts as hung."""
+
+    init_timeout_seconds: int = 300
+    """Seconds until the first step is done."""
+    train_timeout_seconds: int = 100
+    """Seconds for every later step."""
+
+    def problems(self, key: str) -> list[Problem]:
+        """Values out of range."""
+        return [
+            Problem(f"{key}.{name}", getattr(self, name), "must be at least 1", "use a positive number")
+            for name in ("init_timeout_seconds", "train_timeout_seconds")
+            if getattr(self, name) < 1
+        ]
+
+
+class SameOnAllRanks(Exception):
+    """An error that `World.together` raises unchanged on every rank, as it does with ConfigError."""
+
+
+class OnAnotherRank(RuntimeError):
+    """Another rank raised an error; the message says which rank and which error."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """All ranks of a run, as one of them sees them. Without arguments: a run of one process."""
+
+    rank: int = 0
+    local_rank: int = 0
+    """Number of this rank among the ranks of its machine."""
+    size: int = 1
+    train_seconds: int = 100
+    """How long a rank waits for the others in a `steady` run."""
+    store: Store | None = None
+    """Where the ranks met; None without a process group."""
+    group: ProcessGroup | None = None
+    """The process group that the methods use; None for the default one."""
+    saving_group: ProcessGroup | None = None
+    """A gloo group of all ranks, with long timeouts; None where there is one rank."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank prints and writes for all."""
+        return self.rank == 0
+
+    @property
+    def saving(self) -> "World":
+        """The same ranks over the group that waits long, for the one thread that saves or loads."""
+        return self if self.saving_group is None else replace(self, group=self.saving_group)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Sum `x` over all ranks, in place."""
+        if dist.is_initialized():
+            dist.all_reduce(x, group=self.group)
+        return x
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is set on any rank."""
+        if self.size == 1:
+            return flag
+        device = "cuda" if dist.get_backend(self.group) == "nccl" else "cpu"
+        found = torch.tensor(int(flag), device=device)
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=self.group)
+        return bool(found)
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all ranks, on every rank."""
+        if self.size == 1:
+            return [value]
+        values: list[T] = [value] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def share(self, value: T) -> T:
+        """The value of rank 0, on every rank."""
+        if self.size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0, group=self.group)
+        return values[0]
+
+    def together(self, act: Callable[[], T]) -> T:
+        """Run `act` on every rank. If it raises on one rank, every rank raises.
+
+        The other ranks raise the same error if it is a ConfigError or SameOnAllRanks, else OnAnotherRank.
+        """
+        try:
+            done, error = act(), None
+        except Exception as raised:  # noqa: BLE001 - raised again once the others know
+            done, error = None, raised
+        is_shared = error is None or isinstance(error, (ConfigError, SameOnAllRanks))
+        told = error if is_shared else OnAnotherRank(f"rank {self.rank}: {type(error).__name__}: {error}")
+        first = next((found for found in self.gather(told) if found is not None), None)
+        if first is not None:
+            raise first if is_shared or error is None else error
+        return cast(T, done)
+
+    def in_turn(self, build: Callable[[], T]) -> T:
+        """Run `build` on one rank of each machine, then on the others, which find what that rank has cached.
+
+        Errors as in `together`.
+        """
+        if self.size == 1:
+            return build()
+        is_first_here = self.local_rank == 0
+        first = self.together(lambda: build() if is_first_here else None)
+        second = self.together(lambda: None if is_first_here else build())
+        return cast(T, first if is_first_here else second)
+
+    def steady(self) -> None:
+        """Set the timeout of every group but that for saving to `train_seconds`: the slow start is over."""
+        if dist.is_initialized():
+            timeout = _timeout(self.train_seconds, dist.get_backend())
+            for group in set(distributed_c10d._world.pg_map) - {self.saving_group}:
+                distributed_c10d._set_pg_timeout(timeout, group)
+
+
+def _timeout(seconds: int, backend: str) -> timedelta:
+    """How long a collective may take where a rank may go `seconds` without progress."""
+    # NCCL ends the process that waits, without a Python error: the watch must come first.
+    return timedelta(seconds=seconds + _NCCL_GRACE * (backend == "nccl"))
+
+
+def world_size() -> int:
+    """How many ranks the launcher started; 1 without a launcher."""
+    return _number("WORLD_SIZE", 1, _MOST_RANKS) if "WORLD_SIZE" in os.environ else 1
+
+
+def join(
+    device_type: str, *, init_seconds: int = 300, train_seconds: int = 100, offload: bool = False
+) -> World:
+    """Meet the other ranks that the launcher started, and take this rank's GPU.
+
+    Raises ConfigError where the launcher's variables make no sense, give this machine more ranks than GPUs,
+    or do not bring the ranks together.
+
+    Args:
+        offload: make a process group without a launcher too, as FSDP's offload to the CPU needs one.
+    """
+    size = world_size()
+    if "RANK" not in os.environ and size == 1:
+        if offload:
+            store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+            dist.init_process_group(_BACKEND[device_type], store=store, rank=0, world_size=1)
+        return World()
+    rank = _number("RANK", 0, size - 1)
+    local_size = _number("LOCAL_WORLD_SIZE", 1, size)
+    local_rank = _number("LOCAL_RANK", 0, local_size - 1)
+    if device_type == "cuda":
+        _take_gpu(local_rank, local_size)
+    backend = _BACKEND[device_type]
+    timeout = _timeout(init_seconds, backend)
+    try:
+        store, _, _ = next(rendezvous("env://", timeout=timeout))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+        saving_group = _build_saving_group(timeout) if size > 1 else None
+    except (dist.DistError, ValueError) as error:  # ValueError: no MASTER_PORT, or no number
+        address = os.environ.get("MASTER_ADDR", MISSING)
+        rule = f"did not bring the {size} ranks together ({str(error).splitlines()[0]})"
+        remedy = "see what became of the others, or raise comm.init_timeout_seconds"
+        raise ConfigError([Problem("MASTER_ADDR", address, rule, remedy)]) from None
+    return World(
+        rank=rank,
+        local_rank=local_rank,
+        size=size,
+        train_seconds=train_seconds,
+        store=store,
+        saving_group=saving_group,
+    )
+
+
+def _build_saving_group(timeout: timedelta) -> ProcessGroup:
+    """A gloo group of all ranks, which meet within `timeout` and then wait for `_SAVING_TIMEOUT` at most."""
+    group = dist.new_group(backend="gloo", timeout=timeout, group_desc=SAVING)
+    assert isinstance(group, ProcessGroup)
+    distributed_c10d._set_pg_timeout(_SAVING_TIMEOUT, group)
+    return group
+
+
+def leave(wait: bool = True) -> None:
+    """Leave the process group; with `wait`, once every rank comes here."""
+    if dist.is_initialized():
+        nccl = dist.get_backend() == "nccl"
+        if wait:
+            dist.barrier(device_ids=[torch.cuda.current_device()] if nccl else None)
+        dist.destroy_process_group()
+
+
+def _take_gpu(local_rank: int, local_size: int) -> None:
+    count = torch.cuda.device_count()
+    if count == 1 and "CUDA_VISIBLE_DEVICES" in os.environ:  # the launcher has given each rank its own
+        local_rank, local_size = 0, 1
+    if local_size > count:
+        rule = f"is more ranks than this machine has GPUs, which is {count}"
+        remedy = f"use --nproc_per_node {count}, or --job.device cpu"
+        raise ConfigError([Problem("LOCAL_WORLD_SIZE", local_size, rule, remedy)])
+    torch.cuda.set_device(local_rank)
+
+
+def _number(name: str, least: int, most: int) -> int:
+    """Read the launcher's variable `name` as a number from `least` to `most`."""
+    given = os.environ.get(name)
+    if given is not None and given.isascii() and given.isdecimal() and least <= int(given) <= most:
+        return int(given)
+    rule = f"must be a number from {least} to {most}, as there are other variables of a launcher"
+    remedy = "start with torchrun, which sets it, or unset those"
+    raise ConfigError([Problem(name, MISSING if given is None else given, rule, remedy)])

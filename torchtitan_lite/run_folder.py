@@ -1,0 +1,197 @@
+"""The folder of a run: claimed at the start, made this run's own, and left with how the run ended."""
+
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, TypeVar, cast
+
+from torchtitan_lite import registry
+from torchtitan_lite.checkpoint import CheckpointConfig
+from torchtitan_lite.checkpoint.restore import Found
+from torchtitan_lite.checkpoint.steps import Steps
+from torchtitan_lite.config.job import JobConfig
+from torchtitan_lite.config.load import ConfigError, Problem
+from torchtitan_lite.durable import new_folder
+from torchtitan_lite.launch.background import patiently
+from torchtitan_lite.launch.end import End
+from torchtitan_lite.launch.torchrun import SAVED
+from torchtitan_lite.launch.world import World
+from torchtitan_lite.training import hub, outputs
+from torchtitan_lite.training.hooks import jsonl, samples
+from torchtitan_lite.training.trainer import Trainer
+
+_SECONDS_TO_DIE = 10
+"""How long the processes of a run whose launcher was killed may keep the folder locked."""
+
+Alive = Callable[[], None]
+"""Reports progress of the main thread, which waits meanwhile."""
+T = TypeVar("T")
+
+
+class RunFolder:
+    """The folder of the run `job`. Only rank 0 writes to it; all ranks call the same methods.
+
+    Where rank 0 cannot write, every rank raises the same ConfigError.
+    """
+
+    def __init__(self, job: JobConfig, world: World) -> None:
+        self.job, self.world = job, world
+        self.path: Path | None = None
+        self.trainer: Trainer | None = None
+        self._lock: IO[str] | None = None
+        """Held by rank 0 as long as the process lives."""
+
+    def claim(self, alive: Alive) -> Path:
+        """Make and lock the folder, move aside what the run does not go on with, and return the path."""
+        self.path = self._on_first(self._claim, alive)
+        return self.path
+
+    def settle(self, trainer: Trainer, resumed: Found | None, alive: Alive) -> None:
+        """Set aside what is later than the `resumed` step, and write config.toml: the start is accepted."""
+        self.trainer = trainer
+        self._on_first(lambda: self._settle(trainer, resumed), alive)
+
+    def export(self, alive: Alive) -> None:
+        """Write the model of the last step for Hugging Face, if the run is to do that and is done."""
+        path, trainer = self._begun()
+        checkpoint = self.job.checkpoint
+        if checkpoint.last_save_in_hf and trainer.is_done:
+            tokenizer = trainer.corpus.tokenizer
+            self._on_first(lambda: hub.export_last(path, checkpoint, trainer.state.step, tokenizer), alive)
+
+    def finish(self, signal_name: str) -> int:
+        """Write exit.json, say where the files are, and return the exit status.
+
+        `signal_name` is the signal that asked this rank to stop, if one did.
+        """
+        path, trainer = self._begun()
+        stopped = trainer.stop_asked and not trainer.is_done
+        status, outcome = (SAVED, "stopped") if stopped else (0, "done")
+        if self.world.is_first:
+            message = f"asked to stop by {signal_name or 'a signal to another rank'}" if stopped else ""
+            self._write_exit(path, status, outcome, message)
+            if stopped:
+                step = trainer.state.step
+                print(f"{message}: saved step {step}; the same command goes on from there")
+            _summarize(trainer, path)
+        return status
+
+    def write_exit(self, end: End) -> None:
+        """Write in exit.json how the run ended before it was done."""
+        if self.path is not None:
+            if end.outcome == "refused":
+                outputs.keep_exit(self.path)
+            self._write_exit(self.path, end.status, end.outcome, end.message)
+
+    def _write_exit(self, path: Path, status: int, outcome: str, message: str) -> None:
+        step = self.trainer.state.step if self.trainer else 0
+        try:
+            outputs.write_exit(path, status, outcome, step=step, message=message)
+        except OSError as error:  # the run ended as it did all the same
+            print(f"exit.json in {path} cannot be written ({error.strerror})", file=sys.stderr)
+
+    def _begun(self) -> tuple[Path, Trainer]:
+        assert self.path is not None and self.trainer is not None
+        return self.path, self.trainer
+
+    def _on_first(self, act: Callable[[], T], alive: Alive) -> T:
+        """Run `act` on rank 0, however long it takes, and return the result on every rank."""
+
+        def written() -> T:
+            try:
+                return act()
+            except OSError as error:
+                path = str(error.filename or self.job.job.dump_folder)
+                rule = f"cannot be written ({error.strerror}: {path})"
+                remedy = "name a folder that you can write to"
+                problem = Problem("job.dump_folder", self.job.job.dump_folder, rule, remedy)
+                raise ConfigError([problem]) from None
+
+        ranks = self.world.saving
+        made = patiently(
+            lambda: ranks.share(ranks.together(written if ranks.is_first else lambda: None)), alive
+        )
+        return cast(T, made)
+
+    def _claim(self) -> Path:
+        job, checkpoint = self.job, self.job.checkpoint
+        folder = outputs.make_folder(job.job.dump_folder, job.model.name, job.model.flavor)
+        try:
+            self._lock = outputs.lock(folder, _SECONDS_TO_DIE)
+        except outputs.InUse as owner:
+            rule = f"is the folder of a run that goes on ({owner})"
+            remedy = "name another folder, or stop that run first"
+            raise ConfigError([Problem("job.dump_folder", job.job.dump_folder, rule, remedy)]) from None
+        self.path = folder  # where the outcome is left, should the rest of this fail
+        steps = Steps(folder / checkpoint.folder)
+        published = steps.published()
+        if problem := _steps_problem(checkpoint, steps, published):
+            raise ConfigError([problem])
+        steps.clean()
+        if not published and checkpoint.load_step < 0:
+            subfolders = (job.metrics.save_tb_folder, job.profiling.save_traces_folder)
+            outputs.set_aside(folder, subfolders, self._used())
+        return folder
+
+    def _used(self) -> list[str]:
+        """Paths that the run reads and that may lie in its folder."""
+        job = self.job
+        paths = (job.data.tokenizer, job.checkpoint.initial_load_path, job.model.flavor)
+        return [os.path.abspath(os.path.expanduser(path)) for path in paths if path]
+
+    def _settle(self, trainer: Trainer, resumed: Found | None) -> None:
+        path, _ = self._begun()
+        steps, last = Steps(path / self.job.checkpoint.folder), -1 if resumed is None else resumed.state.step
+        # Including what only has the name of a step: the run comes to need the name.
+        if later := [step for step in steps.named() if step > last]:
+            steps.set_aside(later, outputs.free_folder(path, "earlier") / steps.folder.name)
+        if resumed is not None:
+            steps.point_to(last)
+            jsonl.cut(path, last, resumed.state.validated)
+            samples.cut(path, last)
+            (path / "exit.json").unlink(missing_ok=True)
+        self._keep_tokenizer(path / hub.TOKENIZER, trainer)
+        (path / "config.toml").write_text(self.job.to_toml(self.world.size), encoding="utf-8")
+
+    def _keep_tokenizer(self, place: Path, trainer: Trainer) -> None:
+        """Copy the files of the tokenizer into the run's folder: the folder may be moved without them."""
+        own = trainer.corpus.tokenizer
+        is_registered = self.job.data.tokenizer in registry.tokenizers.members
+        if is_registered or hub.tokenizer_fingerprint(place) == own.fingerprint:
+            return
+        if place.exists():
+            place.rename(outputs.free_folder(place.parent, "earlier") / place.name)
+        with new_folder(place) as made:
+            own.save(made)
+
+
+def _steps_problem(checkpoint: CheckpointConfig, steps: Steps, published: list[int]) -> Problem | None:
+    """What in the folder's earlier steps keeps this run from starting there."""
+    if steps.folder.is_symlink():
+        rule = f"is a link in the run's folder ({steps.folder}), and no step is removed through links"
+        return Problem("checkpoint.folder", checkpoint.folder, rule, "make job.dump_folder the link instead")
+    if published and not checkpoint.enable:
+        rule = f"leaves the steps of an earlier run in {steps.folder} unused (the newest: {published[-1]})"
+        remedy = "set it to go on from there, or name another job.dump_folder"
+        return Problem("checkpoint.enable", False, rule, remedy)
+    others = {path.parents[1] for path in steps.folder.parent.glob("*/step-*/manifest.json")} - {steps.folder}
+    if others and not published:
+        rule = f"is not where the steps of an earlier run are, which is {min(others)}"
+        remedy = f"use {min(others).name!r} to go on from there, or name another job.dump_folder"
+        return Problem("checkpoint.folder", checkpoint.folder, rule, remedy)
+    return None
+
+
+def _summarize(trainer: Trainer, folder: Path) -> None:
+    if trainer.validations:
+        first, last = (done.nats_per_byte for done in (trainer.validations[0], trainer.validations[-1]))
+        alone = trainer.validations[0].unigram_entropy
+        print(
+            f"Validation loss: {first:.4f} to {last:.4f} nats per byte (byte frequencies alone: {alone:.4f})"
+        )
+    print(f"Files: {folder}")
+    if trainer.job.metrics.enable_tensorboard:
+        logs = shlex.quote(str(folder / trainer.job.metrics.save_tb_folder))
+        print(f"TensorBoard: {shlex.quote(sys.executable)} -m tensorboard.main --logdir {logs}")
