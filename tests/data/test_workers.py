@@ -16,7 +16,7 @@ import programs
 import pytest
 import torch
 
-from torchtitan_lite.data import Batch, Loader, PythonStdlib, Samples, Shards, Text, load_tokenizer, prepare
+from torchtitan_lite.data import Batch, Loader, Samples, Shards, Text, load_tokenizer, prepare
 
 pytestmark = [
     pytest.mark.timeout(120),
@@ -265,8 +265,3 @@ def test_an_empty_split_and_a_part_of_a_file_can_be_pickled(tmp_path: Path, shar
     assert part.tokens_T.tolist() == shards.train.tokens_T[5:9].tolist()
     empty = replace(shards.validation, tokens_T=shards.train.tokens_T[:0])
     assert len(pickle.loads(pickle.dumps(empty)).tokens_T) == 0
-
-
-def test_fewer_than_no_workers_is_a_problem() -> None:
-    (problem,) = PythonStdlib(num_workers=-1).problems("data")
-    assert (problem.key, problem.value) == ("data.num_workers", -1)

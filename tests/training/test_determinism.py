@@ -40,9 +40,3 @@ def test_the_seed_reaches_torch() -> None:
         draws.append(torch.rand(4))
     assert torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], draws[2])
-
-
-@pytest.mark.parametrize("seed", [-1, 2**63])
-def test_a_seed_that_torch_cannot_take_is_a_problem(seed: int) -> None:
-    (problem,) = DebugConfig(seed=seed).problems("debug")
-    assert problem.key == "debug.seed"

@@ -43,9 +43,3 @@ def test_the_device_is_measured_once_for_all_reports(monkeypatch: pytest.MonkeyP
     meters = [Meter(MetricsConfig(), run_info()) for _ in range(3)]
     assert [meter.peak_flops for meter in meters] == [1e6] * 3
     assert len(measured) == 1
-
-
-@pytest.mark.parametrize("wrong", [{"log_freq": 0}, {"peak_flops": -1.0}])
-def test_a_value_out_of_range_is_a_problem_named_by_its_key(wrong) -> None:
-    (problem,) = MetricsConfig(**wrong).problems("metrics")
-    assert problem.key == f"metrics.{next(iter(wrong))}"

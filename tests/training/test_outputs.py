@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from torchtitan_lite.training.hooks.profiler import ProfilingConfig
-from torchtitan_lite.training.metrics import MetricsConfig
 from torchtitan_lite.training.outputs import (
     InUse,
     Lines,
@@ -176,13 +174,3 @@ def test_kept_lines_are_on_the_disk_before_they_replace_the_others_and_their_nam
     monkeypatch.setattr(os, "fsync", noted)
     keep_lines(path, lambda line: line["step"] == 2)
     assert states == [(False, before), (True, after)]
-
-
-@pytest.mark.parametrize(
-    "folder", ["", ".", "..", "../tb", "tb/../../tb", "/tmp/tb", "metrics.jsonl", "earlier/tb", "lock"]
-)
-def test_a_subfolder_outside_the_runs_folder_is_a_problem(folder: str) -> None:
-    (problem,) = MetricsConfig(save_tb_folder=folder).problems("metrics")
-    assert problem.key == "metrics.save_tb_folder"
-    (problem,) = ProfilingConfig(save_traces_folder=folder).problems("profiling")
-    assert problem.key == "profiling.save_traces_folder"

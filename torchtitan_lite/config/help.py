@@ -5,7 +5,8 @@ import inspect
 import json
 from typing import Annotated, Any, Literal, cast, get_origin
 
-from torchtitan_lite.config.schema import classes, field_types, is_fixed, members_by_tag, tag, unwrapped
+from torchtitan_lite.config.messages import limits
+from torchtitan_lite.config.schema import classes, field_types, is_fixed, members_by_tag, note, tag, unwrapped
 from torchtitan_lite.registry import Names
 
 
@@ -69,9 +70,10 @@ class _Options:
         annotation = field_types(owner)[field.name]
         if is_fixed(annotation) and not words:
             words = ["The name of this section; nothing else may stand here."]
-        for note in unwrapped(annotation)[1]:
-            if isinstance(note, Names):
-                words.append(f"Names: {', '.join(note.door.members)}.")
+        if range_ := limits(annotation):
+            words.append(f"{range_[0].upper()}{range_[1:]}.")
+        if names := note(annotation, Names):
+            words.append(f"Names: {', '.join(names.door.members)}.")
         return dataclasses.replace(field, helptext=" ".join(words) or None)
 
 

@@ -36,6 +36,7 @@ from torchtitan_lite.inference.options import (
     ExportConfig,
     GenerateConfig,
     ImportConfig,
+    out_problems,
 )
 from torchtitan_lite.inference.trained import (
     KEY,
@@ -101,12 +102,19 @@ def _check_ranks(command: str) -> None:
         raise ConfigError([Problem("WORLD_SIZE", n_ranks, rule, remedy)])
 
 
-def _read(cls: type[T], command: str, place: str, argv: Sequence[str], name: str = KEY) -> T:
+def _read(
+    cls: type[T],
+    command: str,
+    place: str,
+    argv: Sequence[str],
+    name: str = KEY,
+    check: Callable[[T], list[Problem]] = lambda config: [],
+) -> T:
     loaded = load(
         cls,
         argv,
         prog=f"torchtitan-lite {command} {name}",
-        check=lambda config, *_: config.problems(),  # pyright: ignore[reportAttributeAccessIssue]
+        check=lambda config, *_: check(config),
         plugins="plugins",
     )
     if loaded.dry_run:
@@ -252,7 +260,7 @@ def _named_data(config: EvalConfig) -> DataConfig:
 
 
 def _export(place: str, argv: Sequence[str]) -> None:
-    config = _read(ExportConfig, "export-hf", place, argv)
+    config = _read(ExportConfig, "export-hf", place, argv, check=out_problems)
     trained = find(place, Ranks(), config.tokenizer)
     out = Path(os.path.expanduser(config.out)).absolute()
     with _writing(config.out), told_of_step(place):
@@ -261,7 +269,7 @@ def _export(place: str, argv: Sequence[str]) -> None:
 
 
 def _import(place: str, argv: Sequence[str]) -> None:
-    config = _read(ImportConfig, "import-hf", place, argv, "PATH")
+    config = _read(ImportConfig, "import-hf", place, argv, "PATH", check=out_problems)
     folder, out = (Path(os.path.expanduser(path)).absolute() for path in (place, config.out))
     with told_as({"data.tokenizer": "PATH"}):
         tokenizer = load_tokenizer(str(folder)) if (folder / "tokenizer.json").is_file() else None
