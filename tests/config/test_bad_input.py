@@ -304,8 +304,8 @@ def test_everything_that_is_wrong_is_reported_at_once(capsys: pytest.CaptureFixt
         "training.steps",
         "optimizer.lr",
         "compile.enabel",
-        "training.global_batch_size",
         "model.name",
+        "training.global_batch_size",
         "data.tokenizer",
     ]
 

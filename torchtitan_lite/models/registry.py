@@ -158,7 +158,7 @@ def read(
     if "attention" in overrides:
         value, remedy = overrides.pop("attention"), "set model.attention"
         problems.append(Problem(f"{_OVERRIDES}.attention", value, "has a table of its own", remedy))
-    config, wrong = validate(type(base), [asdict(base), overrides], _OVERRIDES)
+    config, wrong = validate(type(base), [asdict(base), overrides], _OVERRIDES) if overrides else (base, [])
     if preset is None:
         return None, [*problems, *wrong]
     config = replace(config, attention=attention or own_attention(flavor))
