@@ -147,6 +147,14 @@ def test_a_table_is_given_as_json_and_merges_with_the_file() -> None:
     assert run.model.overrides == {"a": 1, "b": [1, 2.5], "deep": {"x": 1, "y": 3}}
 
 
+def test_an_empty_table_takes_back_what_earlier_layers_say() -> None:
+    file = "[model.overrides]\na = 1"
+    assert read(one=file, two="[model]\noverrides = {}").model.overrides == {}
+    assert read("--model.overrides", "{}", "--model.overrides", '{"b": 2}', file=file).model.overrides == {
+        "b": 2
+    }
+
+
 def test_flags_mean_the_same_in_any_order() -> None:
     flags = (
         ("--model.inner", "tiled"),

@@ -92,11 +92,11 @@ def _read_flag(flags: Flags, cls: type, name: str, words: list[str]) -> int:
     table = next((".".join(path[:n]) for n in range(1, len(path)) if _is_free(at(cls, path[:n]))), None)
     if table:
         flags.report(key, value, f"is inside {table}", f"write --{table} VALUE, a table as JSON")
-    elif value is MISSING:
-        flags.report(key, MISSING, "has no value", f"write --{name}=VALUE")
     elif classes(annotation):
         remedy = f"write --{key}.{first_key(annotation)} VALUE"
         flags.report(key, value, "is a section, and a flag sets one key", remedy)
+    elif value is MISSING:
+        flags.report(key, MISSING, "has no value", f"write --{name}=VALUE")
     elif annotation is None or _is_free(annotation):
         flags.others.append(_table(path, value))
     else:
