@@ -31,7 +31,7 @@ from torchtitan_lite.training.trainer import Trainer
 IMPORTS = {
     "import torch": "import torch",
     "import the entry": "import torch, torchtitan_lite.train",
-    "import all of a run": "import torch, torchtitan_lite.run",
+    "import all of a run": "import torch, torchtitan_lite.training.trainer",
 }
 
 

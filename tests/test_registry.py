@@ -133,7 +133,7 @@ TAG = 'which has no tag: give it the field name: Literal["NAME"] = "NAME"'
         ('Literal["Mine"] =', "str =", TAG),
         ('= "Mine"', '= "Other"', TAG),
         ("lr: float = 0.1", "lr: float", "which has no default for lr: give every option a default"),
-        ("    def build(", "    def make(", "which lacks build: every optimizer has lr, problems, build"),
+        ("    def build(", "    def make(", "which lacks build: every optimizer has lr, build"),
     ],
 )
 def test_an_incomplete_member_is_refused_in_one_line(old: str, new: str, rule: str) -> None:

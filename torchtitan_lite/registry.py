@@ -9,7 +9,7 @@ A plugin is a module that `job.plugins` names. It is imported before the flags a
         lr: float = 1e-4
         ...
 
-What each door asks of a member is in docs/configuration.md.
+docs/configuration.md says what each door asks of a member. Doors tell pydantic how to read their sections.
 """
 
 import dataclasses
@@ -113,9 +113,21 @@ class _ClassDoor(Door):
 class Choice(_ClassDoor):
     """A door for a section, `Annotated[..., door]`, whose tag names the one member that is chosen."""
 
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        """A union of the members, told apart by the tag; None too if `source` may be None."""
+        from pydantic_core import core_schema
+
+        members = {name: handler.generate_schema(member) for name, member in self.members.items()}
+        schema = core_schema.tagged_union_schema(members, discriminator=self.tag)
+        return core_schema.nullable_schema(schema) if type(None) in get_args(source) else schema
+
 
 class Sections(_ClassDoor):
-    """These members each have a section of options: `[hooks.NAME]` in the section `[hooks]`."""
+    """A door for a section, `Annotated[Any, door]`, that has a section for each member: `[hooks.NAME]`."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        """The dataclass of all members."""
+        return handler.generate_schema(self.section)
 
     @property
     def section(self) -> type:
@@ -149,15 +161,21 @@ attentions = Choice(
 )
 """Attention backends, for the section `[model.attention]`."""
 datasets = Choice(
-    "dataset", tag="dataset", needs=("tokenizer", "cache_folder", "validation_fraction", "problems", "open")
+    "dataset", tag="dataset", needs=("tokenizer", "cache_folder", "validation_fraction", "open")
 )
 """Where text comes from, for the section `[data]`."""
 tokenizers = Sections("tokenizer", tag="name", needs=("build",), reserved=("problems",))
 """Tokenizers, for `data.tokenizer` and the sections `[tokenizers.NAME]`."""
-optimizers = Choice("optimizer", tag="name", needs=("lr", "problems", "build"))
+optimizers = Choice("optimizer", tag="name", needs=("lr", "build"))
 """Optimizers, for the section `[optimizer]`."""
 hooks = Sections("hook", tag="name", needs=("build",), reserved=("problems",))
 """What is called while a run goes on, for the sections `[hooks.NAME]`."""
+
+
+def classes() -> tuple[type, ...]:
+    """All members that are classes, of every door."""
+    doors = (attentions, datasets, tokenizers, optimizers, hooks)
+    return tuple(member for door in doors for member in door.members.values())
 
 
 def import_plugins(names: Sequence[str], folders: Iterable[Path], key: str = _KEY) -> list[Problem]:
@@ -219,11 +237,8 @@ def _section(what: str, members: tuple[tuple[str, type], ...]) -> type:
     options = [(name, cls, field(default_factory=cls)) for name, cls in members if len(fields(cls)) > 1]
 
     def problems(self: Any, key: str) -> list[Problem]:
-        found = []
-        for name, cls, _ in options:
-            if hasattr(cls, "problems"):
-                found += getattr(self, name).problems(f"{key}.{name}")
-        return found
+        checked = [name for name, cls, _ in options if hasattr(cls, "problems")]
+        return [found for name in checked for found in getattr(self, name).problems(f"{key}.{name}")]
 
     namespace = {"__doc__": f"The options of each {what}.", "problems": problems}
     return make_dataclass(f"{what.title()}Sections", options, frozen=True, kw_only=True, namespace=namespace)

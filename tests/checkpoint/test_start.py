@@ -404,17 +404,13 @@ def test_steps_that_cannot_be_written_are_found_before_the_first(go: Go, tmp_pat
 @pytest.mark.parametrize(
     ("values", "key"),
     [
-        ({"interval": 0}, "interval"),
-        ({"keep_latest_k": -1}, "keep_latest_k"),
-        ({"load_step": -2, "enable": True}, "load_step"),
         ({"load_step": 5}, "load_step"),
         ({"last_save_model_only": True}, "last_save_model_only"),
         ({"enable": True, "export_dtype": "bfloat16"}, "export_dtype"),
         ({"enable": True, "last_save_model_only": True, "keep_latest_k": 1}, "keep_latest_k"),
-        *(({"folder": folder}, "folder") for folder in ("", ".", "..", "../x", "/x", "a/b", "x/")),
     ],
 )
-def test_values_out_of_range_and_options_of_what_is_off_are_problems(values: dict, key: str) -> None:
+def test_options_of_a_feature_that_is_off_are_problems(values: dict, key: str) -> None:
     (problem,) = CheckpointConfig(**values).problems("checkpoint")
     assert (problem.key, problem.value) == (f"checkpoint.{key}", values[key])
     assert problem.remedy

@@ -46,13 +46,13 @@ FLAGS = {
     "--optimizer.lr nan": 'optimizer.lr = "nan" is not a number: write a number such as 0.1',
     "--optimizer.lr NaN": "optimizer.lr = nan is not a finite number: write a finite number",
     "--optimizer.lr 1e999": "optimizer.lr = inf is not a finite number: write a finite number",
-    "--optimizer.lr 0": "optimizer.lr = 0.0 must be greater than 0: ...",
+    "--optimizer.lr 0": "optimizer.lr = 0 must be greater than 0: use 0.0008 or so",
     "--optimizer.lr .5e": 'optimizer.lr = ".5e" is not a number: write a number such as 0.1',
     "--optimizer.name SGD": 'optimizer.name = "SGD" is not a known name: use "AdamW"',
     "--lr-scheduler.decay-ratio x": (
         'lr_scheduler.decay_ratio = "x" is not a number: write a number such as 0.1, or leave it out'
     ),
-    "--lr-scheduler.decay-ratio 1.5": "lr_scheduler.decay_ratio = 1.5 is not in [0, 1]: ...",
+    "--lr-scheduler.decay-ratio 1.5": "lr_scheduler.decay_ratio = 1.5 must be in [0, 1]: use 0.1 or so",
     "--lr-scheduler.decay-type cosin": (
         'lr_scheduler.decay_type = "cosin" is not one of "linear", "cosine", "sqrt": did you mean "cosine"?'
     ),
@@ -130,7 +130,7 @@ FLAGS = {
     "--optimizer.lr inf": 'optimizer.lr = "inf" is not a number: write a number such as 0.1',
     "--optimizer.lr +1e999": 'optimizer.lr = "+1e999" is not a number: write a number such as 0.1',
     "--training.steps 5.": "training.steps = 5.0 is not an integer: write 5",
-    '--model.overrides {"n_layers":2.0}': "model.overrides.n_layers = 2.0 is not a whole number: write 2",
+    '--model.overrides {"n_layers":2.0}': "model.overrides.n_layers = 2.0 is not an integer: write 2",
     '--model.overrides {"n_layers":[null]}': (
         "model.overrides.n_layers = null cannot be written in a TOML file: leave the key out"
     ),
@@ -298,14 +298,14 @@ def test_everything_that_is_wrong_is_reported_at_once(capsys: pytest.CaptureFixt
     argv = "--config a.toml --config b.toml --optimizer.lr x --compile.enabel stray --job.device tpu"
     lines = refusal(capsys, *argv.split())
     assert [line.split(" ")[0] for line in lines] == [
-        "compile.enabel",
         "trainng",
         "job.device",
         "model.attention.kind",
         "training.steps",
         "optimizer.lr",
-        "training.global_batch_size",
+        "compile.enabel",
         "model.name",
+        "training.global_batch_size",
         "data.tokenizer",
     ]
 

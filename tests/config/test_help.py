@@ -57,7 +57,7 @@ def test_every_key_is_in_the_help_and_explained(capsys: pytest.CaptureFixture[st
 def test_help_shows_the_values_of_files_and_flags_as_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     Path("run.toml").write_text("[training]\nsteps = 321\n[model.attention]\nkind = 'flex'\nblock_size = 64")
     text = printed(capsys, "--help", "--config", "run.toml", "--optimizer.lr", "0.125")
-    assert "Optimizer steps of the whole run. (default: 321)" in text
+    assert "Optimizer steps of the whole run. At least 1. (default: 321)" in text
     assert "(default: 0.125)" in text
     assert re.search(r"--model.attention \{sdpa,flex,varlen\} .*chosen one's. \(default: flex\)", text)
     assert re.search(r"--model.attention.block-size INT\|\{INT INT\} [^()]*\(default: 64\)", text)

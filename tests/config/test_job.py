@@ -44,6 +44,13 @@ def test_a_suffix_of_the_flavor_chooses_the_attention(suffix: str, attention: ob
     assert model(file=f"[model]\nflavor = '0.6B{suffix}'") == section
 
 
+def test_without_an_attention_the_model_has_that_of_its_flavor() -> None:
+    job = JobConfig(model=ModelSection(flavor="debugmodel_flex"))
+    assert job.model.attention is None
+    assert job.attention == job.decoder.attention == Flex()
+    assert JobConfig().attention == load_job([]).config.model.attention == Sdpa()
+
+
 def test_options_beside_the_suffix_are_laid_over_it() -> None:
     expected = Flex(block_size=(64, 32))
     assert (

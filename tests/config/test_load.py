@@ -6,15 +6,21 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pytest
+from pydantic import Field
 
-from torchtitan_lite.config.load import Afresh, Available, ConfigError, Loaded, Problem, load, near
+from torchtitan_lite.config.load import ConfigError, Loaded, Problem, load, near
+from torchtitan_lite.registry import Choice
+
+INNER = Choice("inner", tag="kind", needs=())
 
 
+@INNER.register
 @dataclass(frozen=True, kw_only=True)
 class Plain:
     kind: Literal["plain"] = "plain"
 
 
+@INNER.register
 @dataclass(frozen=True, kw_only=True)
 class Tiled:
     kind: Literal["tiled"] = "tiled"
@@ -22,6 +28,7 @@ class Tiled:
     options: dict[str, Any] = field(default_factory=dict)
 
 
+@INNER.register
 @dataclass(frozen=True, kw_only=True)
 class Packed:
     kind: Literal["packed"] = "packed"
@@ -31,7 +38,7 @@ class Packed:
 @dataclass(frozen=True, kw_only=True)
 class Model:
     name: str = "small"
-    inner: Plain | Tiled | Packed = field(default_factory=Plain)
+    inner: Annotated[Plain | Tiled | Packed, INNER] = field(default_factory=Plain)
     overrides: dict[str, Any] = field(default_factory=dict)
 
 
@@ -43,7 +50,7 @@ class Train:
     no_decay: bool = False
     fast: bool = True
     words: tuple[str, ...] = ()
-    ranks: Annotated[int, Available(1)] = 1
+    freq: Literal[-1] | Annotated[int, Field(ge=1)] = -1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +122,8 @@ def test_flags_come_last_wherever_the_files_stand() -> None:
         ("--train.no-fast --train.fast", Train()),
         ("--train.words a 1 -b", Train(words=("a", "1", "-b"))),
         ('--train.words ["a","b"]', Train(words=("a", "b"))),
-        ("--train.ranks 1", Train()),
+        ("--train.freq -1", Train()),
+        ("--train.freq 3", Train(freq=3)),
     ],
 )
 def test_a_flag_sets_its_key(argv: str, expected: Train) -> None:
@@ -137,6 +145,14 @@ def test_a_table_is_given_as_json_and_merges_with_the_file() -> None:
     file = "[model.overrides]\na = 1\n[model.overrides.deep]\nx = 1\ny = 2"
     run = read("--model.overrides", '{"b": [1, 2.5], "deep": {"y": 3}}', file=file)
     assert run.model.overrides == {"a": 1, "b": [1, 2.5], "deep": {"x": 1, "y": 3}}
+
+
+def test_an_empty_table_takes_back_what_earlier_layers_say() -> None:
+    file = "[model.overrides]\na = 1"
+    assert read(one=file, two="[model]\noverrides = {}").model.overrides == {}
+    assert read("--model.overrides", "{}", "--model.overrides", '{"b": 2}', file=file).model.overrides == {
+        "b": 2
+    }
 
 
 def test_flags_mean_the_same_in_any_order() -> None:
@@ -196,22 +212,33 @@ def test_options_of_a_kind_that_is_not_chosen_are_refused() -> None:
     assert line.startswith(expected.format("packed").removesuffix("..."))
 
 
-def test_a_layer_may_be_rewritten_before_the_merge_and_may_start_a_table_afresh() -> None:
+def test_layers_may_be_rewritten_before_they_are_laid_over_each_other() -> None:
     Path("file").write_text(TILED)
 
-    def hook(layer: dict[str, Any]) -> dict[str, Any]:
-        if layer.get("model", {}).pop("name", None) == "again":
-            layer["model"]["inner"] = Afresh(kind="tiled", options={"b": 2})
-        return layer
+    def settle(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [layers[0], {"model": {"inner": {"size": 7}}}, *layers[1:]]
 
-    argv = ["--config", "file", "--model.name", "again"]
-    run = load(Run, argv, prog="run", layer_hook=hook).config
-    assert run.model.inner == Tiled(options={"b": 2})
+    run = load(Run, ["--config", "file", "--model.name", "again"], prog="run", settle=settle).config
+    assert run.model == Model(name="again", inner=Tiled(size=7, options={"a": 1}))
 
 
-def test_a_field_whose_feature_is_to_come_takes_its_off_value_alone() -> None:
-    assert problems("--train.ranks", "2") == ["train.ranks = 2 is not available yet: use 1"]
-    assert problems("--train.ranks", "x")[0].startswith('train.ranks = "x" is not an integer')
+def test_a_key_of_another_kind_is_refused_unless_a_later_layer_chooses_that_kind() -> None:
+    first = "[model.inner]\nsize = 64"
+    packed = "[model.inner]\nkind = 'packed'"
+    tiled = "[model.inner]\nkind = 'tiled'"
+    assert read(one=first, two=tiled).model.inner == Tiled(size=64)
+    for layers in ({"two": packed}, {"two": packed, "three": tiled}):
+        (line,) = problems(one=first, **layers)
+        rule = 'belongs to kind "tiled", and model.inner.kind is "plain": '
+        assert line.startswith(f"model.inner.size = 64 {rule}")
+
+
+@pytest.mark.parametrize(
+    ("value", "rule"), [("0", "must be -1 or at least 1: use 1 or more"), ("x", "is not -1 or an integer: ")]
+)
+def test_a_number_or_a_literal_is_told_as_one_range(value: str, rule: str) -> None:
+    (line,) = problems("--train.freq", value)
+    assert line.partition(" = ")[2].partition(" ")[2].startswith(rule)
 
 
 def test_checks_see_the_values_and_are_reported_with_the_rest() -> None:
@@ -259,13 +286,19 @@ def test_a_dry_run_may_be_for_another_number_of_ranks() -> None:
     assert ranks("--dry-run", "--world-size", "64", "--world-size", "1_000") == 1000
 
 
-def test_what_mentions_a_section_rests_on_all_its_keys() -> None:
+@pytest.mark.parametrize(
+    ("reads", "is_told"),
+    [((), True), (("train.lr",), True), (("train.steps",), False), (("train",), False), (("model",), True)],
+)
+def test_a_check_that_read_a_refused_key_or_its_section_says_nothing(
+    reads: tuple[str, ...], is_told: bool
+) -> None:
     def check(run: Run, world_size: int, dry_run: bool) -> list[Problem]:
-        return [Problem("model.name", run.model.name, rule, "x") for rule in ("is [train]", "is [model]")]
+        return [Problem("model.name", run.model.name, "is wrong", "x", reads)]
 
     with pytest.raises(ConfigError) as caught:
         load(Run, ["--train.steps", "x"], prog="run", check=check)
-    assert [problem.key for problem in caught.value.problems] == ["train.steps", "model.name"]
+    assert [problem.key for problem in caught.value.problems] == ["train.steps", *["model.name"] * is_told]
 
 
 def test_nesting_without_end_is_refused() -> None:

@@ -311,7 +311,6 @@ def test_pieces_of_a_long_document_encode_as_the_whole_does(monkeypatch, tokeniz
     assert parts == tokenizer.encode(text.decode()).tolist()
 
 
-OUT_OF_RANGE = "is not in [0, 1): use 0.05 to hold out a twentieth of the text, or 0 for none"
 NAME = "name a text file or a folder of them"
 PYTHON = sys.executable
 WRITABLE = "name a folder that you can write to"
@@ -325,15 +324,7 @@ WRITABLE = "name a folder that you can write to"
         (Jsonl(), [f'path = "" is needed by dataset "jsonl": {NAME.replace("text", ".jsonl")}']),
         (Text(path="/no/such"), [f'path = "/no/such" does not exist: {NAME}']),
         (Text(path=PYTHON), []),
-        (
-            Text(path="/no/such", validation_fraction=1.0),
-            [
-                f'path = "/no/such" does not exist: {NAME}',
-                f"validation_fraction = 1.0 {OUT_OF_RANGE}",
-            ],
-        ),
         (PythonStdlib(validation_fraction=0.0), []),
-        (PythonStdlib(validation_fraction=-0.1), [f"validation_fraction = -0.1 {OUT_OF_RANGE}"]),
         (PythonStdlib(cache_dir=PYTHON), [f'cache_dir = "{PYTHON}" is not a folder: {WRITABLE}']),
         (
             PythonStdlib(cache_dir=f"{PYTHON}/a"),

@@ -198,9 +198,9 @@ def test_an_exported_model_is_imported_with_the_same_text(run: Path, say, tmp_pa
 
 REFUSALS = {
     "generate": "RUN_OR_STEP is not named: write torchtitan-lite generate FOLDER",
-    "eval --batch-size 0": "batch_size = 0 must be at least 1: use 8 or so",
-    "generate RUN --top-p 0": "top_p = 0.0 is not in (0, 1]: use 1 for all tokens",
-    "generate RUN --temperature -1": "temperature = -1.0 must be at least 0: use 0 for the likeliest token",
+    "eval --batch-size 0": "batch_size = 0 must be at least 1: use 1 or more",
+    "generate RUN --top-p 0": "top_p = 0 must be in (0, 1]: use 1.0 or so",
+    "generate RUN --temperature -1": "temperature = -1 must be at least 0: use 0 or more",
     "generate RUN --max-new-tokens x": 'max_new_tokens = "x" is not an integer: write a whole number',
     "generate RUN --promt x": 'promt = "x" is not a known section: did you mean "prompt"?',
     "generate NOWHERE --prompt x": 'RUN_OR_STEP = "NOWHERE" holds no good step: no folder is there: ',

@@ -103,9 +103,7 @@ def test_the_table_has_every_implementation_of_attention(tiny: list[str]) -> Non
         for words in cases.ATTENTIONS.values()
         for device in ("cpu", "cuda")
         for backend in [
-            load_job(
-                ["--model.attention", *words, "--job.device", "cuda", "--dry-run"]
-            ).config.model.attention
+            load_job(["--model.attention", *words, "--job.device", "cuda", "--dry-run"]).config.attention
         ]
     }
     assert named == {can.name for backend in BACKENDS for can in backend.supports}
@@ -155,7 +153,7 @@ def refusal(argv: Sequence[str], size: int) -> list[str]:
 def half_or_single(attention: str) -> str:
     """A dtype that the attention supports on CUDA."""
     words = ["--model.attention", *cases.ATTENTIONS[attention], "--job.device", "cuda", "--dry-run"]
-    can = load_job(words).config.model.attention.implementation("cuda")
+    can = load_job(words).config.attention.implementation("cuda")
     return "float32" if "float32" in can.dtypes else "bfloat16"
 
 

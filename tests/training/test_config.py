@@ -34,19 +34,3 @@ def test_a_global_batch_that_does_not_divide_names_the_nearest_that_do() -> None
     ]
     (line,) = lines(TrainingConfig(local_batch_size=2, global_batch_size=6), data_ranks=2)
     assert "local_batch_size = 2 times 2 data ranks of [parallelism]: use 4 or 8" in line
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"local_batch_size": 0},
-        {"seq_len": 0},
-        {"steps": -5},
-        {"max_norm": -1.0},
-        {"global_batch_size": 0},
-        {"global_batch_size": -8},
-    ],
-)
-def test_a_value_out_of_range_is_one_problem_named_by_its_key(wrong) -> None:
-    (problem,) = TrainingConfig(**wrong).problems("training")
-    assert problem.key == f"training.{next(iter(wrong))}"

@@ -1,51 +1,35 @@
-"""What the degrees of the mesh must divide: heads, widths, the vocabulary and the sequence."""
+"""Checks that the degrees of the mesh divide heads, widths, the vocabulary and the sequence."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import gcd, lcm
-from typing import Any, Protocol
+from typing import Any
 
-from torchtitan_lite.config.problem import Problem
+from torchtitan_lite.config.problem import Problem, either
 
 _MOST_TRIED = 1024
-
-
-class Parallelism(Protocol):
-    """What is read of the parallelism section."""
-
-    @property
-    def tensor_parallel_degree(self) -> int: ...
-
-    @property
-    def context_parallel_degree(self) -> int: ...
-
-    @property
-    def context_parallel_method(self) -> str: ...
-
-    @property
-    def context_parallel_load_balancer(self) -> str: ...
-
-    def problems(self, key: str, world_size: int) -> list[Problem]: ...
+"""The largest degree that a remedy proposes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Division:
-    """A mesh and what it divides."""
+    """A mesh, and the sizes that its degrees must divide."""
 
-    parallelism: Parallelism
+    parallelism: Any
+    """The section `[parallelism]`."""
     world_size: int
     seq_len: int
     max_seq_len: int | None
-    """Longest sequence of the model; None where that is not known."""
+    """Longest sequence of the model; None if the model is not known."""
     sizes: dict[str, int]
-    """What tensor parallel divides, by the decoder's field; without fields that are not known."""
+    """The sizes that tensor parallel must divide, by the decoder's field; empty if the model is not known."""
     dealt_by_ulysses: str
-    """The one of these fields that counts the heads which Ulysses deals out."""
+    """The field that counts the heads which Ulysses deals out."""
     extensible: str
-    """The one of these fields that may be larger than the data needs."""
+    """The field that may be larger than the data needs."""
 
     def problems(self) -> list[Problem]:
-        """What is left over, for degrees that are in range and any number of ranks."""
+        """The degrees that do not divide evenly, for any number of ranks."""
         return [
             *(self._tensor_problems() if self.undivided else ()),
             *(self._heads_problems() if self.heads_left else ()),
@@ -54,43 +38,43 @@ class Division:
 
     @property
     def is_even(self) -> bool:
-        """Whether the ranks come out even, and nothing is left over."""
+        """True if the degrees suit the number of ranks and divide everything."""
         if self.parallelism.problems("parallelism", self.world_size):
             return False
         return not (self.undivided or self.heads_left or self.seq_len % self.unit)
 
     @cached_property
     def undivided(self) -> list[str]:
-        """The names of the sizes that tensor parallel does not divide."""
+        """The fields whose sizes tensor parallel does not divide."""
         degree = self.parallelism.tensor_parallel_degree
         return [name for name, size in self.sizes.items() if size % degree]
 
     @property
     def tensor(self) -> int:
-        """The degree of tensor parallel; 1 where it is refused, so that only the rest is judged."""
+        """The degree of tensor parallel; 1 if that is refused, so that the other checks stand alone."""
         return 1 if self.undivided else self.parallelism.tensor_parallel_degree
 
     @property
     def heads(self) -> int:
-        """Key and value heads of a rank, which Ulysses deals out; 0 where they are not known."""
+        """The heads of a rank that Ulysses deals out; 0 if the model is not known."""
         return self.sizes.get(self.dealt_by_ulysses, 0) // self.tensor
 
     @property
     def heads_left(self) -> int:
-        """Heads that Ulysses would leave over."""
+        """The heads that Ulysses leaves over."""
         is_ulysses = self.parallelism.context_parallel_method == "ulysses"
         return self.heads % self.parallelism.context_parallel_degree if is_ulysses else 0
 
     @property
     def n_chunks(self) -> int:
-        """Equal chunks of the sequence that each rank of context parallel has."""
+        """The number of equal chunks of the sequence that each rank of context parallel has."""
         mesh = self.parallelism
         is_balanced = mesh.context_parallel_degree > 1 and mesh.context_parallel_load_balancer == "headtail"
         return 2 if is_balanced and mesh.context_parallel_method == "allgather" else 1
 
     @property
     def unit(self) -> int:
-        """What the sequence must be a multiple of."""
+        """The sequence must be a multiple of this number of tokens."""
         return self.parallelism.context_parallel_degree * lcm(self.n_chunks, self.tensor)
 
     def _tensor_problems(self) -> list[Problem]:
@@ -125,14 +109,19 @@ class Division:
         remedy = f"use {either(better)}" if better else "use smaller degrees"
         if self._with(context_parallel_load_balancer="none").is_even:
             remedy += ', or parallelism.context_parallel_load_balancer = "none"'
-        return [Problem("training.seq_len", self.seq_len, rule, remedy)]
+        return [Problem("training.seq_len", self.seq_len, rule, remedy, ("parallelism", *self._reads))]
 
     def _problem(self, name: str, whole: str, remedy: str) -> Problem:
         value = getattr(self.parallelism, name)
-        return Problem(f"parallelism.{name}", value, f"does not divide {whole}", remedy)
+        return Problem(f"parallelism.{name}", value, f"does not divide {whole}", remedy, self._reads)
+
+    @property
+    def _reads(self) -> tuple[str, ...]:
+        """The overrides that the sizes may come from."""
+        return tuple(f"model.overrides.{name}" for name in (*self.sizes, "max_seq_len"))
 
     def _better(self, name: str, whole: int) -> str:
-        """The degrees that divide `whole`; only those that come out even in all else, where there are any."""
+        """The remedy: the degrees that divide `whole`, and if possible everything else too."""
         divisors = [n for n in range(1, min(whole, _MOST_TRIED) + 1) if whole % n == 0]
         even = [n for n in divisors if self._with(**{name: n}).is_even]
         return f"use {either(even or divisors)}"
@@ -140,9 +129,3 @@ class Division:
     def _with(self, **changes: object) -> "Division":
         section: Any = self.parallelism
         return replace(self, parallelism=replace(section, **changes))
-
-
-def either(choices: list[int] | list[str]) -> str:
-    """The choices in words: "1, 2 or 4"."""
-    words = list(map(str, choices))
-    return " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))

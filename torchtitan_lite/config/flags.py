@@ -1,8 +1,7 @@
-"""The command line, as one more layer of nested tables.
+"""Reads the command line as layers of nested tables, as files would have them.
 
-`--training.seq-len 128` sets what `seq_len = 128` below `[training]` would set. Text is taken as it stands
-where the key holds a string; everything else is read as JSON, or as a number of TOML or Python, and what is
-neither is left for the validation. Of a flag given twice the last wins, but free tables merge.
+`--training.seq-len 128` sets what `seq_len = 128` below `[training]` sets. Text is taken as it stands if the
+key holds a string. All else is read as JSON, or as a number of TOML or Python; validation refuses the rest.
 """
 
 import json
@@ -13,28 +12,20 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin
 
 from torchtitan_lite.config.problem import MISSING, Problem
-from torchtitan_lite.config.schema import (
-    alternatives,
-    at,
-    classes,
-    field_types,
-    first_key,
-    members_by_tag,
-    tag,
-)
-from torchtitan_lite.config.validation import Afresh, overlay, unknown_key
+from torchtitan_lite.config.schema import at, classes, first_key, members_by_tag, plain_types, tag
 
 _MOST_RANKS = 2**31
-"""What torch counts ranks in is a C int."""
+"""torch counts ranks in a C int."""
 
 
 @dataclass
 class Flags:
-    """What the command line says of a configuration of class `cls`."""
+    """What the command line says of a configuration."""
 
-    cls: type
-    layer: dict[str, Any] = field(default_factory=dict)
-    """Nested tables, as a file would give them."""
+    keys: dict[str, Any] = field(default_factory=dict)
+    """The table of the flags that set one value each: of a flag given twice, the last wins."""
+    others: list[dict[str, Any]] = field(default_factory=list)
+    """A table for every other flag: the keys of free tables, which merge, and keys that are not known."""
     files: list[str] = field(default_factory=list)
     """Arguments of --config, in order."""
     dry_run: bool = False
@@ -47,16 +38,17 @@ class Flags:
         self.problems.append(Problem(key, value, rule, remedy))
 
     def put(self, path: list[str], value: object) -> None:
+        """Set the value at `path`, which no other flag uses as a table."""
         *tables, name = path
-        table = self.layer
+        table = self.keys
         for part in tables:
             table = table.setdefault(part, {})
-        table[name] = overlay(table.get(name), value)
+        table[name] = value
 
 
 def read_flags(cls: type, argv: Sequence[str]) -> Flags:
-    """Read `argv`, the arguments after the program's name."""
-    flags = Flags(cls)
+    """Read `argv`, the arguments after the program's name, for a configuration of class `cls`."""
+    flags = Flags()
     rest = list(argv)
     while rest:
         word = rest.pop(0)
@@ -65,7 +57,7 @@ def read_flags(cls: type, argv: Sequence[str]) -> Flags:
         elif word.startswith("--") and word != "--":
             name, equals, inline = word[2:].partition("=")
             words = [inline] if equals else _before_next_flag(rest)
-            used = _read_flag(flags, name, words)
+            used = _read_flag(flags, cls, name, words)
             rest = rest if equals else rest[used:]
         else:
             remedy = "write --section.key VALUE, and text with spaces in quotes"
@@ -81,45 +73,50 @@ def _before_next_flag(words: list[str]) -> list[str]:
     return words[: next(ends, len(words))]
 
 
-def _read_flag(flags: Flags, name: str, words: list[str]) -> int:
-    """Set what `--name` sets, and return how many of `words`, which follow it, belong to it."""
+def _read_flag(flags: Flags, cls: type, name: str, words: list[str]) -> int:
+    """Set what `--name` sets; returns how many of `words`, which follow the flag, belong to it."""
     path = name.replace("-", "_").split(".")
-    if path == ["config"]:
-        if not words or not words[0]:
-            flags.report("--config", MISSING, "has no value", "write --config FILE.toml")
-        flags.files += filter(None, words[:1])
-        return len(words[:1])
-    if path == ["dry_run"]:
-        value, used = _value(bool, words)
-        if isinstance(value, bool):
-            flags.dry_run = value
-        else:
-            flags.report("--dry-run", value, "is not true or false", "write --dry-run alone")
-        return used
-    if path == ["world_size"]:
-        return _read_world_size(flags, words)
-    annotation = at(flags.cls, path)
+    if path in (["config"], ["dry_run"], ["world_size"]):
+        return _read_command(flags, path[0], words)
+    annotation = at(cls, path)
     positive = [*path[:-1], path[-1].removeprefix("no_")]
-    if annotation is None and positive != path and bool in alternatives(at(flags.cls, positive)):
-        return _read_negation(flags, positive, name, words)
-    if members_by_tag(annotation) and tag(annotation) == "kind":
-        path, annotation = [*path, "kind"], at(flags.cls, [*path, "kind"])
-    if annotation is None or classes(annotation):
-        flags.problems.append(_refusal(flags.cls, path, _json(words[0]) if words else MISSING))
+    if annotation is None and positive != path and bool in plain_types(at(cls, positive)):
+        if words:
+            flags.report(f"--{name}", words[0], "takes no value", f"write --{name} alone")
+        flags.put(positive, False)
         return len(words[:1])
+    if members_by_tag(annotation) and tag(annotation) == "kind":
+        path, annotation = [*path, "kind"], at(cls, [*path, "kind"])
     value, used = _value(annotation, words)
-    if value == {}:
-        value = Afresh()
-    if value is MISSING:
-        flags.report(".".join(path), MISSING, "has no value", f"write --{name}=VALUE")
+    key = ".".join(path)
+    table = next((".".join(path[:n]) for n in range(1, len(path)) if _is_free(at(cls, path[:n]))), None)
+    if table:
+        flags.report(key, value, f"is inside {table}", f"write --{table} VALUE, a table as JSON")
+    elif classes(annotation):
+        remedy = f"write --{key}.{first_key(annotation)} VALUE"
+        flags.report(key, value, "is a section, and a flag sets one key", remedy)
+    elif value is MISSING:
+        flags.report(key, MISSING, "has no value", f"write --{name}=VALUE")
+    elif annotation is None or _is_free(annotation):
+        flags.others.append(_table(path, value))
     else:
         flags.put(path, value)
     return used
 
 
-def _read_world_size(flags: Flags, words: list[str]) -> int:
-    value, used = _value(int, words)
-    if type(value) is int and 0 < value < _MOST_RANKS:
+def _read_command(flags: Flags, name: str, words: list[str]) -> int:
+    """Read an option of the command itself; returns how many of `words` belong to it."""
+    if name == "config":
+        if not words or not words[0]:
+            flags.report("--config", MISSING, "has no value", "write --config FILE.toml")
+        flags.files += filter(None, words[:1])
+        return len(words[:1])
+    value, used = _value(bool if name == "dry_run" else int, words)
+    if name == "dry_run" and isinstance(value, bool):
+        flags.dry_run = value
+    elif name == "dry_run":
+        flags.report("--dry-run", value, "is not true or false", "write --dry-run alone")
+    elif type(value) is int and 0 < value < _MOST_RANKS:
         flags.world_size = value
     else:
         rule = "has no value" if value is MISSING else "is not a number of ranks"
@@ -127,35 +124,21 @@ def _read_world_size(flags: Flags, words: list[str]) -> int:
     return used
 
 
-def _read_negation(flags: Flags, path: list[str], name: str, words: list[str]) -> int:
-    if words:
-        flags.report(f"--{name}", words[0], "takes no value", f"write --{name} alone")
-    else:
-        flags.put(path, False)
-    return len(words[:1])
+def _table(path: list[str], value: object) -> dict[str, Any]:
+    """`value` at `path`, as nested tables."""
+    name, *rest = path
+    return {name: _table(rest, value) if rest else value}
 
 
-def _refusal(cls: type, path: list[str], value: object) -> Problem:
-    """What is wrong with a flag that sets no key: it names a section, a part of a value, or nothing."""
-    depth = max(n for n in range(len(path) + 1) if at(cls, path[:n]) is not None)
-    key, rest = ".".join(path[:depth]), path[depth:]
-    owners = classes(at(cls, path[:depth]))
-    if not rest:
-        remedy = f"write --{key}.{first_key(at(cls, path))} VALUE"
-        return Problem(key, value, "is a section, and a flag sets one key", remedy)
-    if not owners:
-        return Problem(".".join(path), value, f"is inside {key}", f"write --{key} VALUE, a table as JSON")
-    for name in reversed(rest[1:]):
-        value = {name: None if value is MISSING else value}
-    known = [name for owner in owners for name in field_types(owner)]
-    return unknown_key(cls, list(dict.fromkeys(known)), key, rest[0], value)
+def _is_free(annotation: Any) -> bool:
+    return any(get_origin(tp) is dict for tp in plain_types(annotation))
 
 
 def _value(annotation: Any, words: list[str]) -> tuple[object, int]:
-    """The value that `words` write, and how many of them it takes; MISSING where there is none."""
-    options = alternatives(annotation)
+    """The value that `words` write, and how many of them it takes; MISSING without a value."""
+    options = plain_types(annotation)
     if not words:
-        return (True if bool in options else MISSING), 0
+        return (True if bool in options or annotation is None else MISSING), 0
     sequences = [tp for tp in options if get_origin(tp) in (tuple, list)]
     if sequences and len(words) > 1:
         element = get_args(sequences[0])[0]
@@ -167,18 +150,22 @@ def _value(annotation: Any, words: list[str]) -> tuple[object, int]:
 
 
 def _scalar(annotation: Any, word: str) -> object:
-    options = set(alternatives(annotation))
+    options = set(plain_types(annotation))
     if type(None) in options and word in ("None", "none", "null"):
         return None
     if bool in options and word.lower() in ("true", "false"):
         return word.lower() == "true"
-    is_text = all(tp is str or get_origin(tp) is Literal for tp in options - {type(None)})
+    is_text = all(tp is str or _is_choice_of_texts(tp) for tp in options - {type(None)})
     value = word if is_text else _json(word)
     return _number(word) if value is word and options & {int, float} else value
 
 
+def _is_choice_of_texts(tp: Any) -> bool:
+    return get_origin(tp) is Literal and all(isinstance(choice, str) for choice in get_args(tp))
+
+
 def _number(word: str) -> object:
-    """A number that JSON has no form for, as TOML or Python write it: +5, 1_000, .5; else the word itself."""
+    """A number as TOML or Python write it but JSON does not (+5, 1_000, .5); otherwise the word itself."""
     if re.fullmatch(r"[+-]?[\d.][\w.+-]*", word, re.ASCII):
         try:
             return int(word, 0)

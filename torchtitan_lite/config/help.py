@@ -5,12 +5,13 @@ import inspect
 import json
 from typing import Annotated, Any, Literal, cast, get_origin
 
-from torchtitan_lite.config.schema import classes, field_types, is_fixed, members_by_tag, tag, unwrapped
+from torchtitan_lite.config.messages import limits
+from torchtitan_lite.config.schema import classes, field_types, is_fixed, members_by_tag, note, tag, unwrapped
 from torchtitan_lite.registry import Names
 
 
 def print_help(config: Any, prog: str) -> None:
-    """Print every option with its value in `config` as the default; of tagged unions, the chosen member's."""
+    """Print every option, with its value in `config` as the default. A choice shows the chosen member."""
     import tyro
 
     registry = tyro.constructors.ConstructorRegistry()
@@ -56,7 +57,7 @@ class _Options:
         if get_origin(unwrapped(field.type)[0]) is dict:
             field = dataclasses.replace(field, type=Annotated[dict, _json()])
         if dataclasses.is_dataclass(field.default):
-            # What may stand here is open; what does stand here has the options to show.
+            # The annotation allows any member of the door; the options to show are those of the default.
             field = dataclasses.replace(field, type=type(field.default))
         by, members = self.choices.get(owner, ("", {}))
         if field.name == by:
@@ -69,21 +70,22 @@ class _Options:
         annotation = field_types(owner)[field.name]
         if is_fixed(annotation) and not words:
             words = ["The name of this section; nothing else may stand here."]
-        for note in unwrapped(annotation)[1]:
-            if isinstance(note, Names):
-                words.append(f"Names: {', '.join(note.door.members)}.")
+        if range_ := limits(annotation):
+            words.append(f"{range_[0].upper()}{range_[1:]}.")
+        if names := note(annotation, Names):
+            words.append(f"Names: {', '.join(names.door.members)}.")
         return dataclasses.replace(field, helptext=" ".join(words) or None)
 
 
 def _is_empty(field: Any) -> bool:
-    """Whether a field is a section without options."""
+    """True for a section without options."""
     return dataclasses.is_dataclass(field.default) and not dataclasses.fields(field.default)
 
 
 def _described(members: dict[str, type]) -> str:
-    """What each member of a tagged union is, where its class says so."""
+    """The first paragraph of each member's docstring."""
     lines = {name: (inspect.getdoc(member) or "").partition("\n\n")[0] for name, member in members.items()}
-    # A dataclass without a docstring gets its signature instead.
+    # dataclass() gives a class without a docstring its signature instead.
     said = {
         name: line
         for name, line in lines.items()
@@ -93,7 +95,7 @@ def _described(members: dict[str, type]) -> str:
 
 
 def _choices(cls: type) -> dict[type, tuple[str, dict[str, type]]]:
-    """For each member of a tagged union below `cls`, its tag, and the members to choose from."""
+    """For each member of a choice below `cls`: the choice's tag, and all members."""
     found: dict[type, tuple[str, dict[str, type]]] = {}
     for annotation in field_types(cls).values():
         members = members_by_tag(annotation)
@@ -104,7 +106,7 @@ def _choices(cls: type) -> dict[type, tuple[str, dict[str, type]]]:
 
 
 def _command() -> tuple[Any, ...]:
-    """The options that are about the command itself."""
+    """The options of the command itself, which are no keys of the configuration."""
     import tyro
     from tyro.constructors import PrimitiveConstructorSpec, StructFieldSpec
 

@@ -1,4 +1,4 @@
-"""A run as one value: the sections that the other modules own, and what must hold between them."""
+"""A run as one value: composes the sections of the other modules, and checks what must hold between them."""
 
 import os
 from collections.abc import Sequence
@@ -10,25 +10,25 @@ from typing import Annotated, Any, Literal
 import torch
 
 from torchtitan_lite import registry
-from torchtitan_lite.attention import Flex, Sdpa, refusals
+from torchtitan_lite.attention import AttentionConfig, Flex, refusals
 from torchtitan_lite.checkpoint import CheckpointConfig
 from torchtitan_lite.config.division import Division
-from torchtitan_lite.config.load import (
-    Afresh,
-    ConfigError,
-    Loaded,
-    Problem,
-    load,
-    of_sound_values,
-    overlay,
-    to_toml,
-)
+from torchtitan_lite.config.load import ConfigError, Loaded, Problem, load, to_toml
+from torchtitan_lite.config.problem import of_sound_keys
+from torchtitan_lite.config.schema import field_types
 from torchtitan_lite.data.datasets import DataConfig, PythonStdlib
 from torchtitan_lite.data.tokenizer import load_tokenizer
 from torchtitan_lite.launch.world import CommConfig
 from torchtitan_lite.models.decoder import DecoderConfig
 from torchtitan_lite.models.huggingface import export_problems
-from torchtitan_lite.models.registry import FOLDER, AnyAttention, meant_kind, read, resolve, split_flavor
+from torchtitan_lite.models.registry import (
+    DEFAULT_FAMILY,
+    own_attention,
+    read,
+    resolve,
+    settle_attention,
+    true_flavor,
+)
 from torchtitan_lite.parallel.apply import CompileConfig, model_problems, plan
 from torchtitan_lite.parallel.mesh import ParallelismConfig
 from torchtitan_lite.parallel.recompute import ActivationCheckpointConfig
@@ -44,6 +44,7 @@ from torchtitan_lite.training.validation import ValidationConfig
 
 _EMPTY = {"path": "", "field": "text"}
 """What earlier versions wrote out for a dataset without such options."""
+_STEPS = 'use "checkpoint"'
 _OVERRIDES = "model.overrides."
 _REFUSED_KEYS = {
     "device": "job.device",
@@ -55,7 +56,7 @@ _REFUSED_KEYS = {
         if field.name in signature(refusals).parameters
     },
 }
-"""The keys that set what an attention backend was checked against, where they are not its own."""
+"""The keys of the values that an attention backend is checked against, other than its own options."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +74,7 @@ class JobSection:
     attention backends, datasets, tokenizers, optimizers and hooks."""
 
     def problems(self, key: str) -> list[Problem]:
-        """An output folder that cannot be made or written to."""
+        """An output folder that cannot be made or written."""
         try:
             folder = Path(self.dump_folder or "outputs").expanduser().absolute()
             nearest = next(place for place in (folder, *folder.parents) if place.exists())
@@ -93,11 +94,12 @@ class JobSection:
 class ModelSection:
     """Which decoder is trained."""
 
-    name: Annotated[str, registry.Names(registry.families)] = "qwen3"
+    name: Annotated[str, registry.Names(registry.families)] = DEFAULT_FAMILY
     """Family of the model; or hf, whose flavors are folders with a config.json."""
     flavor: str = "debugmodel"
     """Size of the model, alone or with an attention: 8B, 8B_flex, 8B_flex_flash, 8B_varlen."""
-    attention: AnyAttention = field(default_factory=Sdpa)
+    attention: Annotated[AttentionConfig | None, registry.attentions] = None
+    """Unset: the attention of the flavor."""
     overrides: dict[str, Any] = field(default_factory=dict)
     """Fields of the decoder that replace those of the flavor, such as {"n_layers": 2}."""
 
@@ -131,19 +133,24 @@ class JobConfig:
 
     @property
     def device(self) -> str:
-        """The device that `job.device` comes to here: "cpu" or "cuda"."""
+        """The device that `job.device` stands for here: "cpu" or "cuda"."""
         if self.job.device == "auto":
             return "cuda" if torch.cuda.is_available() else "cpu"
         return self.job.device
 
     @property
+    def attention(self) -> AttentionConfig:
+        """The attention of the model: `model.attention`, otherwise the flavor's own."""
+        return self.model.attention or own_attention(self.model.flavor)
+
+    @property
     def decoder(self) -> DecoderConfig:
-        """The decoder that the model section describes. Raises ConfigError where it describes none."""
+        """The decoder that the model section describes. Raises ConfigError if that is wrong."""
         return resolve(self.model.name, self.model.flavor, self.model.attention, self.model.overrides)
 
     @property
     def hook_configs(self) -> dict[str, Any]:
-        """The hooks of the run by name, each with its options: every one that is registered."""
+        """All registered hooks by name, each with its options."""
         return registry.hooks.configured(self.hooks)
 
     def plan(self, world_size: int) -> list[str]:
@@ -162,16 +169,19 @@ class JobConfig:
         return "".join(f"# {line}\n" for line in self.plan(world_size)) + "\n" + to_toml(self)
 
     def check(self, world_size: int = 1, dry_run: bool = False) -> list[Problem]:
-        """Everything that is wrong on `world_size` ranks although each value has its type.
+        """Everything that is wrong on `world_size` ranks between values that are right in themselves.
 
         A dry run needs neither the ranks nor a GPU.
         """
+        model = self.model
+        decoder, wrong = read(model.name, model.flavor, model.attention, model.overrides)
         mesh = self.parallelism.problems("parallelism", world_size)
         arguments: dict[str, Any] = {
             "parallelism": {"world_size": world_size},
             "training": {"data_ranks": 1 if mesh else self.parallelism.degrees(world_size).data},
             "compile": {"device": None if dry_run else self.device},
-            "lr_scheduler": {"training_steps": self.training.steps if self.training.steps > 0 else None},
+            "lr_scheduler": {"training_steps": self.training.steps},
+            "activation_checkpoint": {"n_blocks": decoder.n_layers if decoder else None},
         }
         found = []
         for section in fields(self):
@@ -188,89 +198,100 @@ class JobConfig:
             found.append(Problem("job.device", "cuda", rule, remedy))
         if self.validation.enable and self.data.validation_fraction == 0:
             rule, remedy = "needs held-out text, and data.validation_fraction is 0", "set that to 0.05"
-            found.append(Problem("validation.enable", True, rule, remedy))
-        return found + self._folder_problems() + self._model_problems(world_size)
+            found.append(Problem("validation.enable", True, rule, remedy, ("data.validation_fraction",)))
+        found += [
+            *self._folder_problems(),
+            *self._attention_problems(decoder),
+            *self._tokenizer_problems(decoder),
+        ]
+        found += self._division(decoder, world_size).problems()
+        if decoder is not None:
+            found += self._decoder_problems(decoder)
+        if decoder is not None and type(decoder) is not DecoderConfig and not wrong and not mesh:
+            found += model_problems(decoder, self.parallelism.degrees(world_size))
+        return wrong + of_sound_keys(found, wrong)
 
     def _folder_problems(self) -> list[Problem]:
-        """A folder of steps that is something else too, and would be moved aside with it."""
+        """Folders that are not inside the run's folder, or that share a name there."""
+        reports = {
+            "metrics.save_tb_folder": (self.metrics.save_tb_folder, 'use "tb"'),
+            "profiling.save_traces_folder": (
+                self.profiling.save_traces_folder,
+                'use a name such as "profile_traces"',
+            ),
+        }
+        rule = "is not a folder of its own inside the run's"
+        found = [
+            Problem(key, folder, rule, remedy)
+            for key, (folder, remedy) in reports.items()
+            if not is_inside(folder)
+        ]
         folder = self.checkpoint.folder
-        if Path(folder).name != folder or folder in ("", ".."):  # which the section itself refuses
-            return []
-        others = (self.metrics.save_tb_folder, self.profiling.save_traces_folder)
-        if is_inside(folder) and not any(Path(other).parts[:1] == (folder,) for other in others):
-            return []
+        if Path(folder).name != folder or folder in ("", ".."):
+            return [*found, Problem("checkpoint.folder", folder, "is not a folder inside the run's", _STEPS)]
+        if is_inside(folder) and not any(Path(other).parts[:1] == (folder,) for other, _ in reports.values()):
+            return found
         rule = "is the name of something else in the run's folder"
-        return [Problem("checkpoint.folder", folder, rule, 'use "checkpoint"')]
+        return [*found, Problem("checkpoint.folder", folder, rule, _STEPS, tuple(reports))]
 
-    def _model_problems(self, world_size: int) -> list[Problem]:
-        model = self.model
-        decoder, wrong = read(model.name, model.flavor, model.attention, model.overrides)
-        sound_heads = not {problem.key for problem in wrong} & set(_REFUSED_KEYS.values())
-        found = self._attention_problems(decoder if sound_heads else None) + self._tokenizer_problems(decoder)
-        if decoder is not None and self.training.seq_len > decoder.max_seq_len:
+    def _decoder_problems(self, decoder: DecoderConfig) -> list[Problem]:
+        """A sequence that is too long for the model, and an export that transformers cannot have."""
+        found = []
+        if self.training.seq_len > decoder.max_seq_len:
             rule = f"is more than the {decoder.max_seq_len} tokens that the model is meant for"
             remedy = f"use at most {decoder.max_seq_len}, or raise model.overrides.max_seq_len"
-            found.append(Problem("training.seq_len", self.training.seq_len, rule, remedy))
-        mesh_problems = self.parallelism.problems("parallelism", world_size)
-        unsound = {problem.key.removeprefix(_OVERRIDES) for problem in wrong}
-        found += self._division_problems(decoder, unsound, world_size)
-        if decoder is not None:
-            found += self.activation_checkpoint.block_problems("activation_checkpoint", decoder.n_layers)
-            if self.checkpoint.last_save_in_hf:
-                found += export_problems(decoder, "model.overrides")
-        if decoder is not None and type(decoder) is not DecoderConfig and not wrong and not mesh_problems:
-            found += model_problems(decoder, self.parallelism.degrees(world_size))
-        return wrong + of_sound_values(found, wrong)
+            reads = ("model.overrides.max_seq_len",)
+            found.append(Problem("training.seq_len", self.training.seq_len, rule, remedy, reads))
+        if self.checkpoint.last_save_in_hf:
+            found += export_problems(decoder, "model.overrides")
+        return found
 
-    def _division_problems(
-        self, decoder: DecoderConfig | None, unsound: set[str], world_size: int
-    ) -> list[Problem]:
-        """What the mesh does not divide; nothing of the decoder's `unsound` fields."""
-        wrong = self.parallelism.problems("parallelism", world_size)
-        if self.training.seq_len < 1 or any(problem.key != "WORLD_SIZE" for problem in wrong):
-            return []
-        kind, sizes = (DecoderConfig, {}) if decoder is None else (type(decoder), decoder.splits)
+    def _division(self, decoder: DecoderConfig | None, world_size: int) -> Division:
+        kind = DecoderConfig if decoder is None else type(decoder)
         return Division(
             parallelism=self.parallelism,
             world_size=world_size,
             seq_len=self.training.seq_len,
-            max_seq_len=None if decoder is None or "max_seq_len" in unsound else decoder.max_seq_len,
-            sizes={name: size for name, size in sizes.items() if name not in unsound},
+            max_seq_len=decoder.max_seq_len if decoder else None,
+            sizes=decoder.splits if decoder else {},
             dealt_by_ulysses=kind.dealt_by_ulysses,
             extensible=kind.extensible,
-        ).problems()
+        )
 
     def _attention_problems(self, decoder: DecoderConfig | None) -> list[Problem]:
-        """What keeps the backend from running; without a decoder, for heads that suit every backend."""
-        refused = refusals(
-            self.model.attention,
-            device=self.device,
-            dtype=self.training.compute_dtype,
-            head_dim=decoder.head_dim if decoder else 64,
-            n_heads=decoder.n_heads if decoder else 1,
-            n_kv_heads=decoder.n_kv_heads if decoder else 1,
-            sliding_window=decoder.sliding_window if decoder else None,
-            deterministic=self.debug.deterministic,
-        )
-        found = [
-            Problem(_REFUSED_KEYS.get(field, f"model.attention.{field}"), value, rule, remedy)
-            for field, value, rule, remedy in refused
-        ]
-        attention = self.model.attention
-        if (
-            self.device == "cuda"
-            and self.compile.enable
-            and isinstance(attention, Flex)
-            and attention.autotuned
-        ):
+        """Why the attention cannot run; without a decoder, only the options are judged."""
+        attention = self.attention
+        refused = attention.option_refusals(self.device)
+        if decoder is not None:
+            refused = refusals(
+                attention,
+                device=self.device,
+                dtype=self.training.compute_dtype,
+                head_dim=decoder.head_dim,
+                n_heads=decoder.n_heads,
+                n_kv_heads=decoder.n_kv_heads,
+                sliding_window=decoder.sliding_window,
+                deterministic=self.debug.deterministic,
+            )
+        found = []
+        for name, value, rule, remedy in refused:
+            key = _REFUSED_KEYS.get(name, f"model.attention.{name}")
+            reads = ("job.device", "model.attention")
+            if key.startswith(_OVERRIDES):
+                reads += ("model.overrides",)
+            found.append(Problem(key, value, rule, remedy, reads))
+        is_compiled = self.device == "cuda" and self.compile.enable
+        if is_compiled and isinstance(attention, Flex) and attention.autotuned:
             rule = "finds no kernel within compiled blocks"
             remedy = "use a multiple of 128, or compile.enable = false"
-            found.append(Problem("model.attention.block_size", attention.block_size, rule, remedy))
+            reads = ("job.device", "compile.enable")
+            key = "model.attention.block_size"
+            found.append(Problem(key, attention.block_size, rule, remedy, reads))
         return found
 
     def _tokenizer_problems(self, decoder: DecoderConfig | None) -> list[Problem]:
         if self.tokenizers.problems("tokenizers"):
-            return []  # no tokenizer is built with options that are wrong
+            return []  # wrong options build no tokenizer
         try:
             size = load_tokenizer(self.data.tokenizer, self.tokenizers).vocab_size
         except ConfigError as error:
@@ -279,35 +300,41 @@ class JobConfig:
             return []
         rule = f"has {size} tokens, and the model's vocab_size is {decoder.vocab_size}"
         remedy = f"set model.overrides.vocab_size to {size} or more"
-        return [Problem("data.tokenizer", self.data.tokenizer, rule, remedy)]
+        reads = ("tokenizers", "model.overrides.vocab_size")
+        return [Problem("data.tokenizer", self.data.tokenizer, rule, remedy, reads)]
 
 
 def load_job(
     argv: Sequence[str], *, world_size: int = 1, prog: str = "python -m torchtitan_lite.train"
 ) -> Loaded[JobConfig]:
-    """The checked configuration of the command line `argv`; raises ConfigError with all that is wrong."""
+    """The checked configuration of the command line `argv`; raises ConfigError with all problems."""
     loaded = load(
         JobConfig,
         argv,
         prog=prog,
-        layer_hook=expand,
+        settle=_settle,
         check=JobConfig.check,
         world_size=world_size,
         plugins="job.plugins",
     )
-    return replace(loaded, config=_with_true_flavor(loaded.config))
+    model = loaded.config.model
+    model = replace(model, flavor=true_flavor(model.flavor, loaded.config.attention))
+    return replace(loaded, config=replace(loaded.config, model=model))
 
 
-def expand(layer: dict[str, Any]) -> dict[str, Any]:
-    """A layer with what stands for something longer written out: the flavor's suffix, and a null scaling."""
-    layer = _without_empty_options(layer)
+def _settle(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The layers with everything written out that a short form stands for."""
+    layers = [_with_null_scaling(_without_empty_options(layer)) for layer in layers]
+    return settle_attention(layers)
+
+
+def _with_null_scaling(layer: dict[str, Any]) -> dict[str, Any]:
+    """A layer whose null for `rope_scaling` is a scaling by 1, which undoes that of the flavor."""
     model = layer.get("model")
     overrides = model.get("overrides") if isinstance(model, dict) else None
     if isinstance(model, dict) and isinstance(overrides, dict) and overrides.get("rope_scaling", 0) is None:
-        # TOML has no null, and a flavor may have a scaling of its own to undo.
-        overrides = overlay(overrides, {"rope_scaling": Afresh(factor=1.0)})
-        layer = {**layer, "model": {**model, "overrides": overrides}}
-    return expand_flavor(layer)
+        return {**layer, "model": {**model, "overrides": {**overrides, "rope_scaling": {"factor": 1.0}}}}
+    return layer
 
 
 def _without_empty_options(layer: dict[str, Any]) -> dict[str, Any]:
@@ -316,40 +343,6 @@ def _without_empty_options(layer: dict[str, Any]) -> dict[str, Any]:
     name = data.get("dataset") if isinstance(data, dict) else None
     if not isinstance(data, dict) or not isinstance(name, str) or name not in registry.datasets.members:
         return layer
-    options = {option.name for option in fields(registry.datasets.members[name])}
+    options = field_types(registry.datasets.members[name])
     unused = [key for key, empty in _EMPTY.items() if key not in options and data.get(key) == empty]
     return {**layer, "data": {key: value for key, value in data.items() if key not in unused}}
-
-
-def expand_flavor(layer: dict[str, Any]) -> dict[str, Any]:
-    """A layer with the attention that the suffix of its flavor stands for.
-
-    That attention replaces what earlier layers say; the layer's own attention table is laid over it, or wins
-    as a whole when it names another kind. A flavor without a suffix leaves the attention alone.
-    """
-    model = layer.get("model")
-    if not isinstance(model, dict) or not isinstance(model.get("flavor"), str):
-        return layer
-    _, attention = split_flavor(model["flavor"])
-    own = model.get("attention", {})
-    is_folder = model.get("name") == FOLDER or os.path.isdir(model["flavor"])
-    if attention is None and not is_folder and (kind := meant_kind(model["flavor"])):
-        # The flavor is refused later; what is said of the attention meant is not wrong as well.
-        attention = {"kind": kind}
-    if attention is None or not isinstance(own, dict):
-        return layer
-    if own.get("kind", attention["kind"]) != attention["kind"]:
-        return layer
-    return {**layer, "model": {**model, "attention": Afresh(overlay(attention, own))}}
-
-
-def _with_true_flavor(job: JobConfig) -> JobConfig:
-    """`job` without the flavor's suffix where a later layer has chosen another attention.
-
-    So the name never says what is not so, and the resolved file, read again, means the same.
-    """
-    size, attention = split_flavor(job.model.flavor)
-    chosen = {name: getattr(job.model.attention, name, None) for name in attention or {}}
-    if attention is None or overlay(chosen, attention) == chosen:
-        return job
-    return replace(job, model=replace(job.model, flavor=size))

@@ -1,4 +1,4 @@
-"""What is wrong with the user's input, said in one line each."""
+"""What is wrong with the user's input: one line per problem."""
 
 import difflib
 import json
@@ -20,6 +20,8 @@ class Problem:
     value: object
     rule: str
     remedy: str
+    reads: tuple[str, ...] = ()
+    """The other keys, or sections, that the check compared the value with."""
 
     def __str__(self) -> str:
         shown = "" if self.value is MISSING else f" = {literal(self.value)}"
@@ -29,7 +31,7 @@ class Problem:
 class ConfigError(Exception):
     """Everything that is wrong with the user's input, one line per problem.
 
-    `config` is what was being read, with defaults in place of what is wrong.
+    `config` is the configuration that was read, without the wrong values.
     """
 
     def __init__(self, problems: Sequence[Problem], config: object = None) -> None:
@@ -41,8 +43,26 @@ class ConfigError(Exception):
         return "\n".join(map(str, self.problems))
 
 
+def of_sound_keys(found: Iterable[Problem], refused: Iterable[Problem]) -> list[Problem]:
+    """The problems in `found` whose check used no key of a problem in `refused`.
+
+    Another value stood in for a refused one, so a check that used it says nothing about the user's input.
+    """
+    keys = [problem.key for problem in refused]
+    return [
+        problem
+        for problem in found
+        if not any(_overlap(used, key) for used in (problem.key, *problem.reads) for key in keys)
+    ]
+
+
+def _overlap(one: str, other: str) -> bool:
+    """True if the keys are the same, or if one is a section that holds the other."""
+    return one == other or one.startswith(f"{other}.") or other.startswith(f"{one}.")
+
+
 def near(name: object, choices: Iterable[object]) -> str:
-    """The remedy for a name that is not among `choices`: the one that was probably meant, or all of them."""
+    """The remedy for a name that is not among `choices`: the closest of them, otherwise all of them."""
     known = {_fold(choice): literal(choice) for choice in choices}
     if not known:
         return "leave it out"
@@ -51,8 +71,14 @@ def near(name: object, choices: Iterable[object]) -> str:
     return f"{'choose one of' if len(known) > 1 else 'use'} {', '.join(known.values())}"
 
 
+def either(choices: Iterable[object]) -> str:
+    """The choices in words: "1, 2 or 4"."""
+    words = list(map(str, choices))
+    return " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+
+
 def literal(value: object) -> str:
-    """`value` the way a TOML or JSON file would write it, cut short when it is very long."""
+    """`value` as a TOML or JSON file has it, cut short if it is very long."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     try:
@@ -63,7 +89,7 @@ def literal(value: object) -> str:
 
 
 def dotted(key: str, name: object) -> str:
-    """`name` below `key`, quoted where TOML would quote it."""
+    """`name` below `key`, in quotes if TOML needs them."""
     bare = isinstance(name, str) and name and all(c.isascii() and (c.isalnum() or c in "-_") for c in name)
     part = name if bare else literal(name)
     return f"{key}.{part}" if key else str(part)
@@ -74,5 +100,5 @@ def _fold(name: object) -> str:
 
 
 def printable(text: str) -> str:
-    """`text` on one line, which a line separator or a stray byte in it must not break in two."""
+    """`text` on one line: line separators and control characters are escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

@@ -1,7 +1,7 @@
-"""What a configuration dataclass says of its keys: their types, and the members of a tagged union.
+"""Reads the annotations of configuration dataclasses.
 
-A tagged union is closed, as `Plain | Tiled`, or open, as `Annotated[..., door]`: its members are those that a
-door of the registry has at the time of asking.
+A section is a dataclass. A choice is a section of several kinds: `Annotated[..., door]` with a `Choice` of
+the registry, whose members are told apart by a tag such as `kind`. Every other annotation is a value.
 """
 
 import dataclasses
@@ -10,13 +10,6 @@ import types
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from torchtitan_lite.registry import Choice, Sections
-
-
-class Available:
-    """Marks a field of which only these values work so far: `Annotated[int, Available(1)]`."""
-
-    def __init__(self, *values: object) -> None:
-        self.values = values
 
 
 @functools.cache
@@ -34,54 +27,54 @@ def unwrapped(annotation: Any) -> tuple[Any, tuple[Any, ...]]:
 
 
 def alternatives(annotation: Any) -> tuple[Any, ...]:
-    """The members of a union; a type that is none is its own only member."""
+    """The members of a union, with their notes; any other type is its own only member."""
     tp, _ = unwrapped(annotation)
-    return get_args(tp) if get_origin(tp) in (Union, types.UnionType) else (tp,)
+    return get_args(tp) if get_origin(tp) in (Union, types.UnionType) else (annotation,)
+
+
+def plain_types(annotation: Any) -> list[Any]:
+    """The members of a union, without their notes."""
+    return [unwrapped(option)[0] for option in alternatives(annotation)]
+
+
+def note(annotation: Any, wanted: type) -> Any:
+    """The note of class `wanted` beside a type; None without one."""
+    return next((note for note in unwrapped(annotation)[1] if isinstance(note, wanted)), None)
 
 
 def classes(annotation: Any) -> list[type]:
-    """The dataclasses that a table under this annotation may become."""
-    if (choice := _note(annotation, Choice)) is not None:
+    """The dataclasses that a table under this annotation may become; empty for a value."""
+    if choice := note(annotation, Choice):
         return list(choice.members.values())
-    if (sections := _note(annotation, Sections)) is not None:
+    if sections := note(annotation, Sections):
         return [sections.section]
-    return [tp for tp in alternatives(annotation) if dataclasses.is_dataclass(tp) and isinstance(tp, type)]
+    return [tp for tp in plain_types(annotation) if dataclasses.is_dataclass(tp) and isinstance(tp, type)]
 
 
 def members_by_tag(annotation: Any) -> dict[str, type]:
-    """The members of a tagged union by their tag; empty for every other type."""
-    if (choice := _note(annotation, Choice)) is not None:
-        return choice.members
-    members = classes(annotation)
-    if len(members) < 2:
-        return {}
-    return {get_args(field_types(member)["kind"])[0]: member for member in members}
+    """The members of a choice by their tag; empty for every other annotation."""
+    choice = note(annotation, Choice)
+    return choice.members if choice else {}
 
 
 def tag(annotation: Any) -> str:
-    """The key that tells the members of a tagged union apart."""
-    choice = _note(annotation, Choice)
-    return "kind" if choice is None else choice.tag
+    """The key that tells the members of a choice apart."""
+    return note(annotation, Choice).tag
 
 
 def open_sections(cls: type) -> set[str]:
-    """The sections of `cls` that plugins may add to: an open annotation is in them."""
+    """The sections of `cls` that plugins may add options to."""
     return {name for name, annotation in field_types(cls).items() if _is_open(annotation)}
 
 
 def _is_open(annotation: Any) -> bool:
-    if _note(annotation, (Choice, Sections)) is not None:
+    if note(annotation, Choice) or note(annotation, Sections):
         return True
     return any(_is_open(child) for owner in classes(annotation) for child in field_types(owner).values())
 
 
-def _note(annotation: Any, wanted: Any) -> Any:
-    """The note of a `wanted` class beside a type; None without one."""
-    return next((note for note in unwrapped(annotation)[1] if isinstance(note, wanted)), None)
-
-
 def first_key(annotation: Any) -> str:
-    """A key that a table under this annotation may have, to show how one is written."""
+    """A key of a section, for an example."""
     if members_by_tag(annotation):
         return tag(annotation)
     types = field_types(classes(annotation)[0])
@@ -89,12 +82,12 @@ def first_key(annotation: Any) -> str:
 
 
 def is_fixed(annotation: Any) -> bool:
-    """Whether a key takes one value alone, as the tag of a member does."""
+    """True if a key takes one value only, as the tag of a member does."""
     return get_origin(annotation) is Literal and len(get_args(annotation)) == 1
 
 
 def at(cls: type, path: list[str]) -> Any:
-    """The annotation of the key at `path`, joined over the members that have it; None where there is none."""
+    """The annotation of the key at `path`; a union if several members have the key, None without it."""
     found: list[Any] = [cls]
     for name in path:
         owners = [owner for annotation in found for owner in classes(annotation)]

@@ -1,18 +1,22 @@
-"""TOML files to nested tables, and configurations back to TOML."""
+"""TOML files: read to nested tables, written from configurations, and the values that they can hold."""
 
 import dataclasses
+import math
 from typing import Any
 
-from torchtitan_lite.config.problem import Problem
+from torchtitan_lite.config.problem import MISSING, Problem, dotted
+
+_DEEPEST = 32
+"""Levels of nested tables and lists."""
 
 
 def read_toml(path: str) -> tuple[dict[str, Any], list[Problem]]:
-    """The tables of a TOML file; empty, with the problem, when it cannot be read."""
+    """The tables of a TOML file; empty, with the problem, if the file cannot be read."""
     import tomli
 
     try:
         with open(path, "rb") as file:
-            # A byte order mark, which some editors write, is no part of the text.
+            # Some editors write a byte order mark, which is not part of the text.
             return tomli.loads(file.read().decode("utf-8-sig")), []
     except OSError as error:
         rule, remedy = f"cannot be read ({error.strerror})", "name a TOML file that exists and is readable"
@@ -26,7 +30,7 @@ def read_toml(path: str) -> tuple[dict[str, Any], list[Problem]]:
 
 
 def to_toml(config: Any) -> str:
-    """The TOML that loads back to an equal `config`; a None is left out, for it is always the default."""
+    """The TOML that loads back to an equal `config`. None, which is always the default, is left out."""
     import tomli_w
 
     return tomli_w.dumps(_table(config))
@@ -35,12 +39,58 @@ def to_toml(config: Any) -> str:
 def _table(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-        return {name: _table(child) for name, child in fields.items() if not _says_nothing(child)}
+        return {name: _table(child) for name, child in fields.items() if not _is_left_out(child)}
     if isinstance(value, dict):
         return {name: _table(child) for name, child in value.items()}
     return [_table(child) for child in value] if isinstance(value, list | tuple) else value
 
 
-def _says_nothing(value: Any) -> bool:
-    """Whether a value is None, or a section without keys."""
+def _is_left_out(value: Any) -> bool:
+    """True for None and for a section without keys."""
     return value is None or (dataclasses.is_dataclass(value) and not dataclasses.fields(value))
+
+
+def storable(table: dict[str, Any], key: str = "") -> tuple[dict[str, Any], list[Problem]]:
+    """`table` without the values that no TOML file or no 64-bit machine can hold, and a problem for each.
+
+    A null in a table stays: it takes the key back.
+    """
+    problems: list[Problem] = []
+    return _storable(table, key, 0, problems), problems
+
+
+def _storable(value: Any, key: str, depth: int, problems: list[Problem]) -> Any:
+    """`value` without what cannot be stored; MISSING if nothing is left of it."""
+    if depth > _DEEPEST:
+        fault, value = (f"is nested more than {_DEEPEST} levels deep", "write a flatter table"), MISSING
+    elif isinstance(value, dict):
+        children = {
+            name: _storable(child, dotted(key, name), depth + 1, problems)
+            for name, child in value.items()
+            if _storable(name, key, depth, problems) is not MISSING
+        }
+        return {name: child for name, child in children.items() if child is not MISSING}
+    elif isinstance(value, list | tuple):
+        if None in value:
+            problems.append(Problem(key, None, "cannot be written in a TOML file", "leave the key out"))
+        elements = [_storable(child, key, depth + 1, problems) for child in value]
+        return MISSING if None in value or MISSING in elements else elements
+    elif fault := _fault(value):
+        pass
+    else:
+        return value
+    problems.append(Problem(key, value, *fault))
+    return MISSING
+
+
+def _fault(value: object) -> tuple[str, str] | None:
+    """Why a single value cannot be stored, and the remedy; None if it can be."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "is not a finite number", "write a finite number"
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        return "does not fit in 64 bits", "write a smaller number"
+    if isinstance(value, str) and ("\0" in value or any("\ud800" <= c <= "\udfff" for c in value)):
+        return "holds a character that a text file cannot", "take the character out"
+    if not isinstance(value, bool | int | float | str | None):
+        return "is a date or a time, which no key takes", "put it in quotes"
+    return None

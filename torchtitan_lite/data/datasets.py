@@ -8,6 +8,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
+from pydantic import Field
+
 from torchtitan_lite.config.load import ConfigError, Problem
 from torchtitan_lite.data.sources import FileSource, Place, Source
 from torchtitan_lite.registry import Names, datasets, tokenizers
@@ -28,7 +30,7 @@ class DataConfig(ABC):
     """Name of a tokenizer, or the path of a tokenizer.json or of a folder that holds one."""
     cache_dir: str = ""
     """Folder for the token shards; empty: $XDG_CACHE_HOME/torchtitan_lite, or ~/.cache/torchtitan_lite."""
-    validation_fraction: float = 0.05
+    validation_fraction: Annotated[float, Field(ge=0, lt=1, examples=[0.05])] = 0.05
     """Share of the text that is held out of training for validation; 0 holds nothing out."""
 
     @abstractmethod
@@ -55,15 +57,7 @@ class DataConfig(ABC):
         return Path(os.path.expanduser(self.cache_dir or default)).absolute()
 
     def problems(self, key: str) -> list[Problem]:
-        """Range and existence checks that read no file; `load_tokenizer` checks the tokenizer."""
-        found = self._cache_problems(key)
-        if not 0 <= self.validation_fraction < 1:
-            remedy = "use 0.05 to hold out a twentieth of the text, or 0 for none"
-            rule = "is not in [0, 1)"
-            found.append(Problem(f"{key}.validation_fraction", self.validation_fraction, rule, remedy))
-        return found
-
-    def _cache_problems(self, key: str) -> list[Problem]:
+        """Folders that cannot be used, without reading a file; `load_tokenizer` checks the tokenizer."""
         folder = self.cache_folder
         nearest = next(place for place in (folder, *folder.parents) if os.path.exists(place))
         # Only the file system knows, and it looks no further than the first folder that does not exist.

@@ -29,7 +29,13 @@ from torchtitan_lite.data import (
 )
 from torchtitan_lite.inference.evaluate import evaluate
 from torchtitan_lite.inference.generate import Sampling, generate
-from torchtitan_lite.inference.options import EvalConfig, ExportConfig, GenerateConfig, ImportConfig
+from torchtitan_lite.inference.options import (
+    EvalConfig,
+    ExportConfig,
+    GenerateConfig,
+    ImportConfig,
+    out_problems,
+)
 from torchtitan_lite.inference.trained import (
     KEY,
     Trained,
@@ -91,7 +97,7 @@ def _read(options: type, command: str, path: str, argv: Sequence[str]) -> Any:
         options,
         argv,
         prog=f"torchtitan-lite {command} {name}",
-        check=lambda config, *_: config.problems(),
+        check=_problems,
         plugins="plugins",
     )
     if loaded.dry_run:
@@ -100,6 +106,10 @@ def _read(options: type, command: str, path: str, argv: Sequence[str]) -> Any:
         rule, remedy = "is not named", f"write torchtitan-lite {command} FOLDER"
         raise ConfigError([Problem(name, MISSING, rule, remedy)])
     return loaded.config
+
+
+def _problems(config: object, *_: object) -> list[Problem]:
+    return out_problems(config) if isinstance(config, ExportConfig | ImportConfig) else []
 
 
 def _generate(path: str, config: GenerateConfig) -> None:

@@ -4,7 +4,9 @@ import dataclasses
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from torchtitan_lite.attention import Sdpa
 from torchtitan_lite.config.load import MISSING, Problem
@@ -32,28 +34,16 @@ class _Use:
 class GenerateConfig(_Use):
     """Let a trained model go on from prompts: torchtitan-lite generate RUN_OR_STEP --prompt "Once upon" """
 
-    prompt: tuple[str, ...] = ("",)
+    prompt: Annotated[tuple[str, ...], Field(min_length=1, examples=["some text"])] = ("",)
     """Texts to go on from, all at once; several stand one after the other, or in a JSON list."""
-    max_new_tokens: int = 128
-    temperature: float = 0.0
+    max_new_tokens: Annotated[int, Field(ge=1, le=2**20, examples=[128])] = 128
+    temperature: Annotated[float, Field(ge=0)] = 0.0
     """Logits are divided by it before a token is drawn; 0: always the likeliest token."""
-    top_k: int = 0
+    top_k: Annotated[int, Field(ge=0)] = 0
     """Draw from so many of the likeliest tokens; 0: from all."""
-    top_p: float = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1, examples=[1.0])] = 1.0
     """Draw from the likeliest tokens that have this much of the probability between them."""
-    seed: int = 0
-
-    def problems(self) -> list[Problem]:
-        """Values out of range."""
-        rules = (
-            ("max_new_tokens", 1 <= self.max_new_tokens <= 2**20, "is not in [1, 1048576]", "use 128 or so"),
-            ("temperature", self.temperature >= 0, "must be at least 0", "use 0 for the likeliest token"),
-            ("top_k", self.top_k >= 0, "must be at least 0", "use 0 for all tokens"),
-            ("top_p", 0 < self.top_p <= 1, "is not in (0, 1]", "use 1 for all tokens"),
-            ("seed", 0 <= self.seed < 2**63, "is not in [0, 2^63)", "use 0 or so"),
-            ("prompt", len(self.prompt) > 0, "is empty", 'write --prompt "some text"'),
-        )
-        return [Problem(key, getattr(self, key), rule, fix) for key, ok, rule, fix in rules if not ok]
+    seed: Annotated[int, Field(ge=0)] = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,19 +54,11 @@ class EvalConfig(_Use):
     """A text file, a .jsonl file, a folder of either, or "python_stdlib". Empty: the run's held-out text."""
     field: str = "text"
     """Key of the JSON objects that holds a jsonl document's text."""
-    seq_len: int = 0
+    seq_len: Annotated[int, Field(ge=0)] = 0
     """Tokens of a sample; 0: as in the run's training."""
     cache_dir: str = ""
     """Where the tokens of the text are kept; empty: as in training."""
-    batch_size: int = 8
-
-    def problems(self) -> list[Problem]:
-        """Values out of range."""
-        rules = (
-            ("seq_len", self.seq_len >= 0, "must be at least 0", "use 0 for that of the training"),
-            ("batch_size", self.batch_size >= 1, "must be at least 1", "use 8 or so"),
-        )
-        return [Problem(key, getattr(self, key), rule, fix) for key, ok, rule, fix in rules if not ok]
+    batch_size: Annotated[int, Field(ge=1)] = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,10 +74,6 @@ class ExportConfig:
     plugins: tuple[str, ...] = ()
     """The run's job.plugins: modules to import first, which a checkpoint never chooses by itself."""
 
-    def problems(self) -> list[Problem]:
-        """No folder, or one that is there."""
-        return _out_problems(self.out)
-
 
 @dataclass(frozen=True, kw_only=True)
 class ImportConfig:
@@ -104,18 +82,15 @@ class ImportConfig:
     out: str = ""
     """Folder that is made, for checkpoint.initial_load_path."""
 
-    def problems(self) -> list[Problem]:
-        """No folder, or one that is there."""
-        return _out_problems(self.out)
 
-
-def _out_problems(out: str) -> list[Problem]:
-    if not out:
+def out_problems(config: ExportConfig | ImportConfig) -> list[Problem]:
+    """An output folder that is not named, or that is not empty."""
+    if not config.out:
         return [Problem("out", MISSING, "has no value", "write --out FOLDER")]
-    path = Path(os.path.expanduser(out)).absolute()
+    path = Path(os.path.expanduser(config.out)).absolute()
     try:
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            return [Problem("out", out, "is there already", "name another folder")]
+            return [Problem("out", config.out, "is there already", "name another folder")]
     except OSError as error:
-        return [Problem("out", out, f"cannot be read ({error.strerror})", "name another folder")]
+        return [Problem("out", config.out, f"cannot be read ({error.strerror})", "name another folder")]
     return []

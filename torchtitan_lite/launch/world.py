@@ -4,10 +4,11 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import TypeVar, cast
+from typing import Annotated, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from pydantic import Field
 from torch import Tensor
 from torch.distributed import distributed_c10d
 from torch.distributed.distributed_c10d import ProcessGroup, Store
@@ -30,18 +31,10 @@ _SAVING_TIMEOUT = timedelta(minutes=30)
 class CommConfig:
     """How long a rank waits for the others before the run counts as hung."""
 
-    init_timeout_seconds: int = 300
+    init_timeout_seconds: Annotated[int, Field(ge=1)] = 300
     """Seconds until the first step is done."""
-    train_timeout_seconds: int = 100
+    train_timeout_seconds: Annotated[int, Field(ge=1)] = 100
     """Seconds for every later step."""
-
-    def problems(self, key: str) -> list[Problem]:
-        """Values out of range."""
-        return [
-            Problem(f"{key}.{name}", getattr(self, name), "must be at least 1", "use a positive number")
-            for name in ("init_timeout_seconds", "train_timeout_seconds")
-            if getattr(self, name) < 1
-        ]
 
 
 class SameOnAllRanks(Exception):

@@ -8,26 +8,27 @@ The embedding casts its output to the compute dtype. Every layer after it comput
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar, Protocol, cast
+from typing import Annotated, Any, ClassVar, Protocol, cast
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from torchtitan_lite import registry
 from torchtitan_lite.attention import AttentionConfig, Sdpa
 from torchtitan_lite.attention.mask import Ranges
 from torchtitan_lite.attention.transfer import to_device
 from torchtitan_lite.config.load import Problem
+from torchtitan_lite.config.problem import either
 from torchtitan_lite.models.init import init_weights
 from torchtitan_lite.models.layers import Embedding, Linear, RMSNorm, logits
 from torchtitan_lite.models.loss import linear_cross_entropy
 from torchtitan_lite.models.parameters import Parameter, Table
 from torchtitan_lite.models.rope import RopeScaling, Rotation, rotate, rotation
 
-_POSITIVE = (
-    "vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "max_seq_len",
-    "norm_eps", "rope_theta", "sliding_window",
-)  # fmt: skip
+_Count = Annotated[int, Field(ge=1)]
+_Positive = Annotated[float, Field(gt=0)]
 
 
 def _in_block(ours: str, theirs: str, **facts: Any) -> Parameter:
@@ -67,25 +68,25 @@ PARAMETERS = Table(
 class DecoderConfig:
     """Everything that tells one decoder from another."""
 
-    vocab_size: int
+    vocab_size: _Count
     """Rows of the embedding; a tokenizer may use fewer."""
-    dim: int
+    dim: _Count
     """Width of the residual stream."""
-    n_layers: int
+    n_layers: _Count
     """Number of blocks."""
-    n_heads: int
+    n_heads: _Count
     """Query heads, a multiple of n_kv_heads."""
-    n_kv_heads: int
+    n_kv_heads: _Count
     """Key and value heads."""
-    head_dim: int
+    head_dim: _Count
     """Features of a head, an even number."""
-    ffn_dim: int
+    ffn_dim: _Count
     """Hidden width of the feed-forward."""
-    max_seq_len: int
+    max_seq_len: _Count
     """Longest sequence the model is meant for, in tokens."""
-    norm_eps: float
+    norm_eps: _Positive
     """Added to the mean square by every RMSNorm."""
-    rope_theta: float
+    rope_theta: _Positive
     """Base of the rotary frequencies."""
     rope_scaling: RopeScaling | None
     """How the rotary frequencies are slowed for long context; none: they are not."""
@@ -93,9 +94,9 @@ class DecoderConfig:
     """Whether an RMSNorm over each head is applied to queries and keys before the rotation."""
     tie_embeddings: bool
     """Whether the embedding and the output head are one parameter."""
-    sliding_window: int | None = None
+    sliding_window: _Count | None = None
     """How many tokens of its document a token sees, itself included; none: all up to itself."""
-    attention: AttentionConfig = field(default_factory=Sdpa)
+    attention: Annotated[AttentionConfig, registry.attentions] = field(default_factory=Sdpa)
     """The attention backend: how the mask is evaluated, never what it allows."""
 
     architecture: ClassVar[str] = "decoder"
@@ -114,20 +115,16 @@ class DecoderConfig:
             raise TypeError(f"{cls.__name__} has no architecture of its own: give it one, by its name")
 
     def problems(self, key: str) -> list[Problem]:
-        """Values out of range, and heads that do not divide."""
-        found = [
-            Problem(f"{key}.{name}", value, "must be greater than 0", "use a positive number")
-            for name in _POSITIVE
-            if (value := getattr(self, name)) is not None and value <= 0
-        ]
+        """Heads that cannot be rotated or grouped, and a scaling that is wrong."""
+        found = []
         if self.head_dim % 2:
             rule, remedy = "is odd, and rotary embedding turns pairs", f"use {self.head_dim + 1}"
             found.append(Problem(f"{key}.head_dim", self.head_dim, rule, remedy))
-        if min(self.n_heads, self.n_kv_heads) > 0 and self.n_heads % self.n_kv_heads:
+        if self.n_heads % self.n_kv_heads:
             rule = f"does not divide n_heads = {self.n_heads}"
-            divisors = [str(n) for n in range(1, min(self.n_heads, 1024) + 1) if self.n_heads % n == 0]
-            remedy = f"use {' or '.join(filter(None, (', '.join(divisors[:-1]), divisors[-1])))}"
-            found.append(Problem(f"{key}.n_kv_heads", self.n_kv_heads, rule, remedy))
+            divisors = [n for n in range(1, min(self.n_heads, 1024) + 1) if self.n_heads % n == 0]
+            remedy, reads = f"use {either(divisors)}", (f"{key}.n_heads",)
+            found.append(Problem(f"{key}.n_kv_heads", self.n_kv_heads, rule, remedy, reads))
         return found + (self.rope_scaling.problems(f"{key}.rope_scaling") if self.rope_scaling else [])
 
     def build(self, compute_dtype: torch.dtype = torch.float32) -> "Decoder":

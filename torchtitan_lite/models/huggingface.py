@@ -7,12 +7,15 @@ Dense Llama and Qwen3, as transformers computes them
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from torchtitan_lite.config.load import MISSING, Problem
+from torchtitan_lite.config.problem import of_sound_keys
+from torchtitan_lite.config.validation import validate
 from torchtitan_lite.models.decoder import DecoderConfig
+from torchtitan_lite.models.qwen3 import PRESETS
 from torchtitan_lite.models.rope import RopeScaling
 
 CONFIG = "config.json"
@@ -123,7 +126,9 @@ class _Reader:
             qk_norm=self.kind == "qwen3",
             sliding_window=window,
         )
-        return config, config.problems(self.path)
+        # The values of any decoder stand in for wrong ones.
+        checked, wrong = validate(DecoderConfig, [asdict(PRESETS["debugmodel"]), asdict(config)], self.path)
+        return config, [*wrong, *of_sound_keys(checked.problems(self.path), wrong)]
 
     def problem(self, key: str, value: object, rule: str, remedy: str) -> None:
         """Add a problem of a key."""

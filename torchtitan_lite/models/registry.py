@@ -1,25 +1,21 @@
 """From a family's name, a flavor and overrides to a `DecoderConfig`.
 
-A flavor is a size, alone or with a suffix that names an attention backend: `8B`, `8B_flex`, `8B_varlen`.
-Of the name `hf` it is a folder with a config.json of Hugging Face, as it stands or with such a suffix.
+A flavor is a size, alone or with a suffix that names an attention backend: `8B`, `8B_flex`, `8B_varlen`. With
+the name `hf`, the flavor is a folder that holds a config.json of Hugging Face, with or without such a suffix.
 """
 
 import copy
-import difflib
-import json
-import math
 import os
-import re
-from collections.abc import Iterator, Mapping
-from dataclasses import fields, is_dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 from torchtitan_lite import registry
 from torchtitan_lite.attention import BACKENDS, AttentionConfig
-from torchtitan_lite.config.load import ConfigError, Problem, near
-from torchtitan_lite.config.schema import alternatives, field_types
-from torchtitan_lite.config.validation import check
+from torchtitan_lite.config.load import ConfigError, Problem, last_said, near
+from torchtitan_lite.config.problem import of_sound_keys
+from torchtitan_lite.config.validation import overlay, validate
 from torchtitan_lite.models import huggingface, llama3, qwen3
 from torchtitan_lite.models.decoder import DecoderConfig
 from torchtitan_lite.models.presets import Family
@@ -52,17 +48,18 @@ class _Families(Mapping[str, Mapping[str, DecoderConfig]]):
 
 families = _Families()
 """Presets by family and size, of all families that are registered."""
+DEFAULT_FAMILY = "qwen3"
+"""The family of a configuration that names none."""
 FOLDER = "hf"
-"""The name of a model whose flavor is a folder with a config.json, which describes it."""
+"""The name of a model whose flavor is a folder with a config.json."""
 
+_OVERRIDES = "model.overrides"
+_SDPA: dict[str, Any] = {"kind": "sdpa"}
 _SUFFIXES: dict[str, dict[str, Any]] = {
     "_flex": {"kind": "flex"},
     "_flex_flash": {"kind": "flex", "kernel_options": {"BACKEND": "FLASH"}},
     "_varlen": {"kind": "varlen"},
 }
-_EXPECTED = {int: ("a whole number", 128), float: ("a finite number", 1.0), bool: ("true or false", True)}
-
-_Config = TypeVar("_Config")
 
 
 def flavors(name: str) -> list[str]:
@@ -78,13 +75,63 @@ def split_flavor(flavor: str) -> tuple[str, dict[str, Any] | None]:
     return flavor, None
 
 
+def own_attention(flavor: str) -> AttentionConfig:
+    """The attention of a flavor: that of its suffix, otherwise SDPA."""
+    table = dict(split_flavor(flavor)[1] or _SDPA)
+    return registry.attentions.members[table.pop("kind")](**table)
+
+
+def settle_attention(layers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`layers` of a configuration, with the attention of the flavor below what they say of `model.attention`.
+
+    A flavor with a suffix takes back what earlier layers say of the attention. If the flavor does not exist,
+    nobody knows the kind of an attention table without `kind`, so such tables are left out.
+    """
+    name, flavor = last_said(layers, "model.name"), last_said(layers, "model.flavor")
+    settled = [_with_attention(_SDPA)]
+    for layer in layers:
+        said = last_said([layer], "model.flavor")
+        own = split_flavor(said)[1] if isinstance(said, str) else None
+        if own:
+            settled += [_with_attention(None), _with_attention(own)]
+        settled.append(layer)
+    has_kind = last_said(layers, "model.attention.kind") is not None
+    if isinstance(flavor, str) and not has_kind and not _exists(name, flavor):
+        return [_without_attention(layer) for layer in layers]
+    return settled
+
+
+def _exists(name: object, flavor: str) -> bool:
+    """Whether the kind of the flavor's own attention is known."""
+    presets = families.get(name or DEFAULT_FAMILY, {}) if isinstance(name, str | None) else {}
+    return name == FOLDER or split_flavor(flavor)[1] is not None or flavor in presets
+
+
+def _with_attention(table: dict[str, Any] | None) -> dict[str, Any]:
+    return {"model": {"attention": table}}
+
+
+def _without_attention(layer: dict[str, Any]) -> dict[str, Any]:
+    model = layer.get("model")
+    if not isinstance(model, dict):
+        return layer
+    return {**layer, "model": {name: value for name, value in model.items() if name != "attention"}}
+
+
+def true_flavor(flavor: str, attention: AttentionConfig) -> str:
+    """`flavor` without its suffix if that does not stand for `attention`, so that the name is never wrong."""
+    size, own = split_flavor(flavor)
+    chosen = {name: getattr(attention, name, None) for name in own or {}}
+    return flavor if own is None or overlay(None, chosen, own) == chosen else size
+
+
 def resolve(
     name: str,
     flavor: str,
     attention: AttentionConfig | None = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> DecoderConfig:
-    """The config of a flavor with `overrides` of its fields; `attention`, if given, replaces the suffix's.
+    """The config of a flavor with `overrides` of its fields; None as `attention` is the flavor's own.
 
     Raises ConfigError with every problem: an unknown name or flavor, overrides that are unknown, of the wrong
     type or out of range.
@@ -101,24 +148,21 @@ def read(
     attention: AttentionConfig | None = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> tuple[DecoderConfig | None, list[Problem]]:
-    """As `resolve`, with the problems beside the config instead of raised.
+    """The config as `resolve` returns it, or None without such a flavor, and all problems.
 
-    The flavor's value stands in for an override of the wrong type; there is no config without a flavor.
+    The flavor's value stands in for a wrong override.
     """
-    size, suffix = split_flavor(flavor)
-    found, problems = _preset(name, size, flavor)
-    # Overrides of what is not a preset are still read, with any preset under them, to report all at once.
-    known, overrides = found is not None, overrides or {}
-    preset = found or qwen3.PRESETS["debugmodel"]
-    config, wrong = _override(preset, overrides, "model.overrides")
-    config = replace(config, attention=attention or _backend(suffix or {"kind": "sdpa"}))
-    unsound = [problem.key for problem in wrong]
-    if not known:
-        unsound += [
-            f"model.overrides.{field.name}" for field in fields(preset) if field.name not in overrides
-        ]
-    sound = [found for found in config.problems("model.overrides") if not _rests_on(found, unsound)]
-    return config if known else None, [*problems, *wrong, *sound]
+    preset, problems = _preset(name, split_flavor(flavor)[0], flavor)
+    # Any preset shows what is wrong with the overrides themselves.
+    base, overrides = preset or qwen3.PRESETS["debugmodel"], dict(overrides or {})
+    if "attention" in overrides:
+        value, remedy = overrides.pop("attention"), "set model.attention"
+        problems.append(Problem(f"{_OVERRIDES}.attention", value, "has a table of its own", remedy))
+    config, wrong = validate(type(base), [asdict(base), overrides], _OVERRIDES) if overrides else (base, [])
+    if preset is None:
+        return None, [*problems, *wrong]
+    config = replace(config, attention=attention or own_attention(flavor))
+    return config, [*problems, *wrong, *of_sound_keys(config.problems(_OVERRIDES), wrong)]
 
 
 def _preset(name: str, size: str, flavor: str) -> tuple[DecoderConfig | None, list[Problem]]:
@@ -131,68 +175,6 @@ def _preset(name: str, size: str, flavor: str) -> tuple[DecoderConfig | None, li
         rule = f"is not a flavor of {name}"
         return None, [Problem("model.flavor", flavor, rule, near(flavor, flavors(name)))]
     return families[name][size], []
-
-
-def _rests_on(problem: Problem, unsound: list[str]) -> bool:
-    """Whether `problem` is about one of the keys in `unsound`, or compares with one beside its own."""
-    parent = problem.key.rpartition(".")[0]
-    beside = [name for above, _, name in (key.rpartition(".") for key in unsound) if above == parent]
-    compared = any(re.search(rf"\b{re.escape(name)} = ", problem.rule) for name in beside)
-    return problem.key in unsound or compared
-
-
-def meant_kind(flavor: str) -> str | None:
-    """The attention that the suffix of a misspelt flavor was to choose; None for a flavor that exists."""
-    known = [flavor for name in families for flavor in flavors(name)]
-    close = [] if flavor in known else difflib.get_close_matches(flavor, known, n=1)
-    _, attention = split_flavor(close[0]) if close else (flavor, None)
-    return attention["kind"] if attention else None
-
-
-def _backend(table: dict[str, Any]) -> AttentionConfig:
-    return registry.attentions.members[table.pop("kind")](**table)
-
-
-def _override(base: _Config, values: Mapping[str, Any], key: str) -> tuple[_Config, list[Problem]]:
-    """`base` with the sound fields in `values`, and what is wrong with others: unknown, or mistyped."""
-    hints = field_types(type(base))  # pyright: ignore[reportArgumentType]
-    accepted: dict[str, Any] = {}
-    problems: list[Problem] = []
-    for name, value in values.items():
-        field = f"{key}.{name}"
-        if name not in hints:
-            rule = f"is not a field of {type(base).__name__}"
-            problems.append(Problem(field, value, rule, near(name, hints)))
-        elif name == "attention":
-            problems.append(Problem(field, value, "has a table of its own", "set model.attention"))
-        else:
-            accepted[name], wrong = _typed(hints[name], getattr(base, name), value, field)
-            problems += wrong
-    return replace(base, **accepted), problems  # pyright: ignore[reportArgumentType]
-
-
-def _typed(hint: Any, base: object, value: object, key: str) -> tuple[object, list[Problem]]:
-    """`value` as the type of a field, and what is wrong if it is of none; a table is laid over `base`."""
-    options = [kind for kind in alternatives(hint) if kind is not type(None)]
-    wanted = options[0]
-    if isinstance(wanted, type) and is_dataclass(wanted):
-        if isinstance(value, Mapping):
-            return _override(base if base is not None else wanted(), value, key)
-        return base, [Problem(key, value, "is not a table", "use {factor = 1.0} for no scaling")]
-    if len(options) > 1 or wanted not in _EXPECTED:  # a field of a plugin's config
-        result, wrong = check(hint, value, key)
-        return (base if wrong else result), wrong
-    if value is None:
-        return base, [Problem(key, value, "is what TOML cannot say", "leave the key out")]
-    if wanted is float and type(value) is int:
-        value = float(value)
-    if type(value) is wanted and (not isinstance(value, float) or math.isfinite(value)):
-        return value, []
-    kind, example = _EXPECTED[wanted]
-    remedy = f"use {json.dumps(example if base is None else base)} or the like"
-    if wanted is int and isinstance(value, float) and value.is_integer():
-        remedy = f"write {int(value)}"
-    return base, [Problem(key, value, f"is not {kind}", remedy)]
 
 
 def config_class(architecture: str) -> type[DecoderConfig] | None:

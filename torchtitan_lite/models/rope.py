@@ -8,8 +8,10 @@ Features f and f + K/2 of a head are a pair, which is rotated by the angle posit
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from torchtitan_lite.config.load import Problem
@@ -22,31 +24,22 @@ Rotation = tuple[Tensor, Tensor]
 class RopeScaling:
     """Slows the low frequencies, so that a model reaches beyond the context it began with (Llama 3.1)."""
 
-    factor: float = 8.0
+    factor: Annotated[float, Field(ge=1)] = 8.0
     """How many times slower the lowest frequencies turn; 1 changes nothing."""
-    low_freq_factor: float = 1.0
+    low_freq_factor: Annotated[float, Field(gt=0, examples=[1.0])] = 1.0
     """Frequencies that turn fewer times than this in the original context are slowed by the whole factor."""
     high_freq_factor: float = 4.0
     """Frequencies that turn more times than this in the original context are left alone."""
-    original_max_seq_len: int = 8192
+    original_max_seq_len: Annotated[int, Field(ge=1)] = 8192
     """Tokens of context before scaling."""
 
     def problems(self, key: str) -> list[Problem]:
-        """Values out of range."""
-        found = []
-        if self.factor < 1:
-            found.append(Problem(f"{key}.factor", self.factor, "must be at least 1", "use 1 for no scaling"))
-        if self.low_freq_factor <= 0:
-            rule = "must be greater than 0"
-            found.append(Problem(f"{key}.low_freq_factor", self.low_freq_factor, rule, "use 1.0"))
-        if self.high_freq_factor <= self.low_freq_factor:
-            rule = f"must exceed low_freq_factor = {self.low_freq_factor}"
-            remedy = f"use {max(4.0, 2 * self.low_freq_factor)}"
-            found.append(Problem(f"{key}.high_freq_factor", self.high_freq_factor, rule, remedy))
-        if self.original_max_seq_len < 1:
-            rule = "must be at least 1"
-            found.append(Problem(f"{key}.original_max_seq_len", self.original_max_seq_len, rule, "use 8192"))
-        return found
+        """Frequencies out of order."""
+        if self.high_freq_factor > self.low_freq_factor:
+            return []
+        rule = f"must exceed low_freq_factor = {self.low_freq_factor}"
+        remedy, reads = f"use {max(4.0, 2 * self.low_freq_factor)}", (f"{key}.low_freq_factor",)
+        return [Problem(f"{key}.high_freq_factor", self.high_freq_factor, rule, remedy, reads)]
 
     def apply(self, frequency_F: Tensor) -> Tensor:
         """The scaled frequencies: low ones are slowed, high ones are not, and those in between are blended.

@@ -27,16 +27,18 @@ class CompileConfig:
     """Backend of torch.compile."""
 
     def problems(self, key: str, device: str | None = None) -> list[Problem]:
-        """A backend that torch does not list, or no compiler for `device` (None: that of another machine)."""
+        """A backend that torch does not list, or no compiler for `device` (None: not known)."""
         if not self.enable:
             return []
         known = torch.compiler.list_backends(exclude_tags=())
         if self.backend not in known:
             rule = "is not a backend of torch.compile"
-            return [Problem(f"{key}.backend", self.backend, rule, near(self.backend, known))]
+            remedy, reads = near(self.backend, known), (f"{key}.enable",)
+            return [Problem(f"{key}.backend", self.backend, rule, remedy, reads)]
         if self.backend == "inductor" and device == "cpu" and not shutil.which(CXX):
             rule = f"needs a C++ compiler, and {CXX} is not on PATH"
-            return [Problem(f"{key}.enable", True, rule, "install one, name one in CXX, or do not compile")]
+            remedy, reads = "install one, name one in CXX, or do not compile", ("job.device",)
+            return [Problem(f"{key}.enable", True, rule, remedy, reads)]
         return []
 
 

@@ -10,8 +10,9 @@ It has four axes. World along an axis further right exchange more, so their numb
 
 from dataclasses import dataclass
 from math import prod
-from typing import Literal
+from typing import Annotated, Literal
 
+from pydantic import Field
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from torchtitan_lite.config.load import Problem
@@ -57,14 +58,14 @@ class Degrees:
 class ParallelismConfig:
     """How many ranks share the work, and along which axis; the degrees multiply to the number of ranks."""
 
-    data_parallel_replicate_degree: int = 1
+    data_parallel_replicate_degree: Annotated[int, Field(ge=1)] = 1
     """Groups of ranks that each hold the whole model and see different samples."""
-    data_parallel_shard_degree: int = -1
-    """World that share one copy of the weights and see different samples. -1: all ranks that are left."""
-    tensor_parallel_degree: int = 1
-    """World that share each matrix, and the sequence in between."""
-    context_parallel_degree: int = 1
-    """World that share each sequence."""
+    data_parallel_shard_degree: Literal[-1] | Annotated[int, Field(ge=1)] = -1
+    """Ranks that share one copy of the weights and see different samples. -1: all ranks that are left."""
+    tensor_parallel_degree: Annotated[int, Field(ge=1)] = 1
+    """Ranks that share each matrix, and the sequence in between."""
+    context_parallel_degree: Annotated[int, Field(ge=1)] = 1
+    """Ranks that share each sequence."""
     context_parallel_method: Literal["allgather", "ulysses"] = "allgather"
     """allgather: each rank gathers all keys and values; ulysses: ranks trade sequence shares for heads."""
     context_parallel_load_balancer: Literal["headtail", "none"] = "headtail"
@@ -75,7 +76,7 @@ class ParallelismConfig:
     """Under tensor parallel, project a rank's own tokens onto the whole vocabulary, not all onto a share."""
 
     def degrees(self, world_size: int) -> Degrees:
-        """The size of each axis among `world_size` ranks, of a config without problems."""
+        """The size of each axis among `world_size` ranks; the degrees must suit that number."""
         replicate, context, tensor = self._fixed()
         shard = self.data_parallel_shard_degree
         if shard == -1:
@@ -83,20 +84,7 @@ class ParallelismConfig:
         return Degrees(replicate=replicate, shard=shard, context=context, tensor=tensor)
 
     def problems(self, key: str, world_size: int = 1) -> list[Problem]:
-        """Degrees out of range, and a product of them that is not `world_size`."""
-        names = ("data_parallel_replicate_degree", "tensor_parallel_degree", "context_parallel_degree")
-        found = [
-            Problem(f"{key}.{name}", getattr(self, name), "must be at least 1", "use 1 for none")
-            for name in names
-            if getattr(self, name) < 1
-        ]
-        shard = self.data_parallel_shard_degree
-        if shard < 1 and shard != -1:
-            rule, remedy = "must be -1 or at least 1", "use -1 for all ranks that are left"
-            found.append(Problem(f"{key}.data_parallel_shard_degree", shard, rule, remedy))
-        return found or self._world_problems(key, world_size)
-
-    def _world_problems(self, key: str, world_size: int) -> list[Problem]:
+        """Degrees whose product is not `world_size`."""
         fixed, shard = prod(self._fixed()), self.data_parallel_shard_degree
         words = " x ".join(
             f"{name} {degree}"
@@ -106,14 +94,14 @@ class ParallelismConfig:
         if shard == -1 and world_size % fixed:
             rule = f"is no multiple of {words}"
             remedy = f"use {_started(fixed)} or a multiple, or change the degrees in [{key}]"
-            return [Problem("WORLD_SIZE", world_size, rule, remedy)]
+            return [Problem("WORLD_SIZE", world_size, rule, remedy, (key,))]
         if shard != -1 and fixed * shard != world_size:
             words = f"{words} x shard {shard} = {fixed * shard}" if words else f"shard {shard}"
             rule = f"is not {words}, the product of the degrees in [{key}]"
             remedy = f"use {_started(fixed * shard)}"
             if world_size % fixed == 0:
                 remedy += f", or set {key}.data_parallel_shard_degree to -1"
-            return [Problem("WORLD_SIZE", world_size, rule, remedy)]
+            return [Problem("WORLD_SIZE", world_size, rule, remedy, (key,))]
         return []
 
     def _fixed(self) -> tuple[int, int, int]:

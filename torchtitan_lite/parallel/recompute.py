@@ -25,21 +25,17 @@ class ActivationCheckpointConfig:
     selective_ac_option: str = "op"
     """For selective: "op" keeps attention and every second matmul of a block; "2" is full in every 2nd."""
 
-    def problems(self, key: str) -> list[Problem]:
-        """An option that is neither "op" nor a number of blocks."""
-        option = self.selective_ac_option
-        if re.fullmatch("op|[1-9][0-9]{0,3}", option, re.ASCII):
-            return []
-        rule = 'is neither "op" nor a number of blocks'
-        return [Problem(f"{key}.selective_ac_option", option, rule, 'use "op", or "2" for every 2nd block')]
-
-    def block_problems(self, key: str, n_blocks: int) -> list[Problem]:
-        """A choice of blocks that chooses none out of `n_blocks`."""
-        option = self.selective_ac_option
-        if self.mode != "selective" or option == "op" or self.problems(key) or int(option) <= n_blocks:
+    def problems(self, key: str, n_blocks: int | None = None) -> list[Problem]:
+        """An option that is no choice of blocks, or that chooses none out of `n_blocks` (None: not known)."""
+        name, option = f"{key}.selective_ac_option", self.selective_ac_option
+        if not re.fullmatch("op|[1-9][0-9]{0,3}", option, re.ASCII):
+            rule, remedy = 'is neither "op" nor a number of blocks', 'use "op", or "2" for every 2nd block'
+            return [Problem(name, option, rule, remedy)]
+        if self.mode != "selective" or option == "op" or n_blocks is None or int(option) <= n_blocks:
             return []
         rule = f"is more than the {n_blocks} blocks of the model, so that nothing would be recomputed"
-        return [Problem(f"{key}.selective_ac_option", option, rule, f'use at most "{n_blocks}", or "op"')]
+        remedy, reads = f'use at most "{n_blocks}", or "op"', (f"{key}.mode", "model.overrides.n_layers")
+        return [Problem(name, option, rule, remedy, reads)]
 
     def described(self) -> str:
         """The words of the plan."""

@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated
 
-from torchtitan_lite.config.load import Problem
+from pydantic import Field
+
 from torchtitan_lite.training.hardware import peak_flops
 from torchtitan_lite.training.hooks import RunInfo, StepStats
-from torchtitan_lite.training.outputs import is_inside
 from torchtitan_lite.training.validation import Validation
 
 
@@ -14,32 +15,14 @@ from torchtitan_lite.training.validation import Validation
 class MetricsConfig:
     """What is reported, and how often."""
 
-    log_freq: int = 10
+    log_freq: Annotated[int, Field(ge=1)] = 10
     """Steps between two reports; the first and the last step are always reported."""
     enable_tensorboard: bool = True
     """Write the same numbers for TensorBoard."""
     save_tb_folder: str = "tb"
     """Folder for TensorBoard, inside the run's folder."""
-    peak_flops: float = 0.0
+    peak_flops: Annotated[float, Field(ge=0)] = 0.0
     """FLOP per second that MFU is measured against. 0: what the device's maker states, else a measurement."""
-
-    def problems(self, key: str) -> list[Problem]:
-        """Values out of range."""
-        rules = (
-            ("log_freq", self.log_freq >= 1, "must be at least 1", "use 1 for every step"),
-            ("peak_flops", self.peak_flops >= 0, "must be at least 0", "use 0 to find it out"),
-            (
-                "save_tb_folder",
-                is_inside(self.save_tb_folder),
-                "is not a folder of its own inside the run's",
-                'use "tb"',
-            ),
-        )
-        return [
-            Problem(f"{key}.{name}", getattr(self, name), rule, fix)
-            for name, ok, rule, fix in rules
-            if not ok
-        ]
 
 
 class Reporter:

@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from torchtitan_lite.config.load import Problem
 from torchtitan_lite.registry import optimizers
 
 
@@ -21,10 +21,6 @@ class OptimizerConfig(Protocol):
     @property
     def lr(self) -> float:
         """Peak learning rate; the schedule scales it."""
-        ...
-
-    def problems(self, key: str) -> list[Problem]:
-        """Values out of range."""
         ...
 
     def build(
@@ -44,33 +40,18 @@ class AdamW:
 
     name: Literal["AdamW"] = "AdamW"
     """AdamW: Adam with decoupled weight decay (https://arxiv.org/abs/1711.05101)."""
-    lr: float = 8e-4
+    lr: Annotated[float, Field(gt=0, examples=[8e-4])] = 8e-4
     """Peak learning rate; the schedule scales it."""
-    beta1: float = 0.9
+    beta1: Annotated[float, Field(ge=0, lt=1, examples=[0.9])] = 0.9
     """Decay rate of the running mean of the gradient."""
-    beta2: float = 0.95
+    beta2: Annotated[float, Field(ge=0, lt=1, examples=[0.95])] = 0.95
     """Decay rate of the running mean of the squared gradient."""
-    eps: float = 1e-8
+    eps: Annotated[float, Field(gt=0, examples=[1e-8])] = 1e-8
     """Added to the denominator of the update."""
-    weight_decay: float = 0.1
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
     """Decay of matrices (embeddings included); vectors such as norm weights are never decayed."""
     implementation: Literal["fused", "foreach", "for-loop"] = "fused"
     """fused: one kernel for all weights; foreach: batched operations; for-loop: one weight at a time."""
-
-    def problems(self, key: str) -> list[Problem]:
-        """Values out of range."""
-        rules = (
-            ("lr", self.lr > 0, "must be greater than 0", "use 8e-4 or so"),
-            ("beta1", 0 <= self.beta1 < 1, "is not in [0, 1)", "use 0.9 or so"),
-            ("beta2", 0 <= self.beta2 < 1, "is not in [0, 1)", "use 0.95 or so"),
-            ("eps", self.eps > 0, "must be greater than 0", "use 1e-8 or so"),
-            ("weight_decay", self.weight_decay >= 0, "must be at least 0", "use 0 for none"),
-        )
-        return [
-            Problem(f"{key}.{name}", getattr(self, name), rule, fix)
-            for name, ok, rule, fix in rules
-            if not ok
-        ]
 
     def build(
         self, parameters: Mapping[str, nn.Parameter], groups: Mapping[str, str]

@@ -5,29 +5,23 @@ import ctypes
 import os
 import random
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import torch
-
-from torchtitan_lite.config.load import Problem
+from pydantic import Field
 
 
 @dataclass(frozen=True, kw_only=True)
 class DebugConfig:
     """What makes a run repeatable, and shows that it is."""
 
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the initial weights and of the order of the data."""
     deterministic: bool = False
     """Use deterministic kernels alone: slower; two runs on one machine give the same losses to the bit."""
     log_sample_ids: bool = False
     """Write the global sample ids of every step and rank to sample_ids/rank-R.jsonl in the run's folder."""
-
-    def problems(self, key: str) -> list[Problem]:
-        """Values out of range."""
-        if 0 <= self.seed < 2**63:
-            return []
-        return [Problem(f"{key}.seed", self.seed, "is not in [0, 2^63)", "use a small number such as 0")]
 
 
 def set_up_process(config: DebugConfig, device: str) -> None:

@@ -2,7 +2,9 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from torchtitan_lite.config.load import Problem
 
@@ -13,44 +15,31 @@ _LONGEST_DEFAULT_WARMUP = 200
 class LRSchedulerConfig:
     """The learning rate's course: a linear rise, a plateau, a decay."""
 
-    warmup_steps: int | None = None
+    warmup_steps: Annotated[int, Field(ge=0)] | None = None
     """Steps of linear rise to the peak. Unset: a tenth of the total, at most 200."""
-    total_steps: int | None = None
+    total_steps: Annotated[int, Field(ge=1)] | None = None
     """Steps that the schedule spans. Unset: training.steps. Set: the run may stop early, same schedule."""
-    decay_ratio: float | None = None
+    decay_ratio: Annotated[float, Field(ge=0, le=1, examples=[0.1])] | None = None
     """Share of the total that decays at the end. Unset: all that follows the warm-up."""
     decay_type: Literal["linear", "cosine", "sqrt"] = "linear"
     """Shape of the decay."""
-    min_lr_factor: float = 0.0
+    min_lr_factor: Annotated[float, Field(ge=0, le=1, examples=[0.1])] = 0.0
     """The decay ends at this share of the peak."""
 
-    def problems(self, key: str, training_steps: int | None = None) -> list[Problem]:
-        """Values out of range, and what does not fit a run of `training_steps` steps when given."""
-        rules = (
-            ("warmup_steps", 0, math.inf, "must be at least 0", "use 0 for none"),
-            ("total_steps", 1, math.inf, "must be at least 1", "leave it out for training.steps"),
-            ("decay_ratio", 0, 1, "is not in [0, 1]", "use a share such as 0.1"),
-            ("min_lr_factor", 0, 1, "is not in [0, 1]", "use a share such as 0.1"),
-        )
+    def problems(self, key: str, training_steps: int) -> list[Problem]:
+        """Steps that do not fit a run of `training_steps` steps."""
         found = []
-        for name, least, most, rule, remedy in rules:
-            value = getattr(self, name)
-            if value is not None and not least <= value <= most:
-                found.append(Problem(f"{key}.{name}", value, rule, remedy))
-        if found or training_steps is None:
-            return found
         total = self.total(training_steps)
         if total < training_steps:
             rule = f"is less than training.steps = {training_steps}, and the rest would train at the floor"
             remedy = f"use {training_steps} or more, or leave it out"
-            found.append(Problem(f"{key}.total_steps", total, rule, remedy))
-        if self.warmup_steps is None or self.warmup_steps <= total:
-            return found
-        rule, remedy = (
-            f"is longer than the schedule of {total} steps",
-            f"use {total} or less, or leave it out",
-        )
-        return [*found, Problem(f"{key}.warmup_steps", self.warmup_steps, rule, remedy)]
+            found.append(Problem(f"{key}.total_steps", total, rule, remedy, ("training.steps",)))
+        if self.warmup_steps is not None and self.warmup_steps > total:
+            rule = f"is longer than the schedule of {total} steps"
+            remedy = f"use {total} or less, or leave it out"
+            reads = (f"{key}.total_steps", "training.steps")
+            found.append(Problem(f"{key}.warmup_steps", self.warmup_steps, rule, remedy, reads))
+        return found
 
     def total(self, training_steps: int) -> int:
         """Steps that the schedule spans in a run of `training_steps` steps."""

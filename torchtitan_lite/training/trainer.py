@@ -199,9 +199,10 @@ class Trainer:
     def describe(self) -> list[str]:
         """Lines about the model, the data, and how the ranks share them."""
         model, config, device = self.job.model, self.state.model.config, self.stepper.device
+        kind = config.attention.kind
         threads = f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else ""
         line = (
-            f"{model.name} {model.flavor}: {config.n_params:,} parameters, {model.attention.kind} attention, "
+            f"{model.name} {model.flavor}: {config.n_params:,} parameters, {kind} attention, "
             f"{self.job.training.mixed_precision_param} on {device}{threads}; "
             f"{self.corpus.shards.train.n_tokens:,} tokens to train on"
         )

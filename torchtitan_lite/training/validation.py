@@ -2,12 +2,11 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
-
-from torchtitan_lite.config.load import Problem
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,20 +15,10 @@ class ValidationConfig:
 
     enable: bool = False
     """Measure the loss on held-out text before the first step, every `freq` steps and at the end."""
-    freq: int = 100
+    freq: Annotated[int, Field(ge=1)] = 100
     """Steps between two validations."""
-    steps: int = 10
+    steps: Literal[-1] | Annotated[int, Field(ge=1)] = 10
     """Batches of training.global_batch_size samples per validation. -1: the whole validation split."""
-
-    def problems(self, key: str) -> list[Problem]:
-        """Values out of range."""
-        found = []
-        if self.freq < 1:
-            found.append(Problem(f"{key}.freq", self.freq, "must be at least 1", "use a positive number"))
-        if self.steps != -1 and self.steps < 1:
-            remedy = "use -1 for the whole split"
-            found.append(Problem(f"{key}.steps", self.steps, "must be -1 or positive", remedy))
-        return found
 
 
 @dataclass(frozen=True, kw_only=True)

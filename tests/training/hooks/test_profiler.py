@@ -50,8 +50,3 @@ def test_each_of_several_ranks_has_a_file(tmp_path: Path) -> None:
 
 def test_without_profiling_there_is_no_hook() -> None:
     assert ProfilerConfig().build(run_info()) is None
-
-
-def test_a_frequency_below_one_is_a_problem() -> None:
-    (problem,) = ProfilingConfig(profile_freq=0).problems("profiling")
-    assert problem.key == "profiling.profile_freq"

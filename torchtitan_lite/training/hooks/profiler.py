@@ -1,16 +1,13 @@
 """Traces of where a step's time goes."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 
-from torchtitan_lite.config.load import Problem
 from torchtitan_lite.training.hooks import Outcome, RunInfo, StepStats
-from torchtitan_lite.training.outputs import is_inside
 from torchtitan_lite.training.validation import Validation
-
-_REMEDY = 'use a name such as "profile_traces"'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,25 +18,8 @@ class ProfilingConfig:
     """Save traces of single steps, for https://ui.perfetto.dev or chrome://tracing."""
     save_traces_folder: str = "profile_traces"
     """Folder for the traces, inside the run's folder."""
-    profile_freq: int = 10
+    profile_freq: Annotated[int, Field(ge=1)] = 10
     """Steps between two traces."""
-
-    def problems(self, key: str) -> list[Problem]:
-        """Values out of range."""
-        rules = (
-            ("profile_freq", self.profile_freq >= 1, "must be at least 1", "use 10 or so"),
-            (
-                "save_traces_folder",
-                is_inside(self.save_traces_folder),
-                "is not a folder of its own inside the run's",
-                _REMEDY,
-            ),
-        )
-        return [
-            Problem(f"{key}.{name}", getattr(self, name), rule, fix)
-            for name, ok, rule, fix in rules
-            if not ok
-        ]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,196 @@
+"""Turns the errors of pydantic into problems: by the place of an error, its type and the annotation there.
+
+("training", "steps"), "int_type"  ->  training.steps = "ten" is not an integer: write a whole number ...
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args, get_origin
+
+from torchtitan_lite.config.problem import MISSING, Problem, dotted, either, literal, near
+from torchtitan_lite.config.schema import (
+    alternatives,
+    classes,
+    field_types,
+    first_key,
+    leaves,
+    members_by_tag,
+    note,
+    plain_types,
+    tag,
+    unwrapped,
+)
+from torchtitan_lite.registry import Sections
+
+Path = tuple[str, ...]
+
+_RANGES = ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "too_short")
+_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a string", dict: "a table"}
+_REMEDIES = {
+    int: "write a whole number such as 64",
+    float: "write a number such as 0.1",
+    bool: "write true or false",
+    str: "put it in quotes",
+    dict: """write a table, or on the command line JSON such as '{"key": 1}'""",
+}
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A value that pydantic refused: its place in the table, and what the user is told."""
+
+    path: Path
+    problem: Problem
+    is_of_another_member: bool = False
+    """The key belongs to a member of the choice that is not chosen; a later layer may still choose it."""
+
+
+def refusals(cls: type, table: dict[str, Any], errors: Sequence[Any], key: str = "") -> list[Refusal]:
+    """One refusal for each place in `table`, which was read as a `cls` and stands at `key`."""
+    # A union of values has an error for each of its types.
+    types_by_path: dict[Path, list[str]] = {}
+    for error in errors:
+        types_by_path.setdefault(_path(cls, error["loc"]), []).append(error["type"])
+    return [_refusal(cls, table, path, types, key) for path, types in types_by_path.items()]
+
+
+def _path(cls: type, loc: Sequence[int | str]) -> Path:
+    """The keys in the place of an error, without the tags of chosen members and the parts of a value."""
+    annotation: Any = cls
+    path, rest = [], [str(part) for part in loc]
+    while rest and classes(annotation):
+        part = rest.pop(0)
+        if members := members_by_tag(annotation):
+            annotation = members[part]
+        else:
+            path.append(part)
+            annotation = field_types(classes(annotation)[0]).get(part)
+    return tuple(path)
+
+
+def _refusal(cls: type, table: dict[str, Any], path: Path, types: list[str], section: str) -> Refusal:
+    *tables, name = path
+    value: Any = table
+    annotation: Any = cls
+    for part in tables:
+        annotation = field_types(_chosen(annotation, value))[part]
+        value = value[part]
+        section = dotted(section, part)
+    holder, owner = annotation, _chosen(annotation, value)
+    annotation, value = field_types(owner).get(name), value.get(name, MISSING)
+    key = dotted(section, name)
+    if annotation is None:
+        return _of_unknown_key(cls, path, Problem(key, value, "", ""), section, holder, owner)
+    if classes(annotation) and not isinstance(value, dict):
+        is_member = isinstance(value, str) and value in members_by_tag(annotation)
+        remedy = f"write {key}.{first_key(annotation)} = {literal(value) if is_member else '...'}"
+        return Refusal(path, Problem(key, value, "is not a table", remedy))
+    if members := members_by_tag(annotation):
+        by = tag(annotation)
+        chosen = value.get(by, MISSING)
+        return Refusal(path, Problem(f"{key}.{by}", chosen, f"is not a known {by}", near(chosen, members)))
+    if not set(types).isdisjoint(_RANGES):
+        return Refusal(path, Problem(key, value, f"must be {limits(annotation)}", _example(annotation)))
+    return Refusal(path, Problem(key, value, f"is not {_described(annotation)}", _remedy(annotation, value)))
+
+
+def _chosen(annotation: Any, table: Any) -> type:
+    """The class that a sound table under this annotation becomes."""
+    members = members_by_tag(annotation)
+    return members[table[tag(annotation)]] if members else classes(annotation)[0]
+
+
+def _of_unknown_key(cls: type, path: Path, found: Problem, section: str, holder: Any, owner: type) -> Refusal:
+    """A key that `owner`, the class under the annotation `holder`, does not have."""
+    name = path[-1]
+    kinds = [kind for kind, member in members_by_tag(holder).items() if name in field_types(member)]
+    if kinds:
+        by = f"{section}.{tag(holder)}"
+        chosen = getattr(owner, tag(holder))
+        rule = f'belongs to {tag(holder)} {either(map(literal, kinds))}, and {by} is "{chosen}"'
+        remedy = f'leave it out, or set {by} = "{kinds[0]}"'
+        return Refusal(path, replace(found, rule=rule, remedy=remedy, reads=(by,)), is_of_another_member=True)
+    elsewhere = [leaf for leaf in leaves(cls) if leaf.rpartition(".")[2] == name]
+    if not isinstance(found.value, dict) and 0 < len(elsewhere) <= (1 if section else 3):
+        remedy = f"did you mean {either(map(literal, elsewhere))}?"
+    else:
+        remedy = near(name, field_types(owner))
+    if note(holder, Sections):
+        remedy = f"{remedy.rstrip('?')}, or name the plugin that has it in job.plugins"
+    rule = "is not a known key" if section else "is not a known section"
+    return Refusal(path, replace(found, rule=rule, remedy=remedy))
+
+
+def limits(annotation: Any) -> str:
+    """The range of a value in words ("at least 1", "in [0, 1)", "-1 or at least 1"); empty without one."""
+    ranges = [_range(option) for option in alternatives(annotation)]
+    if not any(ranges):
+        return ""
+    fixed = [literal(value) for tp in plain_types(annotation) if _is_literal(tp) for value in get_args(tp)]
+    return either([*fixed, *filter(None, ranges)])
+
+
+def _range(option: Any) -> str:
+    low, high = _limit(option, "ge", "gt"), _limit(option, "le", "lt")
+    if low is not None and high is not None:
+        start = "[" if _limit(option, "ge") is not None else "("
+        end = "]" if _limit(option, "le") is not None else ")"
+        return f"in {start}{literal(low)}, {literal(high)}{end}"
+    if low is not None:
+        return f"{'at least' if _limit(option, 'ge') is not None else 'greater than'} {literal(low)}"
+    if high is not None:
+        return f"{'at most' if _limit(option, 'le') is not None else 'less than'} {literal(high)}"
+    return "a list of 1 or more" if _limit(option, "min_length") else ""
+
+
+def _limit(option: Any, *names: str) -> Any:
+    """The limit of one of these names in the pydantic `Field` beside a type; None without one."""
+    metadata = [limit for field in unwrapped(option)[1] for limit in getattr(field, "metadata", ())]
+    found = (getattr(limit, name, None) for limit in metadata for name in names)
+    return next((limit for limit in found if limit is not None), None)
+
+
+def _example(annotation: Any) -> str:
+    """The remedy for a value out of range."""
+    for option in alternatives(annotation):
+        for field in unwrapped(option)[1]:
+            if examples := getattr(field, "examples", None):
+                return f"use {literal(examples[0])} or so"
+        if (least := _limit(option, "ge")) is not None:
+            return f"use {literal(least)} or more"
+    return "use a number in this range"
+
+
+def _is_literal(tp: Any) -> bool:
+    return get_origin(tp) is Literal
+
+
+def _described(annotation: Any) -> str:
+    """The type of a value in words: "an integer or a list of 2 integers"."""
+    names = [_name(tp) for tp in plain_types(annotation) if tp is not type(None)]
+    return " or ".join(dict.fromkeys(names))
+
+
+def _remedy(annotation: Any, value: object) -> str:
+    """How to write a value of this type instead of the wrong `value`."""
+    types = plain_types(annotation)
+    options = [tp for tp in types if tp is not type(None)]
+    optional = ", or leave it out" if len(options) < len(types) else ""
+    if optional and value is None:
+        return "leave it out"
+    if int in options and isinstance(value, float) and value.is_integer():
+        return f"write {int(value)}{optional}"
+    choices = [choice for tp in options if _is_literal(tp) for choice in get_args(tp)]
+    if choices and len(options) == 1:
+        return near(value, choices) + optional
+    main = next(tp for tp in options if not _is_literal(tp) or len(options) == 1)
+    return _REMEDIES.get(get_origin(main) or main, f"write {_described(annotation)}") + optional
+
+
+def _name(tp: Any) -> str:
+    origin, args = get_origin(tp) or tp, list(get_args(tp))
+    if origin is Literal:
+        return f"one of {', '.join(map(literal, args))}" if len(args) > 1 else literal(args[0])
+    if origin is tuple and args[-1] is not ...:
+        return f"a list of {len(args)} {_name(args[0]).split()[-1]}s"
+    return _NAMES.get(origin, "a list")
