@@ -55,12 +55,19 @@ class Launched:
 
 def holders_of(file: str) -> list[int]:
     """The processes that have a file open; `file` is its name in /proc."""
+    return sorted(
+        pid for pid in map(int, filter(str.isdecimal, os.listdir("/proc"))) if file in _open_files(pid)
+    )
+
+
+def _open_files(pid: int) -> set[str]:
+    """The files that a process has open; none if it has ended."""
     found = set()
-    for link in Path("/proc").glob("[0-9]*/fd/[0-9]*"):
-        with contextlib.suppress(OSError):
-            if os.readlink(link) == file:
-                found.add(int(link.parts[2]))
-    return sorted(found)
+    with contextlib.suppress(OSError):
+        for link in os.scandir(f"/proc/{pid}/fd"):
+            with contextlib.suppress(OSError):  # closed meanwhile
+                found.add(os.readlink(link))
+    return found
 
 
 @contextmanager

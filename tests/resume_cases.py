@@ -209,6 +209,7 @@ def start(argv: Sequence[str], stop_at: int = -1, crash_at: int = -1, double: bo
             mock.patch("torchtitan_lite.launch.world.leave"),
             mock.patch("torchtitan_lite.launch.guard.Guard", guard),
             mock.patch("torchtitan_lite.launch.process.show_log"),
+            mock.patch.object(StopRequest, "done"),  # this process goes on, and signals must count
         ):
             try:
                 status = train.run(argv, "train")

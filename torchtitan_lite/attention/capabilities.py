@@ -169,7 +169,8 @@ def refusals(
     is_above = can.head_dim_max is not None and head_dim > can.head_dim_max
     refuse(is_above, "head_dim", head_dim, rule, "use sdpa, or a smaller head_dim")
     rule, remedy = f"is not for {name} on this GPU", "use another kernel, sdpa, or another head_dim"
-    refuse(head_dim in can.head_dims_lacking_here(), "head_dim", head_dim, rule, remedy)
+    lacks_it = bool(can.head_dims_lacking) and head_dim in can.head_dims_lacking_here()
+    refuse(lacks_it, "head_dim", head_dim, rule, remedy)
     divisors = [n for n in range(1, n_heads + 1) if n_heads % n == 0]
     remedy = f"use {n_kv_heads * (n_heads // n_kv_heads or 1)} heads, or n_kv_heads out of {divisors}"
     refuse(n_heads % n_kv_heads, "n_heads", n_heads, f"is no multiple of n_kv_heads = {n_kv_heads}", remedy)
