@@ -16,7 +16,7 @@ from torchtitan_lite.training.trainer import Trainer
 
 @pytest.fixture(autouse=True)
 def _threads_ended(monkeypatch) -> Iterator[None]:
-    """Close every loader of a test, and check that no thread is left."""
+    """Close every loader of a test, and check that all threads end."""
     made, init = [], Loader.__init__
 
     def keep(self: Loader, *given, **options) -> None:
@@ -27,11 +27,18 @@ def _threads_ended(monkeypatch) -> Iterator[None]:
     yield
     for loader in made:
         loader.close()
-    assert not threads()
+    assert threads_end()
 
 
-def threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("data")]
+def threads_end() -> bool:
+    """Whether every thread of a loader ends within a minute."""
+    for thread in data_threads():
+        thread.join(60)
+    return not data_threads()
+
+
+def data_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("data")]
 
 
 @pytest.fixture
@@ -140,6 +147,22 @@ def test_an_exception_is_raised_by_the_next_that_would_have_returned_the_batch(s
         assert loader.consumed_samples == 4
 
 
+def test_closing_does_not_wait_for_a_disk_that_hangs(samples: Samples):
+    answers = threading.Event()
+
+    class Hanging(Samples):
+        def batch(self, indices, sample_ids) -> Batch:
+            if sample_ids[0]:
+                answers.wait(60)
+            return super().batch(indices, sample_ids)
+
+    loader = Loader(Hanging(samples.split, 4), 5, 2)
+    next(loader)
+    loader.close()
+    assert data_threads()  # which still waits for the disk
+    answers.set()
+
+
 @pytest.mark.parametrize("pin", [False, True])
 def test_the_thread_pins_the_batches_if_asked(samples: Samples, pin: bool, monkeypatch):
     pinned: list[torch.Tensor] = []
@@ -149,8 +172,14 @@ def test_the_thread_pins_the_batches_if_asked(samples: Samples, pin: bool, monke
         pinned.append(tensor.clone())
         return pinned[-1]
 
+    gpus: list[tuple[str, int]] = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(
+        torch.cuda, "set_device", lambda gpu: gpus.append((threading.current_thread().name[:4], gpu))
+    )
     batch = next(Loader(samples, 5, 2, pin=pin))
+    assert gpus == [("data", 3)] * pin
     assert rows([batch]) == order(range(2))
     for tensor in (batch.tokens_BS, batch.positions_BS, batch.labels_BS):
         assert any(tensor is one for one in pinned) == pin
@@ -163,7 +192,7 @@ def test_a_run_prepares_the_micro_batches_of_a_step_and_ends_the_thread(small_ru
     monkeypatch.setattr(trainer.stepper, "train_step", lambda flags: next(batches) and 1 / 0)
     with pytest.raises(ZeroDivisionError):
         trainer.run()
-    assert not threads()
+    assert threads_end()
 
 
 PROGRAM = """

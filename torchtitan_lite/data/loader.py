@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
+import torch
 
 from torchtitan_lite.data.batch import IGNORE, Batch, Samples
 from torchtitan_lite.data.order import sample_at
@@ -48,7 +49,7 @@ class Loader:
 
     def __next__(self) -> Batch:
         if self._thread is None:
-            self._thread = ThreadPoolExecutor(1, thread_name_prefix="data")
+            self._thread = self._start_thread()
         for number in range(self.n_ahead + 1):
             consumed = self.consumed_samples + number * self.n_consumed_each
             if consumed not in self._prepared:
@@ -58,10 +59,18 @@ class Loader:
         return batch
 
     def close(self) -> None:
-        """End the thread, after the batch that it is preparing. A later `next` starts another."""
+        """Let the thread end after the batch that it is preparing. A later `next` starts another thread."""
         if self._thread is not None:
-            self._thread.shutdown(cancel_futures=True)
+            # Without waiting: a disk that hangs must not keep an error from being reported.
+            self._thread.shutdown(wait=False, cancel_futures=True)
         self._thread, self._prepared = None, {}
+
+    def _start_thread(self) -> ThreadPoolExecutor:
+        if not self.pin:
+            return ThreadPoolExecutor(1, thread_name_prefix="data")
+        # A new thread starts with GPU 0, and would take memory of that GPU.
+        gpu = torch.cuda.current_device()
+        return ThreadPoolExecutor(1, "data", initializer=torch.cuda.set_device, initargs=(gpu,))
 
     def _prepare(self, consumed_samples: int) -> Batch:
         """This rank's share of the samples that come after the first `consumed_samples`."""
