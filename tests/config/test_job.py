@@ -178,14 +178,6 @@ def test_options_of_a_misspelt_suffix_in_another_layer_are_no_problem() -> None:
     assert [problem.key for problem in caught.value.problems] == ["model.flavor"]
 
 
-def test_a_file_that_writes_out_options_which_its_dataset_has_not_is_read(tmp_path: Path) -> None:
-    (tmp_path / "old.toml").write_text('[data]\ndataset = "python_stdlib"\npath = ""\nfield = "text"\n')
-    assert load_job(["--config", "old.toml"]).config.data.dataset == "python_stdlib"
-    (tmp_path / "old.toml").write_text('[data]\ndataset = "python_stdlib"\npath = "x"\n')
-    with pytest.raises(ConfigError, match=r'data\.path = "x" belongs to dataset'):
-        load_job(["--config", "old.toml"])
-
-
 def test_the_default_of_an_option_takes_back_what_a_file_says(tmp_path: Path) -> None:
     (tmp_path / "lines.jsonl").write_text('{"body": "a text"}\n')
     (tmp_path / "run.toml").write_text('[data]\ndataset = "jsonl"\npath = "lines.jsonl"\nfield = "body"\n')

@@ -10,7 +10,7 @@ import torch
 from torchtitan_lite.config.division import Division
 from torchtitan_lite.config.job import load_job
 from torchtitan_lite.config.load import ConfigError
-from torchtitan_lite.models.decoder import DecoderConfig
+from torchtitan_lite.models.registry import resolve
 from torchtitan_lite.parallel.mesh import ParallelismConfig
 from torchtitan_lite.train import main
 
@@ -211,8 +211,9 @@ def test_nothing_is_said_of_what_rests_on_a_wrong_value(flags: str) -> None:
     assert line.split(" ")[2] in ('"x"', '"4"', "0")
 
 
+DECODER = resolve("qwen3", "debugmodel")
 SIZES = {"n_heads": 8, "n_kv_heads": 4, "ffn_dim": 768, "vocab_size": 512}
-"""Of the debugmodel."""
+"""The sizes of DECODER that tensor parallel must divide."""
 
 
 def is_allowed(
@@ -232,15 +233,8 @@ def is_allowed(
 
 def left_over(world_size: int, seq_len: int, parallelism: ParallelismConfig) -> list[str]:
     """The problems that the debug model has with a mesh."""
-    division = Division(
-        parallelism=parallelism,
-        world_size=world_size,
-        seq_len=seq_len,
-        max_seq_len=2048,
-        sizes=SIZES,
-        dealt_by_ulysses=DecoderConfig.dealt_by_ulysses,
-        extensible=DecoderConfig.extensible,
-    )
+    assert DECODER.splits == SIZES
+    division = Division(parallelism, DECODER, seq_len=seq_len, world_size=world_size)
     return [str(p) for p in (*parallelism.problems("parallelism", world_size), *division.problems())]
 
 

@@ -132,10 +132,10 @@ def _first_paragraph(cls: type) -> str:
 def _field_docstrings(cls: type) -> dict[str, str]:
     """The text below each field of a dataclass, also of the fields that the class inherits."""
     found = {}
-    for owner in filter(dataclasses.is_dataclass, reversed(cls.__mro__)):
+    for owner in reversed(cls.__mro__):
         try:
             (definition,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
-        except (OSError, TypeError, SyntaxError):  # a class without a file, or one that cannot be cut out
+        except (OSError, TypeError, SyntaxError):  # a class without a file
             continue
         assert isinstance(definition, ast.ClassDef)
         for statement, after in itertools.pairwise(definition.body):

@@ -15,7 +15,6 @@ from torchtitan_lite.checkpoint import CheckpointConfig
 from torchtitan_lite.config.division import Division
 from torchtitan_lite.config.load import ConfigError, Loaded, Problem, load, to_toml
 from torchtitan_lite.config.problem import of_sound_keys
-from torchtitan_lite.config.schema import field_types
 from torchtitan_lite.data.datasets import DataConfig, PythonStdlib
 from torchtitan_lite.data.tokenizer import load_tokenizer
 from torchtitan_lite.launch.world import CommConfig
@@ -42,8 +41,6 @@ from torchtitan_lite.training.process import DebugConfig
 from torchtitan_lite.training.schedule import LRSchedulerConfig
 from torchtitan_lite.training.validation import ValidationConfig
 
-_EMPTY = {"path": "", "field": "text"}
-"""What earlier versions wrote out for a dataset without such options."""
 _STEPS = 'use "checkpoint"'
 _OVERRIDES = "model.overrides."
 _REFUSED_KEYS = {
@@ -204,7 +201,8 @@ class JobConfig:
             *self._attention_problems(decoder),
             *self._tokenizer_problems(decoder),
         ]
-        found += self._division(decoder, world_size).problems()
+        seq_len = self.training.seq_len
+        found += Division(self.parallelism, decoder, seq_len=seq_len, world_size=world_size).problems()
         if decoder is not None:
             found += self._decoder_problems(decoder)
         if decoder is not None and type(decoder) is not DecoderConfig and not wrong and not mesh:
@@ -245,18 +243,6 @@ class JobConfig:
         if self.checkpoint.last_save_in_hf:
             found += export_problems(decoder, "model.overrides")
         return found
-
-    def _division(self, decoder: DecoderConfig | None, world_size: int) -> Division:
-        kind = DecoderConfig if decoder is None else type(decoder)
-        return Division(
-            parallelism=self.parallelism,
-            world_size=world_size,
-            seq_len=self.training.seq_len,
-            max_seq_len=decoder.max_seq_len if decoder else None,
-            sizes=decoder.splits if decoder else {},
-            dealt_by_ulysses=kind.dealt_by_ulysses,
-            extensible=kind.extensible,
-        )
 
     def _attention_problems(self, decoder: DecoderConfig | None) -> list[Problem]:
         """Why the attention cannot run; without a decoder, only the options are judged."""
@@ -324,8 +310,7 @@ def load_job(
 
 def _settle(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The layers with everything written out that a short form stands for."""
-    layers = [_with_null_scaling(_without_empty_options(layer)) for layer in layers]
-    return settle_attention(layers)
+    return settle_attention([_with_null_scaling(layer) for layer in layers])
 
 
 def _with_null_scaling(layer: dict[str, Any]) -> dict[str, Any]:
@@ -335,14 +320,3 @@ def _with_null_scaling(layer: dict[str, Any]) -> dict[str, Any]:
     if isinstance(model, dict) and isinstance(overrides, dict) and overrides.get("rope_scaling", 0) is None:
         return {**layer, "model": {**model, "overrides": {**overrides, "rope_scaling": {"factor": 1.0}}}}
     return layer
-
-
-def _without_empty_options(layer: dict[str, Any]) -> dict[str, Any]:
-    """A layer without the `path` and `field` that earlier versions wrote out for datasets that have none."""
-    data = layer.get("data")
-    name = data.get("dataset") if isinstance(data, dict) else None
-    if not isinstance(data, dict) or not isinstance(name, str) or name not in registry.datasets.members:
-        return layer
-    options = field_types(registry.datasets.members[name])
-    unused = [key for key, empty in _EMPTY.items() if key not in options and data.get(key) == empty]
-    return {**layer, "data": {key: value for key, value in data.items() if key not in unused}}
