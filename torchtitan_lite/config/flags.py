@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin
 
 from torchtitan_lite.config.problem import MISSING, Problem
-from torchtitan_lite.config.schema import at, classes, first_key, members_by_tag, plain_types, tag
+from torchtitan_lite.config.schema import at, choice_of, classes, first_key, plain_types
 
 _MOST_RANKS = 2**31
 """torch counts ranks in a C int."""
@@ -85,7 +85,7 @@ def _read_flag(flags: Flags, cls: type, name: str, words: list[str]) -> int:
             flags.report(f"--{name}", words[0], "takes no value", f"write --{name} alone")
         flags.put(positive, False)
         return len(words[:1])
-    if members_by_tag(annotation) and tag(annotation) == "kind":
+    if (choice := choice_of(annotation)) and choice.tag == "kind":
         path, annotation = [*path, "kind"], at(cls, [*path, "kind"])
     value, used = _value(annotation, words)
     key = ".".join(path)

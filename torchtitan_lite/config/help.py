@@ -13,8 +13,8 @@ from typing import Any, Literal, get_args, get_origin
 
 from torchtitan_lite.config.messages import limits
 from torchtitan_lite.config.problem import printable
-from torchtitan_lite.config.schema import field_types, is_fixed, members_by_tag, note, plain_types, tag
-from torchtitan_lite.registry import Names
+from torchtitan_lite.config.schema import choice_of, field_types, is_fixed, note, plain_types
+from torchtitan_lite.registry import Choice, Names
 
 _COMMAND = {
     "-h, --help": "Show this help and exit.",
@@ -41,16 +41,15 @@ def _print_section(config: Any, key: str, annotation: Any, text: str, options: d
     `annotation` is that of the section in its owner; `text` describes the section.
     """
     texts = _field_docstrings(type(config))
-    options, sections = dict(options), []
+    choice, options, sections = choice_of(annotation), dict(options), []
     for name, child in field_types(type(config)).items():
         value, path = getattr(config, name), f"{key}.{name}".lstrip(".")
-        members = members_by_tag(annotation)
         if dataclasses.is_dataclass(value):
             sections.append((value, path, child, texts.get(name) or _first_paragraph(type(value))))
-        elif members and name == tag(annotation):
-            options |= _selector(key if name == "kind" else path, members, value)
-        elif members_by_tag(child):
-            options |= _selector(path, members_by_tag(child), value)
+        elif choice and name == choice.tag:
+            options |= _selector(key if name == "kind" else path, choice, value)
+        elif unset := choice_of(child):
+            options |= _selector(path, unset, value)
         else:
             options[_usage(path, child)] = _described(child, value, texts.get(name, ""))
     if options:
@@ -75,12 +74,12 @@ def _print(text: str, indent: int = 0) -> None:
     )
 
 
-def _selector(path: str, members: dict[str, type], chosen: object) -> dict[str, str]:
+def _selector(path: str, choice: Choice, chosen: object) -> dict[str, str]:
     """The option that chooses a member."""
-    lines = {name: _first_paragraph(member) for name, member in members.items()}
+    lines = {name: _first_paragraph(member) for name, member in choice.members.items()}
     described = [f"{name}: {line}" for name, line in lines.items() if line]
     described.append("Each has options of its own; those shown here are the chosen one's.")
-    annotation = Literal[tuple(members)]  # pyright: ignore[reportInvalidTypeForm]
+    annotation = Literal[tuple(choice.members)]  # pyright: ignore[reportInvalidTypeForm]
     return {_usage(path, annotation): _described(annotation, chosen, " ".join(described))}
 
 

@@ -10,14 +10,13 @@ from typing import Any, Literal, get_args, get_origin
 from torchtitan_lite.config.problem import MISSING, Problem, dotted, either, literal, near
 from torchtitan_lite.config.schema import (
     alternatives,
+    choice_of,
     classes,
     field_types,
     first_key,
     leaves,
-    members_by_tag,
     note,
     plain_types,
-    tag,
     unwrapped,
 )
 from torchtitan_lite.registry import Sections
@@ -60,8 +59,8 @@ def _path(cls: type, loc: Sequence[int | str]) -> Path:
     path, rest = [], [str(part) for part in loc]
     while rest and classes(annotation):
         part = rest.pop(0)
-        if members := members_by_tag(annotation):
-            annotation = members[part]
+        if choice := choice_of(annotation):
+            annotation = choice.members[part]
         else:
             path.append(part)
             annotation = field_types(classes(annotation)[0]).get(part)
@@ -81,14 +80,14 @@ def _refusal(cls: type, table: dict[str, Any], path: Path, types: list[str], sec
     key = dotted(section, name)
     if annotation is None:
         return _of_unknown_key(cls, path, Problem(key, value, "", ""), section, holder, owner)
+    choice = choice_of(annotation)
     if classes(annotation) and not isinstance(value, dict):
-        is_member = isinstance(value, str) and value in members_by_tag(annotation)
+        is_member = isinstance(value, str) and choice is not None and value in choice.members
         remedy = f"write {key}.{first_key(annotation)} = {literal(value) if is_member else '...'}"
         return Refusal(path, Problem(key, value, "is not a table", remedy))
-    if members := members_by_tag(annotation):
-        by = tag(annotation)
-        chosen = value.get(by, MISSING)
-        return Refusal(path, Problem(f"{key}.{by}", chosen, f"is not a known {by}", near(chosen, members)))
+    if choice:
+        rule, remedy = f"is not a known {choice.tag}", near(value[choice.tag], choice.members)
+        return Refusal(path, Problem(f"{key}.{choice.tag}", value[choice.tag], rule, remedy))
     if not set(types).isdisjoint(_RANGES):
         return Refusal(path, Problem(key, value, f"must be {limits(annotation)}", _example(annotation)))
     return Refusal(path, Problem(key, value, f"is not {_described(annotation)}", _remedy(annotation, value)))
@@ -96,18 +95,20 @@ def _refusal(cls: type, table: dict[str, Any], path: Path, types: list[str], sec
 
 def _chosen(annotation: Any, table: Any) -> type:
     """The class that a sound table under this annotation becomes."""
-    members = members_by_tag(annotation)
-    return members[table[tag(annotation)]] if members else classes(annotation)[0]
+    choice = choice_of(annotation)
+    return choice.members[table[choice.tag]] if choice else classes(annotation)[0]
 
 
 def _of_unknown_key(cls: type, path: Path, found: Problem, section: str, holder: Any, owner: type) -> Refusal:
     """A key that `owner`, the class under the annotation `holder`, does not have."""
     name = path[-1]
-    kinds = [kind for kind, member in members_by_tag(holder).items() if name in field_types(member)]
-    if kinds:
-        by = f"{section}.{tag(holder)}"
-        chosen = getattr(owner, tag(holder))
-        rule = f'belongs to {tag(holder)} {either(map(literal, kinds))}, and {by} is "{chosen}"'
+    choice = choice_of(holder)
+    members = choice.members if choice else {}
+    kinds = [kind for kind, member in members.items() if name in field_types(member)]
+    if choice and kinds:
+        by = f"{section}.{choice.tag}"
+        chosen = choice.name_of(owner)
+        rule = f'belongs to {choice.tag} {either(map(literal, kinds))}, and {by} is "{chosen}"'
         remedy = f'leave it out, or set {by} = "{kinds[0]}"'
         return Refusal(path, replace(found, rule=rule, remedy=remedy, reads=(by,)), is_of_another_member=True)
     elsewhere = [leaf for leaf in leaves(cls) if leaf.rpartition(".")[2] == name]
