@@ -24,6 +24,14 @@ from torchtitan_lite.registry import Sections
 Path = tuple[str, ...]
 
 _RANGES = ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "too_short")
+_LIMITS = {
+    "ge": "at least",
+    "gt": "greater than",
+    "le": "at most",
+    "lt": "less than",
+    "min_length": "a list of at least",
+}
+_BRACKETS = {"ge": "[", "gt": "(", "le": "]", "lt": ")"}
 _NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a string", dict: "a table"}
 _REMEDIES = {
     int: "write a whole number such as 64",
@@ -132,23 +140,17 @@ def limits(annotation: Any) -> str:
 
 
 def _range(option: Any) -> str:
-    low, high = _limit(option, "ge", "gt"), _limit(option, "le", "lt")
-    if low is not None and high is not None:
-        start = "[" if _limit(option, "ge") is not None else "("
-        end = "]" if _limit(option, "le") is not None else ")"
-        return f"in {start}{literal(low)}, {literal(high)}{end}"
-    if low is not None:
-        return f"{'at least' if _limit(option, 'ge') is not None else 'greater than'} {literal(low)}"
-    if high is not None:
-        return f"{'at most' if _limit(option, 'le') is not None else 'less than'} {literal(high)}"
-    return "a list of 1 or more" if _limit(option, "min_length") else ""
+    found = _limits(option)
+    if len(found) == 2:
+        (first, low), (last, high) = sorted(found.items())
+        return f"in {_BRACKETS[first]}{literal(low)}, {literal(high)}{_BRACKETS[last]}"
+    return "".join(f"{_LIMITS[name]} {literal(limit)}" for name, limit in found.items())
 
 
-def _limit(option: Any, *names: str) -> Any:
-    """The limit of one of these names in the pydantic `Field` beside a type; None without one."""
+def _limits(option: Any) -> dict[str, Any]:
+    """The limits in the pydantic `Field` beside a type, by name."""
     metadata = [limit for field in unwrapped(option)[1] for limit in getattr(field, "metadata", ())]
-    found = (getattr(limit, name, None) for limit in metadata for name in names)
-    return next((limit for limit in found if limit is not None), None)
+    return {name: getattr(limit, name) for limit in metadata for name in _LIMITS if hasattr(limit, name)}
 
 
 def _example(annotation: Any) -> str:
@@ -157,8 +159,8 @@ def _example(annotation: Any) -> str:
         for field in unwrapped(option)[1]:
             if examples := getattr(field, "examples", None):
                 return f"use {literal(examples[0])} or so"
-        if (least := _limit(option, "ge")) is not None:
-            return f"use {literal(least)} or more"
+        if "ge" in (found := _limits(option)):
+            return f"use {literal(found['ge'])} or more"
     return "use a number in this range"
 
 
