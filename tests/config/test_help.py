@@ -24,7 +24,7 @@ def printed(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     return " ".join(capsys.readouterr().out.split())
 
 
-def test_help_says_how_to_give_options_and_explains_each(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_shows_the_usage_and_the_form_of_each_option(capsys: pytest.CaptureFixture[str]) -> None:
     text = printed(capsys, "--help")
     for words in (
         "usage: python -m torchtitan_lite.train [-h] [OPTIONS] Train a decoder on text.",
@@ -73,11 +73,11 @@ def test_help_after_choosing_an_attention_shows_its_own_options(
     assert "--model.attention.block-size" not in text
 
 
-def test_help_is_no_value_of_the_flag_before_it(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_flag_before_help_does_not_take_help_as_its_value(capsys: pytest.CaptureFixture[str]) -> None:
     assert "usage:" in printed(capsys, "--job.description", "-h")
 
 
-def test_help_is_given_although_the_rest_is_wrong_and_says_what_is_wrong(
+def test_help_is_printed_beside_the_problems_of_the_other_flags(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with pytest.raises(SystemExit) as caught:

@@ -1,4 +1,4 @@
-"""Ranges of single values: they are refused, and they are in the help and in the schema."""
+"""Ranges of values: in errors, in the help and in the JSON schema."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from torchtitan_lite.config.load import ConfigError
 from torchtitan_lite.config.schema import at, leaves, plain_types
 from torchtitan_lite.config.validation import adapter
 
-# Keys, and the values just outside of their ranges.
+# Each number of the configuration, with values just outside of its range.
 OUT_OF_RANGE = {
     "training.local_batch_size": [0],
     "training.global_batch_size": [0, -8],

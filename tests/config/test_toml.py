@@ -1,4 +1,4 @@
-"""A configuration written as TOML, and read again."""
+"""A configuration that is written as TOML loads back equal."""
 
 import random
 from dataclasses import fields, is_dataclass, replace
@@ -47,14 +47,14 @@ def with_value(section: str, **values: Any) -> JobConfig:
 
 
 def again(config: JobConfig, folder: Path) -> JobConfig:
-    """What is read from the file that `config` is written to."""
+    """`config` after it is written to a file in `folder` and loaded."""
     path = folder / "config.toml"
     path.write_text(to_toml(config), encoding="utf-8")
     return load(JobConfig, ["--config", str(path)], prog="run").config
 
 
 def typed(value: Any) -> Any:
-    """Values with their types, for 1 == 1.0 == True."""
+    """`value` with the types of its parts: 1 == 1.0 == True, but their types differ."""
     if is_dataclass(value):
         return type(value), [typed(getattr(value, field.name)) for field in fields(value)]
     if isinstance(value, dict):
@@ -120,7 +120,7 @@ def fields_that_may_be_none(config: Any) -> list[tuple[str, Any]]:
     return found
 
 
-def test_every_field_that_may_be_none_is_none_by_default_so_that_leaving_it_out_says_so() -> None:
+def test_every_field_that_may_be_none_is_none_by_default() -> None:
     optional = fields_that_may_be_none(DEFAULT)
     assert len(optional) >= 3
     assert all(value is None for _, value in optional), optional
@@ -150,7 +150,7 @@ def test_a_resolved_job_loads_back_equal(flags: str, tmp_path: Path, monkeypatch
     assert typed(load_job(["--config", "resolved.toml", "--dry-run"]).config) == typed(job)
 
 
-def test_the_resolved_file_names_every_section_and_every_key_that_has_a_value() -> None:
+def test_the_resolved_file_has_every_section() -> None:
     tables = tomli.loads(to_toml(load_job([]).config))
     assert list(tables) == [
         section.name for section in fields(DEFAULT) if fields(getattr(DEFAULT, section.name))
