@@ -64,6 +64,15 @@ def test_help_shows_the_values_of_files_and_flags_as_defaults(capsys: pytest.Cap
     assert "--model.attention.kernel " not in text
 
 
+def test_help_is_folded_to_the_width_of_the_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    with pytest.raises(SystemExit):
+        load_job(["--help", "--job.description", "x" * 200])
+    assert max(map(len, capsys.readouterr().out.splitlines())) == 60
+
+
 @pytest.mark.parametrize("order", [1, -1])
 def test_help_after_choosing_an_attention_shows_its_own_options(
     order: int, capsys: pytest.CaptureFixture[str]
