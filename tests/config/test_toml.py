@@ -11,7 +11,8 @@ import tomli
 from torchtitan_lite.attention import Flex, Sdpa, Varlen
 from torchtitan_lite.config.job import JobConfig, ModelSection, load_job
 from torchtitan_lite.config.load import load, to_toml
-from torchtitan_lite.config.schema import field_types, plain_types
+from torchtitan_lite.config.schema import choice_of, field_types, plain_types
+from torchtitan_lite.inference.options import EvalConfig, GenerateConfig
 
 DEFAULT = JobConfig()
 
@@ -124,6 +125,15 @@ def test_every_field_that_may_be_none_is_none_by_default() -> None:
     optional = fields_that_may_be_none(DEFAULT)
     assert len(optional) >= 3
     assert all(value is None for _, value in optional), optional
+
+
+@pytest.mark.parametrize("config", [JobConfig(), GenerateConfig(), EvalConfig()])
+def test_the_default_of_every_choice_is_its_first_member(config: object) -> None:
+    types = field_types(type(config))
+    choices = {name: choice for name, tp in types.items() if (choice := choice_of(tp))}
+    assert choices
+    for name, choice in choices.items():
+        assert type(getattr(config, name)) is next(iter(choice.members.values()))
 
 
 @pytest.mark.parametrize(

@@ -42,8 +42,11 @@ def validate(cls: type[T], layers: Sequence[_Table], key: str = "") -> tuple[T, 
     problems += [
         problem for path, problem in of_other_members.items() if path in last or not _has(table, path)
     ]
-    sections = [*field_types(cls)]
-    return config, sorted(problems, key=lambda problem: _position(problem, key, sections))
+    # In the order of the sections; unknown sections come first.
+    order = {section: place for place, section in enumerate(field_types(cls))}
+    return config, sorted(
+        problems, key=lambda one: order.get(one.key.removeprefix(key).lstrip(".").partition(".")[0], -1)
+    )
 
 
 def _lay(cls: type[T], table: _Table, layer: _Table, key: str) -> tuple[T, _Table, list[Refusal]]:
@@ -125,12 +128,6 @@ def _without(table: _Table, path: Path) -> _Table:
     if rest:
         return {**table, name: _without(table[name], tuple(rest))}
     return {key: value for key, value in table.items() if key != name}
-
-
-def _position(problem: Problem, key: str, sections: Sequence[str]) -> int:
-    """The place of a problem's section among `sections`; unknown sections come first."""
-    section = problem.key.removeprefix(key).lstrip(".").partition(".")[0]
-    return sections.index(section) if section in sections else -1
 
 
 def adapter(cls: type) -> Any:
