@@ -29,7 +29,7 @@ from clock import Clock
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = (
-    "torch", "triton", "numpy", "pydantic", "tyro", "safetensors", "tokenizers", "transformers", "torchtitan",
+    "torch", "triton", "numpy", "pydantic", "safetensors", "tokenizers", "transformers", "torchtitan",
 )  # fmt: skip
 MOST_APART_AT_FIRST, N_FIRST = 0.01, 5
 """Largest distance in nats in each of the first steps, which differ by rounding only."""

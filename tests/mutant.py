@@ -44,7 +44,6 @@ _SLOW_TO_IMPORT = (
     "torch.utils.tensorboard",
     "transformers.models.llama.modeling_llama",
     "transformers.models.qwen3.modeling_qwen3",
-    "tyro",
 )
 _NOT_RUN = 99
 """The status if pytest did not run. pytest itself never returns it."""

@@ -188,5 +188,5 @@ def forgotten() -> Iterator[None]:
         registry._registering.intersection_update(registering)
         sys.path[:] = path
         for name in set(sys.modules) - modules:
-            if not name.startswith(("torch", "numpy", "pydantic", "tyro", "rich")):
+            if not name.startswith(("torch", "numpy", "pydantic")):
                 del sys.modules[name]

@@ -1,4 +1,4 @@
-"""What a name in a configuration stands for: our members and those of plugins, registered in the same way.
+"""The members that a name in a configuration can choose. Ours and those of plugins register in the same way.
 
 A plugin is a module that `job.plugins` names. It is imported before the flags are read, and registers:
 
@@ -9,7 +9,7 @@ A plugin is a module that `job.plugins` names. It is imported before the flags a
         lr: float = 1e-4
         ...
 
-docs/configuration.md says what each door asks of a member. Doors tell pydantic how to read their sections.
+docs/configuration.md says what each door needs of a member. Doors tell pydantic how to read their sections.
 """
 
 import dataclasses
@@ -47,9 +47,9 @@ class Door:
         self.members: dict[str, Any] = {}
 
     def register(self, member: Member) -> Member:
-        """Add a member, and return it. A class decorator, where the members are classes.
+        """Add a member, and return it. If the members are classes, this is a class decorator.
 
-        Raises ConfigError where the member lacks something, or its name is another member's.
+        Raises ConfigError if the member lacks something, or if another member has its name.
         """
         wrong = list(self._wrong(member)) or list(self._wrong_name(member))
         if wrong:
@@ -60,11 +60,11 @@ class Door:
         return member
 
     def name_of(self, member: object) -> Any:
-        """The name that the member itself says."""
+        """The name of the member; None without one."""
         return getattr(member, self.tag, None)
 
     def _wrong(self, member: object) -> _Wrong:
-        """What the member lacks."""
+        """The rules that the member breaks, other than those for its name."""
         if lacking := [name for name in (self.tag, *self.needs) if _lacks(member, name)]:
             yield (
                 f"registers a {self.what} that lacks {' and '.join(lacking)}",
@@ -103,7 +103,7 @@ class _ClassDoor(Door):
         hints = get_type_hints(member)
         for option in fields(member):
             if type(None) in get_args(hints[option.name]) and option.default is not None:
-                # TOML has no null: what is None is left out, and read again as the default.
+                # TOML has no null: a file leaves None out, and the default stands in when the file is read.
                 yield f"{called} has another default than None for {option.name}", "have None be the default"
         options = {option.name for option in fields(member)}
         if lacking := [name for name in self.needs if name not in options and _lacks(member, name)]:
@@ -111,7 +111,10 @@ class _ClassDoor(Door):
 
 
 class Choice(_ClassDoor):
-    """A door for a section, `Annotated[..., door]`, whose tag names the one member that is chosen."""
+    """A door for a section, `Annotated[..., door]`, whose tag names the chosen member.
+
+    The default of such a section must be the member that was registered first.
+    """
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
         """A union of the members, told apart by the tag; None too if `source` may be None."""
@@ -163,13 +166,13 @@ attentions = Choice(
 datasets = Choice(
     "dataset", tag="dataset", needs=("tokenizer", "cache_folder", "validation_fraction", "open")
 )
-"""Where text comes from, for the section `[data]`."""
+"""Datasets, for the section `[data]`."""
 tokenizers = Sections("tokenizer", tag="name", needs=("build",), reserved=("problems",))
 """Tokenizers, for `data.tokenizer` and the sections `[tokenizers.NAME]`."""
 optimizers = Choice("optimizer", tag="name", needs=("lr", "build"))
 """Optimizers, for the section `[optimizer]`."""
 hooks = Sections("hook", tag="name", needs=("build",), reserved=("problems",))
-"""What is called while a run goes on, for the sections `[hooks.NAME]`."""
+"""Hooks, which are called during a run, for the sections `[hooks.NAME]`."""
 
 
 def classes() -> tuple[type, ...]:
@@ -179,13 +182,13 @@ def classes() -> tuple[type, ...]:
 
 
 def import_plugins(names: Sequence[str], folders: Iterable[Path], key: str = _KEY) -> list[Problem]:
-    """Import the modules that `key` names, and return what is wrong with them.
+    """Import the modules `names`, the value of `key`, and return the problems.
 
-    They are looked for where Python looks, and then in the working directory and in `folders`.
+    Python searches its own path first, then the working directory, then `folders`.
     """
     if names:
-        # At the end: a file there must not stand in for an installed module that somebody else imports. The
-        # folders stay, for what the plugins import later, and for the processes that are spawned.
+        # At the end of the path: a file there must not hide an installed module. The folders stay on the path
+        # for later imports of the plugins, and for spawned processes.
         places = [str(folder.absolute()) for folder in (Path(), *folders)]
         sys.path += [place for place in dict.fromkeys(places) if place not in sys.path]
     return [problem for name in dict.fromkeys(names) for problem in _import(name, key)]
@@ -224,10 +227,10 @@ def _has_no_default(option: Any) -> bool:
 
 
 def _is_same(one: Any, other: Any) -> bool:
-    """Whether two members are the same one, from a module that was perhaps imported again."""
+    """True if the members are the same, perhaps from a module that was imported twice."""
     if isinstance(one, type) and isinstance(other, type):
         return (one.__module__, one.__qualname__) == (other.__module__, other.__qualname__)
-    # The classes of an instance's parts may have been made again too; their text is the same.
+    # Importing a module again also makes new classes of an instance's parts, but their text is the same.
     return repr(one) == repr(other)
 
 

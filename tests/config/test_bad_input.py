@@ -1,4 +1,4 @@
-"""Wrong input through the entry that a user calls: one line each, exit status 2, no traceback."""
+"""Wrong input to the entry point of training: one line per problem, exit status 2, no traceback."""
 
 import os
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 
 from torchtitan_lite.train import main
 
-# Flags, and the line they must give; "..." stands for any words in between.
+# Wrong flags and the line that reports them; "..." stands for any words.
 FLAGS = {
     "--trainng.steps 5": 'trainng = {"steps": 5} is not a known section: did you mean "training"?',
     "--steps 5": 'steps = 5 is not a known section: did you mean "training.steps" or "validation.steps"?',
@@ -17,10 +17,8 @@ FLAGS = {
     "--training.steps abc": 'training.steps = "abc" is not an integer: write a whole number such as 64',
     "--training.steps 1.5": "training.steps = 1.5 is not an integer: write a whole number such as 64",
     "--training.steps 1e3": "training.steps = 1000.0 is not an integer: write 1000",
-    "--training.steps true": "training.steps = true is not an integer: write a whole number such as 64",
     "--training.steps null": "training.steps = null is not an integer: write a whole number such as 64",
     "--training.steps=": 'training.steps = "" is not an integer: write a whole number such as 64',
-    "--training.steps [5]": "training.steps = [5] is not an integer: write a whole number such as 64",
     "--training.steps": "training.steps has no value: write --training.steps=VALUE",
     "--training.steps -1": "training.steps = -1 must be at least 1: ...",
     "--training.steps 9223372036854775808": (
@@ -35,7 +33,6 @@ FLAGS = {
     "train": (
         'argument = "train" belongs to no flag: write --section.key VALUE, and text with spaces in quotes'
     ),
-    "-v": 'argument = "-v" belongs to no flag: write --section.key VALUE, and text with spaces in quotes',
     "--": 'argument = "--" belongs to no flag: write --section.key VALUE, and text with spaces in quotes',
     "--config": "--config has no value: write --config FILE.toml",
     "--config nowhere.toml": '--config = "nowhere.toml" cannot be read (No such file or directory): name ...',
@@ -93,10 +90,6 @@ FLAGS = {
         'model.attention.block_size = 64 belongs to kind "flex", and model.attention.kind is "sdpa": '
         'leave it out, or set model.attention.kind = "flex"'
     ),
-    "--model.attention varlen --model.attention.kernel-options {}": (
-        'model.attention.kernel_options = {} belongs to kind "flex", and model.attention.kind is "varlen": '
-        'leave it out, or set model.attention.kind = "flex"'
-    ),
     "--model.attention flex --model.attention.kernel fa3": (
         'model.attention.kernel = "fa3" belongs to kind "varlen", and model.attention.kind is "flex": '
         'leave it out, or set model.attention.kind = "varlen"'
@@ -127,10 +120,7 @@ FLAGS = {
     "--lr-scheduler.total-steps 5 --training.steps 20": (
         "lr_scheduler.total_steps = 5 is less than training.steps = 20, ...: use 20 or more, or leave it out"
     ),
-    "--optimizer.lr inf": 'optimizer.lr = "inf" is not a number: write a number such as 0.1',
     "--optimizer.lr +1e999": 'optimizer.lr = "+1e999" is not a number: write a number such as 0.1',
-    "--training.steps 5.": "training.steps = 5.0 is not an integer: write 5",
-    '--model.overrides {"n_layers":2.0}': "model.overrides.n_layers = 2.0 is not an integer: write 2",
     '--model.overrides {"n_layers":[null]}': (
         "model.overrides.n_layers = null cannot be written in a TOML file: leave the key out"
     ),
@@ -153,10 +143,6 @@ FLAGS = {
     "--data.path texts": (
         'data.path = "texts" belongs to dataset "text" or "jsonl", and data.dataset is "python_stdlib": '
         'leave it out, or set data.dataset = "text"'
-    ),
-    "--data.dataset text --data.path / --data.field body": (
-        'data.field = "body" belongs to dataset "jsonl", and data.dataset is "text": '
-        'leave it out, or set data.dataset = "jsonl"'
     ),
     "--data.tokenizer nowhere.json": 'data.tokenizer = "nowhere.json" does not exist: use "bytes", or ...',
     "--job.device tpu": 'job.device = "tpu" is not one of "auto", "cpu", "cuda": did you mean "cpu"?',
@@ -186,7 +172,7 @@ FLAGS = {
     "--debug.seed -1": "debug.seed = -1 ...: ...",
 }
 
-# Files, and the line they must give.
+# Wrong files and the line that reports them.
 FILES = {
     "[trainng]\nsteps = 5": 'trainng = {"steps": 5} is not a known section: did you mean "training"?',
     "steps = 5": 'steps = 5 is not a known section: did you mean "training.steps" or "validation.steps"?',
@@ -195,14 +181,12 @@ FILES = {
         'training = [{"steps": 5}] is not a table: write training.local_batch_size = ...'
     ),
     "[training]\nsteps = 20.0": "training.steps = 20.0 is not an integer: write 20",
-    "[training]\nsteps = true": "training.steps = true is not an integer: write a whole number such as 64",
-    "[training]\nsteps = '20'": 'training.steps = "20" is not an integer: write a whole number such as 64',
     "[training]\nsteps = 2026-01-01": (
         'training.steps = "2026-01-01" is a date or a time, which no key takes: put it in quotes'
     ),
+    "[training]\nsteps = true": "training.steps = true is not an integer: write a whole number such as 64",
     "[training]\nseq-len = 5": 'training.seq-len = 5 is not a known key: did you mean "seq_len"?',
     "[optimizer]\nlr = nan": "optimizer.lr = nan is not a finite number: write a finite number",
-    "[optimizer]\nlr = -inf": "optimizer.lr = -inf is not a finite number: write a finite number",
     "[optimizer]\nlr = '1e-3'": 'optimizer.lr = "1e-3" is not a number: write a number such as 0.1',
     "[compile]\nenable = 1": "compile.enable = 1 is not true or false: write true or false",
     "[job]\ndescription = 5": "job.description = 5 is not a string: put it in quotes",
@@ -212,7 +196,6 @@ FILES = {
     "[model]\nattention = 'flex'": (
         'model.attention = "flex" is not a table: write model.attention.kind = "flex"'
     ),
-    "[model]\nattention = 5": "model.attention = 5 is not a table: write model.attention.kind = ...",
     "[model.attention]\nkind = 5": (
         'model.attention.kind = 5 is not a known kind: choose one of "sdpa", "flex", "varlen"'
     ),
@@ -228,7 +211,6 @@ FILES = {
     "[training]\nsteps = \n": (
         '--config = "FILE" is not TOML (Invalid value (at line 2, column 9)): correct ...'
     ),
-    "[training": '--config = "FILE" is not TOML (...): correct the file there',
     "[training]\nsteps = 1\nsteps = 2\n": (
         '--config = "FILE" is not TOML (... line 3...): correct the file there'
     ),
@@ -245,7 +227,7 @@ def one_process_in_an_empty_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *argv: str) -> list[str]:
-    """The lines that the trainer refuses `argv` with."""
+    """The lines that training prints when it refuses `argv`."""
     assert main(argv) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -253,7 +235,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *argv: str) -> list[str]:
 
 
 def says(line: str, pattern: str) -> bool:
-    """Whether a line is `pattern`, in which "..." stands for any words."""
+    """True if `line` matches `pattern`, in which "..." stands for any words."""
     parts = pattern.split("...")
     if len(parts) == 1:
         return line == pattern
@@ -290,7 +272,7 @@ def test_a_file_that_is_not_text_is_refused_in_one_line(capsys: pytest.CaptureFi
     ]
 
 
-def test_everything_that_is_wrong_is_reported_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_problems_are_reported_at_once(capsys: pytest.CaptureFixture[str]) -> None:
     Path("a.toml").write_text(
         "[training]\nsteps = 1.5\nglobal_batch_size = 12\n[trainng]\n[model]\nname = 'gpt'\n"
     )
@@ -310,7 +292,7 @@ def test_everything_that_is_wrong_is_reported_at_once(capsys: pytest.CaptureFixt
     ]
 
 
-def test_a_missing_file_does_not_hide_what_else_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_file_is_reported_beside_other_problems(capsys: pytest.CaptureFixture[str]) -> None:
     lines = refusal(capsys, "--config", "a.toml", "--config", "b.toml", "--training.steps", "x")
     assert [line.split(" ")[:3] for line in lines] == [
         ["--config", "=", '"a.toml"'],
@@ -319,26 +301,26 @@ def test_a_missing_file_does_not_hide_what_else_is_wrong(capsys: pytest.CaptureF
     ]
 
 
-def test_nothing_is_said_of_what_rests_on_a_wrong_value(capsys: pytest.CaptureFixture[str]) -> None:
-    # With the default of 8 in place of the unreadable size, the global batch would not divide.
+def test_a_check_that_used_a_refused_value_reports_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    # The default of 8 stands in for the refused size. 12 is not a multiple of 8, but nobody asked for 8.
     argv = ["--training.local-batch-size", "x", "--training.global-batch-size", "12"]
     (line,) = refusal(capsys, *argv)
     assert line.startswith("training.local_batch_size")
-    # The file that could not be read may have held the size.
+    # The file that cannot be read may set the local batch size.
     (line,) = refusal(capsys, "--config", "nowhere.toml", "--training.global-batch-size", "12")
     assert line.startswith("--config")
 
 
-def test_a_value_that_a_later_layer_replaces_must_be_right_too(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_value_is_reported_although_a_later_layer_replaces_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     Path("a.toml").write_text("[training]\nsteps = 'x'\n[model.attention]\nkind = 'flex'\nblock_size = 1.5\n")
     lines = refusal(capsys, "--config", "a.toml", "--training.steps", "20", "--model.attention", "sdpa")
     assert [line.split(" ")[0] for line in lines] == ["model.attention.block_size", "training.steps"]
 
 
 @pytest.mark.parametrize("value", ["a\nb", "a\u2028b", "a\rb", "a\x1b[2Jb", "\udcff", "é" * 9999, "\x85"])
-def test_a_refusal_is_one_printable_line_whatever_was_typed(
-    value: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_refusal_of_any_text_is_one_printable_line(value: str, capsys: pytest.CaptureFixture[str]) -> None:
     for argv in ([value], [f"--{value}"], [f"--training.{value}", "5"], ["--training.steps", value]):
         for line in refusal(capsys, *argv):
             assert line.isprintable()
@@ -359,7 +341,7 @@ def test_a_refusal_is_one_printable_line_whatever_was_typed(
         (["--help"], 0, []),
     ],
 )
-def test_the_process_itself_exits_with_the_status_and_no_traceback(
+def test_the_process_exits_with_the_status_and_without_traceback(
     argv: list[str | bytes], status: int, lines: list[str]
 ) -> None:
     process = programs.run(["-m", "torchtitan_lite.train", *map(os.fsdecode, argv)])

@@ -1,4 +1,4 @@
-"""What docs/configuration.md shows is what happens."""
+"""The examples and tables of docs/configuration.md agree with the code."""
 
 import dataclasses
 import json
@@ -21,14 +21,14 @@ TABLES = re.findall(r"^\| `\[(\w+)\]` \| default \| \|\n\|.*\n((?:\|.*\n)+)", TE
 FLAVORS = re.findall(r"^\| `(\w+)` \| `([^`]*)`, `([^`]*)` \|$", TEXT, re.MULTILINE)
 
 
-def test_the_page_has_what_these_tests_look_for() -> None:
+def test_the_page_has_the_examples_and_tables_that_are_tested() -> None:
     assert [section for section, _ in TABLES] == ["parallelism", "comm", "activation_checkpoint"]
     counts = [len(found) for found in (FILES, PLUGINS, CONSOLES, ROWS, FLAVORS)]
     assert counts == [2, 1, 3, 6, 3]
 
 
 @pytest.mark.parametrize("text", FILES)
-def test_a_file_on_the_page_is_right(text: str, tmp_path: Path) -> None:
+def test_a_file_on_the_page_loads(text: str, tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text(text)
     (tmp_path / "my_plugin.py").write_text(PLUGINS[0])
     with plugin_cases.forgotten():
@@ -45,7 +45,7 @@ def test_the_doors_on_the_page_are_those_of_the_registry() -> None:
 
 
 @pytest.mark.parametrize(("argv", "lines"), CONSOLES)
-def test_a_command_on_the_page_prints_what_the_page_says(
+def test_a_command_on_the_page_prints_the_lines_below_it(
     argv: str, lines: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(shlex.split(argv)) == 2
@@ -53,7 +53,7 @@ def test_a_command_on_the_page_prints_what_the_page_says(
 
 
 @pytest.mark.parametrize(("section", "line", "flag"), ROWS)
-def test_a_flag_on_the_page_means_the_same_as_the_line_beside_it(
+def test_a_flag_and_the_line_beside_it_set_the_same_value(
     section: str, line: str, flag: str, tmp_path: Path
 ) -> None:
     file = tmp_path / "run.toml"
@@ -67,16 +67,14 @@ def test_a_flag_on_the_page_means_the_same_as_the_line_beside_it(
 
 
 @pytest.mark.parametrize(("section", "rows"), TABLES, ids=[section for section, _ in TABLES])
-def test_a_table_of_keys_on_the_page_has_every_key_of_the_section_and_its_default(
-    section: str, rows: str
-) -> None:
+def test_a_table_of_keys_lists_every_key_and_default_of_its_section(section: str, rows: str) -> None:
     listed = re.findall(r"^\| `(\w+)` \| `(.*?)` \| .* \|$", rows, re.MULTILINE)
     keys = dataclasses.asdict(getattr(JobConfig(), section))
     assert {name: json.loads(default) for name, default in listed} == keys
 
 
 @pytest.mark.parametrize(("flavor", "size", "attention"), FLAVORS)
-def test_a_flavor_on_the_page_means_the_same_as_the_table_beside_it(
+def test_a_flavor_and_the_table_beside_it_mean_the_same_decoder(
     flavor: str, size: str, attention: str, tmp_path: Path
 ) -> None:
     file = tmp_path / "run.toml"

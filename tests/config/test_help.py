@@ -17,14 +17,14 @@ def in_an_empty_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def printed(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    """The help as one line of words, without the boxes around it."""
+    """The help as one line of words."""
     with pytest.raises(SystemExit) as caught:
         load_job(argv)
     assert caught.value.code == 0
-    return " ".join(re.sub("[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
+    return " ".join(capsys.readouterr().out.split())
 
 
-def test_help_says_how_to_give_options_and_explains_each(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_shows_the_usage_and_the_form_of_each_option(capsys: pytest.CaptureFixture[str]) -> None:
     text = printed(capsys, "--help")
     for words in (
         "usage: python -m torchtitan_lite.train [-h] [OPTIONS] Train a decoder on text.",
@@ -64,6 +64,15 @@ def test_help_shows_the_values_of_files_and_flags_as_defaults(capsys: pytest.Cap
     assert "--model.attention.kernel " not in text
 
 
+def test_help_is_folded_to_the_width_of_the_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    with pytest.raises(SystemExit):
+        load_job(["--help", "--job.description", "x" * 200])
+    assert max(map(len, capsys.readouterr().out.splitlines())) == 60
+
+
 @pytest.mark.parametrize("order", [1, -1])
 def test_help_after_choosing_an_attention_shows_its_own_options(
     order: int, capsys: pytest.CaptureFixture[str]
@@ -73,11 +82,11 @@ def test_help_after_choosing_an_attention_shows_its_own_options(
     assert "--model.attention.block-size" not in text
 
 
-def test_help_is_no_value_of_the_flag_before_it(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_flag_before_help_does_not_take_help_as_its_value(capsys: pytest.CaptureFixture[str]) -> None:
     assert "usage:" in printed(capsys, "--job.description", "-h")
 
 
-def test_help_is_given_although_the_rest_is_wrong_and_says_what_is_wrong(
+def test_help_is_printed_beside_the_problems_of_the_other_flags(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with pytest.raises(SystemExit) as caught:
@@ -88,10 +97,10 @@ def test_help_is_given_although_the_rest_is_wrong_and_says_what_is_wrong(
     assert [line.split(" ")[0] for line in err.splitlines()] == ["--config", "training.stps"]
 
 
-def test_loading_a_configuration_imports_neither_tyro_nor_tensorboard() -> None:
+def test_loading_a_configuration_has_no_slow_imports() -> None:
     code = (
         "import sys; from torchtitan_lite.config.job import load_job; load_job(['--training.steps', '5']);"
-        "assert not {'tyro', 'tensorboard', 'rich', 'torch._dynamo'} & set(sys.modules), sys.modules.keys()"
+        "assert not {'tensorboard', 'torch._dynamo'} & set(sys.modules), sys.modules.keys()"
     )
     package = Path(load_job.__code__.co_filename).parents[2]
     subprocess.run([sys.executable, "-c", code], cwd=package, check=True, timeout=120)

@@ -1,4 +1,4 @@
-"""Sections composed to a job, flavors, and what must hold between sections."""
+"""The configuration of a run: its sections, flavors, and checks between sections."""
 
 from dataclasses import fields
 from pathlib import Path
@@ -23,7 +23,7 @@ def in_an_empty_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def model(*argv: str, **files: str) -> ModelSection:
-    """The model section after the given files, in order, and flags; for a GPU that need not be here."""
+    """The model section of `files`, in order, and `argv`: a dry run for a GPU, which needs none."""
     named = []
     for name, text in files.items():
         Path(name).write_text(text)
@@ -31,7 +31,7 @@ def model(*argv: str, **files: str) -> ModelSection:
     return load_job([*named, *argv, "--job.device", "cuda", "--dry-run"]).config.model
 
 
-def test_the_sections_are_those_of_torchtitan_and_ours() -> None:
+def test_the_names_of_the_sections() -> None:
     assert {section.name for section in fields(JobConfig)} == set(SECTIONS.split())
 
 
@@ -44,14 +44,14 @@ def test_a_suffix_of_the_flavor_chooses_the_attention(suffix: str, attention: ob
     assert model(file=f"[model]\nflavor = '0.6B{suffix}'") == section
 
 
-def test_without_an_attention_the_model_has_that_of_its_flavor() -> None:
+def test_a_model_without_attention_uses_that_of_its_flavor() -> None:
     job = JobConfig(model=ModelSection(flavor="debugmodel_flex"))
     assert job.model.attention is None
     assert job.attention == job.decoder.attention == Flex()
     assert JobConfig().attention == load_job([]).config.model.attention == Sdpa()
 
 
-def test_options_beside_the_suffix_are_laid_over_it() -> None:
+def test_attention_options_change_the_attention_of_the_suffix() -> None:
     expected = Flex(block_size=(64, 32))
     assert (
         model("--model.flavor", "debugmodel_flex", "--model.attention.block-size", "64", "32").attention
@@ -81,7 +81,7 @@ def test_a_flavor_without_suffix_leaves_the_attention_alone() -> None:
     assert model("--model.flavor", "0.6B", file="[model.attention]\nkind = 'flex'").attention == Flex()
 
 
-def test_a_kind_that_is_named_wins_over_the_suffix_which_then_leaves_the_name() -> None:
+def test_an_explicit_kind_wins_over_the_suffix_and_the_suffix_is_removed() -> None:
     for argv in (
         ["--model.flavor", "debugmodel_flex_flash", "--model.attention", "varlen"],
         ["--model.attention", "varlen", "--model.flavor", "debugmodel_flex_flash"],
@@ -91,7 +91,7 @@ def test_a_kind_that_is_named_wins_over_the_suffix_which_then_leaves_the_name() 
     assert later == ModelSection(flavor="debugmodel", attention=Sdpa())
 
 
-def test_a_dry_run_for_a_gpu_needs_none_and_a_real_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dry_run_for_cuda_needs_no_gpu_and_a_run_needs_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert load_job(["--job.device", "cuda", "--dry-run"]).config.device == "cuda"
     with pytest.raises(ConfigError) as caught:
@@ -101,7 +101,7 @@ def test_a_dry_run_for_a_gpu_needs_none_and_a_real_one_does(monkeypatch: pytest.
     assert load_job([]).config.device == "cpu"
 
 
-def test_the_flash_kernel_is_refused_where_the_device_comes_to_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_flash_kernel_is_refused_if_the_device_resolves_to_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for device in ("auto", "cpu"):
         with pytest.raises(ConfigError) as caught:
@@ -111,7 +111,7 @@ def test_the_flash_kernel_is_refused_where_the_device_comes_to_cpu(monkeypatch: 
     load_job(["--model.flavor", "debugmodel_flex_flash", "--job.device", "cuda", "--dry-run"])
 
 
-def test_the_attention_is_checked_although_the_model_is_unknown() -> None:
+def test_the_attention_of_an_unknown_model_is_checked() -> None:
     with pytest.raises(ConfigError) as caught:
         load_job(["--model.name", "gpt", "--model.attention", "varlen", "--model.attention.kernel", "fa3"])
     keys = [problem.key for problem in caught.value.problems]
@@ -133,7 +133,7 @@ def test_every_file_in_configs_resolves() -> None:
         assert load_job(["--config", str(file), "--dry-run"]).files == (str(file),)
 
 
-def test_checking_leaves_no_trace_on_the_disk(tmp_path: Path) -> None:
+def test_checking_a_configuration_writes_nothing(tmp_path: Path) -> None:
     load_job(["--job.dump-folder", "new/run", "--data.cache-dir", "new/cache"])
     assert not list(tmp_path.iterdir())
 
@@ -146,7 +146,7 @@ def test_tables_of_a_repeated_flag_merge() -> None:
     assert section.attention == Flex(kernel_options={"num_warps": 4, "num_stages": 2})
 
 
-def test_null_and_an_empty_table_take_back_what_a_file_says() -> None:
+def test_null_and_an_empty_table_undo_the_overrides_of_a_file() -> None:
     file = "[model]\noverrides = {sliding_window = 16, n_layers = 2, rope_scaling = {factor = 2}}"
     section = model("--model.overrides", '{"sliding_window": null, "rope_scaling": null}', file=file)
     assert section.overrides == {"n_layers": 2, "rope_scaling": {"factor": 1.0}}
@@ -155,13 +155,13 @@ def test_null_and_an_empty_table_take_back_what_a_file_says() -> None:
     assert section.overrides == {"n_heads": 4}
 
 
-def test_an_empty_table_clears_the_options_of_the_flavor() -> None:
+def test_an_empty_table_removes_the_kernel_options_of_the_flavor() -> None:
     argv = ["--model.flavor", "debugmodel_flex_flash", "--model.attention.kernel-options", "{}"]
     assert model(*argv) == ModelSection(flavor="debugmodel", attention=Flex())
     assert model(*argv[2:], file="[model]\nflavor = 'debugmodel_flex_flash'").attention == Flex()
 
 
-def test_checks_between_sections_are_made_beside_wrong_overrides() -> None:
+def test_checks_between_sections_run_although_overrides_are_wrong() -> None:
     overrides = '{"n_layers": 2.5, "n_heads": 3}'
     with pytest.raises(ConfigError) as caught:
         model("--model.overrides", overrides, "--training.seq-len", "100000")
@@ -172,21 +172,13 @@ def test_checks_between_sections_are_made_beside_wrong_overrides() -> None:
     assert [problem.key for problem in caught.value.problems] == ["model.overrides.max_seq_len"]
 
 
-def test_options_of_a_misspelt_suffix_in_another_layer_are_no_problem() -> None:
+def test_a_misspelt_suffix_is_the_only_problem_reported() -> None:
     with pytest.raises(ConfigError) as caught:
         model("--model.attention.block-size", "64", file="[model]\nflavor = 'debugmodel_flx'")
     assert [problem.key for problem in caught.value.problems] == ["model.flavor"]
 
 
-def test_a_file_that_writes_out_options_which_its_dataset_has_not_is_read(tmp_path: Path) -> None:
-    (tmp_path / "old.toml").write_text('[data]\ndataset = "python_stdlib"\npath = ""\nfield = "text"\n')
-    assert load_job(["--config", "old.toml"]).config.data.dataset == "python_stdlib"
-    (tmp_path / "old.toml").write_text('[data]\ndataset = "python_stdlib"\npath = "x"\n')
-    with pytest.raises(ConfigError, match=r'data\.path = "x" belongs to dataset'):
-        load_job(["--config", "old.toml"])
-
-
-def test_the_default_of_an_option_takes_back_what_a_file_says(tmp_path: Path) -> None:
+def test_a_flag_with_the_default_value_undoes_the_file(tmp_path: Path) -> None:
     (tmp_path / "lines.jsonl").write_text('{"body": "a text"}\n')
     (tmp_path / "run.toml").write_text('[data]\ndataset = "jsonl"\npath = "lines.jsonl"\nfield = "body"\n')
     job = load_job(["--config", "run.toml", "--data.field", "text"]).config

@@ -1,4 +1,4 @@
-"""Meshes: which of them a run can have, and what is said of the others, before any process group exists."""
+"""Degrees of the mesh: which are allowed, and the errors for the others. No process group is needed."""
 
 import itertools
 import re
@@ -10,7 +10,7 @@ import torch
 from torchtitan_lite.config.division import Division
 from torchtitan_lite.config.job import load_job
 from torchtitan_lite.config.load import ConfigError
-from torchtitan_lite.models.decoder import DecoderConfig
+from torchtitan_lite.models.registry import resolve
 from torchtitan_lite.parallel.mesh import ParallelismConfig
 from torchtitan_lite.train import main
 
@@ -20,7 +20,7 @@ ULYSSES = "--parallelism.context-parallel-method ulysses"
 SIX_HEADS = '--model.overrides {"n_heads":6,"n_kv_heads":6,"vocab_size":516}'
 PLAIN = "--parallelism.context-parallel-load-balancer none"
 
-# Ranks and flags of a dry run of the debugmodel, and the line they must give; "..." stands for any words.
+# (Number of ranks, flags) of a dry run of the debugmodel, and the error; "..." stands for any words.
 REFUSED = {
     (8, f"{TP} 8"): (
         "parallelism.tensor_parallel_degree = 8 does not divide model.n_kv_heads = 4: use 1, 2 or 4"
@@ -40,7 +40,7 @@ REFUSED = {
         "parallelism.tensor_parallel_degree = 4 does not divide model.ffn_dim = 770: use 1 or 2"
     ),
     (4, f'{TP} 4 {SHARD} 1 --model.overrides {{"ffn_dim":770}}'): (
-        # None of these suits the four ranks as long as the other degrees stay.
+        # With the other degrees as they are, no degree suits four ranks: the divisors are proposed.
         "parallelism.tensor_parallel_degree = 4 does not divide model.ffn_dim = 770: use 1 or 2"
     ),
     (8, f"{TP} 8 --training.seq-len 510"): (
@@ -132,7 +132,7 @@ def in_an_empty_folder(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
 
 
 def refusal(world_size: int, flags: str = "") -> list[str]:
-    """What a dry run for so many ranks is refused with."""
+    """The errors of a dry run for `world_size` ranks."""
     try:
         load_job(["--dry-run", "--world-size", str(world_size), *flags.split()])
     except ConfigError as error:
@@ -141,9 +141,7 @@ def refusal(world_size: int, flags: str = "") -> list[str]:
 
 
 @pytest.mark.parametrize(("case", "expected"), REFUSED.items(), ids=[f"{n} {f}" for n, f in REFUSED])
-def test_a_mesh_that_divides_nothing_evenly_is_refused_in_one_line(
-    case: tuple[int, str], expected: str
-) -> None:
+def test_a_mesh_that_does_not_divide_evenly_is_one_problem(case: tuple[int, str], expected: str) -> None:
     (line,) = refusal(*case)
     assert re.fullmatch(".+".join(map(re.escape, expected.split("..."))), line), line
 
@@ -169,13 +167,13 @@ def test_a_mesh_that_divides_nothing_evenly_is_refused_in_one_line(
         ),
     ],
 )
-def test_the_number_of_ranks_is_refused_in_one_line(flags: str, line: str) -> None:
+def test_a_wrong_number_of_ranks_is_one_problem(flags: str, line: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_job(flags.split())
     assert re.fullmatch(".+".join(map(re.escape, line.split("..."))), str(caught.value)), str(caught.value)
 
 
-def test_the_launchers_ranks_are_checked_unless_a_dry_run_names_others() -> None:
+def test_the_ranks_of_the_launcher_are_checked_unless_a_dry_run_names_another_number() -> None:
     assert load_job([TP, "4", SHARD, "2"], world_size=8).world_size == 8
     assert load_job(["--dry-run", TP, "4", SHARD, "2"], world_size=8).world_size == 8
     assert load_job(["--dry-run", "--world-size", "4", TP, "4"], world_size=3).world_size == 4
@@ -206,19 +204,20 @@ def test_every_rule_is_checked_at_once() -> None:
         f"--training.seq-len 0 {CP} 8",
     ],
 )
-def test_nothing_is_said_of_what_rests_on_a_wrong_value(flags: str) -> None:
+def test_a_check_that_used_a_refused_value_reports_nothing(flags: str) -> None:
     (line,) = refusal(8, flags)
     assert line.split(" ")[2] in ('"x"', '"4"', "0")
 
 
+DECODER = resolve("qwen3", "debugmodel")
 SIZES = {"n_heads": 8, "n_kv_heads": 4, "ffn_dim": 768, "vocab_size": 512}
-"""Of the debugmodel."""
+"""The sizes of DECODER that tensor parallel must divide."""
 
 
 def is_allowed(
     world: int, replicate: int, shard: int, cp: int, tp: int, method: str, balancer: str, seq_len: int
 ) -> bool:
-    """The rules as docs/configuration.md has them."""
+    """True if the mesh obeys the rules of docs/configuration.md."""
     if shard == -1 and world % (replicate * cp * tp):
         return False
     if shard != -1 and replicate * shard * cp * tp != world:
@@ -230,21 +229,14 @@ def is_allowed(
     return method == "allgather" or SIZES["n_kv_heads"] // tp % cp == 0
 
 
-def left_over(world_size: int, seq_len: int, parallelism: ParallelismConfig) -> list[str]:
-    """The problems that the debug model has with a mesh."""
-    division = Division(
-        parallelism=parallelism,
-        world_size=world_size,
-        seq_len=seq_len,
-        max_seq_len=2048,
-        sizes=SIZES,
-        dealt_by_ulysses=DecoderConfig.dealt_by_ulysses,
-        extensible=DecoderConfig.extensible,
-    )
+def problems_of(world_size: int, seq_len: int, parallelism: ParallelismConfig) -> list[str]:
+    """The problems of a mesh for the debugmodel."""
+    assert DECODER.splits == SIZES
+    division = Division(parallelism, DECODER, seq_len=seq_len, world_size=world_size)
     return [str(p) for p in (*parallelism.problems("parallelism", world_size), *division.problems())]
 
 
-def test_the_checks_let_through_what_the_rules_allow_and_nothing_else() -> None:
+def test_the_checks_allow_exactly_the_meshes_that_obey_the_rules() -> None:
     cases = itertools.product(
         (1, 6, 8, 16),
         (1, 2),
@@ -266,7 +258,7 @@ def test_the_checks_let_through_what_the_rules_allow_and_nothing_else() -> None:
             context_parallel_method=method,
             context_parallel_load_balancer=balancer,
         )
-        lines = left_over(world, seq_len, parallelism)
+        lines = problems_of(world, seq_len, parallelism)
         assert is_allowed(*case) == (not lines), (case, lines)
         n_allowed += not lines
         suggested = re.findall(
@@ -275,7 +267,7 @@ def test_the_checks_let_through_what_the_rules_allow_and_nothing_else() -> None:
         for name, degrees in suggested if len(lines) == 1 and shard == -1 else ():
             for degree in re.findall(r"\d+", degrees):
                 better = replace(parallelism, **{name: int(degree)})
-                assert not left_over(world, seq_len, better), (case, lines, name, degree)
+                assert not problems_of(world, seq_len, better), (case, lines, name, degree)
                 n_suggested += 1
     assert 100 < n_allowed < 1000 and n_suggested > 50
 
@@ -290,7 +282,7 @@ def test_the_checks_let_through_what_the_rules_allow_and_nothing_else() -> None:
         if world % (degrees[0] * degrees[1] * degrees[2]) == 0
     ],
 )
-def test_a_dry_run_needs_no_ranks_for_any_mesh(
+def test_a_dry_run_of_any_mesh_needs_no_ranks(
     model: str, world: int, degrees: tuple[int, int, int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     replicate, cp, tp = degrees

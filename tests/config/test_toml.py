@@ -1,4 +1,4 @@
-"""A configuration written as TOML, and read again."""
+"""A configuration that is written as TOML loads back equal."""
 
 import random
 from dataclasses import fields, is_dataclass, replace
@@ -11,7 +11,8 @@ import tomli
 from torchtitan_lite.attention import Flex, Sdpa, Varlen
 from torchtitan_lite.config.job import JobConfig, ModelSection, load_job
 from torchtitan_lite.config.load import load, to_toml
-from torchtitan_lite.config.schema import field_types, plain_types
+from torchtitan_lite.config.schema import choice_of, field_types, plain_types
+from torchtitan_lite.inference.options import EvalConfig, GenerateConfig
 
 DEFAULT = JobConfig()
 
@@ -47,14 +48,14 @@ def with_value(section: str, **values: Any) -> JobConfig:
 
 
 def again(config: JobConfig, folder: Path) -> JobConfig:
-    """What is read from the file that `config` is written to."""
+    """`config` after it is written to a file in `folder` and loaded."""
     path = folder / "config.toml"
     path.write_text(to_toml(config), encoding="utf-8")
     return load(JobConfig, ["--config", str(path)], prog="run").config
 
 
 def typed(value: Any) -> Any:
-    """Values with their types, for 1 == 1.0 == True."""
+    """`value` with the types of its parts: 1 == 1.0 == True, but their types differ."""
     if is_dataclass(value):
         return type(value), [typed(getattr(value, field.name)) for field in fields(value)]
     if isinstance(value, dict):
@@ -120,10 +121,19 @@ def fields_that_may_be_none(config: Any) -> list[tuple[str, Any]]:
     return found
 
 
-def test_every_field_that_may_be_none_is_none_by_default_so_that_leaving_it_out_says_so() -> None:
+def test_every_field_that_may_be_none_is_none_by_default() -> None:
     optional = fields_that_may_be_none(DEFAULT)
     assert len(optional) >= 3
     assert all(value is None for _, value in optional), optional
+
+
+@pytest.mark.parametrize("config", [JobConfig(), GenerateConfig(), EvalConfig()])
+def test_the_default_of_every_choice_is_its_first_member(config: object) -> None:
+    types = field_types(type(config))
+    choices = {name: choice for name, tp in types.items() if (choice := choice_of(tp))}
+    assert choices
+    for name, choice in choices.items():
+        assert type(getattr(config, name)) is next(iter(choice.members.values()))
 
 
 @pytest.mark.parametrize(
@@ -150,7 +160,7 @@ def test_a_resolved_job_loads_back_equal(flags: str, tmp_path: Path, monkeypatch
     assert typed(load_job(["--config", "resolved.toml", "--dry-run"]).config) == typed(job)
 
 
-def test_the_resolved_file_names_every_section_and_every_key_that_has_a_value() -> None:
+def test_the_resolved_file_has_every_section() -> None:
     tables = tomli.loads(to_toml(load_job([]).config))
     assert list(tables) == [
         section.name for section in fields(DEFAULT) if fields(getattr(DEFAULT, section.name))

@@ -1,8 +1,7 @@
 """Checks that the degrees of the mesh divide heads, widths, the vocabulary and the sequence."""
 
-from dataclasses import dataclass, replace
-from functools import cached_property
-from math import gcd, lcm
+from dataclasses import replace
+from math import ceil, gcd, lcm
 from typing import Any
 
 from torchtitan_lite.config.problem import Problem, either
@@ -11,121 +10,82 @@ _MOST_TRIED = 1024
 """The largest degree that a remedy proposes."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class Division:
-    """A mesh, and the sizes that its degrees must divide."""
+    """The section `[parallelism]`, and the sizes of a run that its degrees must divide.
 
-    parallelism: Any
-    """The section `[parallelism]`."""
-    world_size: int
-    seq_len: int
-    max_seq_len: int | None
-    """Longest sequence of the model; None if the model is not known."""
-    sizes: dict[str, int]
-    """The sizes that tensor parallel must divide, by the decoder's field; empty if the model is not known."""
-    dealt_by_ulysses: str
-    """The field that counts the heads which Ulysses deals out."""
-    extensible: str
-    """The field that may be larger than the data needs."""
+    `decoder` is a `DecoderConfig`, or None if the model is not known.
+    """
+
+    def __init__(self, parallelism: Any, decoder: Any, *, seq_len: int, world_size: int) -> None:
+        self.parallelism, self.decoder = parallelism, decoder
+        self.seq_len, self.world_size = seq_len, world_size
+        tensor, context = parallelism.tensor_parallel_degree, parallelism.context_parallel_degree
+        self.sizes: dict[str, int] = decoder.splits if decoder else {}
+        self.undivided = [name for name, size in self.sizes.items() if size % tensor]
+        # A degree that is refused counts as 1, so that the other checks stand alone.
+        self.tensor = 1 if self.undivided else tensor
+        self.heads = self.sizes.get(decoder.dealt_by_ulysses, 0) // self.tensor if decoder else 0
+        is_ulysses = parallelism.context_parallel_method == "ulysses"
+        self.heads_left = self.heads % context if is_ulysses else 0
+        is_balanced = context > 1 and parallelism.context_parallel_load_balancer == "headtail"
+        self.n_chunks = 2 if is_balanced and not is_ulysses else 1
+        # The sequence must be a multiple of this number of tokens.
+        self.unit = context * lcm(self.n_chunks, self.tensor)
 
     def problems(self) -> list[Problem]:
         """The degrees that do not divide evenly, for any number of ranks."""
-        return [
-            *(self._tensor_problems() if self.undivided else ()),
-            *(self._heads_problems() if self.heads_left else ()),
-            *(self._sequence_problems() if self.seq_len % self.unit else ()),
-        ]
+        found = []
+        reads = tuple(f"model.overrides.{name}" for name in (*self.sizes, "max_seq_len"))
+        if self.undivided:
+            degree, extensible = self.parallelism.tensor_parallel_degree, self.decoder.extensible
+            rule = (
+                f"does not divide {either(f'model.{name} = {self.sizes[name]}' for name in self.undivided)}"
+            )
+            remedy = self._better_degrees("tensor_parallel_degree", gcd(*self.sizes.values()))
+            if self.undivided == [extensible]:
+                enough = ceil(self.sizes[extensible] / degree) * degree
+                remedy += f", or model.overrides.{extensible} = {enough}"
+            found.append(Problem("parallelism.tensor_parallel_degree", degree, rule, remedy, reads))
+        if self.heads_left:
+            degree, dealt = self.parallelism.context_parallel_degree, self.decoder.dealt_by_ulysses
+            rule = f"does not divide model.{dealt} = {self.sizes[dealt]}"
+            if self.tensor > 1:
+                rule += f" / parallelism.tensor_parallel_degree = {self.tensor}"
+            remedy = self._better_degrees("context_parallel_degree", self.heads)
+            if self._suits(context_parallel_method="allgather"):
+                remedy += ', or parallelism.context_parallel_method = "allgather"'
+            found.append(Problem("parallelism.context_parallel_degree", degree, rule, remedy, reads))
+        if self.seq_len % self.unit:
+            reads = ("parallelism", *reads)
+            found.append(Problem("training.seq_len", self.seq_len, *self._sequence_rule(), reads))
+        return found
 
-    @property
-    def is_even(self) -> bool:
-        """True if the degrees suit the number of ranks and divide everything."""
-        if self.parallelism.problems("parallelism", self.world_size):
-            return False
-        return not (self.undivided or self.heads_left or self.seq_len % self.unit)
-
-    @cached_property
-    def undivided(self) -> list[str]:
-        """The fields whose sizes tensor parallel does not divide."""
-        degree = self.parallelism.tensor_parallel_degree
-        return [name for name, size in self.sizes.items() if size % degree]
-
-    @property
-    def tensor(self) -> int:
-        """The degree of tensor parallel; 1 if that is refused, so that the other checks stand alone."""
-        return 1 if self.undivided else self.parallelism.tensor_parallel_degree
-
-    @property
-    def heads(self) -> int:
-        """The heads of a rank that Ulysses deals out; 0 if the model is not known."""
-        return self.sizes.get(self.dealt_by_ulysses, 0) // self.tensor
-
-    @property
-    def heads_left(self) -> int:
-        """The heads that Ulysses leaves over."""
-        is_ulysses = self.parallelism.context_parallel_method == "ulysses"
-        return self.heads % self.parallelism.context_parallel_degree if is_ulysses else 0
-
-    @property
-    def n_chunks(self) -> int:
-        """The number of equal chunks of the sequence that each rank of context parallel has."""
-        mesh = self.parallelism
-        is_balanced = mesh.context_parallel_degree > 1 and mesh.context_parallel_load_balancer == "headtail"
-        return 2 if is_balanced and mesh.context_parallel_method == "allgather" else 1
-
-    @property
-    def unit(self) -> int:
-        """The sequence must be a multiple of this number of tokens."""
-        return self.parallelism.context_parallel_degree * lcm(self.n_chunks, self.tensor)
-
-    def _tensor_problems(self) -> list[Problem]:
-        whole = either([f"model.{name} = {self.sizes[name]}" for name in self.undivided])
-        remedy = self._better("tensor_parallel_degree", gcd(*self.sizes.values()))
-        if self.undivided == [self.extensible]:
-            degree = self.parallelism.tensor_parallel_degree
-            enough = -(-self.sizes[self.extensible] // degree) * degree
-            remedy += f", or model.overrides.{self.extensible} = {enough}"
-        return [self._problem("tensor_parallel_degree", whole, remedy)]
-
-    def _heads_problems(self) -> list[Problem]:
-        whole = f"model.{self.dealt_by_ulysses} = {self.sizes[self.dealt_by_ulysses]}"
-        if self.tensor > 1:
-            whole += f" / parallelism.tensor_parallel_degree = {self.tensor}"
-        remedy = self._better("context_parallel_degree", self.heads)
-        if self._with(context_parallel_method="allgather").is_even:
-            remedy += ', or parallelism.context_parallel_method = "allgather"'
-        return [self._problem("context_parallel_degree", whole, remedy)]
-
-    def _sequence_problems(self) -> list[Problem]:
-        mesh, needs = self.parallelism, []
-        if mesh.context_parallel_degree > 1:
+    def _sequence_rule(self) -> tuple[str, str]:
+        """The rule that the length of the sequence breaks, and the remedy."""
+        degree, degrees = self.parallelism.context_parallel_degree, []
+        if degree > 1:
             balanced = " (headtail)" if self.n_chunks > 1 else ""
-            needs.append(f"parallelism.context_parallel_degree = {mesh.context_parallel_degree}{balanced}")
+            degrees.append(f"parallelism.context_parallel_degree = {degree}{balanced}")
         if self.tensor > 1:
-            needs.append(f"parallelism.tensor_parallel_degree = {self.tensor}")
-        rule = f"is not a multiple of {self.unit}, as {' and '.join(needs)} ask{'s' * (len(needs) == 1)}"
-        most = self.max_seq_len or self.seq_len + self.unit
+            degrees.append(f"parallelism.tensor_parallel_degree = {self.tensor}")
+        ask = "asks" if len(degrees) == 1 else "ask"
+        most = self.decoder.max_seq_len if self.decoder else self.seq_len + self.unit
         below = min(self.seq_len, most) // self.unit * self.unit
-        better = [size for size in (below, below + self.unit) if 0 < size <= most]
+        better = [length for length in (below, below + self.unit) if 0 < length <= most]
         remedy = f"use {either(better)}" if better else "use smaller degrees"
-        if self._with(context_parallel_load_balancer="none").is_even:
+        if self._suits(context_parallel_load_balancer="none"):
             remedy += ', or parallelism.context_parallel_load_balancer = "none"'
-        return [Problem("training.seq_len", self.seq_len, rule, remedy, ("parallelism", *self._reads))]
+        return f"is not a multiple of {self.unit}, as {' and '.join(degrees)} {ask}", remedy
 
-    def _problem(self, name: str, whole: str, remedy: str) -> Problem:
-        value = getattr(self.parallelism, name)
-        return Problem(f"parallelism.{name}", value, f"does not divide {whole}", remedy, self._reads)
-
-    @property
-    def _reads(self) -> tuple[str, ...]:
-        """The overrides that the sizes may come from."""
-        return tuple(f"model.overrides.{name}" for name in (*self.sizes, "max_seq_len"))
-
-    def _better(self, name: str, whole: int) -> str:
+    def _better_degrees(self, name: str, whole: int) -> str:
         """The remedy: the degrees that divide `whole`, and if possible everything else too."""
         divisors = [n for n in range(1, min(whole, _MOST_TRIED) + 1) if whole % n == 0]
-        even = [n for n in divisors if self._with(**{name: n}).is_even]
-        return f"use {either(even or divisors)}"
+        return f"use {either([n for n in divisors if self._suits(**{name: n})] or divisors)}"
 
-    def _with(self, **changes: object) -> "Division":
-        section: Any = self.parallelism
-        return replace(self, parallelism=replace(section, **changes))
+    def _suits(self, **changes: object) -> bool:
+        """True if the changed degrees divide everything and suit the number of ranks."""
+        mesh: Any = replace(self.parallelism, **changes)
+        if mesh.problems("parallelism", self.world_size):
+            return False
+        other = Division(mesh, self.decoder, seq_len=self.seq_len, world_size=self.world_size)
+        return not (other.undivided or other.heads_left or other.seq_len % other.unit)

@@ -4,6 +4,7 @@
 key holds a string. All else is read as JSON, or as a number of TOML or Python; validation refuses the rest.
 """
 
+import itertools
 import json
 import math
 import re
@@ -12,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin
 
 from torchtitan_lite.config.problem import MISSING, Problem
-from torchtitan_lite.config.schema import at, classes, first_key, members_by_tag, plain_types, tag
+from torchtitan_lite.config.schema import at, choice_of, classes, first_key, plain_types
 
 _MOST_RANKS = 2**31
 """torch counts ranks in a C int."""
@@ -56,7 +57,7 @@ def read_flags(cls: type, argv: Sequence[str]) -> Flags:
             flags.help = True
         elif word.startswith("--") and word != "--":
             name, equals, inline = word[2:].partition("=")
-            words = [inline] if equals else _before_next_flag(rest)
+            words = [inline] if equals else list(itertools.takewhile(_is_value, rest))
             used = _read_flag(flags, cls, name, words)
             rest = rest if equals else rest[used:]
         else:
@@ -68,9 +69,8 @@ def read_flags(cls: type, argv: Sequence[str]) -> Flags:
     return flags
 
 
-def _before_next_flag(words: list[str]) -> list[str]:
-    ends = (i for i, word in enumerate(words) if word.startswith("--") or word == "-h")
-    return words[: next(ends, len(words))]
+def _is_value(word: str) -> bool:
+    return not word.startswith("--") and word != "-h"
 
 
 def _read_flag(flags: Flags, cls: type, name: str, words: list[str]) -> int:
@@ -85,7 +85,7 @@ def _read_flag(flags: Flags, cls: type, name: str, words: list[str]) -> int:
             flags.report(f"--{name}", words[0], "takes no value", f"write --{name} alone")
         flags.put(positive, False)
         return len(words[:1])
-    if members_by_tag(annotation) and tag(annotation) == "kind":
+    if (choice := choice_of(annotation)) and choice.tag == "kind":
         path, annotation = [*path, "kind"], at(cls, [*path, "kind"])
     value, used = _value(annotation, words)
     key = ".".join(path)

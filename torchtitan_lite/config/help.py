@@ -1,143 +1,144 @@
-"""The text of `--help`: tyro draws it from the dataclasses, their docstrings and the values read so far."""
+"""Prints `--help`: every option, drawn from the dataclasses, their docstrings and the values read so far."""
 
+import ast
 import dataclasses
 import inspect
+import itertools
 import json
-from typing import Annotated, Any, Literal, cast, get_origin
+import shlex
+import shutil
+import textwrap
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin
 
 from torchtitan_lite.config.messages import limits
-from torchtitan_lite.config.schema import classes, field_types, is_fixed, members_by_tag, note, tag, unwrapped
-from torchtitan_lite.registry import Names
+from torchtitan_lite.config.problem import printable
+from torchtitan_lite.config.schema import choice_of, field_types, is_fixed, note, plain_types
+from torchtitan_lite.registry import Choice, Names
+
+_COMMAND = {
+    "-h, --help": "Show this help and exit.",
+    "--config FILE.toml": (
+        "Read this file. Several --config merge from left to right; the options below come last."
+    ),
+    "--dry-run": "Check everything, print the resolved configuration as TOML, and exit.",
+    "--world-size N": "With --dry-run: check for this many ranks, without torchrun.",
+}
+"""The options of the command itself, which are no keys of the configuration."""
 
 
 def print_help(config: Any, prog: str) -> None:
     """Print every option, with its value in `config` as the default. A choice shows the chosen member."""
-    import tyro
-
-    registry = tyro.constructors.ConstructorRegistry()
-    registry.struct_rule(_Options(type(config), _choices(type(config))))
-    try:
-        tyro.cli(
-            type(config),
-            prog=prog,
-            description=(inspect.getdoc(type(config)) or "").replace("\n\n", "\n"),
-            args=["--help"],
-            default=config,
-            config=(tyro.conf.AvoidSubcommands,),
-            registry=registry,
-        )
-    except SystemExit:
-        return
+    print(f"usage: {prog} [-h] [OPTIONS]\n")
+    for line in filter(None, (inspect.getdoc(config) or "").splitlines()):
+        _print(line)
+    _print_section(config, key="", annotation=type(config), text="", options=_COMMAND)
 
 
-class _Options:
-    """A rule for tyro: how the options of a dataclass are shown."""
+def _print_section(config: Any, key: str, annotation: Any, text: str, options: dict[str, str]) -> None:
+    """Print `options` and those of the section `config`, then the sections inside it.
 
-    def __init__(self, root: type, choices: dict[type, tuple[str, dict[str, type]]]) -> None:
-        self.root, self.choices = root, choices
-        self.asking_tyro = False
-
-    def __call__(self, info: Any) -> Any:
-        from tyro.constructors import ConstructorRegistry
-
-        if self.asking_tyro or not dataclasses.is_dataclass(info.type):
-            return None
-        self.asking_tyro = True
-        try:
-            spec = cast(Any, ConstructorRegistry.get_struct_spec(info))
-        finally:
-            self.asking_tyro = False
-        fields = [self.shown(cast(type, info.type), field) for field in spec.fields if not _is_empty(field)]
-        return dataclasses.replace(spec, fields=(*(_command() if info.type is self.root else ()), *fields))
-
-    def shown(self, owner: type, field: Any) -> Any:
-        """A field as the command line has it."""
-        import tyro
-
-        if get_origin(unwrapped(field.type)[0]) is dict:
-            field = dataclasses.replace(field, type=Annotated[dict, _json()])
-        if dataclasses.is_dataclass(field.default):
-            # The annotation allows any member of the door; the options to show are those of the default.
-            field = dataclasses.replace(field, type=type(field.default))
-        by, members = self.choices.get(owner, ("", {}))
-        if field.name == by:
-            choice: Any = Literal[tuple(members)]  # type: ignore
-            selector = Annotated[choice, tyro.conf.arg(name="")] if by == "kind" else choice
-            text = f"{_described(members)}Each has options of its own; those shown here are the chosen one's."
-            return dataclasses.replace(field, type=selector, helptext=text)
-        text = cast(str | None, field.helptext() if callable(field.helptext) else field.helptext)
-        words = (text or "").split()
-        annotation = field_types(owner)[field.name]
-        if is_fixed(annotation) and not words:
-            words = ["The name of this section; nothing else may stand here."]
-        if range_ := limits(annotation):
-            words.append(f"{range_[0].upper()}{range_[1:]}.")
-        if names := note(annotation, Names):
-            words.append(f"Names: {', '.join(names.door.members)}.")
-        return dataclasses.replace(field, helptext=" ".join(words) or None)
+    `annotation` is that of the section in its owner; `text` describes the section.
+    """
+    texts = _field_docstrings(type(config))
+    choice, options, sections = choice_of(annotation), dict(options), []
+    for name, child in field_types(type(config)).items():
+        value, path = getattr(config, name), f"{key}.{name}".lstrip(".")
+        if dataclasses.is_dataclass(value):
+            sections.append((value, path, child, texts.get(name) or _first_paragraph(type(value))))
+        elif choice and name == choice.tag:
+            options |= _selector(key if name == "kind" else path, choice, value)
+        elif unset := choice_of(child):
+            options |= _selector(path, unset, value)
+        else:
+            options[_usage(path, child)] = _described(child, value, texts.get(name, ""))
+    if options:
+        print()
+        _print(f"{key.replace('_', '-')} options:")
+    if options and text:
+        _print(text, indent=2)
+    for usage, described in options.items():
+        _print(usage, indent=2)
+        _print(described, indent=8)
+    for section in sections:
+        _print_section(*section, options={})
 
 
-def _is_empty(field: Any) -> bool:
-    """True for a section without options."""
-    return dataclasses.is_dataclass(field.default) and not dataclasses.fields(field.default)
+def _print(text: str, indent: int = 0) -> None:
+    """Print `text`, folded to the width of the terminal."""
+    width = max(shutil.get_terminal_size().columns, 2 * indent + 1)
+    margin = " " * indent
+    words = " ".join(text.split())
+    print(
+        textwrap.fill(words, width, initial_indent=margin, subsequent_indent=margin, break_on_hyphens=False)
+    )
 
 
-def _described(members: dict[str, type]) -> str:
-    """The first paragraph of each member's docstring."""
-    lines = {name: (inspect.getdoc(member) or "").partition("\n\n")[0] for name, member in members.items()}
+def _selector(path: str, choice: Choice, chosen: object) -> dict[str, str]:
+    """The option that chooses a member."""
+    lines = {name: _first_paragraph(member) for name, member in choice.members.items()}
+    described = [f"{name}: {line}" for name, line in lines.items() if line]
+    described.append("Each has options of its own; those shown here are the chosen one's.")
+    annotation = Literal[tuple(choice.members)]  # pyright: ignore[reportInvalidTypeForm]
+    return {_usage(path, annotation): _described(annotation, chosen, " ".join(described))}
+
+
+def _usage(path: str, annotation: Any) -> str:
+    """How an option is written, such as `--training.steps INT`."""
+    flag = f"--{path.replace('_', '-')}"
+    if plain_types(annotation) == [bool]:
+        section, dot, name = flag.removeprefix("--").rpartition(".")
+        return f"{flag}, --{section}{dot}no-{name}"
+    return f"{flag} {'|'.join(map(_metavar, plain_types(annotation)))}"
+
+
+def _metavar(tp: Any) -> str:
+    origin, args = get_origin(tp) or tp, get_args(tp)
+    if origin in (Literal, NoneType):
+        return f"{{{','.join(map(str, args or [None]))}}}"
+    if origin in (tuple, list):
+        element = _metavar(args[0])
+        is_pair = origin is tuple and args[-1] is not ...
+        return f"{{{' '.join(map(_metavar, args))}}}" if is_pair else f"[{element} [{element} ...]]"
+    return "JSON" if origin is dict else origin.__name__.upper()
+
+
+def _described(annotation: Any, value: object, text: str) -> str:
+    """What an option means, its range, the names that it may be, and its default."""
+    parts = [
+        text or ("The name of this section; nothing else may stand here." if is_fixed(annotation) else "")
+    ]
+    if range_ := limits(annotation):
+        parts.append(f"{range_[0].upper()}{range_[1:]}.")
+    if names := note(annotation, Names):
+        parts.append(f"Names: {', '.join(names.door.members)}.")
+    words = (
+        value
+        if isinstance(value, list | tuple)
+        else [json.dumps(value) if isinstance(value, dict) else value]
+    )
+    parts.append(f"(default: {printable(shlex.join(map(str, words)))})")
+    return " ".join(filter(None, parts))
+
+
+def _first_paragraph(cls: type) -> str:
+    """The first paragraph of a class's docstring."""
+    text = (inspect.getdoc(cls) or "").partition("\n\n")[0]
     # dataclass() gives a class without a docstring its signature instead.
-    said = {
-        name: line
-        for name, line in lines.items()
-        if line and not line.startswith(f"{members[name].__name__}(")
-    }
-    return "".join(f"{name}: {' '.join(line.split())} " for name, line in said.items())
+    return "" if text.startswith(f"{cls.__name__}(") else text
 
 
-def _choices(cls: type) -> dict[type, tuple[str, dict[str, type]]]:
-    """For each member of a choice below `cls`: the choice's tag, and all members."""
-    found: dict[type, tuple[str, dict[str, type]]] = {}
-    for annotation in field_types(cls).values():
-        members = members_by_tag(annotation)
-        found |= {member: (tag(annotation), members) for member in members.values()}
-        for section in classes(annotation):
-            found |= _choices(section)
+def _field_docstrings(cls: type) -> dict[str, str]:
+    """The text below each field of a dataclass, also of the fields that the class inherits."""
+    found = {}
+    for owner in reversed(cls.__mro__):
+        try:
+            (definition,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
+        except (OSError, TypeError, SyntaxError):  # a class without a file
+            continue
+        assert isinstance(definition, ast.ClassDef)
+        for statement, after in itertools.pairwise(definition.body):
+            match statement, after:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                    found[name] = text
     return found
-
-
-def _command() -> tuple[Any, ...]:
-    """The options of the command itself, which are no keys of the configuration."""
-    import tyro
-    from tyro.constructors import PrimitiveConstructorSpec, StructFieldSpec
-
-    file = PrimitiveConstructorSpec(
-        nargs="*",
-        metavar="FILE.toml",
-        instance_from_str=list,
-        is_instance=lambda value: isinstance(value, list),
-        str_from_instance=list,
-    )
-    no_default = tyro.conf.arg(help_behavior_hint="")
-    files: Any = Annotated[list, file, no_default]
-    switch: Any = Annotated[bool, tyro.conf.FlagCreatePairsOff, no_default]
-    config = "Read this file. Several --config merge from left to right; the options below come last."
-    number: Any = Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="")]
-    dry_run = "Check everything, print the resolved configuration as TOML, and exit."
-    world_size = "With --dry-run: check for this many ranks, without torchrun."
-    return (
-        StructFieldSpec(name="config", type=files, default=[], helptext=config),
-        StructFieldSpec(name="dry_run", type=switch, default=False, helptext=dry_run),
-        StructFieldSpec(name="world_size", type=number, default=None, helptext=world_size),
-    )
-
-
-def _json() -> Any:
-    from tyro.constructors import PrimitiveConstructorSpec
-
-    return PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="JSON",
-        instance_from_str=lambda words: json.loads(words[0]),
-        is_instance=lambda value: isinstance(value, dict),
-        str_from_instance=lambda value: [json.dumps(value)],
-    )

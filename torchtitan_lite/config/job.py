@@ -15,7 +15,6 @@ from torchtitan_lite.checkpoint import CheckpointConfig
 from torchtitan_lite.config.division import Division
 from torchtitan_lite.config.load import ConfigError, Loaded, Problem, load, to_toml
 from torchtitan_lite.config.problem import of_sound_keys
-from torchtitan_lite.config.schema import field_types
 from torchtitan_lite.data.datasets import DataConfig, PythonStdlib
 from torchtitan_lite.data.tokenizer import load_tokenizer
 from torchtitan_lite.launch.world import CommConfig
@@ -42,9 +41,6 @@ from torchtitan_lite.training.process import DebugConfig
 from torchtitan_lite.training.schedule import LRSchedulerConfig
 from torchtitan_lite.training.validation import ValidationConfig
 
-_EMPTY = {"path": "", "field": "text"}
-"""What earlier versions wrote out for a dataset without such options."""
-_STEPS = 'use "checkpoint"'
 _OVERRIDES = "model.overrides."
 _REFUSED_KEYS = {
     "device": "job.device",
@@ -173,90 +169,64 @@ class JobConfig:
 
         A dry run needs neither the ranks nor a GPU.
         """
-        model = self.model
+        model, mesh = self.model, self.parallelism.problems("parallelism", world_size)
         decoder, wrong = read(model.name, model.flavor, model.attention, model.overrides)
-        mesh = self.parallelism.problems("parallelism", world_size)
-        arguments: dict[str, Any] = {
-            "parallelism": {"world_size": world_size},
-            "training": {"data_ranks": 1 if mesh else self.parallelism.degrees(world_size).data},
-            "compile": {"device": None if dry_run else self.device},
-            "lr_scheduler": {"training_steps": self.training.steps},
-            "activation_checkpoint": {"n_blocks": decoder.n_layers if decoder else None},
-        }
-        found = []
-        for section in fields(self):
-            problems = getattr(getattr(self, section.name), "problems", None)
-            if problems is not None:
-                found += problems(section.name, **arguments.get(section.name, {}))
         if dry_run:
-            found = [
-                replace(problem, key="--world-size") if problem.key == "WORLD_SIZE" else problem
-                for problem in found
-            ]
+            mesh = [replace(problem, key="--world-size") for problem in mesh]
+        n_blocks = decoder.n_layers if decoder else None
+        found = [
+            *self.job.problems("job"),
+            *_own_problems(self.data, "data"),
+            *self.tokenizers.problems("tokenizers"),
+            *self.training.problems("training", 1 if mesh else self.parallelism.degrees(world_size).data),
+            *_own_problems(self.optimizer, "optimizer"),
+            *self.lr_scheduler.problems("lr_scheduler", self.training.steps),
+            *self.checkpoint.problems("checkpoint"),
+            *self.activation_checkpoint.problems("activation_checkpoint", n_blocks),
+            *self.compile.problems("compile", None if dry_run else self.device),
+            *mesh,
+            *self.hooks.problems("hooks"),
+        ]
         if self.device == "cuda" and not dry_run and not torch.cuda.is_available():
             rule, remedy = "is not available, as torch finds no GPU", 'use "cpu" or "auto"'
             found.append(Problem("job.device", "cuda", rule, remedy))
         if self.validation.enable and self.data.validation_fraction == 0:
             rule, remedy = "needs held-out text, and data.validation_fraction is 0", "set that to 0.05"
             found.append(Problem("validation.enable", True, rule, remedy, ("data.validation_fraction",)))
-        found += [
-            *self._folder_problems(),
-            *self._attention_problems(decoder),
-            *self._tokenizer_problems(decoder),
-        ]
-        found += self._division(decoder, world_size).problems()
-        if decoder is not None:
-            found += self._decoder_problems(decoder)
+        found += self._folder_problems()
+        found += self._attention_problems(decoder)
+        found += self._tokenizer_problems(decoder)
+        seq_len = self.training.seq_len
+        found += Division(self.parallelism, decoder, seq_len=seq_len, world_size=world_size).problems()
+        if decoder is not None and seq_len > decoder.max_seq_len:
+            rule = f"is more than the {decoder.max_seq_len} tokens that the model is meant for"
+            remedy = f"use at most {decoder.max_seq_len}, or raise model.overrides.max_seq_len"
+            found.append(Problem("training.seq_len", seq_len, rule, remedy, ("model.overrides.max_seq_len",)))
+        if decoder is not None and self.checkpoint.last_save_in_hf:
+            found += export_problems(decoder, "model.overrides")
         if decoder is not None and type(decoder) is not DecoderConfig and not wrong and not mesh:
             found += model_problems(decoder, self.parallelism.degrees(world_size))
         return wrong + of_sound_keys(found, wrong)
 
     def _folder_problems(self) -> list[Problem]:
         """Folders that are not inside the run's folder, or that share a name there."""
+        tb, traces = self.metrics.save_tb_folder, self.profiling.save_traces_folder
         reports = {
-            "metrics.save_tb_folder": (self.metrics.save_tb_folder, 'use "tb"'),
-            "profiling.save_traces_folder": (
-                self.profiling.save_traces_folder,
-                'use a name such as "profile_traces"',
-            ),
+            "metrics.save_tb_folder": (tb, "tb"),
+            "profiling.save_traces_folder": (traces, "profile_traces"),
         }
-        rule = "is not a folder of its own inside the run's"
         found = [
-            Problem(key, folder, rule, remedy)
-            for key, (folder, remedy) in reports.items()
+            Problem(key, folder, "is not a folder of its own inside the run's", f'use "{default}"')
+            for key, (folder, default) in reports.items()
             if not is_inside(folder)
         ]
-        folder = self.checkpoint.folder
+        folder, remedy = self.checkpoint.folder, 'use "checkpoint"'
         if Path(folder).name != folder or folder in ("", ".."):
-            return [*found, Problem("checkpoint.folder", folder, "is not a folder inside the run's", _STEPS)]
-        if is_inside(folder) and not any(Path(other).parts[:1] == (folder,) for other, _ in reports.values()):
-            return found
-        rule = "is the name of something else in the run's folder"
-        return [*found, Problem("checkpoint.folder", folder, rule, _STEPS, tuple(reports))]
-
-    def _decoder_problems(self, decoder: DecoderConfig) -> list[Problem]:
-        """A sequence that is too long for the model, and an export that transformers cannot have."""
-        found = []
-        if self.training.seq_len > decoder.max_seq_len:
-            rule = f"is more than the {decoder.max_seq_len} tokens that the model is meant for"
-            remedy = f"use at most {decoder.max_seq_len}, or raise model.overrides.max_seq_len"
-            reads = ("model.overrides.max_seq_len",)
-            found.append(Problem("training.seq_len", self.training.seq_len, rule, remedy, reads))
-        if self.checkpoint.last_save_in_hf:
-            found += export_problems(decoder, "model.overrides")
+            found.append(Problem("checkpoint.folder", folder, "is not a folder inside the run's", remedy))
+        elif not is_inside(folder) or folder in (Path(tb).parts[:1] + Path(traces).parts[:1]):
+            rule = "is the name of something else in the run's folder"
+            found.append(Problem("checkpoint.folder", folder, rule, remedy, tuple(reports)))
         return found
-
-    def _division(self, decoder: DecoderConfig | None, world_size: int) -> Division:
-        kind = DecoderConfig if decoder is None else type(decoder)
-        return Division(
-            parallelism=self.parallelism,
-            world_size=world_size,
-            seq_len=self.training.seq_len,
-            max_seq_len=decoder.max_seq_len if decoder else None,
-            sizes=decoder.splits if decoder else {},
-            dealt_by_ulysses=kind.dealt_by_ulysses,
-            extensible=kind.extensible,
-        )
 
     def _attention_problems(self, decoder: DecoderConfig | None) -> list[Problem]:
         """Why the attention cannot run; without a decoder, only the options are judged."""
@@ -304,6 +274,11 @@ class JobConfig:
         return [Problem("data.tokenizer", self.data.tokenizer, rule, remedy, reads)]
 
 
+def _own_problems(section: Any, key: str) -> list[Problem]:
+    """What a member of a choice refuses; a member of a plugin may have no `problems`."""
+    return section.problems(key) if hasattr(section, "problems") else []
+
+
 def load_job(
     argv: Sequence[str], *, world_size: int = 1, prog: str = "python -m torchtitan_lite.train"
 ) -> Loaded[JobConfig]:
@@ -324,8 +299,7 @@ def load_job(
 
 def _settle(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The layers with everything written out that a short form stands for."""
-    layers = [_with_null_scaling(_without_empty_options(layer)) for layer in layers]
-    return settle_attention(layers)
+    return settle_attention([_with_null_scaling(layer) for layer in layers])
 
 
 def _with_null_scaling(layer: dict[str, Any]) -> dict[str, Any]:
@@ -335,14 +309,3 @@ def _with_null_scaling(layer: dict[str, Any]) -> dict[str, Any]:
     if isinstance(model, dict) and isinstance(overrides, dict) and overrides.get("rope_scaling", 0) is None:
         return {**layer, "model": {**model, "overrides": {**overrides, "rope_scaling": {"factor": 1.0}}}}
     return layer
-
-
-def _without_empty_options(layer: dict[str, Any]) -> dict[str, Any]:
-    """A layer without the `path` and `field` that earlier versions wrote out for datasets that have none."""
-    data = layer.get("data")
-    name = data.get("dataset") if isinstance(data, dict) else None
-    if not isinstance(data, dict) or not isinstance(name, str) or name not in registry.datasets.members:
-        return layer
-    options = field_types(registry.datasets.members[name])
-    unused = [key for key, empty in _EMPTY.items() if key not in options and data.get(key) == empty]
-    return {**layer, "data": {key: value for key, value in data.items() if key not in unused}}

@@ -10,14 +10,13 @@ from typing import Any, Literal, get_args, get_origin
 from torchtitan_lite.config.problem import MISSING, Problem, dotted, either, literal, near
 from torchtitan_lite.config.schema import (
     alternatives,
+    choice_of,
     classes,
     field_types,
     first_key,
     leaves,
-    members_by_tag,
     note,
     plain_types,
-    tag,
     unwrapped,
 )
 from torchtitan_lite.registry import Sections
@@ -25,6 +24,14 @@ from torchtitan_lite.registry import Sections
 Path = tuple[str, ...]
 
 _RANGES = ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "too_short")
+_LIMITS = {
+    "ge": "at least",
+    "gt": "greater than",
+    "le": "at most",
+    "lt": "less than",
+    "min_length": "a list of at least",
+}
+_BRACKETS = {"ge": "[", "gt": "(", "le": "]", "lt": ")"}
 _NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a string", dict: "a table"}
 _REMEDIES = {
     int: "write a whole number such as 64",
@@ -60,8 +67,8 @@ def _path(cls: type, loc: Sequence[int | str]) -> Path:
     path, rest = [], [str(part) for part in loc]
     while rest and classes(annotation):
         part = rest.pop(0)
-        if members := members_by_tag(annotation):
-            annotation = members[part]
+        if choice := choice_of(annotation):
+            annotation = choice.members[part]
         else:
             path.append(part)
             annotation = field_types(classes(annotation)[0]).get(part)
@@ -81,14 +88,14 @@ def _refusal(cls: type, table: dict[str, Any], path: Path, types: list[str], sec
     key = dotted(section, name)
     if annotation is None:
         return _of_unknown_key(cls, path, Problem(key, value, "", ""), section, holder, owner)
+    choice = choice_of(annotation)
     if classes(annotation) and not isinstance(value, dict):
-        is_member = isinstance(value, str) and value in members_by_tag(annotation)
+        is_member = isinstance(value, str) and choice is not None and value in choice.members
         remedy = f"write {key}.{first_key(annotation)} = {literal(value) if is_member else '...'}"
         return Refusal(path, Problem(key, value, "is not a table", remedy))
-    if members := members_by_tag(annotation):
-        by = tag(annotation)
-        chosen = value.get(by, MISSING)
-        return Refusal(path, Problem(f"{key}.{by}", chosen, f"is not a known {by}", near(chosen, members)))
+    if choice:
+        rule, remedy = f"is not a known {choice.tag}", near(value[choice.tag], choice.members)
+        return Refusal(path, Problem(f"{key}.{choice.tag}", value[choice.tag], rule, remedy))
     if not set(types).isdisjoint(_RANGES):
         return Refusal(path, Problem(key, value, f"must be {limits(annotation)}", _example(annotation)))
     return Refusal(path, Problem(key, value, f"is not {_described(annotation)}", _remedy(annotation, value)))
@@ -96,18 +103,20 @@ def _refusal(cls: type, table: dict[str, Any], path: Path, types: list[str], sec
 
 def _chosen(annotation: Any, table: Any) -> type:
     """The class that a sound table under this annotation becomes."""
-    members = members_by_tag(annotation)
-    return members[table[tag(annotation)]] if members else classes(annotation)[0]
+    choice = choice_of(annotation)
+    return choice.members[table[choice.tag]] if choice else classes(annotation)[0]
 
 
 def _of_unknown_key(cls: type, path: Path, found: Problem, section: str, holder: Any, owner: type) -> Refusal:
     """A key that `owner`, the class under the annotation `holder`, does not have."""
     name = path[-1]
-    kinds = [kind for kind, member in members_by_tag(holder).items() if name in field_types(member)]
-    if kinds:
-        by = f"{section}.{tag(holder)}"
-        chosen = getattr(owner, tag(holder))
-        rule = f'belongs to {tag(holder)} {either(map(literal, kinds))}, and {by} is "{chosen}"'
+    choice = choice_of(holder)
+    members = choice.members if choice else {}
+    kinds = [kind for kind, member in members.items() if name in field_types(member)]
+    if choice and kinds:
+        by = f"{section}.{choice.tag}"
+        chosen = choice.name_of(owner)
+        rule = f'belongs to {choice.tag} {either(map(literal, kinds))}, and {by} is "{chosen}"'
         remedy = f'leave it out, or set {by} = "{kinds[0]}"'
         return Refusal(path, replace(found, rule=rule, remedy=remedy, reads=(by,)), is_of_another_member=True)
     elsewhere = [leaf for leaf in leaves(cls) if leaf.rpartition(".")[2] == name]
@@ -131,23 +140,17 @@ def limits(annotation: Any) -> str:
 
 
 def _range(option: Any) -> str:
-    low, high = _limit(option, "ge", "gt"), _limit(option, "le", "lt")
-    if low is not None and high is not None:
-        start = "[" if _limit(option, "ge") is not None else "("
-        end = "]" if _limit(option, "le") is not None else ")"
-        return f"in {start}{literal(low)}, {literal(high)}{end}"
-    if low is not None:
-        return f"{'at least' if _limit(option, 'ge') is not None else 'greater than'} {literal(low)}"
-    if high is not None:
-        return f"{'at most' if _limit(option, 'le') is not None else 'less than'} {literal(high)}"
-    return "a list of 1 or more" if _limit(option, "min_length") else ""
+    found = _limits(option)
+    if len(found) == 2:
+        (first, low), (last, high) = sorted(found.items())
+        return f"in {_BRACKETS[first]}{literal(low)}, {literal(high)}{_BRACKETS[last]}"
+    return "".join(f"{_LIMITS[name]} {literal(limit)}" for name, limit in found.items())
 
 
-def _limit(option: Any, *names: str) -> Any:
-    """The limit of one of these names in the pydantic `Field` beside a type; None without one."""
+def _limits(option: Any) -> dict[str, Any]:
+    """The limits in the pydantic `Field` beside a type, by name."""
     metadata = [limit for field in unwrapped(option)[1] for limit in getattr(field, "metadata", ())]
-    found = (getattr(limit, name, None) for limit in metadata for name in names)
-    return next((limit for limit in found if limit is not None), None)
+    return {name: getattr(limit, name) for limit in metadata for name in _LIMITS if hasattr(limit, name)}
 
 
 def _example(annotation: Any) -> str:
@@ -156,8 +159,8 @@ def _example(annotation: Any) -> str:
         for field in unwrapped(option)[1]:
             if examples := getattr(field, "examples", None):
                 return f"use {literal(examples[0])} or so"
-        if (least := _limit(option, "ge")) is not None:
-            return f"use {literal(least)} or more"
+        if "ge" in (found := _limits(option)):
+            return f"use {literal(found['ge'])} or more"
     return "use a number in this range"
 
 

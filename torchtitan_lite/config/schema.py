@@ -44,22 +44,16 @@ def note(annotation: Any, wanted: type) -> Any:
 
 def classes(annotation: Any) -> list[type]:
     """The dataclasses that a table under this annotation may become; empty for a value."""
-    if choice := note(annotation, Choice):
+    if choice := choice_of(annotation):
         return list(choice.members.values())
     if sections := note(annotation, Sections):
         return [sections.section]
     return [tp for tp in plain_types(annotation) if dataclasses.is_dataclass(tp) and isinstance(tp, type)]
 
 
-def members_by_tag(annotation: Any) -> dict[str, type]:
-    """The members of a choice by their tag; empty for every other annotation."""
-    choice = note(annotation, Choice)
-    return choice.members if choice else {}
-
-
-def tag(annotation: Any) -> str:
-    """The key that tells the members of a choice apart."""
-    return note(annotation, Choice).tag
+def choice_of(annotation: Any) -> Choice | None:
+    """The choice beside a type; None for every other annotation."""
+    return note(annotation, Choice)
 
 
 def open_sections(cls: type) -> set[str]:
@@ -68,15 +62,15 @@ def open_sections(cls: type) -> set[str]:
 
 
 def _is_open(annotation: Any) -> bool:
-    if note(annotation, Choice) or note(annotation, Sections):
+    if choice_of(annotation) or note(annotation, Sections):
         return True
     return any(_is_open(child) for owner in classes(annotation) for child in field_types(owner).values())
 
 
 def first_key(annotation: Any) -> str:
     """A key of a section, for an example."""
-    if members_by_tag(annotation):
-        return tag(annotation)
+    if choice := choice_of(annotation):
+        return choice.tag
     types = field_types(classes(annotation)[0])
     return next((name for name, child in types.items() if not is_fixed(child)), "KEY")
 

@@ -4,7 +4,6 @@ Every layer must be right in itself: a value that a later layer replaces is chec
 table again after each layer. A wrong value is taken out of its layer, and the value below stands in.
 """
 
-import dataclasses
 import functools
 import json
 from collections.abc import Sequence
@@ -13,8 +12,9 @@ from typing import Any, TypeVar
 from torchtitan_lite import registry
 from torchtitan_lite.config.messages import Path, Refusal, refusals
 from torchtitan_lite.config.problem import Problem
-from torchtitan_lite.config.schema import classes, field_types, members_by_tag, plain_types, tag
+from torchtitan_lite.config.schema import choice_of, classes, field_types, plain_types
 from torchtitan_lite.config.toml import storable
+from torchtitan_lite.registry import Choice
 
 T = TypeVar("T")
 _Table = dict[str, Any]
@@ -23,9 +23,11 @@ _Table = dict[str, Any]
 def validate(cls: type[T], layers: Sequence[_Table], key: str = "") -> tuple[T, list[Problem]]:
     """Lay `layers` over the defaults of `cls`, from left to right; returns the config and the problems.
 
-    `key` is where the tables stand in the user's input. The default of a section must be that of its class.
+    `key` is where the tables stand in the user's input. The default of a section must be that of its class,
+    and the default of a choice must be its first member.
     """
-    table, config = _default_tags(cls), None
+    table: _Table = {}
+    config = None
     problems: list[Problem] = []
     refused: list[Refusal] = []
     of_other_members: dict[Path, Problem] = {}
@@ -40,8 +42,11 @@ def validate(cls: type[T], layers: Sequence[_Table], key: str = "") -> tuple[T, 
     problems += [
         problem for path, problem in of_other_members.items() if path in last or not _has(table, path)
     ]
-    sections = [*field_types(cls)]
-    return config, sorted(problems, key=lambda problem: _position(problem, key, sections))
+    # In the order of the sections; unknown sections come first.
+    order = {section: place for place, section in enumerate(field_types(cls))}
+    return config, sorted(
+        problems, key=lambda one: order.get(one.key.removeprefix(key).lstrip(".").partition(".")[0], -1)
+    )
 
 
 def _lay(cls: type[T], table: _Table, layer: _Table, key: str) -> tuple[T, _Table, list[Refusal]]:
@@ -79,10 +84,10 @@ def overlay(annotation: Any, low: Any, high: Any) -> Any:
     if not isinstance(high, dict):
         return high
     low = low if isinstance(low, dict) else {}
-    if members := members_by_tag(annotation):
-        by = tag(annotation)
-        old, new = _member(members, low.get(by)), _member(members, high.get(by))
-        low = _shared(low, by, old, new) if old and new and old is not new else low
+    if choice := choice_of(annotation):
+        low = low or {choice.tag: next(iter(choice.members))}
+        old, new = (_member(choice, table.get(choice.tag)) for table in (low, high))
+        low = _shared(low, choice.tag, old, new) if old and new and old is not new else low
         types = field_types(new or old) if new or old else {}
     else:
         types = {name: child for owner in classes(annotation) for name, child in field_types(owner).items()}
@@ -92,8 +97,8 @@ def overlay(annotation: Any, low: Any, high: Any) -> Any:
     return {name: value for name, value in merged.items() if value is not None} if high else {}
 
 
-def _member(members: dict[str, type], name: object) -> type | None:
-    return members.get(name) if isinstance(name, str) else None
+def _member(choice: Choice, name: object) -> type | None:
+    return choice.members.get(name) if isinstance(name, str) else None
 
 
 def _shared(table: _Table, by: str, old: type, new: type) -> _Table:
@@ -105,21 +110,6 @@ def _shared(table: _Table, by: str, old: type, new: type) -> _Table:
         if name not in before or plain_types(before[name]) == plain_types(annotation)
     }
     return {name: value for name, value in table.items() if name in shared | {by}}
-
-
-def _default_tags(cls: type) -> _Table:
-    """The tags of the members that choices have by default, as a table."""
-    table: _Table = {}
-    for field in dataclasses.fields(cls):
-        annotation = field_types(cls)[field.name]
-        is_made = field.default_factory is not dataclasses.MISSING
-        default = field.default_factory() if is_made else field.default  # pyright: ignore[reportCallIssue]
-        if members_by_tag(annotation) and default is not None:
-            by = tag(annotation)
-            table[field.name] = {by: getattr(default, by)}
-        elif dataclasses.is_dataclass(default) and (tags := _default_tags(type(default))):
-            table[field.name] = tags
-    return table
 
 
 def _has(table: Any, path: Path) -> bool:
@@ -138,12 +128,6 @@ def _without(table: _Table, path: Path) -> _Table:
     if rest:
         return {**table, name: _without(table[name], tuple(rest))}
     return {key: value for key, value in table.items() if key != name}
-
-
-def _position(problem: Problem, key: str, sections: Sequence[str]) -> int:
-    """The place of a problem's section among `sections`; unknown sections come first."""
-    section = problem.key.removeprefix(key).lstrip(".").partition(".")[0]
-    return sections.index(section) if section in sections else -1
 
 
 def adapter(cls: type) -> Any:

@@ -109,14 +109,13 @@ class _Files(DataConfig):
         remedy = "name a file or folder that does"
         return Problem("data.path", self.path, "holds no text, only lines without any", remedy)
 
-    def problems(self, key: str) -> list[Problem]:
-        return self._path_problems(key) + super().problems(key)
-
     @property
     def _place(self) -> Place:
         return Place(root=Path(os.path.expanduser(self.path)), suffix=self.suffix)
 
-    def _path_problems(self, key: str) -> list[Problem]:
+    def problems(self, key: str) -> list[Problem]:
+        """A file or folder that holds no text, and folders that cannot be used."""
+        found = super().problems(key)
         path = os.path.expanduser(self.path)
         kind = ".jsonl file" if self.is_json else "text file"
         remedy = f"name a {kind} or a folder of them"
@@ -129,8 +128,8 @@ class _Files(DataConfig):
         elif not self._place.has_files():
             rule = f"holds no {kind}"
         else:
-            return []
-        return [Problem(f"{key}.path", self.path, rule, remedy)]
+            return found
+        return [Problem(f"{key}.path", self.path, rule, remedy), *found]
 
     def _open(self, json_field: str | None) -> FileSource:
         place = self._place

@@ -97,7 +97,7 @@ def _read(options: type, command: str, path: str, argv: Sequence[str]) -> Any:
         options,
         argv,
         prog=f"torchtitan-lite {command} {name}",
-        check=_problems,
+        check=out_problems,
         plugins="plugins",
     )
     if loaded.dry_run:
@@ -106,10 +106,6 @@ def _read(options: type, command: str, path: str, argv: Sequence[str]) -> Any:
         rule, remedy = "is not named", f"write torchtitan-lite {command} FOLDER"
         raise ConfigError([Problem(name, MISSING, rule, remedy)])
     return loaded.config
-
-
-def _problems(config: object, *_: object) -> list[Problem]:
-    return out_problems(config) if isinstance(config, ExportConfig | ImportConfig) else []
 
 
 def _generate(path: str, config: GenerateConfig) -> None:

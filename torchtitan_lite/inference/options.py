@@ -83,8 +83,10 @@ class ImportConfig:
     """Folder that is made, for checkpoint.initial_load_path."""
 
 
-def out_problems(config: ExportConfig | ImportConfig) -> list[Problem]:
-    """An output folder that is not named, or that is not empty."""
+def out_problems(config: object, *_: object) -> list[Problem]:
+    """An output folder that is not named, or that is not empty, if the command writes one."""
+    if not isinstance(config, ExportConfig | ImportConfig):
+        return []
     if not config.out:
         return [Problem("out", MISSING, "has no value", "write --out FOLDER")]
     path = Path(os.path.expanduser(config.out)).absolute()
