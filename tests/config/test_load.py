@@ -224,8 +224,13 @@ def test_a_key_of_another_kind_is_refused_unless_a_later_layer_chooses_that_kind
     assert read(one=first, two=tiled).model.inner == Tiled(size=64)
     for layers in ({"two": packed}, {"two": packed, "three": tiled}):
         (line,) = problems(one=first, **layers)
-        rule = 'belongs to kind "tiled", and model.inner.kind is "plain": '
+        rule = 'belongs to kind "tiled", and model.inner.kind is "packed": '
         assert line.startswith(f"model.inner.size = 64 {rule}")
+    # Once the kind has been chosen, a still later layer may choose another kind.
+    assert read(one=first, two=tiled, three=packed).model.inner == Packed()
+    wrong = "[model.inner]\nsize = 'x'"
+    (line,) = problems(one=wrong, two=tiled)
+    assert line.startswith('model.inner.size = "x" is not an integer')
 
 
 @pytest.mark.parametrize(

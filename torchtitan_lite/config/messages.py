@@ -58,7 +58,7 @@ def refusals(cls: type, table: dict[str, Any], errors: Sequence[Any], key: str =
     types_by_path: dict[Path, list[str]] = {}
     for error in errors:
         types_by_path.setdefault(_path(cls, error["loc"]), []).append(error["type"])
-    return [_refusal(cls, table, path, types, key) for path, types in types_by_path.items()]
+    return [refusal_at(cls, table, path, types, key) for path, types in types_by_path.items()]
 
 
 def _path(cls: type, loc: Sequence[int | str]) -> Path:
@@ -75,7 +75,8 @@ def _path(cls: type, loc: Sequence[int | str]) -> Path:
     return tuple(path)
 
 
-def _refusal(cls: type, table: dict[str, Any], path: Path, types: list[str], section: str) -> Refusal:
+def refusal_at(cls: type, table: dict[str, Any], path: Path, types: list[str], section: str) -> Refusal:
+    """What is wrong with the value at `path`, which pydantic refused with errors of these `types`."""
     *tables, name = path
     value: Any = table
     annotation: Any = cls

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from torchtitan_lite import registry
-from torchtitan_lite.config.messages import Path, Refusal, refusals
+from torchtitan_lite.config.messages import Path, Refusal, refusal_at, refusals
 from torchtitan_lite.config.problem import Problem
 from torchtitan_lite.config.schema import choice_of, classes, field_types, plain_types
 from torchtitan_lite.config.toml import storable
@@ -29,19 +29,18 @@ def validate(cls: type[T], layers: Sequence[_Table], key: str = "") -> tuple[T, 
     table: _Table = {}
     config = None
     problems: list[Problem] = []
-    refused: list[Refusal] = []
-    of_other_members: dict[Path, Problem] = {}
+    waiting: dict[Path, Problem] = {}
+    """Keys of members that are not chosen: the next layer may choose them."""
     for layer in layers or [{}]:
         layer, unfit = storable(layer, key)
         config, table, refused = _lay(cls, table, layer, key)
-        of_other_members |= {one.path: one.problem for one in refused if one.is_of_another_member}
-        problems += [*unfit, *(one.problem for one in refused if not one.is_of_another_member)]
+        of_other_members = {one.path: one.problem for one in refused if one.is_of_another_member}
+        wrong = {one.path: one.problem for one in refused if not one.is_of_another_member}
+        dropped = [path for path in waiting if not (path in wrong or _has(table, path))]
+        problems += [*unfit, *wrong.values(), *(_dropped(cls, table, waiting, path, key) for path in dropped)]
+        waiting = of_other_members
     assert config is not None
-    # If a later layer has chosen the member that has the key, the key is in the table and not refused.
-    last = {one.path for one in refused}
-    problems += [
-        problem for path, problem in of_other_members.items() if path in last or not _has(table, path)
-    ]
+    problems += waiting.values()
     # In the order of the sections; unknown sections come first.
     order = {section: place for place, section in enumerate(field_types(cls))}
     return config, sorted(
@@ -73,6 +72,14 @@ def _lay(cls: type[T], table: _Table, layer: _Table, key: str) -> tuple[T, _Tabl
             else:  # the range of a member that this layer has chosen is narrower
                 assert _has(table, path), path
                 table = _without(table, path)
+
+
+def _dropped(cls: type, table: _Table, waiting: dict[Path, Problem], path: Path, key: str) -> Problem:
+    """The problem of a key that no layer used before `table` chose a member without the key."""
+    layer: Any = waiting[path].value
+    for name in reversed(path):
+        layer = {name: layer}
+    return refusal_at(cls, overlay(cls, table, layer), path, [], key).problem
 
 
 def overlay(annotation: Any, low: Any, high: Any) -> Any:
