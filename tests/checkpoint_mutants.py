@@ -124,9 +124,9 @@ MUTANTS = {
         f"{TESTS}tensors.py::test_what_differs_is_told_in_a_line_each",
     ),
     "checkpoints: a step is published before it is on the disk": Mutant(
-        "torchtitan_lite/durable.py",
-        '(*built.rglob("*"), built)',
-        "(built,)",
+        "torchtitan_lite/checkpoint/steps.py",
+        "                    durable.sync(path)\n",
+        "                    pass\n",
         f"{TESTS}tensors.py::test_every_file_is_on_the_disk_whole_before_its_step_is_published",
     ),
     "checkpoints: a step is published without its files": Mutant(
