@@ -179,8 +179,8 @@ MUTANTS = {
     ),
     "checkpoints: all shards at the start of the whole": Mutant(
         "torchtitan_lite/training/record.py",
-        "offsets = torch.Size(start for start, _ in shard_box(x))",
-        "offsets = torch.Size(0 for start, _ in shard_box(x))",
+        "offsets=torch.Size(start for start, _ in box)",
+        "offsets=torch.Size(0 for start, _ in box)",
         f"{TESTS}elastic.py::test_a_run_goes_on_on_another_mesh[1, 2, 4 and 1 ranks-True]",
     ),
     "checkpoints: the samples depend on the ranks": Mutant(

@@ -16,11 +16,11 @@ from torchtitan_lite.checkpoint.manifest import (
     read_manifest,
     reading,
 )
-from torchtitan_lite.checkpoint.state import STATE, State, changes, flat, read_state
+from torchtitan_lite.checkpoint.state import STATE, State, changed, flat, read_state
 from torchtitan_lite.checkpoint.steps import Steps
 from torchtitan_lite.checkpoint.tensors import Piece, Stored, differences, read_index, read_tensors
 from torchtitan_lite.config.load import ConfigError, Problem
-from torchtitan_lite.config.problem import printable
+from torchtitan_lite.config.problem import literal, printable
 from torchtitan_lite.launch.world import World
 
 _LOG = logging.getLogger(__name__)
@@ -132,7 +132,9 @@ def _initial(path: str) -> Path:
         folder = Path(path).expanduser().absolute()
         if not folder.is_dir():
             raise Damaged("no folder is there")
-        for place in (folder, *sorted(path for path in folder.iterdir() if _may_have_steps(path))):
+        # Steps that were put aside are in a folder "earlier".
+        inside = sorted(path for path in folder.iterdir() if not path.name.startswith("earlier"))
+        for place in (folder, *inside):
             if published := Steps(place).published():
                 return Steps(place).path(published[-1])
     except (OSError, RuntimeError) as error:  # the name is too long; ~ of an unknown user
@@ -140,11 +142,6 @@ def _initial(path: str) -> Path:
     if not folder.name.startswith("step-") and not (folder / MANIFEST).exists():
         raise Damaged("it has none (checkpoint.enable has a run save some)")
     return folder
-
-
-def _may_have_steps(path: Path) -> bool:
-    """Return whether a folder may hold a run's steps; `earlier` holds steps that were put aside."""
-    return path.is_dir() and not path.name.startswith("earlier")
 
 
 def check_same_run(
@@ -165,7 +162,11 @@ def check_same(
     saved: Mapping[str, Any], now: Mapping[str, Any], step: int, *, allow_changes: bool
 ) -> list[Problem]:
     """Return what differs from when `step` was saved; raises ConfigError unless `allow_changes`."""
-    found = changes(saved, now, step=step, remedy="set it back, or use --checkpoint.allow-changes")
+    remedy = "set it back, or use --checkpoint.allow-changes"
+    found = [
+        Problem(key, new, f"was {literal(old)} when step {step} was saved", remedy)
+        for key, (old, new) in changed(saved, now).items()
+    ]
     if found and not allow_changes:
         raise ConfigError(found)
     return found

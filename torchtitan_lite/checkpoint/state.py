@@ -9,8 +9,6 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter, ValidationError
 
 from torchtitan_lite.checkpoint.manifest import Damaged
-from torchtitan_lite.config.load import Problem
-from torchtitan_lite.config.problem import literal
 
 STATE = "state.json"
 
@@ -31,7 +29,7 @@ class State:
     model_only: bool
     """Whether the step holds the weights alone: other runs can load them, but no run can go on from it."""
     identity: dict[str, Any]
-    """The values that make it the same run: model, tokenizer, data, seed and batch, by dotted key."""
+    """What makes it the same run: the table "model", and tokenizer, data, seed and batch by dotted key."""
     schedule: dict[str, Any]
     """The learning-rate schedule, with its resolved numbers of steps."""
     config: dict[str, Any]
@@ -44,14 +42,6 @@ def read_state(text: bytes) -> State:
         return TypeAdapter(State).validate_json(text, strict=True)
     except ValidationError as error:
         raise Damaged(f"{STATE} is no state of a run ({error.error_count()} values are wrong)") from None
-
-
-def changes(saved: Mapping[str, Any], now: Mapping[str, Any], *, step: int, remedy: str) -> list[Problem]:
-    """Return a problem for each key whose value differs from the value when `step` was saved."""
-    return [
-        Problem(key, new, f"was {literal(old)} when step {step} was saved", remedy)
-        for key, (old, new) in changed(saved, now).items()
-    ]
 
 
 def changed(

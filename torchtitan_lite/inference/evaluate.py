@@ -60,4 +60,4 @@ def _last(split: Split, n_tokens: int) -> Split:
     """The last `n_tokens` tokens of a split."""
     start = split.n_tokens - n_tokens
     offsets = np.concatenate(([0], split.offsets[split.offsets > start] - start))
-    return replace(split, n_tokens=n_tokens, tokens_T=split.tokens_T[start:], offsets=offsets)
+    return replace(split, tokens_T=split.tokens_T[start:], offsets=offsets)
