@@ -29,8 +29,8 @@ MUTANTS = {
     ),
     "checkpoints: a link taken for a step": Mutant(
         "torchtitan_lite/checkpoint/steps.py",
-        "os.scandir(self.folder) if entry.is_dir(follow_symlinks=False)",
-        "os.scandir(self.folder) if entry.is_dir()",
+        "if path.is_dir() and not path.is_symlink()]",
+        "if path.is_dir()]",
         f"{TESTS}steps.py::test_files_and_links_are_no_steps_and_stay",
     ),
     "checkpoints: half a step keeps a step's name": Mutant(

@@ -1,4 +1,4 @@
-"""Files and folders that survive a crash: after one, each is there whole, or is not there. And locks.
+"""Write files and folders so that after a crash each is complete or absent. And locks.
 
 Needs the standard library alone.
 """
@@ -66,7 +66,7 @@ def replaced(path: Path) -> Iterator[IO[bytes]]:
     try:
         with partial.open("wb") as stream:
             yield stream
-        publish(partial, path)
+        rename(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise

@@ -175,7 +175,7 @@ def test_a_step_that_cannot_be_read_any_more_after_it_was_verified_is_a_line(ste
 
 
 def test_a_folder_of_steps_that_cannot_be_read_is_not_taken_for_empty(step: Path, monkeypatch) -> None:
-    monkeypatch.setattr(os, "scandir", mock.Mock(side_effect=PermissionError(13, "Permission denied")))
+    monkeypatch.setattr(os, "listdir", mock.Mock(side_effect=PermissionError(13, "Permission denied")))
     with pytest.raises(ConfigError, match=r"cannot be read \(Permission denied\): see to that"):
         find(Steps(step.parent), -1, World())
 

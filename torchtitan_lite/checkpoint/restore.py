@@ -1,4 +1,4 @@
-"""Finding the step to go on from, verifying every byte of it, and only then loading its tensors."""
+"""Find the step to resume from, verify every byte of it, and only then load its tensors."""
 
 import logging
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ from torchtitan_lite.launch.world import World
 
 _LOG = logging.getLogger(__name__)
 _MOST_SHOWN = 10
-"""Differences between a step and what is to be loaded that an error lists."""
+"""The most differences between a step and the run that an error lists."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -243,7 +243,7 @@ def _remove_old(steps: Steps, keep_latest_k: int) -> None:
 
 
 def _copy(snapshot: Snapshot, pinned: dict[str, torch.Tensor] | None) -> Snapshot:
-    """Return a copy of a step in host memory, which stays as it is while training goes on.
+    """Return a copy of a step in host memory, which does not change while training continues.
 
     `pinned` keeps pinned memory for the next copy; None: the memory is not pinned.
     """

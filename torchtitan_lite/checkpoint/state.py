@@ -1,4 +1,4 @@
-"""state.json, which a step holds beside its tensors: how far the run is, and which run it is."""
+"""state.json of a step: the progress of the run, and its identity."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ _Count = Annotated[int, Field(ge=0, le=2**62)]
 
 @dataclass(frozen=True, kw_only=True)
 class State:
-    """How far a run is, over all ranks."""
+    """The progress of a run, over all ranks, and its identity."""
 
     step: _Count
     """Finished steps."""
@@ -27,7 +27,7 @@ class State:
     validated: int
     """Step of the last validation; -1 before the first validation."""
     model_only: bool
-    """Whether the step holds the weights alone: other runs can load them, but no run can go on from it."""
+    """Whether the step holds only the weights: other runs can load them, but no run can resume from it."""
     identity: dict[str, Any]
     """What makes it the same run: the table "model", and tokenizer, data, seed and batch by dotted key."""
     schedule: dict[str, Any]

@@ -180,12 +180,13 @@ def export(
     config = decoder_of(found.state.identity)
     if problems := export_problems(config, "model"):
         raise ConfigError(problems)
-    stored = {name.removeprefix(_MODEL): x for name, x in found.index.items() if name.startswith(_MODEL)}
-    names = {theirs: name for theirs, name in hub_names(config.rows).items() if name in stored}
+    stored = found.index
+    names = {theirs: _MODEL + name for theirs, name in hub_names(config.rows).items()}
+    names = {theirs: name for theirs, name in sorted(names.items()) if name in stored}
 
     def read(some: Sequence[str]) -> dict[str, Tensor]:
         pieces = {name: _whole(stored[names[name]].shape, stored[names[name]].dtype) for name in some}
-        read_tensors(found.folder, {_MODEL + names[name]: x for name, x in pieces.items()}, found.index)
+        read_tensors(found.folder, {names[name]: piece for name, piece in pieces.items()}, stored)
         for name, piece in pieces.items():
             _check_range(piece.local, name, dtype, key)
         return {name: piece.local for name, piece in pieces.items()}
@@ -196,7 +197,7 @@ def export(
     if len(tokenizer.stop_ids) > 1:
         generation["eos_token_id"] = list(tokenizer.stop_ids)
     with new_folder(out) as folder:
-        write_weights(folder, {name: stored[names[name]].shape for name in sorted(names)}, dtype, read)
+        write_weights(folder, {theirs: stored[name].shape for theirs, name in names.items()}, dtype, read)
         tokenizer.save(folder)
         for file, content in ((CONFIG, described), ("generation_config.json", generation)):
             (folder / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -35,10 +35,10 @@ _NOT_NOTED = ("job.", "checkpoint.", "metrics.", "debug.log_sample_ids")
 def find_start(
     job: JobConfig, folder: Path, world: World, alive: Callable[[], None]
 ) -> tuple[Found | None, Found | Path | None]:
-    """Return the verified step that the run in `folder` goes on from, and what a new run starts with.
+    """Return the verified step that the run in `folder` resumes from, and the weights of a new run.
 
-    At most one of the two is not None. A new run starts with the weights of a verified step or of the folder
-    of a Hugging Face model. Raises ConfigError on all ranks if none is good, or if no step can be saved.
+    At most one of the two is not None. The weights are a verified step or the folder of a Hugging Face
+    model. Raises ConfigError on all ranks if none is good, or if no step can be saved.
     """
     checkpoint, ranks = job.checkpoint, world.saving
     if checkpoint.enable:
@@ -80,7 +80,7 @@ class Record:
         self.schedule: dict[str, Any] = {**asdict(schedule), **resolved}
 
     def check(self, found: Found) -> list[str]:
-        """Return lines about going on from a step; raises ConfigError if the step is of another run."""
+        """Return lines to print about the step to resume from; raises ConfigError if it is of another run."""
         state = found.state
         allow = self.job.checkpoint.allow_changes
         if state.model_only and state.step < self.job.training.steps:
@@ -98,11 +98,9 @@ class Record:
         noted = changed(state.config, self.config, but=_NOT_NOTED)
         noted |= changed(_resolved(state.schedule), _resolved(self.schedule))
         n_ranks = flat(found.manifest.made).get("mesh.ranks")
-        where = (
-            ""
-            if n_ranks == self.n_ranks
-            else f", which {n_ranks} {'rank' if n_ranks == 1 else 'ranks'} saved"
-        )
+        where = ""
+        if n_ranks != self.n_ranks:
+            where = f", which {n_ranks} {'rank' if n_ranks == 1 else 'ranks'} saved"
         if self.job.checkpoint.load_step >= 0:
             where += ", as checkpoint.load_step says: without it, from the newest"
         lines = [
@@ -116,7 +114,7 @@ class Record:
         return [printable(line) for line in lines]
 
     def check_initial(self, found: Found | Path) -> list[str]:
-        """Return lines about starting with these weights; raises ConfigError as `check` does."""
+        """Return lines to print about the weights of a new run; raises ConfigError as `check` does."""
         if isinstance(found, Path):
             return [printable(f"starts with the weights of {found}"), *self._check_tokenizer_of(found)]
         identity = found.state.identity
