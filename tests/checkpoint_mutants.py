@@ -131,7 +131,7 @@ MUTANTS = {
     ),
     "checkpoints: a step is published without its files": Mutant(
         "torchtitan_lite/checkpoint/save.py",
-        "            _check(scratch, manifest)\n",
+        "            check_files(scratch, manifest)\n",
         "",
         f"{TESTS}saver.py::test_a_step_with_a_file_that_is_not_there_is_not_published",
     ),

@@ -15,8 +15,8 @@ from torchtitan_lite.checkpoint.manifest import (
     Damaged,
     Manifest,
     Unreadable,
-    check_file,
-    check_names,
+    check_files,
+    check_hash,
     read_manifest,
 )
 
@@ -39,9 +39,9 @@ def step(tmp_path: Path) -> Path:
 
 def test_what_is_read_is_what_was_written(step: Path) -> None:
     assert read_manifest(step) == WRITTEN
-    check_names(step, WRITTEN)
+    check_files(step, WRITTEN)
     for name, known in WRITTEN.files.items():
-        check_file(step, name, known)
+        check_hash(step, name, known)
 
 
 def test_the_text_says_its_format_and_ends_with_its_own_hash() -> None:
@@ -90,10 +90,10 @@ def test_a_file_that_cannot_be_read_is_not_called_damaged(step: Path, monkeypatc
     words = r" cannot be read \(no disk\)$"
     monkeypatch.setattr(Path, "open", fail)
     with pytest.raises(Unreadable, match=rf"^a\.bin{words}"):
-        check_file(step, "a.bin", WRITTEN.files["a.bin"])
+        check_hash(step, "a.bin", WRITTEN.files["a.bin"])
     monkeypatch.setattr(Path, "read_bytes", fail)
     with pytest.raises(Unreadable, match=rf"^manifest\.json{words}"):
         read_manifest(step)
     monkeypatch.setattr(os, "scandir", fail)
     with pytest.raises(Unreadable, match=rf"^the folder{words}"):
-        check_names(step, WRITTEN)
+        check_files(step, WRITTEN)

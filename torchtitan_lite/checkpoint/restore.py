@@ -11,8 +11,8 @@ from torchtitan_lite.checkpoint.manifest import (
     Damaged,
     Manifest,
     Unreadable,
-    check_file,
-    check_names,
+    check_files,
+    check_hash,
     read_manifest,
     reading,
 )
@@ -45,13 +45,13 @@ def verify(folder: Path, ranks: World) -> Found:
     """
     manifest = ranks.together(lambda: _open(folder))
     by_size = sorted(manifest.files.items(), key=lambda item: -item[1].size)
-    ranks.together(lambda: [check_file(folder, *file) for file in by_size[ranks.rank :: ranks.size]])
+    ranks.together(lambda: [check_hash(folder, *file) for file in by_size[ranks.rank :: ranks.size]])
     return ranks.together(lambda: _read(folder, manifest, ranks))
 
 
 def _open(folder: Path) -> Manifest:
     manifest = read_manifest(folder)
-    check_names(folder, manifest)
+    check_files(folder, manifest)
     return manifest
 
 

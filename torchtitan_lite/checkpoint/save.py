@@ -20,8 +20,7 @@ from torchtitan_lite.checkpoint.manifest import (
     Digest,
     Manifest,
     Unreadable,
-    check_names,
-    check_size,
+    check_files,
     write_file,
 )
 from torchtitan_lite.checkpoint.state import STATE, State
@@ -163,7 +162,8 @@ def write_step(steps: Steps, snapshot: Snapshot, ranks: World, keep_latest_k: in
         manifest = _manifest(snapshot.state.step, digests, ranks, snapshot.made)
 
         def publish() -> None:
-            _check(scratch, manifest)
+            # Files of other ranks are missing if each machine has a folder of this name.
+            check_files(scratch, manifest)
             (scratch / MANIFEST).write_bytes(manifest.text().encode())
             is_durable = steps.publish(scratch, manifest.step)
             if keep_latest_k and is_durable:
@@ -189,7 +189,7 @@ def probe(steps: Steps, ranks: World) -> None:
     try:
         with _scratch(steps, 0, ranks, keep=False) as scratch:
             manifest = _manifest(0, write_tensors(scratch, piece(own, ranks.rank), ranks), ranks, {})
-            ranks.together(lambda: _check(scratch, manifest) if ranks.is_first else None)
+            ranks.together(lambda: check_files(scratch, manifest) if ranks.is_first else None)
             read = torch.full((1,), -1.0)
             index = ranks.together(lambda: read_index(scratch, manifest, ranks))
             ranks.together(lambda: read_tensors(scratch, piece(read, other), index))
@@ -226,13 +226,6 @@ def _manifest(step: int, digests: Mapping[str, Digest], ranks: World, made: dict
     """Return the manifest of the files of all ranks."""
     files = {name: digest for of_rank in ranks.gather(digests) for name, digest in of_rank.items()}
     return Manifest(step=step, files=dict(sorted(files.items())), made=made)
-
-
-def _check(folder: Path, manifest: Manifest) -> None:
-    """Raise Damaged if a file of another rank is not there: machines may each have a folder of this name."""
-    check_names(folder, manifest)
-    for name, digest in manifest.files.items():
-        check_size(folder, name, digest)
 
 
 def _remove_old(steps: Steps, keep_latest_k: int) -> None:
