@@ -89,7 +89,7 @@ def one_round(
         schedule={},
         config={},
     )
-    snapshot = Snapshot(step=number, pieces=pieces, state=state, made={})
+    snapshot = Snapshot(pieces=pieces, state=state, made={})
     steps = Steps(place / "ours")
     loaded = {name: torch.full_like(x, -1.0) for name, x in own.items()}
 

@@ -57,13 +57,13 @@ def snapshot(step: int, pieces: Mapping[str, Piece] | None = None) -> Snapshot:
         consumed_samples=4 * step,
         validated=-1,
         model_only=False,
-        identity={"model.dim": 3},
+        identity={"model": {"dim": 3}},
         schedule={},
         config={},
     )
     pieces = whole(SMALL) if pieces is None else pieces
     made = {"mesh": {"ranks": 1}}
-    return Snapshot(step=step, pieces=pieces, state=state, made=made)
+    return Snapshot(pieces=pieces, state=state, made=made)
 
 
 def publish(folder: Path, *numbers: int, pieces: Mapping[str, Piece] | None = None) -> Path:
@@ -293,7 +293,7 @@ def apply_fault(fault: dict[str, Any]) -> None:
     """Let this process die by SIGKILL `when` ("before", "after") the `n`-th call of `at`, a dotted name.
 
     Calls count from the first one of `armed_by` on, where that is given. With `halve`, a function that gives
-    a text gives half of it. With `fsize`, nothing dies, but no file can grow beyond so many bytes.
+    a text gives half of it.
     """
     counts = {"armed": "armed_by" not in fault, "calls": 0}
 
@@ -301,8 +301,6 @@ def apply_fault(fault: dict[str, Any]) -> None:
         def call(*args: Any, **options: Any) -> Any:
             if not counts["armed"]:
                 counts["armed"] = True
-                if "fsize" in fault:
-                    resource.setrlimit(resource.RLIMIT_FSIZE, (fault["fsize"], resource.RLIM_INFINITY))
                 if "delay" in fault:
                     sys.stdout.flush()
                     os.write(1, ARMED.encode())

@@ -1,4 +1,4 @@
-"""Files and folders that survive a crash: after one, each is there whole, or is not there. And locks.
+"""Write files and folders so that after a crash each is complete or absent. And locks.
 
 Needs the standard library alone.
 """
@@ -38,11 +38,20 @@ def sync(path: Path) -> None:
 def publish(built: Path, target: Path) -> None:
     """Rename a file, or a folder with everything in it, to `target` once all of it is on the disk.
 
+    Raises OSError as `rename` does.
+    """
+    for path in built.rglob("*"):
+        sync(path)
+    rename(built, target)
+
+
+def rename(built: Path, target: Path) -> None:
+    """Rename a file, or a folder whose files are on the disk, to `target`.
+
     A file replaces a file, a folder only an empty folder. Raises OSError. If `built` no longer exists then,
     `target` does, but a power cut may undo the rename.
     """
-    for path in (*built.rglob("*"), built):
-        sync(path)
+    sync(built)
     built.rename(target)
     sync(target.parent)
 
@@ -57,7 +66,7 @@ def replaced(path: Path) -> Iterator[IO[bytes]]:
     try:
         with partial.open("wb") as stream:
             yield stream
-        publish(partial, path)
+        rename(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
-from checkpoint_cases import digest, forged_manifest
+from checkpoint_cases import digest
 
 from torchtitan_lite.checkpoint.manifest import (
     FORMAT_VERSION,
@@ -15,8 +15,8 @@ from torchtitan_lite.checkpoint.manifest import (
     Damaged,
     Manifest,
     Unreadable,
-    check_file,
-    check_names,
+    check_files,
+    check_hash,
     read_manifest,
 )
 
@@ -39,9 +39,9 @@ def step(tmp_path: Path) -> Path:
 
 def test_what_is_read_is_what_was_written(step: Path) -> None:
     assert read_manifest(step) == WRITTEN
-    check_names(step, WRITTEN)
+    check_files(step, WRITTEN)
     for name, known in WRITTEN.files.items():
-        check_file(step, name, known)
+        check_hash(step, name, known)
 
 
 def test_the_text_says_its_format_and_ends_with_its_own_hash() -> None:
@@ -83,25 +83,17 @@ def test_another_text_is_found(step: Path, text: str) -> None:
         read_manifest(step)
 
 
-def test_a_later_format_is_named(step: Path) -> None:
-    forged_manifest(step, format_version=FORMAT_VERSION + 1)
-    words = f"has format {FORMAT_VERSION + 1}, and this version reads up to {FORMAT_VERSION}"
-    with pytest.raises(Unreadable, match=words):
-        read_manifest(step)
-
-
-@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES, errno.EMFILE])
-def test_a_file_that_cannot_be_read_is_not_called_damaged(step: Path, number: int, monkeypatch) -> None:
+def test_a_file_that_cannot_be_read_is_not_called_damaged(step: Path, monkeypatch) -> None:
     def fail(*_: object, **__: object) -> None:
-        raise OSError(number, os.strerror(number))
+        raise OSError(errno.EIO, "no disk")
 
-    words = rf" cannot be read \({os.strerror(number)}\)$"
+    words = r" cannot be read \(no disk\)$"
     monkeypatch.setattr(Path, "open", fail)
     with pytest.raises(Unreadable, match=rf"^a\.bin{words}"):
-        check_file(step, "a.bin", WRITTEN.files["a.bin"])
+        check_hash(step, "a.bin", WRITTEN.files["a.bin"])
     monkeypatch.setattr(Path, "read_bytes", fail)
     with pytest.raises(Unreadable, match=rf"^manifest\.json{words}"):
         read_manifest(step)
     monkeypatch.setattr(os, "scandir", fail)
     with pytest.raises(Unreadable, match=rf"^the folder{words}"):
-        check_names(step, WRITTEN)
+        check_files(step, WRITTEN)

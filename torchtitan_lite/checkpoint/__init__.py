@@ -1,9 +1,11 @@
-"""The state of a run on disk, with which the run goes on as if nothing had happened; see docs/checkpoints.md.
+"""The checkpoints of a run: a run that resumes from one continues as if it had never stopped.
 
 steps: folders, published by a rename      save: Saver, in the background if configured
 manifest: sizes and SHA-256                restore: find a step, verify it, load it
 tensors: pieces of many ranks, an index    tensor_file: one safetensors file
-state: the step and the identity of a run  weights: Hugging Face's folders
+state: the step and the identity of a run  weights: folders in Hugging Face's format
+
+See docs/checkpoints.md.
 """
 
 from dataclasses import dataclass
@@ -16,63 +18,64 @@ from torchtitan_lite.launch.end import RunError
 
 
 class SaveFailed(RunError):
-    """A step could not be saved; the ones before it are as they were."""
+    """A step could not be saved. The steps before it are unchanged."""
 
     outcome = "not-saved"
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """Whether and how often the state of the run is saved, and what it goes on from."""
+    """When a run saves checkpoints, and which checkpoint it starts from."""
 
     enable: bool = False
-    """Save the state of the run, and go on from the newest step in its folder."""
+    """Save checkpoints, and resume from the newest step in the run's folder."""
     folder: str = "checkpoint"
     """Folder for the steps, inside the run's folder."""
     interval: Annotated[int, Field(ge=1, examples=[500])] = 500
-    """Steps between two saves; the last step is always saved."""
+    """Steps between two saves. The last step is always saved."""
     keep_latest_k: Annotated[int, Field(ge=0)] = 10
-    """How many steps are kept, the newest; 0: all."""
+    """Number of steps to keep, the newest; 0: all."""
     async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = "disabled"
-    """disabled: training waits until a step is written. async: it waits for a copy in host memory.
-    async_with_pinned_mem: that memory is pinned, which is faster from a GPU, and kept between saves."""
+    """disabled: training waits until a step is written. async: training waits only for a copy in host memory.
+    async_with_pinned_mem: the copy is in pinned memory, which is faster from a GPU and kept between saves."""
     on_failure: Literal["stop", "continue"] = "stop"
-    """What a save that fails makes of the run; the last step's always ends it with an error."""
+    """What the run does after a failed save. If the last step cannot be saved, the run ends with an error."""
     load_step: Annotated[int, Field(ge=-1)] = -1
-    """Step to go on from; later ones move to the folder "earlier". -1: the newest that is not damaged."""
+    """Step to resume from; later steps move to the folder "earlier". -1: the newest undamaged step."""
     initial_load_path: str = ""
-    """Folder of a step, of steps or of a run: a new run starts with its weights, and nothing else of it."""
+    """Folder of a step, of steps or of a run. A new run starts with the weights of that step."""
     initial_load_in_hf: bool = False
-    """initial_load_path is a folder with config.json and safetensors, as on the Hugging Face Hub."""
+    """initial_load_path is a folder in Hugging Face's format: config.json and safetensors."""
     allow_changes: bool = False
-    """Go on although the model's settings, tokenizer, dataset, seed or batch are not those of the step; where
-    the data's order is another one, it is begun anew."""
+    """Resume although the model, tokenizer, dataset, seed or batch differs from the saved run. If the order
+    of the data changes, the data starts from its beginning."""
     last_save_model_only: bool = False
-    """The last step holds the model alone: to load, but not to go on from."""
+    """Save only the weights at the last step: other runs can load them, but no run can resume from them."""
     last_save_in_hf: bool = False
-    """After the last step, write the model to the folder hf as well, for transformers and others."""
+    """After the last step, also write the model to the folder hf, for transformers and other programs."""
     export_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Precision of a last step that holds the model alone, and of the folder hf."""
+    """Precision of the weights in the folder hf, and in a last step with only the weights."""
 
     def problems(self, key: str) -> list[Problem]:
-        """Options of a feature that is off, and a last step that nothing could go on from."""
-        found = []
+        """Options of a feature that is off, and a last step that no run could resume from."""
+        found: list[Problem] = []
+
+        def add(name: str, rule: str, remedy: str, *reads: str) -> None:
+            keys = tuple(f"{key}.{other}" for other in reads)
+            found.append(Problem(f"{key}.{name}", getattr(self, name), rule, remedy, keys))
+
         if self.export_dtype != "float32" and not (self.last_save_model_only or self.last_save_in_hf):
             rule = "is for a last step that holds the model alone and for the folder hf, and both are off"
             remedy = f"set {key}.last_save_model_only or {key}.last_save_in_hf, or leave it out"
-            reads = (f"{key}.last_save_model_only", f"{key}.last_save_in_hf")
-            found.append(Problem(f"{key}.export_dtype", self.export_dtype, rule, remedy, reads))
+            add("export_dtype", rule, remedy, "last_save_model_only", "last_save_in_hf")
         if self.initial_load_in_hf and not self.initial_load_path:
             rule, remedy = "says what initial_load_path is, and that is empty", f"set {key}.initial_load_path"
-            reads = (f"{key}.initial_load_path",)
-            found.append(Problem(f"{key}.initial_load_in_hf", True, rule, remedy, reads))
+            add("initial_load_in_hf", rule, remedy, "initial_load_path")
         if self.last_save_model_only and self.keep_latest_k == 1:
             rule = "would leave only a last step that holds the model alone, and none to go on from"
-            remedy, reads = "use 2 or more, or 0 for all", (f"{key}.last_save_model_only",)
-            found.append(Problem(f"{key}.keep_latest_k", self.keep_latest_k, rule, remedy, reads))
+            add("keep_latest_k", rule, "use 2 or more, or 0 for all", "last_save_model_only")
         for name in ("load_step", "last_save_model_only", "last_save_in_hf"):
             default = type(self).__dataclass_fields__[name].default
             if not self.enable and getattr(self, name) != default:
-                rule, remedy = "needs checkpoints, which are off", f"set {key}.enable"
-                found.append(Problem(f"{key}.{name}", getattr(self, name), rule, remedy, (f"{key}.enable",)))
+                add(name, "needs checkpoints, which are off", f"set {key}.enable", "enable")
         return found

@@ -99,30 +99,24 @@ def reading(name: str) -> Iterator[None]:
         raise Unreadable(f"{name} cannot be read ({error.strerror})") from None
 
 
-def check_names(folder: Path, manifest: Manifest) -> None:
-    """Raise Damaged unless `folder` holds the files of the manifest and nothing else."""
+def check_files(folder: Path, manifest: Manifest) -> None:
+    """Raise Damaged unless `folder` holds the files of the manifest, in their sizes, and nothing else."""
     with reading("the folder"):
-        there = {entry.name: entry.is_file(follow_symlinks=False) for entry in os.scandir(folder)}
+        there = {entry.name: entry.stat(follow_symlinks=False) for entry in os.scandir(folder)}
     for name in sorted({*manifest.files, *there} - {MANIFEST}):
         if name not in there:
             raise Damaged(f"{name} is missing")
         if name not in manifest.files:
             raise Damaged(f"{name} does not belong there")
-        if not there[name]:
+        if not stat.S_ISREG(there[name].st_mode):
             raise Damaged(f"{name} is not a file")
+        size, written = there[name].st_size, manifest.files[name].size
+        if size != written:
+            raise Damaged(f"{name} has {size} bytes, and {written} were written")
 
 
-def check_size(folder: Path, name: str, digest: Digest) -> None:
-    """Raise Damaged unless the file has the size in `digest`."""
-    with reading(name):
-        size = (folder / name).stat().st_size
-    if size != digest.size:
-        raise Damaged(f"{name} has {size} bytes, and {digest.size} were written")
-
-
-def check_file(folder: Path, name: str, digest: Digest) -> None:
-    """Raise Damaged unless the file has the size and the hash in `digest`."""
-    check_size(folder, name, digest)
+def check_hash(folder: Path, name: str, digest: Digest) -> None:
+    """Raise Damaged unless the file has the hash in `digest`."""
     with reading(name), (folder / name).open("rb") as stream:
         found = hashlib.file_digest(stream, "sha256")
     if found.hexdigest() != digest.sha256:

@@ -1,4 +1,4 @@
-"""Finding the step to go on from, verifying every byte of it, and only then loading its tensors."""
+"""Find the step to resume from, verify every byte of it, and only then load its tensors."""
 
 import logging
 from collections.abc import Mapping
@@ -11,21 +11,21 @@ from torchtitan_lite.checkpoint.manifest import (
     Damaged,
     Manifest,
     Unreadable,
-    check_file,
-    check_names,
+    check_files,
+    check_hash,
     read_manifest,
     reading,
 )
-from torchtitan_lite.checkpoint.state import STATE, State, changes, flat, read_state
+from torchtitan_lite.checkpoint.state import STATE, State, changed, flat, read_state
 from torchtitan_lite.checkpoint.steps import Steps
 from torchtitan_lite.checkpoint.tensors import Piece, Stored, differences, read_index, read_tensors
 from torchtitan_lite.config.load import ConfigError, Problem
-from torchtitan_lite.config.problem import printable
+from torchtitan_lite.config.problem import literal, printable
 from torchtitan_lite.launch.world import World
 
 _LOG = logging.getLogger(__name__)
 _MOST_SHOWN = 10
-"""Differences between a step and what is to be loaded that an error lists."""
+"""The most differences between a step and the run that an error lists."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,13 +45,13 @@ def verify(folder: Path, ranks: World) -> Found:
     """
     manifest = ranks.together(lambda: _open(folder))
     by_size = sorted(manifest.files.items(), key=lambda item: -item[1].size)
-    ranks.together(lambda: [check_file(folder, *file) for file in by_size[ranks.rank :: ranks.size]])
+    ranks.together(lambda: [check_hash(folder, *file) for file in by_size[ranks.rank :: ranks.size]])
     return ranks.together(lambda: _read(folder, manifest, ranks))
 
 
 def _open(folder: Path) -> Manifest:
     manifest = read_manifest(folder)
-    check_names(folder, manifest)
+    check_files(folder, manifest)
     return manifest
 
 
@@ -132,7 +132,9 @@ def _initial(path: str) -> Path:
         folder = Path(path).expanduser().absolute()
         if not folder.is_dir():
             raise Damaged("no folder is there")
-        for place in (folder, *sorted(path for path in folder.iterdir() if _may_have_steps(path))):
+        # Steps that were put aside are in a folder "earlier".
+        inside = sorted(path for path in folder.iterdir() if not path.name.startswith("earlier"))
+        for place in (folder, *inside):
             if published := Steps(place).published():
                 return Steps(place).path(published[-1])
     except (OSError, RuntimeError) as error:  # the name is too long; ~ of an unknown user
@@ -140,11 +142,6 @@ def _initial(path: str) -> Path:
     if not folder.name.startswith("step-") and not (folder / MANIFEST).exists():
         raise Damaged("it has none (checkpoint.enable has a run save some)")
     return folder
-
-
-def _may_have_steps(path: Path) -> bool:
-    """Return whether a folder may hold a run's steps; `earlier` holds steps that were put aside."""
-    return path.is_dir() and not path.name.startswith("earlier")
 
 
 def check_same_run(
@@ -165,7 +162,11 @@ def check_same(
     saved: Mapping[str, Any], now: Mapping[str, Any], step: int, *, allow_changes: bool
 ) -> list[Problem]:
     """Return what differs from when `step` was saved; raises ConfigError unless `allow_changes`."""
-    found = changes(saved, now, step=step, remedy="set it back, or use --checkpoint.allow-changes")
+    remedy = "set it back, or use --checkpoint.allow-changes"
+    found = [
+        Problem(key, new, f"was {literal(old)} when step {step} was saved", remedy)
+        for key, (old, new) in changed(saved, now).items()
+    ]
     if found and not allow_changes:
         raise ConfigError(found)
     return found

@@ -20,8 +20,7 @@ from torchtitan_lite.checkpoint.manifest import (
     Digest,
     Manifest,
     Unreadable,
-    check_names,
-    check_size,
+    check_files,
     write_file,
 )
 from torchtitan_lite.checkpoint.state import STATE, State
@@ -38,7 +37,6 @@ _LOG = logging.getLogger(__name__)
 class Snapshot:
     """The content of a step, as one rank has it."""
 
-    step: int
     pieces: Mapping[str, Piece]
     state: State
     made: dict[str, Any]
@@ -64,7 +62,7 @@ class Saver:
         """Called with each published step, on all ranks, once this rank has waited for the save."""
         self.saved = saved
         """The step that was published last."""
-        self._staging = _Staging(pinned=config.async_mode == "async_with_pinned_mem")
+        self._pinned = {} if config.async_mode == "async_with_pinned_mem" else None
         self._writing: Future[None] | None = None
         self._failure: SaveFailed | None = None
 
@@ -85,7 +83,7 @@ class Saver:
             return
         self.report(quiet=last)
         in_foreground = last or self.config.async_mode == "disabled"
-        snapshot = self._take(step, take if in_foreground else lambda: self._staging.copy(take()))
+        snapshot = self._take(step, take if in_foreground else lambda: _copy(take(), self._pinned))
         stood_still = None if in_foreground else perf_counter() - began
         if snapshot is not None:
             # In a thread in either mode: a write may take longer than a rank may go without a sign of life.
@@ -132,15 +130,16 @@ class Saver:
 
     def _write(self, snapshot: Snapshot, began: float, stood_still: float | None) -> None:
         """Write and publish a step; keep an error for `report`."""
+        step = snapshot.state.step
         try:
             n_bytes = write_step(self.steps, snapshot, self.ranks, self.config.keep_latest_k)
         except Exception as error:  # noqa: BLE001 - whatever it is, `report` raises it
-            self._failure = self._failed(snapshot.step, error)
+            self._failure = self._failed(step, error)
             return
-        self.saved = snapshot.step
+        self.saved = step
         seconds = perf_counter() - began
         self.say(
-            f"step {snapshot.step} saved: {n_bytes / 2**20:,.1f} MiB in {seconds:.2f} s; "
+            f"step {step} saved: {n_bytes / 2**20:,.1f} MiB in {seconds:.2f} s; "
             f"training stood still for {seconds if stood_still is None else stood_still:.2f} s"
         )
 
@@ -157,13 +156,14 @@ def write_step(steps: Steps, snapshot: Snapshot, ranks: World, keep_latest_k: in
 
     If a rank fails, all raise, and nothing of the step is left.
     """
-    with _scratch(steps, snapshot.step, ranks) as scratch:
+    with _scratch(steps, snapshot.state.step, ranks) as scratch:
         digests = write_tensors(scratch, snapshot.pieces, ranks)
         digests |= ranks.together(lambda: _write_state(scratch, snapshot.state) if ranks.is_first else {})
-        manifest = _manifest(snapshot.step, digests, ranks, snapshot.made)
+        manifest = _manifest(snapshot.state.step, digests, ranks, snapshot.made)
 
         def publish() -> None:
-            _check(scratch, manifest)
+            # Files of other ranks are missing if each machine has a folder of this name.
+            check_files(scratch, manifest)
             (scratch / MANIFEST).write_bytes(manifest.text().encode())
             is_durable = steps.publish(scratch, manifest.step)
             if keep_latest_k and is_durable:
@@ -189,7 +189,7 @@ def probe(steps: Steps, ranks: World) -> None:
     try:
         with _scratch(steps, 0, ranks, keep=False) as scratch:
             manifest = _manifest(0, write_tensors(scratch, piece(own, ranks.rank), ranks), ranks, {})
-            ranks.together(lambda: _check(scratch, manifest) if ranks.is_first else None)
+            ranks.together(lambda: check_files(scratch, manifest) if ranks.is_first else None)
             read = torch.full((1,), -1.0)
             index = ranks.together(lambda: read_index(scratch, manifest, ranks))
             ranks.together(lambda: read_tensors(scratch, piece(read, other), index))
@@ -228,13 +228,6 @@ def _manifest(step: int, digests: Mapping[str, Digest], ranks: World, made: dict
     return Manifest(step=step, files=dict(sorted(files.items())), made=made)
 
 
-def _check(folder: Path, manifest: Manifest) -> None:
-    """Raise Damaged if a file of another rank is not there: machines may each have a folder of this name."""
-    check_names(folder, manifest)
-    for name, digest in manifest.files.items():
-        check_size(folder, name, digest)
-
-
 def _remove_old(steps: Steps, keep_latest_k: int) -> None:
     try:
         steps.keep_latest(keep_latest_k)
@@ -242,28 +235,24 @@ def _remove_old(steps: Steps, keep_latest_k: int) -> None:
         _LOG.warning("old steps in %s could not be removed (%s)", steps.folder, error.strerror)
 
 
-class _Staging:
-    """Host memory that holds a step while it is written; pinned memory is kept and used for every step."""
+def _copy(snapshot: Snapshot, pinned: dict[str, torch.Tensor] | None) -> Snapshot:
+    """Return a copy of a step in host memory, which does not change while training continues.
 
-    def __init__(self, pinned: bool) -> None:
-        self._pinned = pinned
-        self._kept: dict[str, torch.Tensor] = {}
-
-    def copy(self, snapshot: Snapshot) -> Snapshot:
-        """Return a copy of the step as it is now."""
-        pieces = snapshot.pieces
-        copies = {name: self._copy(name, piece.local.detach()) for name, piece in pieces.items()}
-        if any(piece.local.is_cuda for piece in pieces.values()):
-            torch.cuda.current_stream().synchronize()
-        copied = {name: replace(piece, local=copies[name]) for name, piece in pieces.items()}
-        return replace(snapshot, pieces=copied)
-
-    def _copy(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        if not self._pinned:
-            return x.to("cpu", copy=True)
-        if name not in self._kept:
-            self._kept[name] = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)
-        return self._kept[name].copy_(x, non_blocking=True)
+    `pinned` keeps pinned memory for the next copy; None: the memory is not pinned.
+    """
+    copies = {}
+    for name, piece in snapshot.pieces.items():
+        x = piece.local.detach()
+        if pinned is None:
+            copy = x.to("cpu", copy=True)
+        else:
+            if name not in pinned:
+                pinned[name] = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)
+            copy = pinned[name].copy_(x, non_blocking=True)
+        copies[name] = replace(piece, local=copy)
+    if any(piece.local.is_cuda for piece in snapshot.pieces.values()):
+        torch.cuda.current_stream().synchronize()
+    return replace(snapshot, pieces=copies)
 
 
 def _line(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""state.json, which a step holds beside its tensors: how far the run is, and which run it is."""
+"""state.json of a step: the progress of the run, and its identity."""
 
 import hashlib
 import json
@@ -9,8 +9,6 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter, ValidationError
 
 from torchtitan_lite.checkpoint.manifest import Damaged
-from torchtitan_lite.config.load import Problem
-from torchtitan_lite.config.problem import literal
 
 STATE = "state.json"
 
@@ -19,7 +17,7 @@ _Count = Annotated[int, Field(ge=0, le=2**62)]
 
 @dataclass(frozen=True, kw_only=True)
 class State:
-    """How far a run is, over all ranks."""
+    """The progress of a run, over all ranks, and its identity."""
 
     step: _Count
     """Finished steps."""
@@ -29,9 +27,9 @@ class State:
     validated: int
     """Step of the last validation; -1 before the first validation."""
     model_only: bool
-    """Whether the step holds the weights alone: other runs can load them, but no run can go on from it."""
+    """Whether the step holds only the weights: other runs can load them, but no run can resume from it."""
     identity: dict[str, Any]
-    """The values that make it the same run: model, tokenizer, data, seed and batch, by dotted key."""
+    """What makes it the same run: the table "model", and tokenizer, data, seed and batch by dotted key."""
     schedule: dict[str, Any]
     """The learning-rate schedule, with its resolved numbers of steps."""
     config: dict[str, Any]
@@ -44,14 +42,6 @@ def read_state(text: bytes) -> State:
         return TypeAdapter(State).validate_json(text, strict=True)
     except ValidationError as error:
         raise Damaged(f"{STATE} is no state of a run ({error.error_count()} values are wrong)") from None
-
-
-def changes(saved: Mapping[str, Any], now: Mapping[str, Any], *, step: int, remedy: str) -> list[Problem]:
-    """Return a problem for each key whose value differs from the value when `step` was saved."""
-    return [
-        Problem(key, new, f"was {literal(old)} when step {step} was saved", remedy)
-        for key, (old, new) in changed(saved, now).items()
-    ]
 
 
 def changed(

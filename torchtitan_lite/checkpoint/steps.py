@@ -34,18 +34,16 @@ class Steps:
 
     def published(self) -> list[int]:
         """Return the published steps in order; a link to a folder is no step."""
-        try:
-            names = [entry.name for entry in os.scandir(self.folder) if entry.is_dir(follow_symlinks=False)]
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-        return _steps_among(names)
+        paths = {step: self.path(step) for step in self.named()}
+        return [step for step, path in paths.items() if path.is_dir() and not path.is_symlink()]
 
     def named(self) -> list[int]:
-        """Return the steps whose names are taken in order: by steps, files or links."""
+        """Return the steps whose names are taken, in order: by steps, files or links."""
         try:
-            return _steps_among(os.listdir(self.folder))
+            names = os.listdir(self.folder)
         except (FileNotFoundError, NotADirectoryError):
             return []
+        return sorted(int(found[1]) for found in map(_STEP.fullmatch, names) if found)
 
     def scratch(self, step: int) -> Path:
         """Make a new folder in which `step` is written."""
@@ -66,7 +64,10 @@ class Steps:
         if os.path.lexists(target):  # a rename would replace an empty folder
             raise FileExistsError(f"{target} is there already")
         try:
-            durable.publish(scratch, target)
+            for path in scratch.iterdir():
+                if path.suffix != ".safetensors":  # each rank has synced its own file of tensors
+                    durable.sync(path)
+            durable.rename(scratch, target)
         except OSError as error:
             if scratch.exists():
                 raise
@@ -133,7 +134,3 @@ class Steps:
     def _pointer(self, step: int) -> bytes:
         digest = sha256((self.path(step) / MANIFEST).read_bytes()).hexdigest()
         return f"step-{step} manifest-sha256:{digest}\n".encode()
-
-
-def _steps_among(names: list[str]) -> list[int]:
-    return sorted(int(found[1]) for found in map(_STEP.fullmatch, names) if found)

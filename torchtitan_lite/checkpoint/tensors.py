@@ -73,7 +73,7 @@ _Index = TypeAdapter(dict[str, Stored])
 
 
 class _Box(NamedTuple):
-    """What ranks tell each other about a piece."""
+    """A piece without its numbers, as the ranks exchange it."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -239,7 +239,7 @@ def read_tensors(folder: Path, pieces: Mapping[str, Piece], index: Mapping[str, 
 
 
 def _overlap(piece: Piece, chunk: Chunk) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
-    """Return what the two have in common, as a place in the chunk and a place in the piece."""
+    """Return the overlap of the two as slices of the chunk and slices of the piece; None if there is none."""
     in_chunk, in_piece = [], []
     for a, n_a, b, n_b in zip(piece.offsets, piece.local.shape, chunk.offsets, chunk.sizes, strict=True):
         start, stop = max(a, b), min(a + n_a, b + n_b)

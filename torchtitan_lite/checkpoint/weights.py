@@ -4,10 +4,9 @@ import errno
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,33 +31,19 @@ class Place:
 
 
 class Weights:
-    """The tensors in the safetensors files of a folder.
-
-    A context manager, which holds the files open; entering raises Damaged if the files are not whole.
-    """
+    """The tensors in the safetensors files of a folder. Raises Damaged if the files are not whole."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.places: dict[str, Place] = {}
         """By the tensor's name."""
         self._files: dict[str, Any] = {}
-        self._open = ExitStack()
-
-    def __enter__(self) -> Self:
-        try:
-            listed = _listed(self.folder)
-            for file in sorted(set(listed.values())) or [SINGLE]:
-                self._read_header(file)
-            if listed and listed != (found := {name: place.file for name, place in self.places.items()}):
-                name = min(name for name in {*listed, *found} if listed.get(name) != found.get(name))
-                raise Damaged(f"{INDEX} is not true of {name}: {_whereabouts(name, listed, found)}")
-        except BaseException:
-            self._open.close()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._open.close()
+        listed = _listed(folder)
+        for file in sorted(set(listed.values())) or [SINGLE]:
+            self._read_header(file)
+        if listed and listed != (found := {name: place.file for name, place in self.places.items()}):
+            name = min(name for name in {*listed, *found} if listed.get(name) != found.get(name))
+            raise Damaged(f"{INDEX} is not true of {name}: {_whereabouts(name, listed, found)}")
 
     def _read_header(self, file: str) -> None:
         from safetensors import SafetensorError, safe_open
@@ -67,7 +52,7 @@ class Weights:
         try:
             if not path.is_file():
                 raise Damaged(f"{file} is missing")
-            opened = self._open.enter_context(safe_open(path, framework="pt"))
+            opened = safe_open(path, framework="pt")
             for name in opened.keys():  # noqa: SIM118 - no mapping, though it has keys
                 if name in self.places:
                     raise Damaged(f"{name} is in {self.places[name].file} and in {file}")
@@ -178,9 +163,8 @@ def write_weights(
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    groups = _groups(
-        {name: torch.Size(shape).numel() * dtype.itemsize for name, shape in shapes.items()}, most_bytes
-    )
+    sizes = {name: torch.Size(shape).numel() * dtype.itemsize for name, shape in shapes.items()}
+    groups = _groups(sizes, most_bytes)
     files = (
         [SINGLE]
         if len(groups) == 1
@@ -192,9 +176,8 @@ def write_weights(
             save_file(tensors, folder / file, metadata={"format": "pt"})
         except SafetensorError as error:  # raised for a full disk too
             raise OSError(errno.EIO, str(error), str(folder / file)) from None
-    total = sum(torch.Size(shape).numel() * dtype.itemsize for shape in shapes.values())
     index = {
-        "metadata": {"total_size": total},
+        "metadata": {"total_size": sum(sizes.values())},
         "weight_map": {name: file for file, names in zip(files, groups, strict=True) for name in names},
     }
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -186,9 +186,8 @@ def _eval(path: str, config: EvalConfig) -> None:
     longest = min(trained.config.max_seq_len, _SEQ_LEN)
     seq_len = config.seq_len or trained.found.state.identity.get("training.seq_len", longest)
     model = build(trained, attention=config.attention, device=device, dtype=dtype, ranks=World())
-    parts = {"seq_len": seq_len, "batch_size": config.batch_size, "rest": bool(config.data)}
     with renaming_keys(_KEYS):
-        result = evaluate(model, split, **parts)
+        result = evaluate(model, split, seq_len=seq_len, batch_size=config.batch_size, rest=bool(config.data))
     print(
         f"loss {result.loss:.4f} nats per token, perplexity {result.perplexity:.2f}, "
         f"{result.bits_per_byte:.4f} bits per byte; {result.n_tokens:,} tokens, {result.n_bytes:,} bytes"

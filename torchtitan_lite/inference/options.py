@@ -1,4 +1,4 @@
-"""What the commands that use a trained model can be told."""
+"""The options of the commands that use a trained model."""
 
 import dataclasses
 import os
@@ -17,32 +17,38 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Use:
-    """On what, and how, a trained model is used."""
+class _OfRun:
+    """What a command must know about the run that trained the model."""
+
+    tokenizer: str = ""
+    """File or folder of the tokenizer, if it has moved since the run."""
+    plugins: tuple[str, ...] = ()
+    """The run's job.plugins: modules to import first. A checkpoint imports no module by itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Use(_OfRun):
+    """How the model is computed."""
 
     device: Device = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: float32 on a CPU, bfloat16 on a GPU."""
     attention: AnyAttention = dataclasses.field(default_factory=Sdpa)
-    tokenizer: str = ""
-    """File or folder of the tokenizer, where it is no longer where the run left it."""
-    plugins: tuple[str, ...] = ()
-    """The run's job.plugins: modules to import first, which a checkpoint never chooses by itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig(_Use):
-    """Let a trained model go on from prompts: torchtitan-lite generate RUN_OR_STEP --prompt "Once upon" """
+    """Continue prompts with a trained model: torchtitan-lite generate RUN_OR_STEP --prompt "Once upon" """
 
     prompt: Annotated[tuple[str, ...], Field(min_length=1, examples=["some text"])] = ("",)
-    """Texts to go on from, all at once; several stand one after the other, or in a JSON list."""
+    """Texts to continue, all at once: one after the other, or a JSON list."""
     max_new_tokens: Annotated[int, Field(ge=1, le=2**20, examples=[128])] = 128
     temperature: Annotated[float, Field(ge=0)] = 0.0
-    """Logits are divided by it before a token is drawn; 0: always the likeliest token."""
+    """The logits are divided by this number; 0: always the likeliest token."""
     top_k: Annotated[int, Field(ge=0)] = 0
-    """Draw from so many of the likeliest tokens; 0: from all."""
+    """Draw from this many of the likeliest tokens; 0: from all."""
     top_p: Annotated[float, Field(gt=0, le=1, examples=[1.0])] = 1.0
-    """Draw from the likeliest tokens that have this much of the probability between them."""
+    """Draw from the likeliest tokens that together have this probability."""
     seed: Annotated[int, Field(ge=0)] = 0
 
 
@@ -53,34 +59,30 @@ class EvalConfig(_Use):
     data: str = ""
     """A text file, a .jsonl file, a folder of either, or "python_stdlib". Empty: the run's held-out text."""
     field: str = "text"
-    """Key of the JSON objects that holds a jsonl document's text."""
+    """Key of the text in the JSON objects of a .jsonl file."""
     seq_len: Annotated[int, Field(ge=0)] = 0
     """Tokens of a sample; 0: as in the run's training."""
     cache_dir: str = ""
-    """Where the tokens of the text are kept; empty: as in training."""
+    """Folder for the tokens of the text; empty: as in training."""
     batch_size: Annotated[int, Field(ge=1)] = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportConfig:
+class ExportConfig(_OfRun):
     """Write a trained model for transformers and others: torchtitan-lite export-hf RUN_OR_STEP --out DIR"""
 
     out: str = ""
-    """Folder that is made."""
+    """The new folder."""
     dtype: Dtype = "bfloat16"
     """Precision of the weights."""
-    tokenizer: str = ""
-    """File or folder of the tokenizer, where it is no longer where the run left it."""
-    plugins: tuple[str, ...] = ()
-    """The run's job.plugins: modules to import first, which a checkpoint never chooses by itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImportConfig:
-    """Make a step of a Hugging Face model, to start runs with: torchtitan-lite import-hf PATH --out DIR"""
+    """Turn a Hugging Face model into a step, to start runs with: torchtitan-lite import-hf PATH --out DIR"""
 
     out: str = ""
-    """Folder that is made, for checkpoint.initial_load_path."""
+    """The new folder, for checkpoint.initial_load_path."""
 
 
 def out_problems(config: object, *_: object) -> list[Problem]:

@@ -67,17 +67,7 @@ def sync_gradients(model: nn.Module, *, last: bool) -> None:
 
 def own_shard(x: Tensor) -> tuple[Tensor, list[tuple[int, int]]]:
     """This rank's shard of `x`, in the same memory, and its box: its start and length in each dim of `x`."""
-    return local_shard(x), shard_box(x)
-
-
-def local_shard(x: Tensor) -> Tensor:
-    """This rank's shard of `x`, in the same memory."""
-    return x.to_local().detach() if isinstance(x, DTensor) else x.detach()
-
-
-def shard_box(x: Tensor) -> list[tuple[int, int]]:
-    """The box of this rank's shard of `x`: its start and length in each dim of `x`."""
     if not isinstance(x, DTensor):
-        return [(0, n) for n in x.shape]
+        return x.detach(), [(0, n) for n in x.shape]
     shape, offset = compute_local_shape_and_global_offset(x.shape, x.device_mesh, x.placements)
-    return list(zip(offset, shape, strict=True))
+    return x.to_local().detach(), list(zip(offset, shape, strict=True))

@@ -1,4 +1,4 @@
-"""Weights in the format of the Hugging Face Hub: read when a run starts, written from a saved step."""
+"""Models in Hugging Face's format: runs start with their weights, and saved steps are exported."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,19 +38,19 @@ from torchtitan_lite.training.outputs import free_folder
 
 _MODEL = "model."
 HUB = "hf"
-"""Folder in a run's folder: the model of its last step, for Hugging Face."""
+"""Folder in the run's folder: the model of the last step, in Hugging Face's format."""
 TOKENIZER = "tokenizer"
-"""Folder in a run's folder, or beside imported steps: the files of the tokenizer."""
+"""Folder with the tokenizer's files, in the run's folder or beside imported steps."""
 SOURCE = "hf_source.json"
-"""File in a run's folder: the step and the precision of the model in `HUB`."""
+"""File in the run's folder: which step the folder `HUB` is from, and its precision."""
 _MOST_LINES = 5
-"""How many tensors a message names at most."""
+"""The most tensors that an error names."""
 
 
 def check(folder: Path, config: DecoderConfig, ranks: World, key: str) -> None:
-    """Raise ConfigError, the same on all ranks, unless `folder` holds a whole model of `config`.
+    """Raise ConfigError on all ranks unless `folder` holds a whole model with this `config`.
 
-    The error names `key` if tensors are missing, too many or of other shapes, or if a file is damaged.
+    The error is about `key` if a tensor is missing, unknown or of another shape, or if a file is damaged.
     """
 
     def check_here() -> None:
@@ -68,7 +68,7 @@ def check(folder: Path, config: DecoderConfig, ranks: World, key: str) -> None:
 def load_weights(
     folder: Path, config: DecoderConfig, pieces: Mapping[str, Piece], ranks: World, key: str
 ) -> None:
-    """Load `pieces` of a model, by our names, from the safetensors in `folder`, and read no other bytes.
+    """Load `pieces`, which have our names, from the safetensors in `folder`. No other bytes are read.
 
     Raises ConfigError as `check` does.
     """
@@ -82,31 +82,31 @@ def load_weights(
 
 @contextmanager
 def _opened(folder: Path, config: DecoderConfig, key: str) -> Iterator[Weights]:
-    """The weights in `folder`, which must be those of a model of `config`.
+    """Open the weights in `folder` and compare their names and shapes with `config`.
 
-    Raises ConfigError about `key` for other weights, and for damage that is found while they are open.
+    Raises ConfigError about `key` if they differ, and if the block finds damage.
     """
     table = config.parameters
     shapes = {table.hub_name(name): shape for name, shape in config.shapes.items()}
-    # Some folders store a tied head a second time.
+    # Some folders store the tensor of a tied head twice.
     head, embedding = table.of_group("head").hub, table.of_group("embedding").hub
     ignored = [head] if head and head not in shapes else []
     try:
-        with Weights(folder) as weights:
-            if lines := weights.differences(shapes, ignored):
-                more = [f"and {len(lines) - _MOST_LINES} more"] if len(lines) > _MOST_LINES else []
-                raise Damaged("; ".join([*lines[:_MOST_LINES], *more]))
-            for name in ignored:
-                if name in weights.places and embedding and not weights.are_equal(name, embedding):
-                    raise Damaged(f"{name} is not {embedding}, and config.json says that they are one")
-            yield weights
+        weights = Weights(folder)
+        if lines := weights.differences(shapes, ignored):
+            more = [f"and {len(lines) - _MOST_LINES} more"] if len(lines) > _MOST_LINES else []
+            raise Damaged("; ".join([*lines[:_MOST_LINES], *more]))
+        for name in ignored:
+            if name in weights.places and embedding and not weights.are_equal(name, embedding):
+                raise Damaged(f"{name} is not {embedding}, and config.json says that they are one")
+        yield weights
     except Damaged as damage:
         rule, remedy = f"cannot be loaded: {damage}", "copy the model again, or choose the one that it is"
         raise ConfigError([Problem(key, str(folder), rule, remedy)]) from None
 
 
 def tokenizer_fingerprint(folder: Path) -> str | None:
-    """The fingerprint of the tokenizer in `folder`; None if there is no usable tokenizer."""
+    """Return the fingerprint of the tokenizer in `folder`; None if there is no usable tokenizer."""
     if not (folder / "tokenizer.json").is_file():
         return None
     with suppress(ConfigError):
@@ -114,37 +114,39 @@ def tokenizer_fingerprint(folder: Path) -> str | None:
     return None
 
 
-def identity_of(config: DecoderConfig) -> dict[str, Any]:
-    """The decoder as a step records it, by key: everything but the backend, which does not change numbers."""
+def record_of(config: DecoderConfig) -> dict[str, Any]:
+    """Return the decoder as a step records it: all fields but the backend, which does not change numbers."""
     fields = asdict(config)
     del fields["attention"]
     if config.architecture != DecoderConfig.architecture:
         fields["architecture"] = config.architecture
-    return flat({"model": json.loads(json.dumps(fields))})
+    return json.loads(json.dumps(fields))
 
 
 def decoder_of(identity: Mapping[str, Any]) -> DecoderConfig:
-    """The decoder that a step records, with the default backend: the inverse of `identity_of`.
+    """Return the decoder of the run with this identity, with the default backend.
 
     Raises Damaged if the record is wrong, and ConfigError if no family here has this architecture.
     """
-    recorded = {key: value for key, value in identity.items() if key.startswith(_MODEL)}
-    values = _nested(recorded).get("model", {})
-    architecture = values.pop("architecture", DecoderConfig.architecture)
+    record = identity.get("model")
+    if not isinstance(record, dict):
+        raise _wrong_record("it is no table")
+    architecture = record.get("architecture", DecoderConfig.architecture)
     if not isinstance(architecture, str):
-        raise _wrong_record(f"model.architecture: {architecture!r}")
+        raise _wrong_record(f"architecture: {architecture!r}")
     if (cls := config_class(architecture)) is None:
         rule, remedy = "is of no model family here", "name the plugin that has it with --plugins"
         raise ConfigError([Problem("model.architecture", architecture, rule, remedy)])
+    fields = {key: value for key, value in record.items() if key != "architecture"}
     # A list, because pydantic takes no ConfigDict for a dataclass itself. Pydantic does not know the backend.
     one: Any = GenericAlias(list, (cls,))
     adapter = TypeAdapter[list[DecoderConfig]](one, config=ConfigDict(arbitrary_types_allowed=True))
     try:
-        (config,) = adapter.validate_json(json.dumps([values]), strict=True)
+        (config,) = adapter.validate_json(json.dumps([fields]), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         raise _wrong_record(f"{'.'.join(map(str, first['loc'][1:]))}: {first['msg']}") from None
-    if differing := identity_of(config).keys() ^ recorded.keys():
+    if differing := flat(record_of(config)).keys() ^ flat(record).keys():
         raise _wrong_record(f"{min(differing)} is missing or unknown")
     if problems := config.problems("model"):
         raise _wrong_record(problems[0])
@@ -153,18 +155,6 @@ def decoder_of(identity: Mapping[str, Any]) -> DecoderConfig:
 
 def _wrong_record(why: object) -> Damaged:
     return Damaged(f"its record of the model is wrong ({why})")
-
-
-def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested tables of values that are given by dotted key."""
-    tables: dict[str, Any] = {}
-    for key, value in flat.items():
-        *parents, name = key.split(".")
-        table = tables
-        for parent in parents:
-            table = table.setdefault(parent, {})
-        table[name] = value
-    return tables
 
 
 def check_vocabulary(tokenizer: Tokenizer, config: DecoderConfig, key: str, value: str) -> None:
@@ -181,21 +171,22 @@ def export(
     dtype: torch.dtype,
     key: str = "dtype",
 ) -> None:
-    """Write the model of a verified step to a new folder `out`, which transformers, vLLM and others load.
+    """Write the model of a verified step to a new folder `out`, for transformers, vLLM and other programs.
 
-    The folder holds safetensors with their index, config.json, generation_config.json and the tokenizer. It
-    appears when all files are complete. Raises OSError if the folder exists or cannot be written, and
-    ConfigError if transformers has no such model, or, about `key`, if `dtype` cannot hold a weight.
+    The folder holds safetensors with their index, config.json, generation_config.json and the tokenizer. The
+    folder appears when all files are complete. Raises OSError if `out` exists or cannot be written. Raises
+    ConfigError if transformers has no such model, and, about `key`, if `dtype` cannot hold a weight.
     """
     config = decoder_of(found.state.identity)
     if problems := export_problems(config, "model"):
         raise ConfigError(problems)
-    stored = {name.removeprefix(_MODEL): x for name, x in found.index.items() if name.startswith(_MODEL)}
-    names = {theirs: name for theirs, name in hub_names(config.rows).items() if name in stored}
+    stored = found.index
+    names = {theirs: _MODEL + name for theirs, name in hub_names(config.rows).items()}
+    names = {theirs: name for theirs, name in sorted(names.items()) if name in stored}
 
     def read(some: Sequence[str]) -> dict[str, Tensor]:
         pieces = {name: _whole(stored[names[name]].shape, stored[names[name]].dtype) for name in some}
-        read_tensors(found.folder, {_MODEL + names[name]: x for name, x in pieces.items()}, found.index)
+        read_tensors(found.folder, {names[name]: piece for name, piece in pieces.items()}, stored)
         for name, piece in pieces.items():
             _check_range(piece.local, name, dtype, key)
         return {name: piece.local for name, piece in pieces.items()}
@@ -206,14 +197,14 @@ def export(
     if len(tokenizer.stop_ids) > 1:
         generation["eos_token_id"] = list(tokenizer.stop_ids)
     with new_folder(out) as folder:
-        write_weights(folder, {name: stored[names[name]].shape for name in sorted(names)}, dtype, read)
+        write_weights(folder, {theirs: stored[name].shape for theirs, name in names.items()}, dtype, read)
         tokenizer.save(folder)
         for file, content in ((CONFIG, described), ("generation_config.json", generation)):
             (folder / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _whole(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Piece:
-    """Room for a whole tensor."""
+    """Return a piece that is a whole new tensor, without values."""
     shape = torch.Size(shape)
     return Piece(local=torch.empty(shape, dtype=dtype), shape=shape, offsets=torch.Size([0] * len(shape)))
 
@@ -231,7 +222,7 @@ def _name_of(dtype: torch.dtype) -> str:
 
 
 def export_last(folder: Path, checkpoint: CheckpointConfig, step: int, tokenizer: Tokenizer) -> None:
-    """Write the model of the last step of the run in `folder` to `hf` in it, unless that is done already."""
+    """Export the last step of the run in `folder` to its folder `hf`, unless that is done already."""
     out, dtype = folder / HUB, checkpoint.export_dtype
     found = verify(Steps(folder / checkpoint.folder).path(step), World())
     source = {"step": step, "manifest": fingerprint(asdict(found.manifest)), "dtype": dtype}
@@ -245,9 +236,9 @@ def export_last(folder: Path, checkpoint: CheckpointConfig, step: int, tokenizer
 
 
 def import_(folder: Path, out: Path, tokenizer: Tokenizer | None) -> None:
-    """Write the Hugging Face model in `folder` as step 0 in a new folder `out`, to start runs with.
+    """Write the Hugging Face model in `folder` as step 0 in a new folder `out`. New runs can start with it.
 
-    Raises ConfigError if this decoder cannot be that model, or if a file is damaged.
+    Raises ConfigError if our decoder cannot compute this model, or if a file is damaged.
     """
     config, problems = read_config(folder)
     if config is None or problems:
@@ -256,7 +247,7 @@ def import_(folder: Path, out: Path, tokenizer: Tokenizer | None) -> None:
         check_vocabulary(tokenizer, config, "PATH", str(folder))
     pieces = {name: _whole(shape) for name, shape in config.shapes.items()}
     load_weights(folder, config, pieces, World(), "PATH")
-    identity = identity_of(config)
+    identity: dict[str, Any] = {"model": record_of(config)}
     if tokenizer is not None:
         identity["data.tokenizer_fingerprint"] = tokenizer.fingerprint
     state = State(
@@ -270,7 +261,6 @@ def import_(folder: Path, out: Path, tokenizer: Tokenizer | None) -> None:
         config={},
     )
     snapshot = Snapshot(
-        step=0,
         pieces={_MODEL + name: piece for name, piece in pieces.items()},
         state=state,
         made={"imported_from": str(folder)},

@@ -103,7 +103,7 @@ def _outcome(path: Path) -> object:
 class Lines:
     """Appends JSON objects to a file, one per line.
 
-    If a write fails, for example on a full disk, one warning says so and the run goes on.
+    If a write fails, for example on a full disk, one warning says so and the run continues.
     """
 
     def __init__(self, path: Path) -> None:

@@ -22,14 +22,12 @@ from torchtitan_lite.data import Shards, Tokenizer
 from torchtitan_lite.launch.background import patiently
 from torchtitan_lite.launch.world import World
 from torchtitan_lite.models.decoder import DecoderConfig
-from torchtitan_lite.parallel.fsdp import local_shard, shard_box
+from torchtitan_lite.parallel.fsdp import own_shard
 from torchtitan_lite.training import hub
 
 INITIAL = "checkpoint.initial_load_path"
 _ORDER = ("data.fingerprint", "debug.seed", "training.seq_len")
 """The values of a run's identity that decide the order of the samples."""
-_MEANING = ("model.", "data.tokenizer_fingerprint")
-"""The values of a run's identity that give the weights their meaning, by prefix."""
 _NOT_NOTED = ("job.", "checkpoint.", "metrics.", "debug.log_sample_ids")
 """Settings whose changes are not reported, by prefix."""
 
@@ -37,10 +35,10 @@ _NOT_NOTED = ("job.", "checkpoint.", "metrics.", "debug.log_sample_ids")
 def find_start(
     job: JobConfig, folder: Path, world: World, alive: Callable[[], None]
 ) -> tuple[Found | None, Found | Path | None]:
-    """Return the verified step that the run in `folder` goes on from, and what a new run starts with.
+    """Return the verified step that the run in `folder` resumes from, and the weights of a new run.
 
-    At most one of the two is not None. A new run starts with the weights of a verified step or of the folder
-    of a Hugging Face model. Raises ConfigError on all ranks if none is good, or if no step can be saved.
+    At most one of the two is not None. The weights are a verified step or the folder of a Hugging Face
+    model. Raises ConfigError on all ranks if none is good, or if no step can be saved.
     """
     checkpoint, ranks = job.checkpoint, world.saving
     if checkpoint.enable:
@@ -67,7 +65,7 @@ class Record:
         accumulation = training.accumulation(self.degrees.data)
         self.identity: dict[str, Any] = _as_json(
             {
-                **hub.identity_of(job.decoder),
+                "model": hub.record_of(job.decoder),
                 "data.fingerprint": shards.folder.name,
                 "data.tokenizer_fingerprint": tokenizer.fingerprint,
                 "debug.seed": job.debug.seed,
@@ -75,14 +73,14 @@ class Record:
                 "training.global_batch_size": training.local_batch_size * accumulation * self.degrees.data,
             }
         )
-        """The values that make it the same run, by dotted key."""
+        """See `State.identity`."""
         self.config: dict[str, Any] = _as_json(asdict(job))
         schedule, steps = job.lr_scheduler, training.steps
         resolved = {"total_steps": schedule.total(steps), "warmup_steps": schedule.warmup(steps)}
         self.schedule: dict[str, Any] = {**asdict(schedule), **resolved}
 
     def check(self, found: Found) -> list[str]:
-        """Return lines about going on from a step; raises ConfigError if the step is of another run."""
+        """Return lines to print about the step to resume from; raises ConfigError if it is of another run."""
         state = found.state
         allow = self.job.checkpoint.allow_changes
         if state.model_only and state.step < self.job.training.steps:
@@ -100,11 +98,9 @@ class Record:
         noted = changed(state.config, self.config, but=_NOT_NOTED)
         noted |= changed(_resolved(state.schedule), _resolved(self.schedule))
         n_ranks = flat(found.manifest.made).get("mesh.ranks")
-        where = (
-            ""
-            if n_ranks == self.n_ranks
-            else f", which {n_ranks} {'rank' if n_ranks == 1 else 'ranks'} saved"
-        )
+        where = ""
+        if n_ranks != self.n_ranks:
+            where = f", which {n_ranks} {'rank' if n_ranks == 1 else 'ranks'} saved"
         if self.job.checkpoint.load_step >= 0:
             where += ", as checkpoint.load_step says: without it, from the newest"
         lines = [
@@ -118,15 +114,13 @@ class Record:
         return [printable(line) for line in lines]
 
     def check_initial(self, found: Found | Path) -> list[str]:
-        """Return lines about starting with these weights; raises ConfigError as `check` does."""
+        """Return lines to print about the weights of a new run; raises ConfigError as `check` does."""
         if isinstance(found, Path):
             return [printable(f"starts with the weights of {found}"), *self._check_tokenizer_of(found)]
-        keys = [key for key in {**found.state.identity, **self.identity} if key.startswith(_MEANING)]
-        saved, own = (
-            {key: x[key] for key in keys if key in x} for x in (found.state.identity, self.identity)
-        )
-        if "data.tokenizer_fingerprint" not in saved:  # imported without a tokenizer
-            own.pop("data.tokenizer_fingerprint", None)
+        identity = found.state.identity
+        # A step that was imported without a tokenizer has no fingerprint of one.
+        keys = ["model", *({"data.tokenizer_fingerprint"} & identity.keys())]
+        saved, own = ({key: values.get(key) for key in keys} for values in (identity, self.identity))
         others = check_same(saved, own, found.state.step, allow_changes=self.job.checkpoint.allow_changes)
         return [
             f"starts with the weights of {found.folder}",
@@ -152,13 +146,13 @@ class Record:
         parameters: Mapping[str, Tensor],
         optimizer: torch.optim.Optimizer,
         *,
-        step: int,
-        n_tokens_seen: int,
-        consumed_samples: int,
-        validated: int,
         is_done: bool,
+        **position: int,
     ) -> Snapshot:
-        """Return the snapshot of a step; if the run `is_done` and so configured, of the weights alone."""
+        """Return the snapshot of a step, with only the weights if the run `is_done` and so configured.
+
+        `position`: the step, n_tokens_seen, consumed_samples and validated of its `State`.
+        """
         config = self.job.checkpoint
         model_only = config.last_save_model_only and is_done
         if model_only:
@@ -171,25 +165,21 @@ class Record:
             # Before its first step an optimizer has no state, and it alone knows how its state begins.
             found = pieces(parameters, optimizer if optimizer.state else None)
         state = State(
-            step=step,
-            n_tokens_seen=n_tokens_seen,
-            consumed_samples=consumed_samples,
-            validated=validated,
+            **position,
             model_only=model_only,
             identity=self.identity,
             schedule=self.schedule,
             config=self.config,
         )
-        return Snapshot(step=step, pieces=found, state=state, made=self._made())
+        return Snapshot(pieces=found, state=state, made=self._made())
 
     def _made(self) -> dict[str, Any]:
-        model = {key: value for key, value in self.identity.items() if key.startswith("model.")}
         return {
             "torch": torch.__version__,
             "mesh": {"ranks": self.n_ranks, **asdict(self.degrees)},
             "fingerprints": {
                 "config": fingerprint(self.config),
-                "model": fingerprint(model),
+                "model": fingerprint(self.identity["model"]),
                 "tokenizer": self.identity["data.tokenizer_fingerprint"],
                 "data": self.identity["data.fingerprint"],
             },
@@ -227,8 +217,8 @@ def load_initial(
 
 def _piece(x: Tensor) -> Piece:
     """Return this rank's shard of a tensor as a piece of the whole tensor."""
-    offsets = torch.Size(start for start, _ in shard_box(x))
-    return Piece(local=local_shard(x), shape=x.shape, offsets=offsets)
+    local, box = own_shard(x)
+    return Piece(local=local, shape=x.shape, offsets=torch.Size(start for start, _ in box))
 
 
 def _as_json(value: Any) -> Any:

@@ -100,15 +100,15 @@ class TrainState:
                 raise ConfigError([Problem("optimizer.name", name, rule, remedy)])
 
     def snapshot(self, *, is_done: bool) -> Snapshot:
-        """The content of a checkpoint after the last step. `is_done`: the run is complete."""
+        """Return the content of a checkpoint after the last step. `is_done`: the run is complete."""
         return self.record.snapshot(
             self.parameters,
             self.optimizer,
+            is_done=is_done,
             step=self.step,
             n_tokens_seen=self.n_tokens_seen,
             consumed_samples=self.batches.consumed_samples,
             validated=self.validated,
-            is_done=is_done,
         )
 
 
