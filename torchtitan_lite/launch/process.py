@@ -16,7 +16,7 @@ _GC_THRESHOLDS = gc.get_threshold()
 @contextlib.contextmanager
 def starting() -> Iterator[None]:
     """Within it, Python collects garbage rarely, until `started`: during a start that saves half a second."""
-    gc.set_threshold(100_000, *_GC_THRESHOLDS[1:])
+    gc.set_threshold(100_000)
     try:
         yield
     finally:
@@ -27,6 +27,7 @@ def starting() -> Iterator[None]:
 def started() -> None:
     """Collect garbage as often as usual, but not among the objects that exist now: they stay."""
     gc.freeze()
+    gc.set_threshold(*_GC_THRESHOLDS)
     gc.set_threshold(*_GC_THRESHOLDS)
 
 
