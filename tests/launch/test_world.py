@@ -49,7 +49,7 @@ def test_without_a_launcher_a_run_is_one_rank_without_a_process_group(environmen
     assert [world.any(flag) for flag in (False, True)] == [False, True]
     assert world.saving is world
     assert world.gather(3) == [3] and world.together(lambda: 3) == 3
-    world.steady()
+    world.steady(1)
     leave()
 
 

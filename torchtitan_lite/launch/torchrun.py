@@ -11,7 +11,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.agent.server.api import RunResult
@@ -73,9 +73,9 @@ def outlive_the_store() -> None:
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
     from torch.distributed.elastic.rendezvous import RendezvousError
 
-    original = LocalElasticAgent._invoke_run
+    original: Any = LocalElasticAgent._invoke_run
 
-    def invoke_run(agent: LocalElasticAgent, *role: str) -> "RunResult":
+    def invoke_run(agent: Any, *role: str) -> "RunResult":
         try:
             return original(agent, *role)
         except RendezvousError:
@@ -84,7 +84,7 @@ def outlive_the_store() -> None:
             agent._stop_workers(agent._worker_group)
             return agent._monitor_workers(agent._worker_group)
 
-    LocalElasticAgent._invoke_run = invoke_run
+    LocalElasticAgent._invoke_run = invoke_run  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def launch(words: list[str]) -> int:
