@@ -56,10 +56,12 @@ class Launched:
 def holders_of(file: str) -> list[int]:
     """The processes that have a file open; `file` is its name in /proc."""
     found = set()
-    for link in Path("/proc").glob("[0-9]*/fd/[0-9]*"):
-        with contextlib.suppress(OSError):
-            if os.readlink(link) == file:
-                found.add(int(link.parts[2]))
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # the process has ended, or is another user's
+            for number in os.listdir(process / "fd"):
+                with contextlib.suppress(OSError):
+                    if os.readlink(process / "fd" / number) == file:
+                        found.add(int(process.name))
     return sorted(found)
 
 

@@ -11,6 +11,7 @@ from launch import DEEP
 from programs import PIPE, Program
 
 from torchtitan_lite.launch import watch
+from torchtitan_lite.launch.world import World
 
 PROGRAM = """\
 import ctypes, os, signal, sys, threading, time
@@ -19,6 +20,7 @@ from torchtitan_lite.launch import watch as module
 from torchtitan_lite.launch.end import End, signalled
 from torchtitan_lite.launch.signals import StopRequest
 from torchtitan_lite.launch.watch import Watch
+from torchtitan_lite.launch.world import World
 
 module._SILENCE, module._GRACE = 1.5, 2.0
 rank, size, port = map(int, sys.argv[1:])
@@ -27,9 +29,8 @@ store = dist.TCPStore("127.0.0.1", port, is_master=False)
 def told(end):
     os.write(1, f"{{end.status}} {{end.outcome}}\\n".encode())
 
-watch = Watch(
-    store, rank=rank, size=size, seconds=60, launcher=os.getppid(), on_end=lambda end: told(end)
-)
+world = World(rank=rank, size=size, store=store)
+watch = Watch(world, seconds=60, launcher=os.getppid(), on_end=lambda end: told(end))
 request = StopRequest(
     is_first=rank == 0,
     launched=True,
@@ -218,7 +219,7 @@ def test_a_healthy_run_sends_the_store_one_request(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(watch, "PrefixStore", lambda prefix, own: own)
     monkeypatch.setattr(watch, "_TICK", 0.001)
     monkeypatch.setattr(watch.Watch, "_is_orphan", property(lambda own: looks.append(time.monotonic())))
-    own = watch.Watch(store, rank=0, size=1, seconds=60, launcher=0)
+    own = watch.Watch(World(store=store), seconds=60, launcher=0)
     own.start()
     while len(looks) < 100:
         own.alive(60)

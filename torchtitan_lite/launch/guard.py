@@ -32,15 +32,8 @@ class Guard:
         self._world, self._comm, self._saves, self._on_end = world, comm, saves, on_end
         self._watch: Watch | None = None
         if world.size > 1:
-            assert world.store is not None
-            self._watch = Watch(
-                world.store,
-                rank=world.rank,
-                size=world.size,
-                seconds=comm.init_timeout_seconds,
-                launcher=launcher,
-                on_end=on_end,
-            )
+            seconds = comm.init_timeout_seconds
+            self._watch = Watch(world, seconds=seconds, launcher=launcher, on_end=on_end)
         watch = self._watch
         self.stop = StopRequest(
             is_first=world.is_first,
@@ -55,8 +48,7 @@ class Guard:
         """Report progress of the main thread."""
         if self._watch:
             comm = self._comm
-            steady = self.is_steady()
-            self._watch.alive(comm.train_timeout_seconds if steady else comm.init_timeout_seconds)
+            self._watch.alive(comm.train_timeout_seconds if self.is_steady() else comm.init_timeout_seconds)
 
     def __enter__(self) -> Self:
         self.stop.install(saves=self._saves)

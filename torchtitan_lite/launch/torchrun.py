@@ -87,19 +87,23 @@ def outlive_the_store() -> None:
     LocalElasticAgent._invoke_run = invoke_run  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def launch(words: list[str]) -> int:
-    """Run torchrun with `words`, and return the exit status."""
-    # Not at the top: the signals are handled before this slow import.
+def main(argv: Sequence[str]) -> int:
+    """Handle the signals, run torchrun with `argv`, and return the exit status."""
+    pass_on, words = PassOn(), list(argv)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, pass_on)
+
+    # Not at the top of the file: the signals are handled before this slow import.
+    from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import main
 
     if why := refusal(words):
         print(why, file=sys.stderr)
         return 2
     outlive_the_store()
     try:
-        main(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *words])
+        torchrun.main(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *words])
     except ChildFailedError as error:
         statuses = [failure.exitcode for failure in error.failures.values()]
         if SAVED in statuses:
@@ -110,14 +114,6 @@ def launch(words: list[str]) -> int:
     except SignalException as error:
         return 128 + error.sigval
     return 0
-
-
-def main(argv: Sequence[str]) -> int:
-    """Handle the signals, run torchrun with `argv`, and return the exit status."""
-    pass_on = PassOn()
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, pass_on)
-    return launch(list(argv))
 
 
 if __name__ == "__main__":

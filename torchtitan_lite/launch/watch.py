@@ -28,6 +28,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from torchtitan_lite.launch.cause import Answer, collectives, find_cause, is_settled
 from torchtitan_lite.launch.end import End, say, signalled, tell_launcher
+from torchtitan_lite.launch.world import World
 
 _TICK = 0.5
 """Seconds between two looks at the main thread and the launcher."""
@@ -50,7 +51,7 @@ class Watch:
     """One rank's watch over its own main thread and over the other ranks, from `start` to `stop`.
 
     Args:
-        store: where the ranks met.
+        world: the ranks, with the store where they met.
         seconds: how long the main thread may take until it calls `alive`.
         launcher: the process that started this one.
         on_end: called on rank 0, or for a dead rank 0 on the announcing rank, with the end of the run.
@@ -58,17 +59,15 @@ class Watch:
 
     def __init__(
         self,
-        store: Store,
+        world: World,
         *,
-        rank: int,
-        size: int,
         seconds: float,
         launcher: int,
         on_end: Callable[[End], None] = lambda end: None,
     ) -> None:
-        self.rank, self.size, self.on_end = rank, size, on_end
+        self.rank, self.size, self.on_end = world.rank, world.size, on_end
         self._launcher = launcher
-        self._store, self._waiting = _connect(store), _connect(store)
+        self._store, self._waiting = _connect(world), _connect(world)
         self.alive(seconds)
         self._signal, self._must_end_at = int(signal.SIGTERM), math.inf
         self._ending = threading.Lock()
@@ -227,9 +226,10 @@ class Watch:
         return End(rank=self.rank, message=message, words=words, reason="none")
 
 
-def _connect(store: Store) -> Store:
+def _connect(world: World) -> Store:
     """A connection of its own to the store: a request keeps a connection busy until it is answered."""
-    own = store.clone()  # pyright: ignore[reportAttributeAccessIssue]
+    assert world.store is not None
+    own = world.store.clone()  # pyright: ignore[reportAttributeAccessIssue]
     own.set_timeout(timedelta(seconds=_GRACE))
     return PrefixStore("watch", own)
 
