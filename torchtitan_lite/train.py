@@ -24,7 +24,6 @@ _LAUNCHER = os.getppid()
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m torchtitan_lite.train") -> int:
     """Train as the command line `argv` says, and return the exit status."""
-    from torchtitan_lite.launch.end import status_of
     from torchtitan_lite.launch.process import starting
 
     words = sys.argv[1:] if argv is None else argv
@@ -32,6 +31,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m torchtitan_li
         try:
             return run(words, prog)
         except BaseException as error:  # noqa: BLE001 - raised again unless it is an end that a line explains
+            from torchtitan_lite.launch.end import status_of
+
             status = status_of(error)
             if "--dry-run" not in words:
                 _write_refusal(error)

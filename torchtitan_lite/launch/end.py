@@ -1,4 +1,7 @@
-"""How a run ends before it is done: the exit status, the outcome in exit.json, and what is printed."""
+"""How a run ends before it is done: the exit status, the outcome in exit.json, and what is printed.
+
+Imports no torch: train.main also reports an interrupt that arrives while torch is imported.
+"""
 
 import contextlib
 import json
@@ -11,7 +14,6 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from torchtitan_lite.config.load import ConfigError
-from torchtitan_lite.launch.world import OnAnotherRank
 
 
 class RunError(Exception):
@@ -19,6 +21,10 @@ class RunError(Exception):
 
     outcome: ClassVar[str] = "failed"
     """What exit.json says of the run."""
+
+
+class OnAnotherRank(RuntimeError):
+    """Another rank raised an error; the message says which rank and which error."""
 
 
 @dataclass(frozen=True, kw_only=True)

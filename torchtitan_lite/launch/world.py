@@ -15,6 +15,7 @@ from torch.distributed.distributed_c10d import ProcessGroup, Store
 from torch.distributed.rendezvous import rendezvous
 
 from torchtitan_lite.config.load import MISSING, ConfigError, Problem
+from torchtitan_lite.launch.end import OnAnotherRank
 
 T = TypeVar("T")
 
@@ -39,10 +40,6 @@ class CommConfig:
 
 class SameOnAllRanks(Exception):
     """An error that `World.together` raises unchanged on every rank, as it does with ConfigError."""
-
-
-class OnAnotherRank(RuntimeError):
-    """Another rank raised an error; the message says which rank and which error."""
 
 
 @dataclass(frozen=True, kw_only=True)
