@@ -55,14 +55,19 @@ class Launched:
 
 def holders_of(file: str) -> list[int]:
     """The processes that have a file open; `file` is its name in /proc."""
+    return sorted(
+        pid for pid in map(int, filter(str.isdecimal, os.listdir("/proc"))) if file in _open_files(pid)
+    )
+
+
+def _open_files(pid: int) -> set[str]:
+    """The files that a process has open; none if it has ended."""
     found = set()
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # the process has ended, or is another user's
-            for number in os.listdir(process / "fd"):
-                with contextlib.suppress(OSError):
-                    if os.readlink(process / "fd" / number) == file:
-                        found.add(int(process.name))
-    return sorted(found)
+    with contextlib.suppress(OSError):
+        for link in os.scandir(f"/proc/{pid}/fd"):
+            with contextlib.suppress(OSError):  # closed meanwhile
+                found.add(os.readlink(link))
+    return found
 
 
 @contextmanager
