@@ -29,7 +29,8 @@ from torchtitan_lite.checkpoint.state import State
 from torchtitan_lite.checkpoint.steps import Steps
 from torchtitan_lite.checkpoint.tensors import Piece, differences, read_index, read_tensors, write_tensors
 from torchtitan_lite.config.load import ConfigError
-from torchtitan_lite.launch.world import OnAnotherRank, World
+from torchtitan_lite.launch.end import OnAnotherRank
+from torchtitan_lite.launch.world import World
 
 ROOT = Path(__file__).parents[1]
 SMALL = {

@@ -1,4 +1,4 @@
-"""Several ranks, as a user starts them: the same numbers as one, and one set of files."""
+"""Training with torchrun on several ranks gives the numbers of one rank, and one set of files."""
 
 import json
 import sys
@@ -10,7 +10,7 @@ from launch import SCRIPT, launched, launched_on_two_nodes
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 
-# As many samples on one rank as on two.
+# The same number of samples in each step on one rank and on two.
 SAME = ("--training.global-batch-size", 8, "--validation.enable", "--validation.steps", -1)
 
 
@@ -19,12 +19,13 @@ def lines(folder: Path) -> list[dict]:
 
 
 def numbers(folder: Path) -> list[float]:
-    """What must not depend on the number of ranks, step by step."""
+    """The logged numbers that must not depend on the number of ranks, in order."""
     names = ("step", "loss", "grad_norm", "lr", "n_tokens_seen", "validation_loss")
     return [line[name] for line in lines(folder) for name in names if name in line]
 
 
 def check(out: list[str], folder: Path, alone: Path) -> None:
+    """Check the output and the files of a run against the run on one rank in `alone`."""
     assert numbers(folder) == pytest.approx(numbers(alone), rel=1e-5)
     assert json.loads((folder / "exit.json").read_text())["outcome"] == "done"
     assert tomli.loads((folder / "config.toml").read_text())["training"]["global_batch_size"] == 8
@@ -36,7 +37,7 @@ def check(out: list[str], folder: Path, alone: Path) -> None:
 
 @pytest.fixture
 def alone(run, small_run, tmp_path: Path) -> Path:
-    """The folder of the same run on one rank."""
+    """The folder of a finished run on one rank."""
     folder = tmp_path / "alone"
     done = run(SCRIPT, *small_run, *SAME, "--job.dump-folder", folder)
     assert done.returncode == 0, done.stderr
@@ -72,7 +73,7 @@ def test_two_ranks_and_two_nodes_train_like_one_rank(alone: Path, small_run, tmp
     assert {path.name for path in folder.iterdir()} == {"config.toml", "exit.json", "lock", "metrics.jsonl"}
 
 
-def test_input_that_is_wrong_on_all_ranks_is_a_line_once(small_run, tmp_path: Path) -> None:
+def test_wrong_input_is_reported_in_one_line_although_every_rank_finds_it(small_run, tmp_path: Path) -> None:
     words = ("--parallelism.data-parallel-shard-degree", 3)
     with launched(tmp_path, SCRIPT, *small_run, *words) as run:
         assert run.wait() == 1
@@ -82,7 +83,7 @@ def test_input_that_is_wrong_on_all_ranks_is_a_line_once(small_run, tmp_path: Pa
     assert json.loads((tmp_path / "run" / "exit.json").read_text())["message"] == line
 
 
-def test_a_folder_that_rank_0_cannot_make_ends_all_ranks(small_run, tmp_path: Path) -> None:
+def test_all_ranks_end_with_status_2_if_rank_0_cannot_make_the_folder(small_run, tmp_path: Path) -> None:
     with launched(tmp_path, SCRIPT, *small_run, "--job.dump-folder", "/proc/here") as run:
         assert run.wait() == 1
         assert run.left() == []

@@ -20,7 +20,7 @@ from torchtitan_lite.launch.world import World, join
 def world(machines: int = 1) -> World:
     """The World of this rank, with the ranks split over `machines`."""
     rank, size = dist.get_rank(), dist.get_world_size()
-    return World(rank=rank, local_rank=rank % (size // machines), size=size, train_seconds=1)
+    return World(rank=rank, local_rank=rank % (size // machines), size=size)
 
 
 def total() -> list[float]:
@@ -65,7 +65,7 @@ def seconds_of_a_wait() -> list[float]:
     """The seconds that rank 0 of a steady run waits in each of its groups for a rank that does not come."""
     here = world()
     groups = [dist.group.WORLD, dist.new_group(timeout=timedelta(seconds=1000))]
-    here.steady()
+    here.steady(1)
     store = dist.distributed_c10d._get_default_store()
     if not here.is_first:
         store.wait(["waited"])  # stay alive: the end of this rank would end the wait
@@ -90,7 +90,7 @@ def any_flag(flags: list[bool]) -> bool:
 def waits_of_a_joined_run(port: int) -> list[float]:
     """The seconds that rank 0 of a steady run waits for a rank: late to save, then never coming."""
     here = joined(port)
-    here.steady()
+    here.steady(1)
     assert here.store is not None
     if not here.is_first:
         here.store.wait(["saving"])
@@ -116,7 +116,7 @@ def joined(port: int) -> World:
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
     variables = {key: str(value) for key, value in {**numbers, "MASTER_PORT": port}.items()}
     with mock.patch.dict(os.environ, variables, MASTER_ADDR="127.0.0.1"):
-        return join("cpu", init_seconds=1000, train_seconds=1)
+        return join("cpu", init_seconds=1000)
 
 
 def counts_of_a_mesh(hanging: int) -> dict[str, int]:

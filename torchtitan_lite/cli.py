@@ -38,12 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         from torchtitan_lite.inference.commands import run
 
         return run(command, rest)
+    if command in LISTINGS and rest[:1] in ([], ["--plugins"]):
+        return _list(LISTINGS[command], rest[1:])
     if command in ("-h", "--help"):
         print(USAGE, end="")
         return 0
-    listings = {"models": models, "attention": attention}
-    if command in listings and rest[:1] in ([], ["--plugins"]):
-        return _list(listings[command], rest[1:])
     print(_refusal(command, rest), file=sys.stderr)
     return 2
 
@@ -53,15 +52,15 @@ def _list(listing: Callable[[], list[str]], plugins: Sequence[str]) -> int:
     # Ours are registered first, so that a plugin with one of their names is the one that is refused.
     from torchtitan_lite.config import job  # noqa: F401
     from torchtitan_lite.config.load import ConfigError
+    from torchtitan_lite.launch.end import status_of
     from torchtitan_lite.registry import import_plugins
 
     try:
         if problems := import_plugins(plugins, [], "plugins"):
             raise ConfigError(problems)
-        print("\n".join(listing()))
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
+        print("\n".join(listing()), flush=True)
+    except BaseException as error:  # noqa: BLE001 - raised again unless it is an end that a line explains
+        return status_of(error)
     return 0
 
 
@@ -117,16 +116,16 @@ def _aligned(rows: Iterable[tuple[str, ...]], left: int) -> list[str]:
 def _refusal(command: str, rest: Sequence[str]) -> str:
     from torchtitan_lite.config.load import near
 
-    commands = ("train", "launch", *TRAINED, "models", "attention")
-    if command in ("models", "attention"):
+    if command in LISTINGS:
         return f"torchtitan-lite {command} takes no option but --plugins: leave out {' '.join(rest)}"
-    if command in commands:
-        return f"torchtitan-lite {command} takes no options: leave out {' '.join(rest)}"
-    return (
-        f"torchtitan-lite {command} is not a command: {near(command, commands)}"
-        if command
-        else USAGE.rstrip()
-    )
+    if command:
+        commands = ("train", "launch", *TRAINED, *LISTINGS)
+        return f"torchtitan-lite {command} is not a command: {near(command, commands)}"
+    return USAGE.rstrip()
+
+
+LISTINGS = {"models": models, "attention": attention}
+"""The commands that print a list."""
 
 
 def program() -> NoReturn:

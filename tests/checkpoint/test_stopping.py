@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1 in real processes, at any moment: one agreed step, saved, status 75, nobody left."""
+"""A stop signal in any phase of a run: the ranks agree on a step, save it, and end with status 75."""
 
 import signal
 import sys
@@ -16,7 +16,7 @@ from torchtitan_lite.launch.world import World
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 
-# Acts on some ranks in one phase of a run, once, before what the run does there itself.
+# Runs `action` once on the given ranks: before the function that stands for `phase`.
 DRIVER = """\
 import os, signal, sys, time
 from torchtitan_lite import train
@@ -74,7 +74,7 @@ if __name__ == "__main__":
 """
 TERM, USR1 = int(signal.SIGTERM), int(signal.SIGUSR1)
 PHASES = {"data": 0, "model": 0, "first step": 1, "step": 3, "validation": 3, "save": 2}
-"""Where a request comes in, and the step that is saved."""
+"""The phases in which a signal arrives, and the step that the run then saves."""
 SAVES = (
     *("--checkpoint.enable", "--checkpoint.interval", "2"),
     *("--training.global-batch-size", "8", "--lr-scheduler.total-steps", "5"),
@@ -85,18 +85,18 @@ SAVES = (
 def drive(
     folder: Path, phase: str, action: str, small_run: list[str], ranks: tuple[int, ...]
 ) -> list[object]:
-    """The words of a run that does `action` in a phase, on some `ranks`."""
+    """The command line of a run in which `ranks` do `action` in `phase`."""
     (folder / "driver.py").write_text(DRIVER.format(phase=phase, action=action, ranks=ranks))
     return ["driver.py", *small_run, *SAVES]
 
 
 def statuses(folder: Path) -> dict[str, str]:
-    """What the trainer came to on each rank, by itself."""
+    """The exit status that train.main returned on each rank."""
     return {path.name: path.read_text() for path in folder.glob("status-*")}
 
 
 def check_stopped(folder: Path, number: int, step: int, n_ranks: int) -> None:
-    """That all ranks have stopped after the same step, which is saved and good."""
+    """Check that all ranks stopped with status 75 after `step`, and that this step is saved and undamaged."""
     assert statuses(folder) == {f"status-{rank}": "75" for rank in range(n_ranks)}
     left = outcome(folder / "run")
     assert (left["status"], left["outcome"], left["step"]) == (75, "stopped", step)
@@ -113,7 +113,7 @@ def check_stopped(folder: Path, number: int, step: int, n_ranks: int) -> None:
 
 
 def check_goes_on(folder: Path, small_run: list[str]) -> None:
-    """That the next start, here on one rank, does the rest and no more."""
+    """Check that the next start, here on one rank, runs each step that is left exactly once."""
     assert main(*small_run, *SAVES, "--training.local-batch-size", 8) == 0
     found = [("loss" in line, line["step"]) for line in lines(folder / "run")]
     assert sorted(step for is_trained, step in found if is_trained) == [1, 2, 3, 4, 5]
@@ -139,7 +139,7 @@ SLOW = [("step", USR1, (1,)), *((phase, number, (0, 1)) for phase in PHASES for 
     ("phase", "number", "signalled"),
     [*FAST, *(pytest.param(*words, marks=pytest.mark.slow) for words in SLOW if words not in FAST)],
 )
-def test_two_ranks_stop_at_one_step_whoever_is_signalled(
+def test_two_ranks_save_the_same_step_whoever_is_signalled(
     phase: str, number: int, signalled: tuple[int, ...], small_run, tmp_path: Path
 ) -> None:
     with launched(tmp_path, *drive(tmp_path, phase, f"send({number})", small_run, signalled)) as run:
@@ -157,10 +157,10 @@ def name(number: int) -> str:
 
 
 @pytest.mark.parametrize("number", [USR1, pytest.param(TERM, marks=pytest.mark.slow)])
-def test_a_signal_to_the_launch_script_stops_both_with_its_status(
+def test_a_signal_to_the_launcher_stops_both_ranks_and_its_status_is_75(
     number: int, small_run, tmp_path: Path
 ) -> None:
-    # Rank 0 is at its third step, and the signal comes to it through the launcher.
+    # In its third step, rank 0 signals the launcher, which passes the signal on.
     words = drive(tmp_path, "step", f"os.kill(os.getppid(), {number}); wait_until_asked()", small_run, (0,))
     with launched(tmp_path, *words, program=("-m", "torchtitan_lite.cli", "launch")) as run:
         assert run.wait() == 75, run.err
@@ -186,7 +186,7 @@ Start = Callable[..., Alone]
 
 @pytest.fixture
 def start(tmp_path: Path, small_run) -> Iterator[Start]:
-    """`start("step", action, ...)` starts a run that does not outlive the test."""
+    """`start("step", action, ...)` starts a run and kills it at the end of the test."""
     started: list[Alone] = []
 
     def start(phase: str, action: str, *more: object) -> Alone:
@@ -212,7 +212,7 @@ def start(tmp_path: Path, small_run) -> Iterator[Start]:
         ),
     ],
 )
-def test_a_run_of_one_process_does_the_same(
+def test_a_run_of_one_process_saves_and_stops(
     phase: str, number: int, start: Start, small_run, tmp_path: Path
 ) -> None:
     status, out, err = start(phase, f"send({number})").end()
@@ -233,10 +233,10 @@ def test_a_run_of_one_process_does_the_same(
         ),
     ],
 )
-def test_what_the_run_has_started_goes_on_when_all_are_signalled(
+def test_a_signal_to_the_process_group_does_not_end_what_the_run_has_started(
     phase: str, more: tuple[object, ...], start: Start, tmp_path: Path
 ) -> None:
-    # As Kubernetes and some terminals do: the whole process group gets the signal.
+    # Kubernetes and some terminals signal the whole process group.
     status, _, err = start(phase, "os.killpg(0, signal.SIGTERM); wait_until_asked()", *more).end()
     assert status == 75, err
     assert "Traceback" not in err and "worker" not in err
@@ -244,10 +244,10 @@ def test_what_the_run_has_started_goes_on_when_all_are_signalled(
 
 
 @pytest.mark.parametrize(("second", "status"), [(TERM, 143), (USR1, 138)])
-def test_a_second_signal_ends_at_once_and_keeps_the_steps_before(
+def test_a_second_signal_ends_the_run_at_once_and_earlier_steps_stay(
     second: int, status: int, start: Start, small_run, tmp_path: Path
 ) -> None:
-    # While the fourth step is written: the second is there.
+    # The signals arrive while step 4 is written. Step 2 is published already.
     hold = f"send({TERM}, {second}); time.sleep(1000)"
     found, _, err = start("save", f"None\n    if step == 4:\n        {hold}").end()
     assert found == status, err
@@ -261,7 +261,7 @@ def test_a_second_signal_ends_at_once_and_keeps_the_steps_before(
     check_goes_on(tmp_path, small_run)
 
 
-def test_a_rank_that_is_killed_in_a_save_keeps_the_steps_before(small_run, tmp_path: Path) -> None:
+def test_a_rank_is_killed_while_it_saves_and_earlier_steps_stay(small_run, tmp_path: Path) -> None:
     kill = "None\n    if step == 4 and rank == 1:\n        os.kill(os.getpid(), signal.SIGKILL)"
     with launched(tmp_path, *drive(tmp_path, "save", kill, small_run, (0, 1))) as run:
         assert run.wait() == 1
@@ -274,7 +274,7 @@ def test_a_rank_that_is_killed_in_a_save_keeps_the_steps_before(small_run, tmp_p
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["disabled", "async"])
-def test_a_rank_that_is_killed_in_a_step_loses_the_steps_since_the_save(
+def test_a_rank_is_killed_in_a_step_and_the_run_goes_on_from_the_last_save(
     mode: str, small_run, tmp_path: Path
 ) -> None:
     kill = (

@@ -1,12 +1,13 @@
 """Which rank is named: by errors, and by the counts of process groups that overlap."""
 
 from collections.abc import Mapping
+from typing import Literal
 
 import pytest
 import world_cases as cases
 from ranks import RanksOf
 
-from torchtitan_lite.launch.cause import Answer, Met, find_cause, is_settled
+from torchtitan_lite.launch.cause import Answer, find_cause, is_settled
 from torchtitan_lite.launch.end import End
 
 # A mesh of 2 x 2: the groups of tensor parallel are 0, 1 and 2, 3; those of data parallel 0, 2 and 1, 3.
@@ -15,14 +16,15 @@ TP, DP = ("tp0", "tp0", "tp2", "tp2"), ("dp0", "dp1", "dp0", "dp1")
 
 def answer(
     rank: int,
-    met: Met = "nothing",
+    reason: Literal["error", "echo", "signal", "none"] = "none",
     *,
     late: bool = False,
     n: int = 0,
     counts: Mapping[str, int] | None = None,
 ) -> Answer:
     """The answer of a rank that has entered `n` collectives of one group, or as many as `counts` says."""
-    return Answer(end=End(rank=rank, message=""), met=met, is_late=late, counts=counts or {"all": n})
+    end = End(rank=rank, message="", reason=reason)
+    return Answer(end=end, is_late=late, counts=counts or {"all": n})
 
 
 def mesh(*counts: tuple[int, int]) -> list[Answer]:

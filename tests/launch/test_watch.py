@@ -1,4 +1,4 @@
-"""Signals and the watch together: which of them end a rank, how soon, and what is told of it."""
+"""Signals and the watch together: what ends a rank, how soon, and what the rank prints."""
 
 import signal
 import time
@@ -11,6 +11,7 @@ from launch import DEEP
 from programs import PIPE, Program
 
 from torchtitan_lite.launch import watch
+from torchtitan_lite.launch.world import World
 
 PROGRAM = """\
 import ctypes, os, signal, sys, threading, time
@@ -19,6 +20,7 @@ from torchtitan_lite.launch import watch as module
 from torchtitan_lite.launch.end import End, signalled
 from torchtitan_lite.launch.signals import StopRequest
 from torchtitan_lite.launch.watch import Watch
+from torchtitan_lite.launch.world import World
 
 module._SILENCE, module._GRACE = 1.5, 2.0
 rank, size, port = map(int, sys.argv[1:])
@@ -27,13 +29,12 @@ store = dist.TCPStore("127.0.0.1", port, is_master=False)
 def told(end):
     os.write(1, f"{{end.status}} {{end.outcome}}\\n".encode())
 
-watch = Watch(
-    store, rank=rank, size=size, seconds=60, launcher=os.getppid(), on_end=lambda end: told(end)
-)
+world = World(rank=rank, size=size, store=store)
+watch = Watch(world, seconds=60, launcher=os.getppid(), on_end=lambda end: told(end))
 request = StopRequest(
     is_first=rank == 0,
     launched=True,
-    on_second=lambda number: watch.end(signalled(rank, number), met="signal"),
+    on_second=lambda number: watch.end(signalled(rank, number)),
     on_ending=watch.hurry,
     is_ending=lambda: watch.is_ending,
 )
@@ -43,7 +44,7 @@ def tell():
     while not request.asked: time.sleep(0.01)
     print("asked", flush=True)
 
-if {is_deaf}:  # until it is deep in a library, too
+if {is_deaf}:  # so that no handler raises before the process is inside the library
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda *_: None)
 watch.start()
@@ -51,7 +52,7 @@ print("ready", flush=True)
 {after}
 """
 WAIT = "while not request.asked: time.sleep(0.01)\n"
-PATIENT = "module._GRACE = 1000.0\n"  # so that a rank to which it is given does not end within the test
+PATIENT = "module._GRACE = 1000.0\n"  # this rank ends for another reason than its grace
 FOREVER = "while True: time.sleep(0.1)"
 TELL = "threading.Thread(target=tell, daemon=True).start()\n"
 LEAVE = "request.done(); watch.stop(); sys.exit(75)"
@@ -59,7 +60,7 @@ ASKED = "asked to stop by SIGTERM: saves and stops as soon as it can\n"
 
 
 class Rank(Program):
-    """A process that is watched, and then does `after`."""
+    """A process with a watch and a StopRequest, which then runs the code `after`."""
 
     def __init__(self, after: str, rank: int, size: int, port: int, saves: bool) -> None:
         code = PROGRAM.format(after=after, saves=saves, is_deaf=DEEP in after)
@@ -78,7 +79,7 @@ class Rank(Program):
 
 @pytest.fixture
 def start() -> Iterator:
-    """`start(*afters)` starts a rank for each, none of which outlives the test."""
+    """`start(*afters)` starts a rank for each code, and kills them at the end of the test."""
     meet = dist.TCPStore  # pyright: ignore[reportPrivateImportUsage]
     store = meet("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     started: list[Rank] = []
@@ -96,7 +97,7 @@ def start() -> Iterator:
         rank.communicate()
 
 
-def test_a_request_to_stop_may_take_its_time(start) -> None:
+def test_a_rank_that_was_asked_to_stop_may_take_longer_than_the_grace(start) -> None:
     (rank,) = start(WAIT + "time.sleep(3);" + LEAVE)
     rank.send_signal(signal.SIGTERM)
     assert rank.end() == (75, "", ASKED)
@@ -109,7 +110,7 @@ def test_a_request_to_stop_may_take_its_time(start) -> None:
         (signal.SIGINT, True, "130 interrupted", "interrupted\n"),
     ],
 )
-def test_a_rank_deep_in_a_library_ends_soon_by_a_signal_that_is_no_request(
+def test_a_signal_that_is_not_a_request_ends_a_rank_even_inside_a_library(
     number: int, saves: bool, end: str, said: str, start
 ) -> None:
     (rank,) = start(DEEP, saves=saves)
@@ -118,7 +119,7 @@ def test_a_rank_deep_in_a_library_ends_soon_by_a_signal_that_is_no_request(
 
 
 @pytest.mark.parametrize("what", [FOREVER, DEEP], ids=["in Python", "in C"])
-def test_a_second_request_on_all_ranks_ends_them_at_once_and_is_told_once(what: str, start) -> None:
+def test_a_second_signal_to_all_ranks_ends_them_at_once_and_is_printed_once(what: str, start) -> None:
     ranks = start(PATIENT + TELL + what, PATIENT + TELL + what)
     for rank in ranks:
         rank.send_signal(signal.SIGUSR1)
@@ -130,7 +131,7 @@ def test_a_second_request_on_all_ranks_ends_them_at_once_and_is_told_once(what: 
     assert ranks[1].end() == (143, "", "")
 
 
-def test_a_second_request_on_one_rank_ends_the_other_too(start) -> None:
+def test_a_second_signal_to_one_rank_ends_all_ranks(start) -> None:
     ranks = start(FOREVER, TELL + FOREVER)
     ranks[1].send_signal(signal.SIGUSR1)
     ranks[1].read("asked")
@@ -139,7 +140,7 @@ def test_a_second_request_on_one_rank_ends_the_other_too(start) -> None:
     assert ranks[0].end() == (143, "143 terminated\n", "")
 
 
-def test_ranks_that_have_saved_may_go_at_different_times(start) -> None:
+def test_ranks_that_have_saved_may_end_at_different_times(start) -> None:
     saves_long = "request.done(); time.sleep(2.5); print(watch.is_ending);"
     ranks = start(WAIT + saves_long + LEAVE, WAIT + LEAVE)
     for rank in ranks:
@@ -150,10 +151,10 @@ def test_ranks_that_have_saved_may_go_at_different_times(start) -> None:
 
 
 @pytest.mark.parametrize("asked_before", [False, True])
-def test_another_ranks_failure_is_what_is_told_whatever_the_launcher_sends_then(
+def test_another_ranks_failure_is_printed_although_the_launcher_then_sends_a_signal(
     asked_before: bool, start
 ) -> None:
-    fail = "input(); watch.end(End(rank=1, message='disk full'), 'disk full')"
+    fail = "input(); watch.end(End(rank=1, message='disk full', words='disk full'))"
     ranks = start(FOREVER, fail)
     assert ranks[0].stderr is not None and ranks[1].stdin is not None
     if asked_before:
@@ -168,7 +169,7 @@ def test_another_ranks_failure_is_what_is_told_whatever_the_launcher_sends_then(
     assert ASKED not in err
 
 
-def test_a_late_rank_ends_as_a_hang_although_it_is_the_only_one(start) -> None:
+def test_a_rank_that_hangs_is_named_with_its_stack(start) -> None:
     ranks = start(f"{PATIENT}watch.alive(0.2)\n{FOREVER}", f"{PATIENT}{FOREVER}")
     status, _, err = ranks[0].end()
     assert status == 1
@@ -176,7 +177,7 @@ def test_a_late_rank_ends_as_a_hang_although_it_is_the_only_one(start) -> None:
     assert '  File "<string>"' in err
 
 
-def test_a_rank_that_dies_before_its_verdict_is_named(start) -> None:
+def test_a_rank_that_dies_after_it_announced_trouble_is_named(start) -> None:
     die = "dist.PrefixStore('watch', store).set('trouble', '1'); os.kill(os.getpid(), signal.SIGKILL)"
     ranks = start(FOREVER, die)
     status, out, err = ranks[0].end()
@@ -184,7 +185,7 @@ def test_a_rank_that_dies_before_its_verdict_is_named(start) -> None:
     assert err.splitlines()[-1] == "rank 0 stopped: rank 1 no longer answers"
 
 
-def test_an_outcome_that_cannot_be_written_keeps_no_process(start) -> None:
+def test_a_process_ends_even_if_writing_the_outcome_hangs(start) -> None:
     stuck = "module._AT_MOST = 0.1; watch.on_end = lambda end: threading.Event().wait(); watch.alive(0.1)"
     (rank,) = start(f"{stuck}\n{FOREVER}")
     assert rank.end()[0] == 1
@@ -211,14 +212,14 @@ class CountingStore:
         return request
 
 
-def test_a_healthy_run_asks_the_store_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_healthy_run_sends_the_store_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
     """However long it lasts: here a hundred looks at the process."""
     looks: list[float] = []
     store: Any = CountingStore()
     monkeypatch.setattr(watch, "PrefixStore", lambda prefix, own: own)
     monkeypatch.setattr(watch, "_TICK", 0.001)
     monkeypatch.setattr(watch.Watch, "_is_orphan", property(lambda own: looks.append(time.monotonic())))
-    own = watch.Watch(store, rank=0, size=1, seconds=60, launcher=0)
+    own = watch.Watch(World(store=store), seconds=60, launcher=0)
     own.start()
     while len(looks) < 100:
         own.alive(60)
@@ -234,14 +235,15 @@ from torchtitan_lite.launch.watch import while_launched
 launcher = os.getpid()
 if os.fork():
     time.sleep(60)
+os.environ["RANK"] = "0"
 with while_launched(launcher):
     os.kill(launcher, signal.SIGKILL)
     time.sleep(60)
 """
 
 
-def test_a_rank_that_still_waits_for_the_others_ends_with_its_launcher() -> None:
-    """The rank keeps the pipe open for as long as it lives."""
+def test_a_rank_that_waits_to_meet_the_others_ends_when_its_launcher_ends() -> None:
+    """`communicate` returns once the rank, which holds the pipe too, has ended."""
     with Program(["-c", LAUNCHER]) as launcher:
         _, said = launcher.communicate()
     assert (launcher.returncode, said) == (-signal.SIGKILL, "stopped: the launcher no longer answers\n")

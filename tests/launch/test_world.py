@@ -49,7 +49,7 @@ def test_without_a_launcher_a_run_is_one_rank_without_a_process_group(environmen
     assert [world.any(flag) for flag in (False, True)] == [False, True]
     assert world.saving is world
     assert world.gather(3) == [3] and world.together(lambda: 3) == 3
-    world.steady()
+    world.steady(1)
     leave()
 
 
@@ -126,7 +126,7 @@ def test_another_exception_stops_all_ranks_and_stays_as_it_is_on_its_own(raising
     assert ranks(4).run(cases.error_in_turn, [raising], False) == expected
 
 
-def test_a_steady_run_waits_for_train_seconds_in_every_group(ranks) -> None:
+def test_a_steady_run_waits_at_most_the_given_seconds_in_every_group(ranks) -> None:
     waits, _ = ranks(2).run(cases.seconds_of_a_wait, timeout=1000)
     assert len(waits) == 2
     assert all(0.9 < seconds < 60 for seconds in waits)  # and not 1,000, as before it is steady

@@ -28,7 +28,8 @@ from torchtitan_lite.checkpoint.steps import Steps
 from torchtitan_lite.checkpoint.tensors import Piece, read_index, read_tensors, write_tensors
 from torchtitan_lite.config.load import ConfigError, Problem
 from torchtitan_lite.launch.background import in_thread, result
-from torchtitan_lite.launch.world import OnAnotherRank, World
+from torchtitan_lite.launch.end import OnAnotherRank
+from torchtitan_lite.launch.world import World
 
 _LOG = logging.getLogger(__name__)
 

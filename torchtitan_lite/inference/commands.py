@@ -45,6 +45,7 @@ from torchtitan_lite.inference.trained import (
     renaming_keys,
     reporting_damage,
 )
+from torchtitan_lite.launch.end import status_of
 from torchtitan_lite.launch.world import World, join, leave
 from torchtitan_lite.models.decoder import DecoderConfig
 from torchtitan_lite.training import hub
@@ -68,17 +69,8 @@ def run(command: str, argv: Sequence[str]) -> int:
     try:
         _check_ranks(command)
         act(path, _read(options, command, path, argv[1:] if path else argv))
-    except ConfigError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        # The reader of the output, such as `head`, has ended. Python would fail again when it exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+    except BaseException as error:  # noqa: BLE001 - raised again unless it is an end that a line explains
+        return status_of(error)
     return 0
 
 

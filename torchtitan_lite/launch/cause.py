@@ -7,17 +7,14 @@ ranks run the same program, so A is the rank that is behind somewhere and ahead 
 """
 
 import contextlib
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 from torch.distributed import distributed_c10d
 
 from torchtitan_lite.launch.end import End
 from torchtitan_lite.launch.world import SAVING
-
-Met = Literal["nothing", "signal", "echo", "error"]
-"""What ended the work of a rank. An echo is an error that tells of another rank's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +23,6 @@ class Answer:
 
     end: End
     """How the run ends if this rank is the cause."""
-    met: Met
-    """What ended its work."""
     is_late: bool
     """Whether its main thread has made no progress for longer than allowed."""
     counts: Mapping[str, int]
@@ -53,37 +48,29 @@ def collectives() -> dict[str, int]:
 
 def is_settled(answers: Mapping[int, Answer]) -> bool:
     """Whether an answer explains the trouble. Otherwise the rank that does has yet to report its error."""
-    return any(answer.is_late or answer.met in ("error", "signal") for answer in answers.values())
+    return any(answer.is_late or answer.end.reason in ("error", "signal") for answer in answers.values())
 
 
 def find_cause(answers: Mapping[int, Answer], announcer: int) -> int:
     """The rank to name, of those that answer; the announcer where nothing points to another rank."""
-    low, high = _bounds(answers, min), _bounds(answers, max)
-    ahead, behind = (
-        {rank for rank in answers if any(n != bounds[key] for key, n in answers[rank].counts.items())}
-        for bounds in (low, high)
-    )
-    ranks = sorted(answers, key=lambda rank: (rank != announcer, rank))
-    # A rank that waited as long as allowed, and in vain, may have got an error from that.
-    failed = [
-        rank
-        for rank in ranks
-        if answers[rank].met == "error" and not (answers[rank].is_late and rank in ahead)
-    ]
-    someone_waits = any(answer.is_late for answer in answers.values())
-    waited_for = [rank for rank in ranks if rank in behind] if someone_waits else []
-    signalled = [rank for rank in ranks if answers[rank].met == "signal"]
-    for candidates in (failed, waited_for):
-        if candidates:
-            return next((rank for rank in candidates if rank not in ahead), candidates[0])
-    late = [rank for rank in ranks if answers[rank].is_late]
-    return [*late, *signalled, announcer][0]
-
-
-def _bounds(answers: Mapping[int, Answer], choose: Callable[[int, int], int]) -> dict[str, int]:
-    """The lowest or the highest count of each group."""
-    found: dict[str, int] = {}
+    counts: defaultdict[str, list[int]] = defaultdict(list)
     for answer in answers.values():
-        for key, n in answer.counts.items():
-            found[key] = choose(found.get(key, n), n)
-    return found
+        for group, n in answer.counts.items():
+            counts[group].append(n)
+
+    def differ_from(bound: Callable[[list[int]], int]) -> set[int]:
+        return {
+            rank
+            for rank, answer in answers.items()
+            if any(n != bound(counts[group]) for group, n in answer.counts.items())
+        }
+
+    ahead, behind = differ_from(min), differ_from(max)
+    ranks = sorted(answers, key=lambda rank: (rank in ahead, rank != announcer, rank))
+    late = [rank for rank in ranks if answers[rank].is_late]
+    errors = [rank for rank in ranks if answers[rank].end.reason == "error"]
+    # A rank that waited as long as allowed, and in vain, may have got an error from that.
+    failed = [rank for rank in errors if not (rank in late and rank in ahead)]
+    waited_for = [rank for rank in ranks if late and rank in behind]
+    signalled = [rank for rank in ranks if answers[rank].end.reason == "signal"]
+    return [*failed, *waited_for, *late, *signalled, announcer][0]

@@ -1,4 +1,7 @@
-"""How a run ends before it is done: the exit status, the outcome in exit.json, and what is printed."""
+"""How a run ends before it is done: the exit status, the outcome in exit.json, and what is printed.
+
+Imports no torch: train.main also reports an interrupt that arrives while torch is imported.
+"""
 
 import contextlib
 import json
@@ -7,8 +10,8 @@ import signal
 import sys
 import time
 import traceback
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
 from torchtitan_lite.config.load import ConfigError
 
@@ -20,6 +23,10 @@ class RunError(Exception):
     """What exit.json says of the run."""
 
 
+class OnAnotherRank(RuntimeError):
+    """Another rank raised an error; the message says which rank and which error."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class End:
     """How a run ends before it is done."""
@@ -27,17 +34,16 @@ class End:
     rank: int
     """The rank that is the cause."""
     message: str
+    words: str = ""
+    """What that rank prints."""
     status: int = 1
     outcome: str = "failed"
+    reason: Literal["error", "echo", "signal", "none"] = "error"
+    """What ended the work of the rank. An echo is an error that tells of another rank's; a hang is none."""
     quiet: bool = False
     """The other ranks print nothing: their lines would only repeat the message."""
     is_dead: bool = False
     """The rank does not answer any more."""
-
-    @property
-    def is_signal(self) -> bool:
-        """Whether a signal ended the rank."""
-        return self.outcome in ("interrupted", "terminated")
 
     def line_on(self, rank: int) -> str:
         """What another rank prints when it ends for this reason."""
@@ -46,9 +52,16 @@ class End:
 
 def signalled(rank: int, number: int) -> End:
     """The end of a run on signal `number`."""
-    outcome = "interrupted" if number == signal.SIGINT else "terminated"
-    message = f"ended by signal {number}"
-    return End(rank=rank, message=message, status=128 + number, outcome=outcome, quiet=True)
+    is_interrupt = number == signal.SIGINT
+    return End(
+        rank=rank,
+        message=f"ended by signal {number}",
+        words="interrupted" if is_interrupt else "",
+        status=128 + number,
+        outcome="interrupted" if is_interrupt else "terminated",
+        reason="signal",
+        quiet=True,
+    )
 
 
 def end_of(error: BaseException, rank: int = 0, size: int = 1) -> End:
@@ -57,32 +70,51 @@ def end_of(error: BaseException, rank: int = 0, size: int = 1) -> End:
         return signalled(rank, signal.SIGINT)
     if isinstance(error, SystemExit) and isinstance(error.code, int) and error.code > 128:
         return signalled(rank, error.code - 128)
-    if isinstance(error, ConfigError):
-        return End(rank=rank, status=2, outcome="refused", message=str(error), quiet=True)
-    if isinstance(error, RunError):
-        return End(rank=rank, outcome=error.outcome, message=str(error), quiet=True)
+    message, reason = str(error), "echo" if _tells_of_another_rank(error) else "error"
+    line = End(rank=rank, message=message, reason=reason, quiet=True)
     if isinstance(error, BrokenPipeError):
-        return End(rank=rank, status=141, outcome="interrupted", message=str(error), quiet=True)
-    message = str(error) or type(error).__name__
+        return replace(line, status=141, outcome="interrupted", reason="signal")
+    if isinstance(error, ConfigError):
+        return replace(line, words=message, status=2, outcome="refused")
+    if isinstance(error, RunError):
+        return replace(line, words=f"error: {message}", outcome=error.outcome)
+    words = f"rank {rank} failed:\n{''.join(traceback.format_exception(error))}".rstrip()
+    message = message or type(error).__name__
     if size > 1:
         message = f"rank {rank} failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
-    return End(rank=rank, message=message)
+    return End(rank=rank, message=message, words=words, reason=reason)
 
 
-def words_of(error: BaseException, end: End) -> str:
-    """What the rank that raised `error` prints about it."""
+def _tells_of_another_rank(error: BaseException) -> bool:
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OnAnotherRank):
+        cause = cause.__cause__  # such as that of a HookFailed
+    return cause is not None
+
+
+def status_of(error: BaseException) -> int:
+    """Print what a user can act on without a traceback, and return the exit status. Raise any other error.
+
+    All ranks have the same ConfigError: the first rank of each machine prints it.
+    """
+    end = end_of(error)
+    if not end.quiet or isinstance(error, SystemExit):
+        raise error
     if isinstance(error, ConfigError):
-        return str(error)
-    if isinstance(error, RunError):
-        return f"error: {error}"
-    if end.quiet:
-        return words_of_signal(end)
-    return f"rank {end.rank} failed:\n{''.join(traceback.format_exception(error))}".rstrip()
+        tell_launcher(end.message)
+        if not is_first_here():
+            time.sleep(5)  # the first rank prints meanwhile; then the launcher ends this process
+            return end.status
+    if isinstance(error, BrokenPipeError):
+        # Python would complain at exit that the reader of the output, such as `head`, is gone.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    say(end.words)
+    return end.status
 
 
-def words_of_signal(end: End) -> str:
-    """What a rank prints when a signal ends the run: nothing on SIGTERM."""
-    return "interrupted" if end.status == 128 + signal.SIGINT else ""
+def is_first_here() -> bool:
+    """Whether this process is the first of its machine, as far as the launcher's variables tell."""
+    return os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"
 
 
 def say(text: str) -> None:

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
-from torchtitan_lite.launch.end import End, end_of, signalled, words_of
+from torchtitan_lite.launch.end import End, end_of, signalled
 from torchtitan_lite.launch.signals import StopRequest
-from torchtitan_lite.launch.watch import Met, Watch
-from torchtitan_lite.launch.world import CommConfig, OnAnotherRank, World, leave
+from torchtitan_lite.launch.watch import Watch
+from torchtitan_lite.launch.world import CommConfig, World, leave
 
 
 class Guard:
@@ -32,20 +32,13 @@ class Guard:
         self._world, self._comm, self._saves, self._on_end = world, comm, saves, on_end
         self._watch: Watch | None = None
         if world.size > 1:
-            assert world.store is not None
-            self._watch = Watch(
-                world.store,
-                rank=world.rank,
-                size=world.size,
-                seconds=comm.init_timeout_seconds,
-                launcher=launcher,
-                on_end=on_end,
-            )
+            seconds = comm.init_timeout_seconds
+            self._watch = Watch(world, seconds=seconds, launcher=launcher, on_end=on_end)
         watch = self._watch
         self.stop = StopRequest(
             is_first=world.is_first,
             launched="RANK" in os.environ,
-            on_second=self._end_now,
+            on_second=lambda number: self._end(signalled(world.rank, number)),
             on_ending=watch.hurry if watch else lambda number: None,
             is_ending=lambda: bool(watch and watch.is_ending),
         )
@@ -55,8 +48,7 @@ class Guard:
         """Report progress of the main thread."""
         if self._watch:
             comm = self._comm
-            steady = self.is_steady()
-            self._watch.alive(comm.train_timeout_seconds if steady else comm.init_timeout_seconds)
+            self._watch.alive(comm.train_timeout_seconds if self.is_steady() else comm.init_timeout_seconds)
 
     def __enter__(self) -> Self:
         self.stop.install(saves=self._saves)
@@ -67,39 +59,17 @@ class Guard:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None:
-            _despite_signals(lambda: self._end_on(error))
-        elif self._watch:
-            self._watch.stop()
+        if error is None:
+            if self._watch:
+                self._watch.stop()
+            return
+        while True:  # from the beginning again whenever a signal raises in it
+            with contextlib.suppress(KeyboardInterrupt, SystemExit):
+                self._end(end_of(error, self._world.rank, self._world.size))
+                leave(wait=False)
+                return
 
-    def _end_now(self, number: int) -> None:
-        """End the run on a second signal, from the thread that reads signals."""
-        end = signalled(self._world.rank, number)
+    def _end(self, end: End) -> None:
         if self._watch:
-            self._watch.end(end, met="signal")
+            self._watch.end(end)
         self._on_end(end)
-
-    def _end_on(self, error: BaseException) -> None:
-        end = end_of(error, self._world.rank, self._world.size)
-        if self._watch:
-            self._watch.end(end, words_of(error, end), met=_met(error, end))
-        self._on_end(end)
-        leave(wait=False)
-
-
-def _met(error: BaseException, end: End) -> Met:
-    if end.is_signal:
-        return "signal"
-    cause: BaseException | None = error
-    while cause is not None:  # such as a HookFailed from an OnAnotherRank
-        if isinstance(cause, OnAnotherRank):
-            return "echo"
-        cause = cause.__cause__
-    return "error"
-
-
-def _despite_signals(act: Callable[[], None]) -> None:
-    """Run `act`, from its beginning again whenever a signal raises in it."""
-    while True:
-        with contextlib.suppress(KeyboardInterrupt, SystemExit):
-            return act()

@@ -16,7 +16,7 @@ _GC_THRESHOLDS = gc.get_threshold()
 @contextlib.contextmanager
 def starting() -> Iterator[None]:
     """Within it, Python collects garbage rarely, until `started`: during a start that saves half a second."""
-    gc.set_threshold(100_000, *_GC_THRESHOLDS[1:])
+    gc.set_threshold(100_000)
     try:
         yield
     finally:
@@ -27,6 +27,7 @@ def starting() -> Iterator[None]:
 def started() -> None:
     """Collect garbage as often as usual, but not among the objects that exist now: they stay."""
     gc.freeze()
+    gc.set_threshold(*_GC_THRESHOLDS)
     gc.set_threshold(*_GC_THRESHOLDS)
 
 
@@ -42,15 +43,10 @@ def show_log(is_first: bool) -> None:
         log.setLevel(logging.INFO if is_first else logging.CRITICAL)
 
 
-def discard_output() -> None:
-    """Discard standard output, as its reader, such as `head`, is gone: Python would complain at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def end_process(status: int) -> NoReturn:
     """End the process without Python's own clearing up, which aborts if a thread is in torch then."""
     if "RANK" not in os.environ:
-        atexit._run_exitfuncs()  # such as data workers
+        atexit._run_exitfuncs()  # such as those of plugins
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()

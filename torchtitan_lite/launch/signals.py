@@ -8,7 +8,6 @@ with the other ranks on one step to stop at, and saves that step. Then train.run
 the status of RunFolder.finish.
 """
 
-import contextlib
 import os
 import signal
 import sys
@@ -20,9 +19,9 @@ from torchtitan_lite.launch.end import say
 
 _STOPS = frozenset({signal.SIGTERM, signal.SIGUSR1})
 _ECHO = 1.0
-"""Seconds within which a launcher may pass on a signal that this process has received already."""
+"""Seconds in which a launcher may pass on the same signal that this process has received directly."""
 _PAUSE = 1.0
-"""Seconds within which a rank learns of another's failure, on which a launcher sends SIGTERM too."""
+"""Seconds in which a rank learns that another rank has failed. A launcher then sends SIGTERM too."""
 _LAST_WORDS = 5.0
 """Seconds for the last words; more than the ranks need to agree on how the run ends."""
 
@@ -30,15 +29,15 @@ _LAST_WORDS = 5.0
 class StopRequest:
     """Whether a signal has asked this process to save and stop.
 
-    A second signal ends the process. But under a launcher the same signal within a second is no second
-    request: a scheduler may signal both processes, and the launcher passes its signal on.
+    A second signal ends the process. But under a launcher, the same signal within a second is not a second
+    request: a scheduler may signal the launcher and the ranks, and the launcher passes its signal on.
 
     Args:
         is_first: whether this rank prints for all.
         launched: whether a launcher started this process.
-        on_second: called from a thread with the number of a second signal. The process ends in any case.
+        on_second: called from a thread with the number of a second signal; then the process ends.
         on_ending: called from a thread with the number of a signal on which the main thread is to end.
-        is_ending: whether the process is about to end for another reason than a request.
+        is_ending: whether the run is about to end because of a failure.
     """
 
     def __init__(
@@ -55,17 +54,17 @@ class StopRequest:
         """The signal that asked."""
         self.on_second, self.on_ending, self.is_ending = on_second, on_ending, is_ending
         self._is_first, self._launched = is_first, launched
-        self._saves = self._is_done = False
-        self._at = 0.0
-        self._unsaid = threading.Lock()
+        self._saves, self._asked_at = False, 0.0
+        self._is_done = threading.Event()
+        self._telling = threading.Thread(target=self._tell, daemon=True)
 
     def install(self, *, saves: bool) -> None:
         """Handle the signals. Called from the main thread.
 
         Without `saves` a signal raises SystemExit in the main thread.
 
-        With `saves` the signals stay blocked in every thread and process started later, so that a compiler or
-        a data worker goes on.
+        With `saves`, all other threads and all processes that start later block the signals, so that a
+        compiler goes on when a whole process group is signalled.
         """
         self._saves = saves
         for number in _STOPS:
@@ -80,12 +79,12 @@ class StopRequest:
             signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
 
     def done(self) -> None:
-        """Ignore SIGTERM and SIGUSR1 from now on: the run has saved, and launchers signal what still runs."""
-        self._is_done = True
+        """Ignore SIGTERM and SIGUSR1 from now on. A launcher signals all ranks once one of them has ended."""
         for number in _STOPS:
             signal.signal(number, signal.SIG_IGN)
+        self._is_done.set()
         if self.asked:
-            self._tell()
+            self._telling.join()
 
     def _listen(self, reading: int) -> None:
         if self._saves:
@@ -97,45 +96,34 @@ class StopRequest:
     def _take(self, number: int) -> None:
         if number == signal.SIGINT or (number in _STOPS and not self._saves):
             self.on_ending(number)
-        elif number in _STOPS and not self._is_done:
-            if not self.asked:
-                self._ask(number)
-            elif not self._is_echo(number):
-                self._end(number)
-
-    def _ask(self, number: int) -> None:
-        self.signal_name, self._at = signal.Signals(number).name, time.monotonic()
-        self.asked = True
-        # In another thread, here and below, as printing blocks while nobody reads the output.
-        threading.Thread(target=self._tell_in_time, daemon=True).start()
+        elif number not in _STOPS or self._is_done.is_set():
+            return
+        elif not self.asked:
+            self.signal_name, self._asked_at = signal.Signals(number).name, time.monotonic()
+            self._telling.start()
+            self.asked = True
+        elif not self._is_echo(number):
+            self._end(number)
 
     def _is_echo(self, number: int) -> bool:
         is_same = signal.Signals(number).name == self.signal_name
-        return self._launched and is_same and time.monotonic() < self._at + _ECHO
-
-    def _tell_in_time(self) -> None:
-        if self._launched:
-            time.sleep(_PAUSE)
-        if not self.is_ending():
-            self._tell()
+        return self._launched and is_same and time.monotonic() < self._asked_at + _ECHO
 
     def _tell(self) -> None:
-        if self._unsaid.acquire(blocking=False):  # never released, so that it is said once
+        """Say what the signal does. In a thread of its own: printing blocks while nobody reads the output."""
+        if self._launched:
+            self._is_done.wait(_PAUSE)
+        if not self.is_ending():
             self._say(f"asked to stop by {self.signal_name}: saves and stops as soon as it can")
 
     def _end(self, number: int) -> None:
         try:
-            last_words = threading.Thread(target=self._last_words, args=(number,), daemon=True)
-            last_words.start()
-            last_words.join(_LAST_WORDS)
-        finally:
-            os._exit(128 + number)
-
-    def _last_words(self, number: int) -> None:
-        with contextlib.suppress(Exception):
+            threading.Timer(_LAST_WORDS, os._exit, [128 + number]).start()
             self._say("asked again: ending at once")
             sys.stdout.flush()
             self.on_second(number)
+        finally:
+            os._exit(128 + number)
 
     def _say(self, text: str) -> None:
         if self._is_first:

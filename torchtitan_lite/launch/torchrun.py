@@ -11,10 +11,10 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch.distributed.elastic.multiprocessing import PContext
+    from torch.distributed.elastic.agent.server.api import RunResult
 
 SAVED = 75
 """Exit status of a process that was asked to stop and has saved: EX_TEMPFAIL of sysexits.h, "try again"."""
@@ -65,42 +65,45 @@ def refusal(words: list[str]) -> str:
     )
 
 
-def remember_starts() -> "list[PContext]":
-    """A list to which torchrun's start of this node's ranks is added."""
-    from torch.distributed.elastic.agent.server import local_elastic_agent as agent
-    from torch.distributed.elastic.multiprocessing import start_processes
+def outlive_the_store() -> None:
+    """Let torchrun report how its ranks ended also where the store is gone, in which the nodes meet.
 
-    starts = []
+    The store is in the first node, which may end while ranks of other nodes still end.
+    """
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+    from torch.distributed.elastic.rendezvous import RendezvousError
 
-    def start(*args, **kwargs):
-        starts.append(start_processes(*args, **kwargs))
-        return starts[-1]
+    original: Any = LocalElasticAgent._invoke_run
 
-    agent.start_processes = start  # pyright: ignore[reportPrivateImportUsage]
-    return starts
+    def invoke_run(agent: Any, *role: str) -> "RunResult":
+        try:
+            return original(agent, *role)
+        except RendezvousError:
+            if agent._pcontext is None:  # no rank has started
+                raise
+            agent._stop_workers(agent._worker_group)
+            return agent._monitor_workers(agent._worker_group)
+
+    LocalElasticAgent._invoke_run = invoke_run  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def have_saved(ranks: "PContext") -> bool:
-    """Whether every one of `ranks` has ended with `SAVED`."""
-    ended = ranks.wait(0)
-    failures = ended.failures.values() if ended else []
-    return [failure.exitcode for failure in failures] == [SAVED] * ranks.nprocs
+def main(argv: Sequence[str]) -> int:
+    """Handle the signals, run torchrun with `argv`, and return the exit status."""
+    pass_on, words = PassOn(), list(argv)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, pass_on)
 
-
-def launch(words: list[str]) -> int:
-    """Run torchrun with `words`, and return the exit status."""
-    # Not at the top: the signals are handled before this slow import.
+    # Not at the top of the file: the signals are handled before this slow import.
+    from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.elastic.rendezvous import RendezvousError
-    from torch.distributed.run import main
 
     if why := refusal(words):
         print(why, file=sys.stderr)
         return 2
-    starts = remember_starts()
+    outlive_the_store()
     try:
-        main(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *words])
+        torchrun.main(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *words])
     except ChildFailedError as error:
         statuses = [failure.exitcode for failure in error.failures.values()]
         if SAVED in statuses:
@@ -110,20 +113,7 @@ def launch(words: list[str]) -> int:
         return first if first > 0 else 128 - first
     except SignalException as error:
         return 128 + error.sigval
-    except RendezvousError:
-        # The first node, which has the store, may end while ranks of this one still end.
-        if not starts or not have_saved(starts[-1]):
-            raise
-        return SAVED
     return 0
-
-
-def main(argv: Sequence[str]) -> int:
-    """Handle the signals, run torchrun with `argv`, and return the exit status."""
-    pass_on = PassOn()
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, pass_on)
-    return launch(list(argv))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import timedelta
 from typing import NoReturn
 
@@ -25,8 +26,9 @@ import torch.distributed as dist
 from pydantic import TypeAdapter
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from torchtitan_lite.launch.cause import Answer, Met, collectives, find_cause, is_settled
-from torchtitan_lite.launch.end import End, say, signalled, tell_launcher, words_of_signal
+from torchtitan_lite.launch.cause import Answer, collectives, find_cause, is_settled
+from torchtitan_lite.launch.end import End, say, signalled, tell_launcher
+from torchtitan_lite.launch.world import World
 
 _TICK = 0.5
 """Seconds between two looks at the main thread and the launcher."""
@@ -49,7 +51,7 @@ class Watch:
     """One rank's watch over its own main thread and over the other ranks, from `start` to `stop`.
 
     Args:
-        store: where the ranks met.
+        world: the ranks, with the store where they met.
         seconds: how long the main thread may take until it calls `alive`.
         launcher: the process that started this one.
         on_end: called on rank 0, or for a dead rank 0 on the announcing rank, with the end of the run.
@@ -57,17 +59,15 @@ class Watch:
 
     def __init__(
         self,
-        store: Store,
+        world: World,
         *,
-        rank: int,
-        size: int,
         seconds: float,
         launcher: int,
         on_end: Callable[[End], None] = lambda end: None,
     ) -> None:
-        self.rank, self.size, self.on_end = rank, size, on_end
+        self.rank, self.size, self.on_end = world.rank, world.size, on_end
         self._launcher = launcher
-        self._store, self._waiting = _connect(store), _connect(store)
+        self._store, self._waiting = _connect(world), _connect(world)
         self.alive(seconds)
         self._signal, self._must_end_at = int(signal.SIGTERM), math.inf
         self._ending = threading.Lock()
@@ -109,13 +109,10 @@ class Watch:
         if self._must_end_at == math.inf:
             self._signal, self._must_end_at = number, time.monotonic() + _GRACE
 
-    def end(self, own: End, details: str = "", *, met: Met = "error") -> NoReturn:
+    def end(self, own: End) -> NoReturn:
         """Agree with the other ranks on how the run ends, print that, and end this process.
 
-        Args:
-            own: how the run ends if this rank is the cause.
-            details: what this rank prints in that case; by default the message.
-            met: what ended the work of this rank.
+        `own` is how the run ends if this rank is the cause.
         """
         with self._ending:  # never released: the first thread that comes here ends the process
             limit = threading.Timer(_AT_MOST, os._exit, [own.status])
@@ -124,14 +121,12 @@ class Watch:
             for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
                 with contextlib.suppress(ValueError):  # not in the main thread, and no exception comes here
                     signal.signal(number, signal.SIG_IGN)
-            if self._is_orphan:
-                own, details = self._orphaned(), ""
-            end, writer = self._agree(own, met)
+            end, writer = self._agree(own)
             is_own = end.rank == self.rank
             line = end.line_on(self.rank)
             with contextlib.suppress(RuntimeError):  # no store any more
                 if is_own:
-                    say(details or line)
+                    say(end.words)
                     self._store.set(_TOLD, "")
                 elif not end.is_dead:
                     self._store.wait([_TOLD])
@@ -145,16 +140,16 @@ class Watch:
                 sys.stdout.flush()
             os._exit(end.status)
 
-    def _agree(self, own: End, met: Met) -> tuple[End, int]:
-        """How all ranks end the run, and which rank writes that; `own` where no others can be asked."""
+    def _agree(self, own: End) -> tuple[End, int]:
+        """How all ranks end the run, and which rank writes that; `own` if the others cannot be asked."""
         if self._is_orphan:
-            return own, 0  # most likely the store died with the launcher, and torch would say so at length
+            return self._orphaned(), 0  # the store has most likely ended with the launcher
         try:
             found = self._store.compare_set(_TROUBLE, "", str(self.rank)).decode()
             if found == _OVER:
                 return own, 0
             announcer = int(found)
-            self._store.set(f"answer/{self.rank}", self._answer(own, met))
+            self._store.set(f"answer/{self.rank}", self._answer(own))
             if announcer == self.rank:
                 self._store.set(_VERDICT, _END.dump_json(self._judge()).decode())
             end = _verdict(self._store, announcer)
@@ -177,8 +172,8 @@ class Watch:
             return _no_answer(dead)
         return answers[find_cause(answers, self.rank)].end
 
-    def _answer(self, own: End, met: Met) -> str:
-        answer = Answer(end=own, met=met, is_late=self._is_late, counts=collectives())
+    def _answer(self, own: End) -> str:
+        answer = Answer(end=own, is_late=self._is_late, counts=collectives())
         return _ANSWER.dump_json(answer).decode()
 
     def _look_at_store(self) -> None:
@@ -190,7 +185,7 @@ class Watch:
                 return
             self._is_announced.set()
             # The main thread answers too if it meets an error: that answer counts.
-            self._waiting.compare_set(f"answer/{self.rank}", "", self._answer(self._hang(), "nothing"))
+            self._waiting.compare_set(f"answer/{self.rank}", "", self._answer(self._hang()))
             end = _verdict(self._waiting, int(announcer))
         except RuntimeError:
             # At the end of a run the store may go a moment before this thread is told to stop.
@@ -198,7 +193,7 @@ class Watch:
                 self.end(self._orphaned())
             return
         if end.rank == self.rank:  # and the main thread hangs, or is about to end the process
-            self.end(end, self._stack(), met="nothing")
+            self.end(end)
         self.hurry()
 
     def _look_at_process(self) -> None:
@@ -210,31 +205,31 @@ class Watch:
             if self._is_orphan and not self._stopped.wait(2):
                 self.end(self._orphaned())
             elif now > self._due:
-                self.end(self._hang(), self._stack(), met="nothing")
+                self.end(self._hang())
             elif now > self._must_end_at:
-                end = signalled(self.rank, self._signal)
-                self.end(end, words_of_signal(end), met="signal")
+                self.end(signalled(self.rank, self._signal))
 
     @property
     def _is_orphan(self) -> bool:
         return os.getppid() != self._launcher
 
     def _orphaned(self) -> End:
-        return End(rank=self.rank, message="the launcher no longer answers")
+        end = End(rank=self.rank, message="the launcher no longer answers")
+        return replace(end, words=end.line_on(self.rank))
 
     def _hang(self) -> End:
         seconds = time.monotonic() - self._last
-        return End(rank=self.rank, message=f"rank {self.rank} hangs: no progress for {seconds:.0f} s")
-
-    def _stack(self) -> str:
+        message = f"rank {self.rank} hangs: no progress for {seconds:.0f} s"
         main = sys._current_frames()[threading.main_thread().ident or 0]
-        stack = "".join(traceback.format_stack(main))
-        return f"{self._hang().message} (the timeouts of [comm] say how long that may be)\n{stack}".rstrip()
+        stack = "".join(traceback.format_stack(main)).rstrip()
+        words = f"{message} (the timeouts of [comm] say how long that may be)\n{stack}"
+        return End(rank=self.rank, message=message, words=words, reason="none")
 
 
-def _connect(store: Store) -> Store:
+def _connect(world: World) -> Store:
     """A connection of its own to the store: a request keeps a connection busy until it is answered."""
-    own = store.clone()  # pyright: ignore[reportAttributeAccessIssue]
+    assert world.store is not None
+    own = world.store.clone()  # pyright: ignore[reportAttributeAccessIssue]
     own.set_timeout(timedelta(seconds=_GRACE))
     return PrefixStore("watch", own)
 
@@ -255,7 +250,10 @@ def _no_answer(ranks: list[int]) -> End:
 
 @contextlib.contextmanager
 def while_launched(launcher: int) -> Iterator[None]:
-    """Within it, this process ends when the process `launcher` does: there is no watch yet."""
+    """End this process when its launcher ends in this context. For the time before there is a watch."""
+    if "RANK" not in os.environ:  # no launcher
+        yield
+        return
     done = threading.Event()
 
     def look() -> None:

@@ -15,6 +15,7 @@ from torch.distributed.distributed_c10d import ProcessGroup, Store
 from torch.distributed.rendezvous import rendezvous
 
 from torchtitan_lite.config.load import MISSING, ConfigError, Problem
+from torchtitan_lite.launch.end import OnAnotherRank
 
 T = TypeVar("T")
 
@@ -41,10 +42,6 @@ class SameOnAllRanks(Exception):
     """An error that `World.together` raises unchanged on every rank, as it does with ConfigError."""
 
 
-class OnAnotherRank(RuntimeError):
-    """Another rank raised an error; the message says which rank and which error."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class World:
     """All ranks of a run, as one of them sees them. Without arguments: a run of one process."""
@@ -53,8 +50,6 @@ class World:
     local_rank: int = 0
     """Number of this rank among the ranks of its machine."""
     size: int = 1
-    train_seconds: int = 100
-    """How long a rank waits for the others in a `steady` run."""
     store: Store | None = None
     """Where the ranks met; None without a process group."""
     group: ProcessGroup | None = None
@@ -131,10 +126,10 @@ class World:
         second = self.together(lambda: None if is_first_here else build())
         return cast(T, first if is_first_here else second)
 
-    def steady(self) -> None:
-        """Set the timeout of every group but that for saving to `train_seconds`: the slow start is over."""
+    def steady(self, seconds: int) -> None:
+        """Set the timeout of all groups but the saving group to `seconds`: the slow start is over."""
         if dist.is_initialized():
-            timeout = _timeout(self.train_seconds, dist.get_backend())
+            timeout = _timeout(seconds, dist.get_backend())
             for group in set(distributed_c10d._world.pg_map) - {self.saving_group}:
                 distributed_c10d._set_pg_timeout(timeout, group)
 
@@ -150,9 +145,7 @@ def world_size() -> int:
     return _number("WORLD_SIZE", 1, _MOST_RANKS) if "WORLD_SIZE" in os.environ else 1
 
 
-def join(
-    device_type: str, *, init_seconds: int = 300, train_seconds: int = 100, offload: bool = False
-) -> World:
+def join(device_type: str, *, init_seconds: int = 300, offload: bool = False) -> World:
     """Meet the other ranks that the launcher started, and take this rank's GPU.
 
     Raises ConfigError where the launcher's variables make no sense, give this machine more ranks than GPUs,
@@ -183,14 +176,7 @@ def join(
         rule = f"did not bring the {size} ranks together ({str(error).splitlines()[0]})"
         remedy = "see what became of the others, or raise comm.init_timeout_seconds"
         raise ConfigError([Problem("MASTER_ADDR", address, rule, remedy)]) from None
-    return World(
-        rank=rank,
-        local_rank=local_rank,
-        size=size,
-        train_seconds=train_seconds,
-        store=store,
-        saving_group=saving_group,
-    )
+    return World(rank=rank, local_rank=local_rank, size=size, store=store, saving_group=saving_group)
 
 
 def _build_saving_group(timeout: timedelta) -> ProcessGroup:

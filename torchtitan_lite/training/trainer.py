@@ -140,7 +140,7 @@ class Trainer:
             if self.state.step == self.state.began + 1:
                 if self.saver:
                     self.state.check_optimizer(self.job.optimizer.name)
-                self.world.steady()
+                self.world.steady(self.job.comm.train_timeout_seconds)
                 self.is_steady = True
             self.alive()
             seconds = self.hooks.take_seconds()
