@@ -68,10 +68,10 @@ def test_on_a_gpu_every_cell_runs_right_or_is_refused_with_a_remedy(name, dtype)
     if found:
         assert all(refusal.rule and refusal.remedy for refusal in found)
         return
-    torch.compiler.reset()  # what other tests have compiled counts against the limit of this one
+    torch.compiler.reset()  # compiled code of other tests counts against this test's limit
     inner = config.build()
     errors = {}
-    # Blocks of 64 have torch try dozens of kernels for each shape: minutes for all of them.
+    # For blocks of 64 torch tries dozens of kernels for each shape: all shapes would take minutes.
     cases = {"packed": ON_A_GPU["packed"]} if name == "flex_64" else ON_A_GPU
     for case, (documents, queries, window) in cases.items():
         positions_BS = rows(documents, documents)
@@ -308,7 +308,7 @@ def test_a_block_holds_whole_tiles_of_the_forward_kernel(block_size, options, ti
     ],
 )
 def test_only_a_single_query_may_use_torchs_decoding_kernel(options, of_one, of_several):
-    """For several queries it raises if the query heads of a key head do not fit a block of the mask."""
+    """Otherwise the kernel raises if the query heads of a key head do not fit a block of the mask."""
     config = Flex(kernel_options=options)
     assert options_given(config, n_queries=1) == of_one
     assert options_given(config, n_queries=2) == options_given(config, n_queries=300) == of_several

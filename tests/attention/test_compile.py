@@ -130,7 +130,7 @@ def test_the_cpu_kernel_equals_the_plain_one_forward_and_backward(causal, masked
 @pytest.mark.parametrize("documents", [[53], [300], [800], [300, 53], [20, 33]], ids=str)
 @pytest.mark.parametrize("layout", ["bshd", "sbhd", "bhsd", "features apart"])
 def test_the_fake_operator_has_the_layouts_of_the_real_one(table, layout, documents):
-    """inductor asserts the strides of what an operator returns."""
+    """inductor asserts the strides of an operator's results."""
     change = {
         "bshd": lambda x: x,
         "sbhd": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),

@@ -1,4 +1,4 @@
-"""The layout adapter takes exact names alone."""
+"""The layout adapter takes only exact names."""
 
 import pytest
 

@@ -57,7 +57,7 @@ def record(inner, q, k, v, mask):
 
 
 def whole_rows(q, k, v, mask, scale):
-    """The call that a GPU gets for rows of one document each."""
+    """The call on a GPU if every row is one document."""
     return attend_whole_rows(q, k, v, scale)
 
 
@@ -121,7 +121,7 @@ def test_nothing_is_quadratic_and_no_tensor_of_query_heads_comes_from_keys(confi
     assert max(made[1].numel() for made in masking.made + recorder.made) < 4096 * 4096 / 8
     assert not REPEATS & set(recorder.names)
     assert any("flash_attention_for_cpu_backward" in name for name in recorder.names)
-    # Whatever has the keys' length and the queries' heads was made out of repeated keys.
+    # A tensor with the length of the keys and the heads of the queries was made by repeating keys.
     if n_queries != 4096:
         assert not [made for made in recorder.made if {4096, 8, 16} <= set(made[1])]
 
@@ -165,14 +165,14 @@ def test_memory_falls_with_the_number_of_key_heads(config, case):
 
     def peak(kv_heads):
         q, k, v = tensors(1, 4096, kv_heads=kv_heads, n_queries=n_queries)
-        with Recorder() as recorder:  # the operators from outside: what is alive when the backward ends
+        with Recorder() as recorder:  # the operators from outside: their results live until the backward ends
             out = config.build()(q, k, v, config.mask(positions_BS, queries=queries))
             torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
         outputs = ("flash_attention_for_cpu", "attend", "backward")
         made = sum(made[2] for made in recorder.made if any(word in made[0] for word in outputs))
         return q.nbytes + k.nbytes + v.nbytes + made
 
-    # Keys, values and their gradients, and nothing else, know of the key heads.
+    # Only keys, values and their gradients grow with the number of key heads.
     one_head = 4 * 4096 * 16
     assert peak(8) - peak(2) == 4 * 6 * one_head
 

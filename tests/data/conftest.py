@@ -30,7 +30,7 @@ def bpe() -> str:
 
 @pytest.fixture
 def tokenizer_folder(tmp_path: Path, bpe: str) -> Path:
-    """A folder that holds that tokenizer."""
+    """A folder with the tokenizer `bpe`."""
     folder = tmp_path / "tokenizer"
     folder.mkdir()
     (folder / "tokenizer.json").write_text(bpe, encoding="utf-8")
@@ -53,7 +53,7 @@ def add_tokens(tokenizer_folder: Path) -> Callable[..., None]:
 
 @pytest.fixture
 def text_folder(tmp_path: Path) -> Path:
-    """A folder of texts in subfolders, so many that the hash of the name decides what is held out."""
+    """A folder of texts in subfolders: so many that the hash of a name decides what is held out."""
     folder = tmp_path / "texts"
     for i, text in enumerate(CORPUS):
         file = folder / f"part{i % 7}" / f"{i}.txt"

@@ -1,4 +1,4 @@
-"""What a dataset tells the shards: where its text is, and which options they depend on."""
+"""The text of a dataset, and the options that its shards depend on."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ def test_shards_of_earlier_versions_are_still_found(tmp_path: Path, tokenized):
     text, lines = tmp_path / "a.txt", tmp_path / "b.jsonl"
     text.write_text("hello\n")
     lines.write_text('{"body": "one"}\n{"body": "two"}\n')
-    # What they were called before datasets were classes.
+    # The names of the shards before datasets were classes.
     assert tokenized(text).folder.name == "text-e42e965522123c63abe2cb0f"
     built = tokenized(lines, "jsonl", field="body", validation_fraction=0.5)
     assert built.folder.name == "jsonl-fdf3ed9c09781596dbb40736"

@@ -1,4 +1,4 @@
-"""What the data page promises."""
+"""The promises of docs/data.md."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What is held out of training."""
+"""The text that is held out of training."""
 
 import random
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ def of(texts: dict[str, bytes], n_pieces: int = 1) -> Iterator[Document]:
 
 
 def split(texts: dict[str, bytes], fraction: float, n_pieces: int = 1) -> tuple[dict[str, bytes], ...]:
-    """What of each document is trained on, and what is held out."""
+    """The training text and the held-out text of each document."""
     decided = heldout.choose(of(texts, n_pieces), fraction, sum(map(len, texts.values())))
     train, held = {}, {}
     for document in of(texts, n_pieces):
@@ -41,7 +41,7 @@ def test_of_one_file_the_end_is_held_out_from_a_line_start(n_pieces: int):
     train, held = split({"a.txt": LINES}, 0.05, n_pieces)
     assert train["a.txt"] + held["a.txt"] == LINES
     assert len(held["a.txt"]) == pytest.approx(0.05 * len(LINES), abs=40)
-    assert train["a.txt"].endswith(b"\n") or n_pieces == 500  # there, the line begins in the piece before
+    assert train["a.txt"].endswith(b"\n") or n_pieces == 500  # of 500, the line begins in an earlier piece
 
 
 def test_of_one_line_without_a_break_the_end_is_held_out_between_characters():

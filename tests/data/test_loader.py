@@ -43,7 +43,7 @@ def data_threads() -> list[threading.Thread]:
 
 @pytest.fixture
 def samples() -> Samples:
-    """Thirty-seven samples, which their first tokens tell apart."""
+    """Thirty-seven samples with different first tokens."""
     tokens = np.arange(37 * 4)
     offsets = np.arange(0, len(tokens) + 1, 37)
     split = Split(
@@ -236,7 +236,7 @@ def test_a_fixed_number_of_held_out_batches_is_the_same_samples_each_time(
     for _ in range(2):
         found = rows(list(in_order(samples, 8, n_batches)))
         assert len(found) == n_samples
-        # Spread over the whole split: the neighbours of each are as far apart as they can all be.
+        # Spread evenly over the whole split: the distances of neighbours differ by at most one.
         assert {b - a for a, b in itertools.pairwise([*found, 37])} <= {
             37 // max(n_samples, 1),
             -(-37 // max(n_samples, 1)),

@@ -1,4 +1,4 @@
-"""Token shards: what is in them, and that nothing half-made or damaged is taken for them."""
+"""Token shards: their content, and that unfinished or damaged shards are never used."""
 
 import logging
 import math
@@ -42,7 +42,7 @@ def save_words(folder: Path, vocabulary: dict[str, int], **options: str) -> None
 
 
 def left_in(cache_dir: Path) -> list[str]:
-    """What is in a cache, besides the locks."""
+    """The names in a cache, without the locks."""
     return [name for name in os.listdir(cache_dir) if not name.endswith(".lock")]
 
 
@@ -110,8 +110,8 @@ def test_a_tokenizer_that_makes_nothing_of_a_text_leaves_no_document(tokenized, 
 @pytest.mark.parametrize(
     ("lines", "vocabulary", "message"),
     [
-        ("\n  \n", None, r"data\.path = .* holds no text"),
-        ('{"text": ""}\n' * 200, None, r"data\.path = .* holds no text"),
+        ("\n  \n", None, r"data\.path = .* has no line with text"),
+        ('{"text": ""}\n' * 200, None, r"data\.path = .* has no line with text"),
         ('{"text": "fine"}\n' * 5000 + "{\n", None, "line 5001"),
         (
             '{"text": "  "}\n{"text": "\\n"}',
@@ -353,7 +353,7 @@ def start_builder(*arguments: object) -> Program:
 def test_a_builder_killed_at_any_point_leaves_nothing_that_is_taken_for_good(
     tokenized: Callable, text_folder: Path, tmp_path: Path, damaged: bool, point: str, when: str, n: int
 ):
-    """`damaged`: damaged shards are in place, and have to make room."""
+    """`damaged`: damaged shards are in place, and must be replaced."""
     expected = tokenized(text_folder, cache_dir=str(tmp_path / "expected"))
     cache_dir = tmp_path / "cache"
     if damaged:
@@ -396,7 +396,7 @@ def test_leftovers_of_dead_builders_go_and_the_work_of_living_ones_stays(
         place.mkdir()
         (place / "train.tokens").write_bytes(b"half")
     with cache.exclusive(tmp_path / "cache" / alive):
-        tokenized(text_folder)  # even where nothing is built
+        tokenized(text_folder)  # even if nothing is built
     assert [place.exists() for place in places] == [False, True, True]
     tokenized(text_folder)
     assert [place.exists() for place in places] == [False, False, True]

@@ -1,4 +1,4 @@
-"""Which files and documents a dataset has."""
+"""The files and documents of a dataset."""
 
 import json
 import os

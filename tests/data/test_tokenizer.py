@@ -1,4 +1,4 @@
-"""Bytes, and tokenizer.json files as people have them."""
+"""The byte tokenizer, and tokenizer.json files as they occur in practice."""
 
 import json
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from torchtitan_lite.config.load import ConfigError
 from torchtitan_lite.data import load_tokenizer
 
 END_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<|im_end|>", "<eos>", "[EOS]")
-"""In the order that they are tried."""
+"""The names of end tokens, in the order in which they are tried."""
 
 
 def words(folder: Path, vocabulary: dict[str, int]) -> Encoder:

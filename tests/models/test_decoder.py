@@ -1,4 +1,4 @@
-"""The decoder equals an independent one, and no token sees what it must not."""
+"""The decoder equals an independent one, and no token sees a token that is hidden from it."""
 
 import inspect
 from collections.abc import Sequence
@@ -55,7 +55,7 @@ def loss_of(
 
 
 def influence(model: Decoder, positions_BS: Tensor, at: int) -> Tensor:
-    """The norm of the gradient of one token's loss by each token's embedding, [B, S]; `at` is in row 0."""
+    """For each embedding, the norm of the gradient of the loss of token `at` in row 0, [B, S]."""
     embedded: list[Tensor] = []
 
     def record(module: nn.Module, args: object, out: Tensor) -> None:
@@ -281,7 +281,7 @@ def copies(calls: Sequence[str]) -> list[str]:
 @pytest.mark.parametrize("attention", BACKENDS, ids=lambda config: config.kind)
 @pytest.mark.parametrize("family", families)
 def test_the_attention_path_copies_nothing_forward_or_backward(family: str, attention):
-    # One document per row: over several, a backend may assemble its output and gradients once.
+    # One document per row: with several, a backend may assemble its output and gradients once.
     positions_BS = packed(32).repeat(2, 1)
     config = small(family, attention)
     model = config.build()

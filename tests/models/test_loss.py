@@ -41,7 +41,7 @@ def test_bfloat16_hidden_states_give_gradients_in_the_dtype_of_the_weight(weight
 
 @pytest.mark.parametrize(("n_rows", "vocab"), [(512, 300), (256, 65_536)], ids=["32 chunks", "8 tiles"])
 def test_bfloat16_gradients_are_as_exact_as_those_of_one_product(n_rows: int, vocab: int):
-    # A sum over chunks (dweight) or tiles (dx) that were in bfloat16 would show.
+    # This would fail if sums over chunks (dweight) or tiles (dx) were in bfloat16.
     x, weight, labels = inputs(n_rows, vocab, dim=16, dtype=torch.bfloat16, weight_dtype=torch.float32)
     found, expected = (results(f, x, weight, labels) for f in (linear_cross_entropy, reference_cross_entropy))
     exact = results(reference_cross_entropy, x.double(), weight, labels)

@@ -63,7 +63,7 @@ def test_the_loss_around_the_kernels_equals_the_reference(monkeypatch, dtype, we
 
 
 class Known(Vocabulary):
-    """Half of the vocabulary. Its maxima and sums over both halves are given; it records its own half's."""
+    """Half of the vocabulary. Results over both halves are given; the results of its half are recorded."""
 
     n_parts = 2
 
@@ -154,7 +154,7 @@ def test_on_a_gpu_bfloat16_gradients_are_as_exact_as_those_of_one_product():
 
 @pytest.mark.gpu
 def test_on_a_gpu_the_loss_holds_one_chunk_of_logits_and_a_copy_of_the_weight():
-    vocab = 50_257  # Not a multiple of what rows are aligned to.
+    vocab = 50_257  # Not a multiple of the alignment of rows.
     x, weight, labels = inputs(326, vocab, 32, torch.bfloat16, torch.float32, "cuda")
     buffer = loss_module._buffer(2, vocab, x)
     assert buffer.shape == (2, vocab) and buffer.stride(0) % 16 == 0
@@ -170,7 +170,7 @@ def test_on_a_gpu_the_loss_holds_one_chunk_of_logits_and_a_copy_of_the_weight():
 
 
 class NoSuchCard(Exception):
-    """Triton's errors are no RuntimeError either."""
+    """An exception that, like Triton's errors, is no RuntimeError."""
 
 
 @pytest.mark.parametrize("is_installed", [True, False])

@@ -112,6 +112,6 @@ def test_neighbours_rows_and_keys_have_nothing_to_do_with_each_other() -> None:
     for name, (one, other) in pairs.items():
         correlation = (one * other).mean().item() * one.numel() ** 0.5
         assert abs(correlation) < 4, name
-        # Not even in size.
+        # The sizes of the numbers are not correlated either.
         sizes = ((one**2 - 1) * (other**2 - 1)).mean().item() / 2 * one.numel() ** 0.5
         assert abs(sizes) < 4, name

@@ -1,4 +1,4 @@
-"""Presets against the published totals, flavors by rule, and what bad names and overrides are answered."""
+"""Presets against the published totals, flavors by rule, and the errors for bad names and overrides."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from torchtitan_lite.models.registry import config_class, families, flavors, rea
 from torchtitan_lite.models.rope import RopeScaling
 
 # Totals on the Hugging Face Hub (safetensors.total of huggingface.co/api/models/<model>).
-# Those of Qwen3-0.6B and 1.7B store the tied head a second time, which is taken off here.
+# The files of Qwen3-0.6B and 1.7B hold the tied head twice; the second copy is subtracted here.
 PUBLISHED_TOTALS = {
     ("qwen3", "0.6B"): 751_632_384 - 151_936 * 1024,
     ("qwen3", "1.7B"): 2_031_739_904 - 151_936 * 2048,
@@ -191,7 +191,7 @@ def test_the_remedy_for_the_high_frequencies_satisfies_the_rule():
 
 @dataclass(frozen=True, kw_only=True)
 class Wide(DecoderConfig):
-    """What a plugin's config may have."""
+    """A config with fields that a plugin may have."""
 
     architecture: ClassVar[str] = "wide"
     norm: Literal["before", "after"] = "after"

@@ -1,4 +1,4 @@
-"""Attention: a mask says what may attend to what, a backend says how."""
+"""Attention: a mask says which keys each query sees, and a backend computes the attention."""
 
 from torchtitan_lite.attention.capabilities import (
     AttentionConfig,

@@ -1,4 +1,4 @@
-"""What each implementation of attention can run: data for the validator, the documentation and the tests."""
+"""The capabilities of every attention: data for the validator, the documentation and the tests."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
@@ -26,7 +26,7 @@ class Capabilities:
     head_dim_multiple: int = 1
     head_dim_max: int | None = None
     head_dims_lacking: Mapping[int, range] = dataclasses.field(default_factory=dict)
-    """Head dims up to `head_dim_max` that it does not support, by the GPU's major compute capability."""
+    """Head dims up to `head_dim_max` that are not supported, by the GPU's major compute capability."""
     sliding_window: bool = True
     deterministic: bool = True
     """Whether its gradients are the same from run to run in torch's deterministic mode."""
@@ -37,22 +37,22 @@ class Capabilities:
     install: str = ""
     """How to get the packages."""
     also_missing: Callable[[], str | None] = lambda: None
-    """Any other reason why it cannot run here, in words."""
+    """Any other reason why the implementation cannot run here, in words."""
 
     @property
     def needs(self) -> str:
-        """What it needs besides torch, in words."""
+        """The needs of the implementation besides torch, in words."""
         gpus = " or ".join(f"{major}.x" for major in self.gpu_majors)
         parts = [f"compute capability {gpus}" * bool(gpus), self.install]
         return ", ".join(part for part in parts if part)
 
     def head_dims_lacking_here(self) -> range:
-        """Head dims that it does not support on this machine's GPU."""
+        """Head dims that the implementation does not support on this machine's GPU."""
         major = torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else 0
         return self.head_dims_lacking.get(major, range(0))
 
     def missing(self) -> str | None:
-        """What this machine and its GPU lack, in words; None if nothing."""
+        """The needs that this machine or its GPU does not meet, in words; None if it meets all."""
         if "cuda" in self.devices and "cpu" not in self.devices and not torch.cuda.is_available():
             return "no CUDA device"
         major, minor = torch.cuda.get_device_capability() if self.gpu_majors else (0, 0)
@@ -65,12 +65,12 @@ class Capabilities:
 def _importable(module: str) -> bool:
     try:
         return find_spec(module) is not None
-    except ModuleNotFoundError:  # of a parent package
+    except ModuleNotFoundError:  # a parent package is not there
         return False
 
 
 def table(rows: Iterable[Capabilities]) -> list[tuple[str, ...]]:
-    """The capabilities in words: a header, then a row each. Every device runs every dtype of its row."""
+    """The capabilities in words: a header, then one row each. Every device runs every dtype of its row."""
     lines = [("attention", "devices", "dtypes", "head_dim", "window", "deterministic", "needs besides torch")]
     for can in rows:
         head_dim = f"multiple of {can.head_dim_multiple}, " * (can.head_dim_multiple > 1)
@@ -104,10 +104,10 @@ class Refusal(NamedTuple):
 
 @runtime_checkable
 class AttentionConfig(Protocol):
-    """The attention of a model: a frozen dataclass, whose `kind` tells it from others."""
+    """The attention of a model: a frozen dataclass with a `kind` of its own."""
 
     supports: ClassVar[tuple[Capabilities, ...]]
-    """What each of its implementations can run."""
+    """The capabilities of each implementation."""
 
     @property
     def kind(self) -> str: ...
@@ -117,7 +117,7 @@ class AttentionConfig(Protocol):
         ...
 
     def option_refusals(self, device: str) -> list[Refusal]:
-        """What is wrong with its own options on "cpu" or "cuda"."""
+        """The options that are wrong on "cpu" or "cuda"."""
         ...
 
     def build(self) -> nn.Module:
@@ -131,7 +131,7 @@ class AttentionConfig(Protocol):
         sliding_window: int | None = None,
         device: device | str | None = None,
     ) -> Any:
-        """What may attend to what, for one micro-batch and all layers; see docs/attention.md."""
+        """The mask of a micro-batch: which keys each query sees, in all layers; see docs/attention.md."""
         ...
 
 
@@ -158,7 +158,7 @@ def refusals(
         if is_wrong:
             found.append(Refusal(field, value, rule, remedy))
 
-    # Where an option is the reason, the option has been refused already.
+    # If an option is the reason, the option has been refused already.
     is_elsewhere = device not in can.devices and not found
     refuse(is_elsewhere, "device", device, f"does not run {name}", f"it needs {' or '.join(can.devices)}")
     remedy = f"use {can.dtypes[0]}, or another attention"

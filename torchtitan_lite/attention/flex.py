@@ -39,10 +39,10 @@ class Flex:
     kind: Literal["flex"] = "flex"
 
     block_size: int | tuple[int, int] = 128
-    """Tokens of a block of the mask: one number, or those of the queries and of the keys."""
+    """Size of a mask block in tokens: one number, or query and key tokens."""
 
     kernel_options: dict[str, Any] = field(default_factory=dict)
-    """Options of the CUDA kernel: those of torch's FlexKernelOptions, such as {"BACKEND": "FLASH"}."""
+    """Options of the CUDA kernel, from torch's FlexKernelOptions, such as {"BACKEND": "FLASH"}."""
 
     supports: ClassVar[tuple[Capabilities, ...]] = (
         Capabilities(name="flex (cpu)", devices=("cpu",), dtypes=FLOATS),
@@ -74,7 +74,7 @@ class Flex:
 
     @property
     def autotuned(self) -> bool:
-        """True if the Triton kernels' default tiles may exceed a block, so that torch must find others."""
+        """True if the Triton kernels' default tiles may exceed a block: torch must find smaller tiles."""
         return not self.flash and min(self.blocks) < TRITON_BLOCKS[1]
 
     @property
@@ -88,7 +88,7 @@ class Flex:
         return flash if self.flash else cpu if device == "cpu" else triton
 
     def option_refusals(self, device: str) -> list[Refusal]:
-        """What is wrong with the options themselves, on "cpu" or "cuda"."""
+        """The options that are wrong on "cpu" or "cuda"."""
         found = [*self._block_refusals(device), *self._kernel_refusals()]
         if device == "cpu" and self.kernel_options:
             rule = "is for CUDA kernels, and the device is cpu"
@@ -134,7 +134,7 @@ class Flex:
         """The inner attention."""
         tiles = {}
         if self.autotuned:
-            # The forward's, which may not exceed a block: autotuning tries no small ones.
+            # The forward tile may not exceed a block, and autotuning tries no small tiles.
             size_q, size_k = (min(size, AUTOTUNED_TILE) for size in self.blocks)
             tiles = {"BLOCK_M": size_q, "BLOCK_N": size_k}
         return FlexAttention({**tiles, **self.kernel_options}, self.autotuned)
@@ -146,7 +146,7 @@ class Flex:
         sliding_window: int | None = None,
         device: torch.device | str | None = None,
     ) -> "FlexMask":
-        """What may attend to what, for one micro-batch and all layers; see docs/attention.md."""
+        """The mask of a micro-batch: which keys each query sees, in all layers; see docs/attention.md."""
         if positions_BS.device.type == "cpu":
             check_positions(positions_BS)
         device = torch.device(positions_BS.device if device is None else device)
@@ -181,10 +181,10 @@ def build_block_mask(
     """The block mask of documents, from the interval of keys that each query sees.
 
     The mask is built where the positions are and then moved to `device`: building it on a GPU would take
-    sixty small kernels. No tensor is Q x S, as in `create_block_mask` without compilation, and nothing waits
-    for the device. A block is full if all intervals of its queries hold all its keys: the latest start and
-    the earliest end tell. A block is touched if some interval holds some of its keys: the earliest start and
-    the latest end tell.
+    sixty small kernels. Nothing waits for the device, and no tensor is Q x S; `create_block_mask` without
+    compilation makes such a tensor. A block is full if each of its queries sees all of its keys: the latest
+    start and the earliest end of the intervals decide. A block is touched if one of its queries sees one of
+    its keys: the earliest start and the latest end decide.
     """
     seq_len = positions_BS.shape[1]
     first_BQ, last_Q = intervals(positions_BS, queries, sliding_window)
@@ -221,13 +221,16 @@ def _blocked(x_Q: Tensor, size: int, fill: int) -> Tensor:
 
 
 def _block_list(chosen_BMN: Tensor) -> tuple[Tensor, Tensor]:
-    """How many blocks of each row of blocks are chosen, [B, 1, M], and which: the first of [B, 1, M, N]."""
+    """For each row of blocks: the number of chosen blocks [B, 1, M], and an order of the blocks [B, 1, M, N].
+
+    The chosen blocks come first in the order.
+    """
     order_BMN = torch.argsort(chosen_BMN.int(), dim=-1, descending=True, stable=True)
     return chosen_BMN.sum(-1, dtype=torch.int32)[:, None], order_BMN.int()[:, None]
 
 
 class FlexAttention(nn.Module):
-    """FlexAttention on CUDA; on a CPU, where it has no backward, the same mask block row by block row."""
+    """FlexAttention on CUDA. On a CPU it has no backward, so block rows are evaluated one by one."""
 
     def __init__(self, kernel_options: dict[str, Any], autotuned: bool) -> None:
         super().__init__()

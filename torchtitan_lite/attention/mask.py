@@ -1,9 +1,9 @@
-"""What may attend to what: documents, causality and sliding windows, all from positions.
+"""Which keys each query sees: documents, causality and sliding windows, all from positions.
 
 B batch rows, S key tokens, Q query tokens (Q <= S), N segments.
 
 Every query sees one interval of the keys of its own row: from the first token of its document (or of its
-window) up to itself. The backends differ only in how they evaluate that.
+window) up to itself. The backends differ only in how they evaluate these intervals.
 """
 
 import torch
@@ -37,7 +37,7 @@ def query_ranges(queries: Ranges | None, seq_len: int) -> Ranges:
 
 
 def count_queries(queries: Ranges | None, seq_len: int) -> int:
-    """How many tokens `queries` are."""
+    """The number of tokens in `queries`."""
     return sum(stop - start for start, stop in query_ranges(queries, seq_len))
 
 
@@ -139,7 +139,7 @@ def intervals(
 def explicit_mask(
     positions_BS: Tensor, queries: Ranges | None = None, sliding_window: int | None = None
 ) -> Tensor:
-    """The mask as a tensor [B, Q, S], True where a query sees a key: quadratic, for the reference alone."""
+    """The mask as a tensor [B, Q, S], True where a query sees a key: quadratic, only for the reference."""
     first_BQ, last_Q = intervals(positions_BS, queries, sliding_window)
     key_S = torch.arange(positions_BS.shape[1], device=positions_BS.device)
     return (key_S >= first_BQ[..., None]) & (key_S <= last_Q[:, None])

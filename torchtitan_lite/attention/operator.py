@@ -42,7 +42,7 @@ class Evaluator(Protocol):
 
 
 EVALUATORS: dict[str, Evaluator] = {}
-"""Every evaluator by name; the modules that make the tables add theirs."""
+"""Every evaluator by name; each module that makes tables adds its evaluator."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,11 @@ class Calls:
     table: Tensor
     """[n, ...] int64 on the CPU: a call a row."""
     data: Tensor
-    """What the calls refer to, on the device: explicit masks of tiles, or cumulative lengths of packs."""
+    """Data of the calls, on the device: explicit masks of tiles, or cumulative lengths of packs."""
     shape: tuple[int, int, int]
     """(B, Q, S) of the micro-batch."""
     window: int | None = None
-    """How many tokens of its document a query sees, itself included, if the evaluator has to know."""
+    """Tokens of its document that a query sees, itself included, if the evaluator has to know."""
 
 
 def make_calls(
@@ -137,7 +137,7 @@ def _(dout_BQHK, q_BQHK, k_BSGK, v_BSGK, out_BQHK, lse, table, data, scale, wind
 
 
 def _save(ctx, inputs, output) -> None:
-    q_BQHK, k_BSGK, v_BSGK, *ctx.calls = inputs  # all layers share the calls: not counted as kept by each
+    q_BQHK, k_BSGK, v_BSGK, *ctx.calls = inputs  # shared by all layers: no layer counts them as kept
     ctx.set_materialize_grads(False)  # the log-sum-exp has no gradient: make no zeros for it
     ctx.save_for_backward(q_BQHK, k_BSGK, v_BSGK, *output)
 

@@ -19,9 +19,9 @@ class Documents(NamedTuple):
     cu_k_D: Tensor
     """Cumulative key counts, [D + 1] int32."""
     max_q: int
-    """No document has more queries."""
+    """The largest number of queries of a document."""
     max_k: int
-    """No document has more keys."""
+    """The largest number of keys of a document."""
 
 
 class PackKernel(Protocol):
@@ -38,14 +38,14 @@ class PackKernel(Protocol):
 
 
 def _left(window: int | None) -> int:
-    """How many keys before its own a query sees, as FlashAttention counts them; -1: all."""
+    """The number of keys that a query sees before its own key, as FlashAttention counts them; -1: all."""
     return -1 if window is None else window - 1
 
 
 class TorchFlash:
     """torch's FlashAttention-2, or FlashAttention-3 or -4 once `activate_flash_attention_impl` has chosen it.
 
-    These operators are what torch's `varlen_attn` calls (torch/nn/attention/varlen.py).
+    torch's `varlen_attn` calls the same operators (torch/nn/attention/varlen.py).
     """
 
     def forward(self, q, k, v, documents, scale, window):

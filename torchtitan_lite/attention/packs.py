@@ -31,12 +31,12 @@ class Pack(NamedTuple):
     k0: int
     k1: int
     first: int
-    """Where in Calls.data the cumulative query counts [D + 1] start; the cumulative key counts follow."""
+    """The index in Calls.data of the cumulative query counts [D + 1]; the cumulative key counts follow."""
     n_documents: int
     max_q: int
-    """No document has more queries."""
+    """The largest number of queries of a document."""
     max_k: int
-    """No document has more keys."""
+    """The largest number of keys of a document."""
 
 
 def document_packs(
@@ -73,7 +73,7 @@ def document_packs(
 
 
 def _cut(spans_N4: Tensor) -> list[Tensor]:
-    """Documents (q0, q1, k0, k1), in order, cut wherever the next one's queries or keys do not follow."""
+    """Documents (q0, q1, k0, k1), in order, cut if the queries or keys of the next document do not follow."""
     breaks = (spans_N4[1:, 0] != spans_N4[:-1, 1]) | (spans_N4[1:, 2] != spans_N4[:-1, 3])
     edges = [0, *(breaks.nonzero().flatten() + 1).tolist(), len(spans_N4)]
     return [spans_N4[start:stop] for start, stop in pairwise(edges) if start < stop]
@@ -106,7 +106,8 @@ def _tokens(x_BSHK: Tensor, row: int) -> Tensor:
 def _calls(table: Tensor, cumulative: Tensor, *tensors: Tensor) -> list[_Call]:
     """The kernel calls: the packs over all rows, or the packs of each row alone.
 
-    Each row alone if the rows of a tensor do not follow each other in memory: joining them would copy it.
+    Each row alone if the rows of a tensor do not follow each other in memory: joining the rows would copy the
+    tensor.
     """
     packed = all(len(x) == 1 or x.stride(0) == x.shape[1] * x.stride(1) for x in tensors)
     calls = []
@@ -119,7 +120,7 @@ def _calls(table: Tensor, cumulative: Tensor, *tensors: Tensor) -> list[_Call]:
 
 
 def _is_whole(calls: list[_Call], q_BQHK: Tensor, k_BSGK: Tensor) -> bool:
-    """True if one call has all queries and all keys, so that its results need not be put together."""
+    """True if one call has all queries and all keys, so that no results must be put together."""
     whole = (ALL_ROWS, 0, q_BQHK.shape[:2].numel(), 0, k_BSGK.shape[:2].numel())
     return len(calls) == 1 and calls[0].pack[:5] == whole
 
@@ -161,7 +162,7 @@ class PackEvaluator:
         dq, dk, dv = (x.new_zeros(x.shape) for x in (q, k, v))
         for call, (dq_part, dk_part, dv_part) in zip(calls, parts, strict=True):
             call.q(dq).copy_(dq_part)
-            # In the dtype of the keys: under context parallel at most two packs share a key.
+            # Summed in the dtype of the keys: under context parallel at most two packs share a key.
             call.k(dk).add_(dk_part)
             call.k(dv).add_(dv_part)
         return dq, dk, dv

@@ -1,4 +1,4 @@
-"""The slow reference that every backend is held against: explicit scores, an explicit mask, repeated heads.
+"""The slow reference for every backend: explicit scores, an explicit mask, repeated heads.
 
 B batch rows, S key tokens, Q query tokens, H query heads, G key/value heads, K head dim.
 """
@@ -18,7 +18,7 @@ def reference_attention(
     sliding_window: int | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Attention [B, Q, H, K] from scores of Q x S, in float32 (float64 for such inputs); padding gives 0."""
+    """Attention [B, Q, H, K] from scores of Q x S, in float32 (float64 for float64 q); padding gives 0."""
     wide = torch.float64 if q_BQHK.dtype == torch.float64 else torch.float32
     repeats = q_BQHK.shape[2] // k_BSGK.shape[2]
     k_BSHK, v_BSHK = (x.to(wide).repeat_interleave(repeats, dim=2) for x in (k_BSGK, v_BSGK))

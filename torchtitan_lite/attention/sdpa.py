@@ -32,7 +32,7 @@ class Sdpa:
         return self.supports[0]
 
     def option_refusals(self, device: str) -> list[Refusal]:
-        """Nothing: there are no options."""
+        """An empty list: there are no options."""
         return []
 
     def build(self) -> nn.Module:
@@ -46,7 +46,7 @@ class Sdpa:
         sliding_window: int | None = None,
         device: torch.device | str | None = None,
     ) -> "SdpaMask":
-        """What may attend to what, for one micro-batch and all layers; see docs/attention.md."""
+        """The mask of a micro-batch: which keys each query sees, in all layers; see docs/attention.md."""
         device = torch.device(positions_BS.device if device is None else device)
         positions_BS = positions_BS.cpu()  # once, for both tables
         tiles = document_tiles(positions_BS, queries, sliding_window, device)
@@ -56,13 +56,13 @@ class Sdpa:
         has_all = query_ranges(queries, seq_len) == ((0, seq_len),) and (sliding_window or seq_len) >= seq_len
         if has_all and bool((positions_BS == torch.arange(seq_len)).all()):
             return SdpaMask(tiles, one_document=True)
-        # Both tables: the dtype is not known here, and decides whether the GPU's kernel can be used.
+        # Make both tables: the dtype decides whether the GPU's kernel can run, and it is not known here.
         return SdpaMask(tiles, document_packs(positions_BS, queries, sliding_window, device))
 
 
 @dataclass(frozen=True)
 class SdpaMask:
-    """A mask for each way in which `SdpaAttention` may compute it."""
+    """The mask, once for each way in which `SdpaAttention` may evaluate it."""
 
     tiles: Calls
     packs: Calls | None = None
@@ -76,10 +76,10 @@ class SdpaMask:
 
 
 class SdpaAttention(nn.Module):
-    """One kernel call for rows of one document each, else a loop over documents.
+    """One kernel call if every row is one document, otherwise a loop over documents.
 
-    On a GPU, packed rows are one call too, of torch's variable-length FlashAttention, if that takes the dtype
-    and the head_dim.
+    On a GPU, torch's variable-length FlashAttention computes packed rows in one call too, if it takes the
+    dtype and the head_dim.
     """
 
     def forward(
@@ -97,7 +97,7 @@ class SdpaAttention(nn.Module):
 
 
 def attend_whole_rows(q_BSHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, scale: float) -> Tensor:
-    """Attend in one kernel call, which torch chooses, where every row is one document; [B, S, H, K]."""
+    """Attend in one call of the kernel that torch chooses; every row must be one document. [B, S, H, K]."""
     q_BHSK, k_BGSK, v_BGSK = (x.transpose(1, 2) for x in (q_BSHK, k_BSGK, v_BSGK))
     out_BHSK = F.scaled_dot_product_attention(
         q_BHSK, k_BGSK, v_BGSK, is_causal=True, scale=scale, enable_gqa=q_BHSK.shape[1] != k_BGSK.shape[1]

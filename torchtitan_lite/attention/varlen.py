@@ -145,7 +145,7 @@ class Varlen:
         sliding_window: int | None = None,
         device: torch.device | str | None = None,
     ) -> Calls:
-        """What may attend to what, for one micro-batch and all layers; see docs/attention.md."""
+        """The mask of a micro-batch: which keys each query sees, in all layers; see docs/attention.md."""
         device = torch.device(positions_BS.device if device is None else device)
         kernel = _ready(self, device.type)
         if kernel == "documents":
@@ -157,7 +157,8 @@ class Varlen:
 def _ready(config: Varlen, device: str) -> str:
     """The evaluator that runs on "cpu" or "cuda"; a kernel that replaces torch's is activated first, once.
 
-    The first mask calls this, when the device is known, so that a run on a CPU never touches a GPU.
+    The first `mask` calls this function, since only then is the device known: a run on a CPU must not touch
+    a GPU.
     """
     name = config.resolve(device)
     if name in ACTIVATED:

@@ -26,7 +26,7 @@ class Batch:
     labels_BS: torch.Tensor
     """The next token of the same document; IGNORE after a document's last."""
     sample_ids: list[int]
-    """Places in the global order, by which a batch can be found again."""
+    """Places of the samples in the global order, so that a batch can be found again."""
 
     def pinned(self) -> "Batch":
         """The same batch in pinned memory."""
@@ -39,7 +39,7 @@ class Batch:
 class Samples:
     """A split, cut into samples of `seq_len` tokens without regard to documents.
 
-    Tokens at the end that are too few for a sample are left out. ConfigError if there is no sample.
+    An incomplete sample at the end is left out. Raises ConfigError if there is no sample.
     """
 
     def __init__(self, split: Split, seq_len: int) -> None:
@@ -63,7 +63,7 @@ class Samples:
         start, stop = index * self.seq_len, (index + 1) * self.seq_len
         tokens = self.split.tokens_T[start : stop + 1].astype(np.int64)
         first, last = np.searchsorted(self.split.offsets, (start, stop), side="right")
-        # Within the sample: where a document ends and the next one starts.
+        # The places in the sample at which one document ends and the next one starts.
         breaks = self.split.offsets[first:last] - start
         labels = np.append(tokens[1:], IGNORE)[: self.seq_len]
         labels[breaks - 1] = IGNORE

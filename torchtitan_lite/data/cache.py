@@ -25,15 +25,15 @@ def is_ours(name: str) -> bool:
 
 
 def exclusive(folder: Path, seconds: float = math.inf) -> IO[str]:
-    """Take the right to build `folder` until the returned file is closed; see `durable.lock`."""
+    """Lock `folder`, to build it, until the returned file is closed; see `durable.lock`."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     return durable.lock(folder.with_name(f"{folder.name}.lock"), seconds)
 
 
 def sweep(parent: Path) -> None:
-    """Remove what killed builders have left in `parent`, but nothing that a living process builds."""
+    """Remove unfinished folders of killed processes in `parent`, not those of living processes."""
     for left in parent.glob("*.tmp-????????"):
         if ours := _OURS.fullmatch(left.name):
-            # OSError: the folder may be one that can only be read.
+            # OSError: the folder may be read-only.
             with suppress(OSError, durable.InUse), exclusive(parent / ours[1], seconds=0):
                 shutil.rmtree(left)

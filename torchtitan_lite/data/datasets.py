@@ -1,4 +1,4 @@
-"""The section `[data]`: what all datasets have in common, and the datasets of this package."""
+"""The section `[data]`: the options of all datasets, and the datasets of this package."""
 
 import logging
 import os
@@ -15,7 +15,7 @@ from torchtitan_lite.data.sources import FileSource, Place, Source
 from torchtitan_lite.registry import Names, datasets, tokenizers
 
 _NOT_LIBRARY = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
-# Enough for the path of a shard's file below the cache folder.
+# Enough bytes for the path of a shard's file below the cache folder.
 _CACHE_NAMES_LENGTH = 64
 _LOG = logging.getLogger(__name__)
 
@@ -57,16 +57,16 @@ class DataConfig(ABC):
         return Path(os.path.expanduser(self.cache_dir or default)).absolute()
 
     def problems(self, key: str) -> list[Problem]:
-        """Folders that cannot be used, without reading a file; `load_tokenizer` checks the tokenizer."""
+        """The folders that cannot be used. No file is read; `load_tokenizer` checks the tokenizer."""
         folder = self.cache_folder
         nearest = next(place for place in (folder, *folder.parents) if os.path.exists(place))
-        # Only the file system knows, and it looks no further than the first folder that does not exist.
+        # Ask the file system for its limits, at the nearest folder that exists.
         longest, in_all = (os.pathconf(nearest, f"PC_{what}_MAX") for what in ("NAME", "PATH"))
         lengths = [len(os.fsencode(part)) for part in folder.parts]
         if max(lengths) > longest or len(os.fsencode(folder)) + _CACHE_NAMES_LENGTH > in_all:
             rule = f"is too long for a folder: a name has at most {longest} bytes, a path {in_all}"
             return [Problem(f"{key}.cache_dir", str(folder), rule, "use a shorter one")]
-        # A folder that exists may be complete and read-only; only a build finds out that it cannot write.
+        # An existing folder may be complete and read-only: only a build has to write to it.
         if os.path.isdir(nearest) and (nearest == folder or os.access(nearest, os.W_OK | os.X_OK)):
             return []
         rule = "is not a folder" if nearest == folder else f"cannot be made in {nearest}"
@@ -102,12 +102,12 @@ class _Files(DataConfig):
     """File or folder of the text and jsonl datasets."""
 
     suffix: ClassVar[str] = ""
-    """How the names of files in a folder end."""
+    """The ending of the names of files in a folder."""
     is_json: ClassVar[bool] = False
 
     def no_text(self) -> Problem:
-        remedy = "name a file or folder that does"
-        return Problem("data.path", self.path, "holds no text, only lines without any", remedy)
+        remedy = "name a file or folder that has one"
+        return Problem("data.path", self.path, "has no line with text", remedy)
 
     @property
     def _place(self) -> Place:
@@ -171,7 +171,7 @@ class Jsonl(_Files):
 
     dataset: Literal["jsonl"] = "jsonl"
     field: str = "text"
-    """Key of the JSON objects that holds a jsonl document's text."""
+    """Key of a document's text in each JSON object."""
 
     suffix: ClassVar[str] = ".jsonl"
     is_json: ClassVar[bool] = True

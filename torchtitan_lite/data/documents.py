@@ -14,8 +14,8 @@ from typing import BinaryIO, NamedTuple, NoReturn
 from torchtitan_lite.config.load import ConfigError, Problem, near
 
 PIECE_BYTES = 256 << 10
-# Before a single space between words, or after a single line break between lines: common pre-tokenizers split
-# the text there anyway, so the pieces of a document encode to the ids of the whole document.
+# Cut before a single space between words, or after a single line break between lines. Common pre-tokenizers
+# split the text there anyway, so the pieces of a document encode to the ids of the whole document.
 _SAFE_CUTS = (re.compile(rb"(?<=\S)(?= \S)"), re.compile(rb"(?<=\S\n)(?=\S)"))
 
 
@@ -62,7 +62,7 @@ def whole_file(file: SourceFile) -> Document:
 
 
 def json_documents(file: SourceFile, field: str) -> Iterator[Document]:
-    """A document for each line of a JSON lines file. ConfigError names the line that holds none."""
+    """A document for each line of a JSON lines file. Raises ConfigError if a line holds no document."""
     with _reading(file) as stream:
         for number, line in enumerate(stream, start=1):
             if number == 1:
@@ -106,7 +106,7 @@ def _last_cut(text: bytes) -> int:
 
 
 def character_start(text: bytes, place: int) -> int:
-    """Where the UTF-8 character that covers `place` begins."""
+    """The start of the UTF-8 character that covers `place`."""
     while place > 0 and text[place] & 0xC0 == 0x80:
         place -= 1
     return place

@@ -7,10 +7,10 @@ from itertools import islice
 
 from torchtitan_lite.data.documents import Document, character_start
 
-# With fewer documents expected in a split, hashes would often leave the split empty or far too small.
+# If fewer documents are expected in a split, hashes would often leave it empty or far too small.
 _ENOUGH = 8
 _MOST_RANKED = 100_000
-# Without this salt, one huge generated file would be most of what is held out of the standard library.
+# Without this salt, one huge generated file would be most of the held-out text of the standard library.
 _SALT = b"held out "
 
 
@@ -20,7 +20,7 @@ class HeldOut:
 
     fraction: float
     large: float
-    """Bytes. The end of a larger document is held out; any other document is held out as a whole or not."""
+    """Size in bytes. The end of a larger document is held out; a smaller one as a whole or not at all."""
     chosen: frozenset[bytes] | None
     """Hashes of the documents to hold out. None if there are many: then each document's own hash decides."""
 
@@ -41,7 +41,7 @@ class HeldOut:
             n_left -= len(piece)
 
     def n_held(self, document: Document) -> int:
-        """How many bytes at the end of `document` are held out."""
+        """The number of bytes at the end of `document` that are held out."""
         if document.size > self.large:
             return int(self.fraction * document.size)
         digest = _hash(document)
@@ -51,7 +51,7 @@ class HeldOut:
 
 
 def choose(documents: Iterable[Document], fraction: float, n_bytes: int) -> HeldOut:
-    """Choose `fraction` of `documents`, which have about `n_bytes`. Of many documents only some are read."""
+    """Choose `fraction` of `documents`, which have about `n_bytes`. If there are many, only some are read."""
     if fraction == 0:
         return HeldOut(fraction=0.0, large=n_bytes, chosen=frozenset())
     n_many = int(min(_ENOUGH / min(fraction, 1 - fraction), _MOST_RANKED)) + 1
@@ -65,7 +65,7 @@ def choose(documents: Iterable[Document], fraction: float, n_bytes: int) -> Held
 
 
 def _choose_few(sizes: dict[bytes, int], fraction: float) -> frozenset[bytes]:
-    """Of a few documents, in the order of their hashes, those that add up to about the fraction of all."""
+    """Choose, in the order of their hashes, documents that add up to about the fraction of all bytes."""
     total, n_held, chosen = sum(sizes.values()), 0, set()
     for digest, size in sizes.items():
         if size <= 2 * (fraction * total - n_held) and n_held + size < total:

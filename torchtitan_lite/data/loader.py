@@ -1,4 +1,4 @@
-"""Batches of a rank: of the training text in the run's order, of held-out text in the text's order."""
+"""Batches of a rank: training batches in the run's order, held-out batches in the order of the text."""
 
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,8 +15,8 @@ class Loader:
 
     All ranks together take the next `n_ranks * local_batch_size` samples of one order, which depends on the
     seed alone. Rank r gets the r-th share. `consumed_samples` counts the samples that all ranks have taken,
-    and is the whole state. One thread prepares batches ahead, from the first `next` until `close`; an
-    exception in the thread is raised by the `next` that would have returned the batch.
+    and is the loader's whole state. One thread prepares batches ahead, from the first `next` until `close`.
+    The `next` that would have returned a batch raises the exception that the thread met.
 
     Args:
         n_ahead: how many batches the thread prepares ahead: the micro-batches of an optimizer step.
@@ -84,11 +84,12 @@ class Loader:
 def in_order(
     samples: Samples, local_batch_size: int, n_batches: int = -1, rank: int = 0, n_ranks: int = 1
 ) -> Iterator[Batch]:
-    """This rank's share of `n_batches` global batches of `samples`; of all samples with -1.
+    """This rank's share of `n_batches` global batches of `samples`. -1: all samples.
 
-    The batches are in the order of the text. Fewer than all are spread evenly over the text. With -1 no
-    sample is left out: the last global batch may be short. A rank for which a batch has no sample gets one
-    whose labels are all IGNORE: the batch adds nothing to the loss, and the ranks stay in step.
+    The batches are in the order of the text. If they are not all, they are spread evenly over the text.
+    With -1 no sample is left out: the last global batch may be short. If a rank has no sample in the last
+    batch, it gets a filler whose labels are all IGNORE: the filler adds nothing to the loss, and the ranks
+    stay in step.
     """
     n_global = n_ranks * local_batch_size
     n_samples = len(samples) if n_batches < 0 else min(n_batches * n_global, len(samples))

@@ -14,7 +14,7 @@ _GOLDEN, _MIX1, _MIX2 = map(np.uint64, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 
 
 
 def sample_at(places: np.ndarray, n: int, seed: int) -> np.ndarray:
-    """Which of the n samples stands at each of the `places` of the endless order, [...] int64.
+    """The index (below n) of the sample at each of the `places` of the endless order, [...] int64.
 
     Every n places are an epoch, which has a permutation of its own.
     """

@@ -3,7 +3,7 @@
     <cache>/<dataset>-<key>/ train.tokens train.offsets validation.tokens validation.offsets metadata.json
 
 Tokens are little-endian integers, as wide as the vocabulary needs: documents one after the other, each with
-the end-of-text token last. Offsets are int64: where each document starts, then the number of tokens.
+the end-of-text token last. Offsets are int64: the start of each document, then the number of tokens.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from torchtitan_lite.data.datasets import DataConfig, open_source
 from torchtitan_lite.data.sources import Source
 from torchtitan_lite.data.tokenizer import Tokenizer
 
-# Goes up when the same text and tokenizer give other shards, or shards are stored in another way.
+# Increased when the same text and tokenizer give other shards, or shards are stored in another way.
 _FORMAT = 1
 _BATCH_BYTES = 2 << 20
 _LOG = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class Split:
     tokens_T: np.ndarray
     """All tokens, memory-mapped."""
     offsets: np.ndarray
-    """Where each document starts in the tokens; the last one is the number of tokens."""
+    """The start of each document in the tokens; the last offset is the number of tokens."""
 
     @property
     def n_documents(self) -> int:
@@ -53,7 +53,7 @@ class Split:
 
     @property
     def n_tokens(self) -> int:
-        """How many tokens there are, with the end-of-text tokens."""
+        """The number of tokens, end-of-text tokens included."""
         return len(self.tokens_T)
 
 
@@ -96,7 +96,7 @@ def _build(source: Source, config: DataConfig, tokenizer: Tokenizer, folder: Pat
     began = time.perf_counter()
     held_out = heldout.choose(source.documents(), config.validation_fraction, source.n_bytes)
     dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
-    if folder.exists():  # and is not whole
+    if folder.exists():  # and is damaged
         shutil.rmtree(folder)
     with durable.new_folder(folder) as place:
         with open(place / "train.tokens", "wb") as first, open(place / "validation.tokens", "wb") as second:
@@ -142,7 +142,7 @@ class _Writer:
         self._n_of_byte = np.zeros(256, np.int64)
 
     def add(self, piece: bytes) -> None:
-        """Add the next piece of the present document."""
+        """Add the next piece of the current document."""
         self._n_of_byte += np.bincount(np.frombuffer(piece, np.uint8), minlength=256)
         self._waiting.append(piece)
         self._within_document = True
@@ -151,13 +151,13 @@ class _Writer:
             self._flush()
 
     def end_document(self) -> None:
-        """End the present document, if there is one."""
+        """End the current document, if there is one."""
         if self._within_document:
             self._waiting.append(None)
             self._within_document = False
 
     def finish(self) -> dict[str, Any]:
-        """Write the pieces that wait, and return the split's part of the metadata."""
+        """Write the waiting pieces, and return the split's part of the metadata."""
         self._flush()
         n_bytes = int(self._n_of_byte.sum())
         shares = self._n_of_byte[self._n_of_byte > 0] / max(n_bytes, 1)

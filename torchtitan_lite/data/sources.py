@@ -39,12 +39,12 @@ class Source(Protocol):
         ...
 
     def documents(self) -> Iterator[Document]:
-        """All documents, the same at each call. Read the pieces of one before you ask for the next."""
+        """All documents, the same at each call. Read one document's pieces before you ask for the next."""
         ...
 
 
 class Texts:
-    """Texts in memory, or yielded by a function: each is a document.
+    """Texts in memory, or texts that a function yields: each text is a document.
 
     The function must yield the same texts at every call. `digest` must change whenever the texts change; by
     default it is the hash of all texts. Give a digest if reading all texts takes long.
@@ -111,7 +111,7 @@ class Place:
 
     root: Path
     suffix: str = ""
-    """How the names of files in a folder end."""
+    """The ending of the names of files in a folder."""
     left_out: frozenset[str] = frozenset()
     """Names of folders that are left out."""
 
@@ -123,7 +123,7 @@ class Place:
             return True
 
     def read(self, *, only_text: bool) -> tuple[list[SourceFile], int, int]:
-        """Read and hash the files: (files with text, how many are empty, how many are not UTF-8).
+        """Read and hash the files: (files with text, number of empty files, number that are not UTF-8).
 
         With `only_text`, files that are not UTF-8 text are left out and counted.
         """
@@ -168,7 +168,7 @@ class Place:
 
 
 def _is_hidden(name: str) -> bool:
-    # The cache may lie within the dataset's folder, and is not part of the text.
+    # The cache is not part of the text, but may lie in the dataset's folder.
     return name.startswith(".") or cache.is_ours(name)
 
 

@@ -40,7 +40,7 @@ class Tokenizer(Protocol):
         ...
 
     def encode_pieces(self, pieces: Sequence[bytes]) -> list[np.ndarray]:
-        """Ids of each UTF-8 piece by itself: faster than `encode` for much text."""
+        """Ids of each UTF-8 piece by itself. This is faster than `encode` for much text."""
         ...
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -138,7 +138,7 @@ class FileTokenizer:
     """A tokenizer.json, read by the tokenizers library."""
 
     def __init__(self, file: Path, spec: str) -> None:
-        # Imported here: a run on bytes need not wait for it.
+        # Imported here, so that a run on bytes does not wait for the library.
         from tokenizers import AddedToken
         from tokenizers import Tokenizer as Encoder
 
@@ -148,15 +148,15 @@ class FileTokenizer:
         except Exception as error:  # noqa: BLE001 - the library raises Exception itself
             remedy = "name a tokenizer.json that the tokenizers library can read"
             raise _error(spec, f"cannot be read ({error})", remedy) from None
-        # A file may turn both on. Documents would then be cut short without a word.
+        # A file may turn on truncation and padding. Documents would then be cut short without a warning.
         encoder.no_truncation()
         encoder.no_padding()
         beside = {name: _read_json(file.parent / name, spec) for name in (*_END_TEXT_FILES, *_END_ID_FILES)}
         self._spec, self._file, self._content, self._beside = spec, file, content, beside
         self._encoder = encoder
         self._end = _find_end(encoder, beside, spec)
-        # `encode_special_tokens` treats special tokens in a text as plain text. The end token must be special
-        # for that, whatever the file says.
+        # `encode_special_tokens` treats special tokens in a text as plain text. End tokens are treated so
+        # only if the end token is special, so it is made special, whatever the file says.
         encoder.add_special_tokens([AddedToken(self._end, special=True, normalized=False)])
         encoder.encode_special_tokens = True
         self.eos_id: int = encoder.token_to_id(self._end)

@@ -89,27 +89,30 @@ class DecoderConfig:
     rope_theta: _Positive
     """Base of the rotary frequencies."""
     rope_scaling: RopeScaling | None
-    """How the rotary frequencies are slowed for long context; none: they are not."""
+    """Scaling of the rotary frequencies for long context; none: no scaling."""
     qk_norm: bool
     """Whether an RMSNorm over each head is applied to queries and keys before the rotation."""
     tie_embeddings: bool
     """Whether the embedding and the output head are one parameter."""
     sliding_window: _Count | None = None
-    """How many tokens of its document a token sees, itself included; none: all up to itself."""
+    """Tokens of its document that a token sees, itself included; none: all up to itself."""
     attention: Annotated[AttentionConfig, registry.attentions] = field(default_factory=Sdpa)
-    """The attention backend: how the mask is evaluated, never what it allows."""
+    """The attention backend. Every backend evaluates the same mask, each in its own way."""
 
     architecture: ClassVar[str] = "decoder"
-    """The name of the model in a checkpoint. A subclass for another forward has another name."""
+    """The name of the model in a checkpoint. A subclass with another forward has another name."""
     parameters: ClassVar[Table] = PARAMETERS
     """A row for every parameter. A subclass with other parameters has its own table."""
     dealt_by_ulysses: ClassVar[str] = "n_kv_heads"
-    """The field that counts the heads which Ulysses deals out to the ranks that share a sequence."""
+    """The field with the number of heads that Ulysses divides among the ranks that share a sequence."""
     extensible: ClassVar[str] = "vocab_size"
     """The field that may be larger than the data needs: unused rows do no harm."""
 
     def __init_subclass__(cls) -> None:
-        """Raise TypeError without a name: the checkpoint of another model must not be read as one of this."""
+        """Raise TypeError if the subclass has no `architecture` of its own.
+
+        Its checkpoints could be read as checkpoints of this class.
+        """
         super().__init_subclass__()
         if "architecture" not in vars(cls):
             raise TypeError(f"{cls.__name__} has no architecture of its own: give it one, by its name")
@@ -155,7 +158,7 @@ class DecoderConfig:
 
     @property
     def shard_dims(self) -> Mapping[str, int | None]:
-        """The dim of every parameter that tensor parallel splits; None: every rank has all of it."""
+        """The dim of each parameter that tensor parallel splits; None: every rank has the whole parameter."""
         return {name: row.shard_dim for name, row in self.rows.items()}
 
     @property
@@ -174,7 +177,7 @@ class DecoderConfig:
         Six per matrix parameter, and twelve per query feature and visible key
         (https://arxiv.org/abs/2204.02311, appendix B; the causal mask leaves about half of the keys).
         """
-        # An embedding is looked up, not multiplied, unless it is tied and so the head as well.
+        # An embedding is looked up, not multiplied; but a tied embedding is also the head.
         others = {"vector"} if self.tie_embeddings else {"vector", "embedding"}
         n_multiplied = sum(
             shape.numel() for name, shape in self.shapes.items() if self.rows[name].group not in others
@@ -242,12 +245,12 @@ class Block(nn.Module):
 
     @property
     def sums(self) -> tuple[nn.Module, ...]:
-        """The modules that, with a rank's share of their weights, compute a term of their whole output."""
+        """The modules whose output is a sum: a rank with a share of their weights computes one term."""
         return self.attention, self.ffn
 
 
 class Share(Protocol):
-    """The tokens of a sequence that are computed here. Attention sees the keys of all tokens."""
+    """The tokens of a sequence that this process computes. Attention sees the keys of all tokens."""
 
     def queries(self, seq_len: int) -> Ranges | None:
         """The ranges of these tokens in a sequence of `seq_len` tokens; None: all tokens."""
@@ -270,7 +273,7 @@ class Decoder(nn.Module):
         self.embedding = Embedding(config.vocab_size, config.dim, compute_dtype)
         self.blocks = nn.ModuleList(config.build_block() for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        # A tied head owns no parameter: `to_empty` would make two of one that has two names.
+        # A tied head has no parameter of its own: `to_empty` would make two parameters of one with two names.
         self.head = None if config.tie_embeddings else Linear(config.dim, config.vocab_size)
         self.loss: Callable[..., tuple[Tensor, Tensor]] = linear_cross_entropy
         self.logits: Callable[..., Tensor] = logits
@@ -289,8 +292,8 @@ class Decoder(nn.Module):
         The mask is made once for all blocks, and on the CPU: nothing is read from the device.
 
         Args:
-            tokens_BS: whole sequences; with a KV cache, the tokens of the share alone.
-            positions_BT: of all keys, on the CPU: 0 at the start of every document, -1 on padding.
+            tokens_BS: whole sequences; with a KV cache, only the tokens of the share.
+            positions_BT: positions of all keys, on the CPU: 0 at the start of every document, -1 on padding.
         """
         mask = self.config.attention.mask(
             positions_BT,
@@ -311,7 +314,7 @@ class Decoder(nn.Module):
         """The device of the weights."""
         return next(self.parameters()).device
 
-    # Parallelism, recompute and generation change a finished model through `loss`, `logits` and these:
+    # Parallelism, recompute and generation change a model through `loss`, `logits` and the members below:
 
     @property
     def layers(self) -> list[Block]:
@@ -335,7 +338,7 @@ class Decoder(nn.Module):
 
     @property
     def head_weight_VD(self) -> Tensor:
-        """The weight of the output projection; if tied, the embedding's."""
+        """The weight of the output projection; if tied, the weight of the embedding."""
         return self.embedding.weight if self.head is None else self.head.weight
 
     def forward(

@@ -126,7 +126,7 @@ class _Reader:
             qk_norm=self.kind == "qwen3",
             sliding_window=window,
         )
-        # The values of any decoder stand in for wrong ones.
+        # The values of another decoder stand in for wrong values.
         checked, wrong = validate(DecoderConfig, [asdict(PRESETS["debugmodel"]), asdict(config)], self.path)
         return config, [*wrong, *of_sound_keys(checked.problems(self.path), wrong)]
 

@@ -38,9 +38,9 @@ _LOG = logging.getLogger(__name__)
 
 
 class Vocabulary:
-    """The part of the vocabulary whose rows of the weight this process has: here all of them.
+    """The rows of the vocabulary that this process holds: here all.
 
-    A class for a smaller part exchanges maxima and sums with the processes that have the other parts.
+    A class for a smaller part exchanges maxima and sums with the processes that hold the other parts.
     """
 
     n_parts = 1
@@ -52,11 +52,11 @@ class Vocabulary:
         return torch.where(here, labels, 0), here
 
     def max(self, x: Tensor) -> Tensor:
-        """The maximum over all parts of their `x`, which may be overwritten."""
+        """The maximum of `x` over all parts. `x` may be overwritten."""
         return x
 
     def sum(self, x: Tensor) -> Tensor:
-        """The sum over all parts of their `x`, which may be overwritten."""
+        """The sum of `x` over all parts. `x` may be overwritten."""
         return x
 
 
@@ -90,8 +90,8 @@ def linear_cross_entropy(
 
     The products are computed in the dtype of `x_BSD`, all else in float32 (float64 if `x_BSD` is float64).
     The sum is a scalar in nats, the count int64. Memory beyond the two gradients: one chunk of logits, and on
-    CUDA a copy of the weight in the dtype of `x_BSD` if it has another.
-    If `weight_VD` is a part of the `vocabulary`, the gradient of `x_BSD` is that part's term of the whole.
+    CUDA a copy of the weight if its dtype is not that of `x_BSD`.
+    If `weight_VD` holds a part of the `vocabulary`, the gradient of `x_BSD` is one term of a sum over parts.
     """
     x_ND, labels_N = x_BSD.flatten(0, -2), labels_BS.flatten()
     args = x_ND, weight_VD, labels_N, vocabulary or Vocabulary(), torch.is_grad_enabled()
@@ -107,11 +107,12 @@ def reference_cross_entropy(x_BSD: Tensor, weight_VD: Tensor, labels_BS: Tensor)
 
 
 def chunk_rows(n_rows: int, n_columns: int, x: Tensor) -> int:
-    """The rows of a chunk, where `n_rows` of hidden states like `x` meet `n_columns` of the vocabulary.
+    """The number of rows of a chunk, for `n_rows` of hidden states like `x` and `n_columns` of vocabulary.
 
-    On a GPU 2048, so that the weight and its gradient are seldom read and written. On a CPU, where that
-    matters less, a chunk takes a sixteenth of the memory of all logits in the dtype of `x`, but has between
-    16 and 2048 rows. On any device more rows, if they fit _LITTLE_BYTES. docs/models.md has measurements.
+    On a GPU a chunk has 2048 rows, so that the weight and its gradient are seldom read and written. This
+    matters less on a CPU: there a chunk takes a sixteenth of the memory of all logits in the dtype of `x`,
+    but has between 16 and 2048 rows. On any device a chunk has more rows if they fit _LITTLE_BYTES.
+    docs/models.md has measurements.
     """
     itemsize = _sum_dtype(x).itemsize
     sixteenth = n_rows * x.dtype.itemsize // (16 * itemsize)
@@ -156,7 +157,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        # The gradient is given away unless the graph is kept: scaled in place, and `.grad` without a copy.
+        # The gradient is given away unless the graph is kept: it is scaled in place and becomes `.grad`.
         scale = torch.mul if torch._C._autograd._get_current_graph_task_keep_graph() else Tensor.mul_  # pyright: ignore[reportAttributeAccessIssue]
         dx_ND, dweight_VD = (None if each is None else scale(each, dloss) for each in ctx.saved_tensors)
         return dx_ND, None if dweight_VD is None else dweight_VD.to(ctx.weight_dtype), None, None, None
@@ -222,7 +223,7 @@ def _buffer(rows: int, columns: int, x: Tensor) -> Tensor:
 
 
 def _cast_once(weight_VD: Tensor, x: Tensor, n_bytes: int) -> Tensor:
-    """The weight in the dtype of `x`. On a CPU as given, unless the copy is small beside `n_bytes`."""
+    """The weight in the dtype of `x`. On a CPU the given weight, unless a copy is small beside `n_bytes`."""
     is_little = weight_VD.numel() * x.dtype.itemsize <= max(n_bytes // 4, _LITTLE_BYTES)
     return weight_VD.to(x.dtype) if x.is_cuda or is_little else weight_VD
 

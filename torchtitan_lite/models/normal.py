@@ -9,7 +9,7 @@ probability comes from a table of straight lines, 256 for every power of two.
 
 A number takes integer arithmetic, one look-up, and one product and one sum of float32. Every device rounds
 these in the same way, so the numbers are equal bit for bit on every device, mesh and number of threads.
-Logarithms and cosines are not.
+Logarithms and cosines would not be equal.
 """
 
 from functools import cache

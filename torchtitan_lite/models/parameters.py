@@ -1,6 +1,6 @@
 """The table in which a model describes its parameters. The first row that matches a parameter's name counts.
 
-Tensor parallel, initialisation, optimizers, Hugging Face names, the rules of what a mesh must divide, the
+Tensor parallel, initialisation, optimizers, Hugging Face names, the sizes that a mesh must divide, the
 counts of parameters and the printed plan read this table. None of them has its own list of parameters.
 """
 

@@ -60,8 +60,8 @@ def apply(
     1. Tensor parallel rewrites the projections; every later step finds them rewritten.
     2. Context parallel wraps the inner attention, whose heads are now this rank's share.
     3. Recompute wraps a block's forward, exchanges included.
-    4. Compile freezes a block, so it comes after every change inside the block. Block by block, so that all
-       blocks share one graph and the head's chunked loss stays eager.
+    4. Compile freezes a block, so it comes after every change inside the block. Each block is compiled
+       alone, so that all blocks share one graph and the head's chunked loss stays eager.
     5. FSDP acts around the call of a block, and shards this rank's share of the weights.
     """
     context = ContextParallel()
@@ -104,7 +104,7 @@ def model_problems(config: DecoderConfig, degrees: Degrees) -> list[Problem]:
 def prepare_compile(config: CompileConfig, *, device: str, attention: str, head_dim: int) -> None:
     """Set, for this process, how inductor compiles for `device`, "cpu" or "cuda"."""
     if device == "cpu":
-        forget_kernels()  # of an earlier trainer in this process
+        forget_kernels()  # kernels of an earlier trainer in this process
     if not config.enable or config.backend != "inductor":
         return
     _recompute_what_is_cheap()
@@ -117,7 +117,7 @@ def prepare_compile(config: CompileConfig, *, device: str, attention: str, head_
 def _trust_the_processor() -> None:
     """Skip the programs that inductor compiles to try out vector instructions: 6 s of 19.
 
-    torch's own kernels ask the processor too.
+    torch's own kernels rely on the same answer of the processor.
     """
     from torch._inductor import config  # slow to import: only compiled runs need it
 
@@ -128,7 +128,7 @@ def _trust_the_processor() -> None:
 def _recompute_what_is_cheap() -> None:
     """Let a compiled backward recompute the normalised and gated inputs of a block's products.
 
-    They are elementwise functions of other kept tensors, and would be a quarter of the memory of a block.
+    These elementwise functions of other kept tensors would be a quarter of the memory of a block.
     """
     from torch._functorch import config
 

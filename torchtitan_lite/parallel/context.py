@@ -25,7 +25,7 @@ from torchtitan_lite.parallel.exchange import Exchange, all_gather, all_to_all, 
 
 @dataclass(frozen=True)
 class Chunks:
-    """A sequence in chunks of equal length, of which each of `n_ranks` has one, or two if `balanced`."""
+    """A sequence in chunks of equal length. Each of `n_ranks` has one chunk, or two if `balanced`."""
 
     n_ranks: int
     balanced: bool
@@ -110,7 +110,7 @@ class GatheredAttention(_SharedAttention):
         self, q_BsHK: Tensor, k_BsGK: Tensor, v_BsGK: Tensor, mask: object, scale: float | None = None
     ) -> Tensor:
         """Attend; [B, s, H, K]. The mask is for this rank's queries and all keys."""
-        # Keys and values as rows of one batch: one exchange.
+        # Keys and values are rows of one batch, so that one exchange is enough.
         both = torch.cat([k_BsGK, v_BsGK])
         k_BSGK, v_BSGK = Exchange.apply(both, _gather, _sum_and_scatter, self.chunks, self.group).chunk(2)
         return self.inner(q_BsHK, k_BSGK, v_BSGK, mask, scale=scale)

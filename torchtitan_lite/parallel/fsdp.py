@@ -48,7 +48,8 @@ def apply_fsdp(
     groups.insert(0, fully_shard(model, reshard_after_forward=False, **options))
     for module, following in pairwise(groups):
         # The gather of the next block starts before this block is computed. In the backward FSDP does so by
-        # itself; in the forward only while the host is ahead of the device, which it is not after a wait.
+        # itself; in the forward only while the host is ahead of the device, and after a wait the host is not
+        # ahead.
         module.set_modules_to_forward_prefetch([following])
     for module in groups:
         # The loss is divided by the global count of tokens, so the ranks' gradients are terms of a sum. The

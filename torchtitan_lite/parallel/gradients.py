@@ -38,10 +38,10 @@ def squared_norm(parameters: Iterable[nn.Parameter], world_size: int) -> Tensor:
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     local = _local(gradients)
-    # On a CPU torch adds up float32 squares one after the other: of 10M elements only four digits are right.
+    # On a CPU torch adds up float32 squares one after the other: for 10M elements only four digits are right.
     dtype = torch.float64 if local[0].device.type == "cpu" else None
     norms = torch._foreach_norm(local, dtype=dtype)  # pyright: ignore[reportPrivateImportUsage]
-    # Each of n shards is on world_size / n ranks, each of which counts its n / world_size.
+    # Each of n shards is on world_size / n ranks, so each rank counts n / world_size of its shard.
     shares = [(_n_shards(gradient) / world_size) ** 0.5 for gradient in gradients]
     torch._foreach_mul_(norms, shares)  # pyright: ignore[reportPrivateImportUsage]
     return torch.stack(norms).square().sum()

@@ -1,6 +1,6 @@
 """The mesh of all ranks of a run.
 
-It has four axes. World along an axis further right exchange more, so their numbers are closer together:
+It has four axes. Ranks along a later axis exchange more data, so their numbers are closer together:
 
     dp_replicate   each rank has a copy of the model (HSDP's outer axis)
     dp_shard       the ranks share one copy of the weights, and see different samples
@@ -61,7 +61,7 @@ class ParallelismConfig:
     data_parallel_replicate_degree: Annotated[int, Field(ge=1)] = 1
     """Groups of ranks that each hold the whole model and see different samples."""
     data_parallel_shard_degree: Literal[-1] | Annotated[int, Field(ge=1)] = -1
-    """Ranks that share one copy of the weights and see different samples. -1: all ranks that are left."""
+    """Ranks that share one copy of the weights and see different samples. -1: all remaining ranks."""
     tensor_parallel_degree: Annotated[int, Field(ge=1)] = 1
     """Ranks that share each matrix, and the sequence in between."""
     context_parallel_degree: Annotated[int, Field(ge=1)] = 1
@@ -73,7 +73,8 @@ class ParallelismConfig:
     fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
     """never: keep a block's whole weights from forward to backward, faster and larger. default: always."""
     disable_loss_parallel: bool = False
-    """Under tensor parallel, project a rank's own tokens onto the whole vocabulary, not all onto a share."""
+    """Each tensor-parallel rank projects its own tokens onto the whole vocabulary, instead of all tokens onto
+    its share."""
 
     def degrees(self, world_size: int) -> Degrees:
         """The size of each axis among `world_size` ranks; the degrees must suit that number."""
@@ -119,7 +120,7 @@ class Mesh:
     root: DeviceMesh
     """The whole mesh, with the axes AXES."""
     weights: DeviceMesh
-    """FSDP's mesh: an axis over the ranks that share a copy; with several copies, an axis over them first."""
+    """FSDP's mesh: an axis over copies if there are several, then one over the ranks that share a copy."""
 
     @property
     def context(self) -> DeviceMesh:

@@ -18,15 +18,15 @@ from torchtitan_lite.config.load import Problem
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationCheckpointConfig:
-    """What is computed again in the backward pass, to save memory."""
+    """Activations that the backward pass computes again, to save memory."""
 
     mode: Literal["none", "selective", "full"] = "none"
     """none: keep all that the backward needs; full: only each block's input; selective: in between."""
     selective_ac_option: str = "op"
-    """For selective: "op" keeps attention and every second matmul of a block; "2" is full in every 2nd."""
+    """Mode selective: "op" keeps attention and every 2nd matmul; "2" recomputes every 2nd block in full."""
 
     def problems(self, key: str, n_blocks: int | None = None) -> list[Problem]:
-        """An option that is no choice of blocks, or that chooses none out of `n_blocks` (None: not known)."""
+        """An option that is no choice of blocks, or is larger than `n_blocks` (None: not known)."""
         name, option = f"{key}.selective_ac_option", self.selective_ac_option
         if not re.fullmatch("op|[1-9][0-9]{0,3}", option, re.ASCII):
             rule, remedy = 'is neither "op" nor a number of blocks', 'use "op", or "2" for every 2nd block'
@@ -38,7 +38,7 @@ class ActivationCheckpointConfig:
         return [Problem(name, option, rule, remedy, reads)]
 
     def described(self) -> str:
-        """The words of the plan."""
+        """The mode in words, for the plan."""
         if self.mode != "selective":
             return self.mode
         option = self.selective_ac_option
@@ -156,17 +156,17 @@ class Keeper:
 
 
 class Kept(AbstractContextManager[None]):
-    """The results that a block's forward keeps for its recompute: the context in which each of them runs."""
+    """The results that a block's forward keeps for its recompute; also the context in which both run."""
 
     def __init__(self, keeper: Keeper) -> None:
         self.keeper, self.n_passes, self.n_counted = keeper, 0, 0
         self.results: deque[Tensor] = deque()
-        # torch's modes look at every operator that runs under them: only attention runs under these.
+        # torch's modes look at every operator that runs under them, so only attention runs under these modes.
         self.attention_modes = create_selective_checkpoint_contexts(_keep_attention)
 
     @property
     def is_recompute(self) -> bool:
-        """Whether the recompute is running, not the forward."""
+        """True in the recompute, False in the forward."""
         return self.n_passes == 2
 
     def __enter__(self) -> None:

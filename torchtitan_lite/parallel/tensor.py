@@ -7,7 +7,7 @@ projections, and scatter the sum of their row-wise ones (https://arxiv.org/abs/2
 becomes a DTensor, the norms too, since one optimizer updates them all. Activations are this rank's plain
 tensors: they cost less than DTensors, and torch.compile sees nothing but tensors.
 
-A model to split has `token_vectors`, `sums`, `loss` and `logits`, as `models.decoder.Decoder` has them.
+A model to split has `token_vectors`, `sums`, `loss` and `logits`, like `models.decoder.Decoder`.
 """
 
 from collections.abc import Callable, Mapping
@@ -34,7 +34,7 @@ def apply_tensor_parallel(
     """Split `model`, in place, over the one axis of `mesh`.
 
     Args:
-        shard_dims: by the name of every parameter the dim that is split; None: every rank has all of it.
+        shard_dims: for each parameter, by name, the dim to split; None: every rank has the whole parameter.
         loss_parallel: each rank projects all tokens onto its share of the vocabulary; otherwise each rank
             projects its own tokens onto the whole vocabulary.
     """
@@ -51,7 +51,7 @@ def apply_tensor_parallel(
 def apply_tensor_parallel_to_predict(
     model: Any, mesh: DeviceMesh, shard_dims: Mapping[str, int | None]
 ) -> None:
-    """Split `model`, in place, for logits without gradients: every rank has all tokens, which may be one."""
+    """Split `model`, in place, for logits without gradients: every rank has all tokens, maybe only one."""
     _split_weights(model, mesh, shard_dims)
     for part in (model.token_vectors, *model.sums):
         part.forward = _sum_of(part.forward, mesh.get_group())
@@ -70,7 +70,7 @@ def _split_weights(model: Any, mesh: DeviceMesh, shard_dims: Mapping[str, int | 
 
 
 def check_readers(model: Any) -> None:
-    """Raise ConfigError unless every module with a parameter has one only, and reads it by `weight_for`."""
+    """Raise ConfigError unless every module with a parameter has only one, and reads it by `weight_for`."""
     found = []
     for path, module in model.named_modules():
         names = [name for name, _ in module.named_parameters(recurse=False)]
@@ -100,11 +100,11 @@ def _look_up(mesh: DeviceMesh, tokens_BS: Tensor, weight_VD: DTensor) -> Tensor:
     return F.embedding(row_BS, share_VD) * here_BS[..., None]
 
 
-# torch.compile cannot trace a forward that is a partial: these are functions.
+# The wrappers below are functions, because torch.compile cannot trace a forward that is a partial.
 
 
 def _gather_and_scatter_sum_of(forward: Callable[..., Tensor], group: ProcessGroup) -> Callable[..., Tensor]:
-    """`forward` between this rank's tokens: gather all tokens, then sum what the ranks compute."""
+    """`forward` from and to this rank's tokens: gather all tokens, then sum the results of the ranks."""
 
     def summed(x_BsD: Tensor, *rest: Any) -> Tensor:
         x_BSD = Exchange.apply(x_BsD, _gather, _scatter_sum, group)
@@ -114,12 +114,12 @@ def _gather_and_scatter_sum_of(forward: Callable[..., Tensor], group: ProcessGro
 
 
 def _scatter_sum_of(forward: Callable[..., Tensor], group: ProcessGroup) -> Callable[..., Tensor]:
-    """`forward` from all tokens to this rank's tokens: sum what the ranks compute."""
+    """`forward` from all tokens to this rank's tokens: sum the results of the ranks."""
     return lambda *args: Exchange.apply(forward(*args), _scatter_sum, _gather, group)
 
 
 def _sum_of(forward: Callable[..., Tensor], group: ProcessGroup) -> Callable[..., Tensor]:
-    """`forward` from all tokens to all tokens, without a gradient: sum what the ranks compute."""
+    """`forward` from all tokens to all tokens, without a gradient: sum the results of the ranks."""
 
     def summed(*args: Any) -> Tensor:
         x = forward(*args)
@@ -141,7 +141,7 @@ def _scatter_sum(x_BSD: Tensor, group: ProcessGroup) -> Tensor:
 
 
 class VocabularyShare:
-    """A `models.loss.Vocabulary` of which this rank has `n_rows` rows of the weight."""
+    """A part of a vocabulary: this rank has `n_rows` rows of the weight (see `models.loss.Vocabulary`)."""
 
     def __init__(self, mesh: DeviceMesh, n_rows: int) -> None:
         self.group, self.n_parts, self.n_rows = mesh.get_group(), mesh.size(), n_rows
@@ -171,7 +171,7 @@ def loss_by_vocabulary(
     weight_VD: DTensor,
     labels_BS: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """`loss` of all tokens on this rank's share of the vocabulary: no rank has logits of the whole."""
+    """`loss` of all tokens on this rank's share of the vocabulary: no rank has all logits."""
     # Each rank's gradient is the term of its share of the vocabulary; the gather's backward sums the terms.
     x_BSD = Exchange.apply(x_BsD, _gather, _scatter_sum, mesh.get_group())
     share_VD = weight_VD.to_local()

@@ -22,7 +22,7 @@ class TrainingConfig:
     steps: Annotated[int, Field(ge=1)] = 1000
     """Optimizer steps of the whole run."""
     max_norm: Annotated[float, Field(ge=0)] = 1.0
-    """Gradients are scaled down to this global norm. 0: measured but never clipped."""
+    """Gradients with a larger global norm are scaled down to this norm. 0: measured but never clipped."""
     mixed_precision_param: Literal["float32", "bfloat16"] = "bfloat16"
     """Precision that the model computes in. Weights, their updates and the sums of gradients stay float32."""
     enable_cpu_offload: bool = False

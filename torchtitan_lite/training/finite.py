@@ -1,4 +1,4 @@
-"""The refusal of numbers that are not finite."""
+"""The check that the loss and the gradient norm of a step are finite."""
 
 import math
 from collections.abc import Sequence

@@ -8,7 +8,7 @@ from functools import cache
 
 import torch
 
-# Dense BF16 FLOP per second; the first match counts. The figures are the makers', halved where these assume
+# Dense BF16 FLOP per second; the first match counts. The figures are from the makers, halved if they assume
 # sparsity:
 # https://www.nvidia.com/en-us/data-center/h100/    https://www.nvidia.com/en-us/data-center/h200/
 # https://www.nvidia.com/en-us/data-center/a100/    https://www.nvidia.com/en-us/data-center/hgx/ (B200)

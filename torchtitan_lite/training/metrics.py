@@ -1,4 +1,4 @@
-"""The numbers that a run reports: how often, and how they are made from the steps."""
+"""The numbers that a run reports: how often it reports them, and how they are computed from the steps."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from torchtitan_lite.training.validation import Validation
 
 @dataclass(frozen=True, kw_only=True)
 class MetricsConfig:
-    """What is reported, and how often."""
+    """The numbers that a run reports, and how often."""
 
     log_freq: Annotated[int, Field(ge=1)] = 10
     """Steps between two reports; the first and the last step are always reported."""
@@ -22,13 +22,13 @@ class MetricsConfig:
     save_tb_folder: str = "tb"
     """Folder for TensorBoard, inside the run's folder."""
     peak_flops: Annotated[float, Field(ge=0)] = 0.0
-    """FLOP per second that MFU is measured against. 0: what the device's maker states, else a measurement."""
+    """FLOP per second that MFU is measured against. 0: the maker's figure if known, else a measurement."""
 
 
 class Reporter:
-    """Base of the hooks that report: makes records of steps and validations, and has a subclass `write` them.
+    """Base of the hooks that report: makes records of steps and validations; a subclass writes them.
 
-    Every `log_freq`-th step is reported, and the first and the last one.
+    Every `log_freq`-th step is reported, and also the first and the last step.
     """
 
     def __init__(self, config: MetricsConfig) -> None:
@@ -57,7 +57,7 @@ class Reporter:
         raise NotImplementedError
 
     def _report(self) -> dict[str, float]:
-        """The numbers of the last step, and the speed since the report before."""
+        """The numbers of the last step, and the speed since the previous report."""
         steps, last = self._unreported, self._unreported[-1]
         seconds = sum(step.seconds for step in steps)
         tokens_per_second = sum(step.n_tokens for step in steps) / seconds

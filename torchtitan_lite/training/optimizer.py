@@ -93,7 +93,7 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """The optimizer of the `parameters` that are not frozen; `groups` as in `OptimizerConfig.build`.
 
-    Each of its own groups has an "initial_lr", which the schedule scales.
+    Each of the optimizer's parameter groups has an "initial_lr", which the schedule scales.
     """
     optimizer = config.build({name: p for name, p in parameters.items() if p.requires_grad}, groups)
     for group in optimizer.param_groups:
@@ -103,7 +103,7 @@ def build_optimizer(
 
 @torch.no_grad()
 def create_state(optimizer: torch.optim.Optimizer) -> None:
-    """Create the state of every weight, to load into, by a step that leaves the weights unchanged.
+    """Create the state of every weight, for a checkpoint to fill, by a step that changes no weight.
 
     The rates stay 0: the schedule sets them before each step.
     """

@@ -14,12 +14,12 @@ from pydantic import Field
 
 @dataclass(frozen=True, kw_only=True)
 class DebugConfig:
-    """What makes a run repeatable, and shows that it is."""
+    """Settings that make a run repeatable, and a log that shows it."""
 
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the initial weights and of the order of the data."""
     deterministic: bool = False
-    """Use deterministic kernels alone: slower; two runs on one machine give the same losses to the bit."""
+    """Use only deterministic kernels. Slower; repeated runs on one machine give identical losses."""
     log_sample_ids: bool = False
     """Write the global sample ids of every step and rank to sample_ids/rank-R.jsonl in the run's folder."""
 
@@ -38,14 +38,14 @@ def set_up_process(config: DebugConfig, device: str) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
-        # Filling new tensors with NaN finds reads of uninitialised memory, costs time, and repeats no run.
+        # Filling new tensors with NaN costs time, and only serves to find reads of uninitialised memory.
         torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
     if device == "cpu":
         _keep_freed_memory()
 
 
 def _keep_freed_memory() -> None:
-    """Make glibc keep the memory that a step frees, for the next step; other C libraries are left alone.
+    """Make glibc keep the memory that a step frees, for the next step. Other C libraries are left alone.
 
     By default glibc returns much of this memory to the system, which clears each page before it hands the
     page out again: 40,000 pages in a step of the tiny preset. The settings are in mallopt(3). 32 MiB is the

@@ -18,9 +18,9 @@ class LRSchedulerConfig:
     warmup_steps: Annotated[int, Field(ge=0)] | None = None
     """Steps of linear rise to the peak. Unset: a tenth of the total, at most 200."""
     total_steps: Annotated[int, Field(ge=1)] | None = None
-    """Steps that the schedule spans. Unset: training.steps. Set: the run may stop early, same schedule."""
+    """Steps of the schedule. Unset: training.steps. If larger, the run ends before the schedule does."""
     decay_ratio: Annotated[float, Field(ge=0, le=1, examples=[0.1])] | None = None
-    """Share of the total that decays at the end. Unset: all that follows the warm-up."""
+    """Share of the total that decays at the end. Unset: all steps after the warm-up."""
     decay_type: Literal["linear", "cosine", "sqrt"] = "linear"
     """Shape of the decay."""
     min_lr_factor: Annotated[float, Field(ge=0, le=1, examples=[0.1])] = 0.0

@@ -42,8 +42,8 @@ class Stepper:
     def train_step(self, flags: Callable[[], Sequence[bool]] = tuple) -> StepStats:
         """Forward and backward over the micro-batches, clip, update. Every valid token has the same weight.
 
-        Raises NonFinite before the weights change. `flags` is called as late as possible, for the flags of
-        this rank; in the result a flag is set if any rank set it.
+        Raises NonFinite before the weights change. `flags` returns the flags of this rank; it is called as
+        late as possible. In the result a flag is set if any rank set it.
         """
         start, state = perf_counter(), self.state
         first_sample = state.batches.consumed_samples
@@ -111,7 +111,7 @@ class Stepper:
         # The ranks of a tensor-parallel group each have the same loss.
         both = loss / self.degrees.tensor, squares
         own = (torch.full_like(loss, is_set) for is_set in flags())
-        # The step's only read from the device, as late as possible: next the weights change.
+        # The only read from the device in a step, as late as possible: the weights change next.
         loss_value, square, *counts = self.world.sum(torch.stack([*both, *own])).tolist()
         norm = max(square, 0.0) ** 0.5
         if self.max_norm and norm > self.max_norm:  # else a factor of 1 would cost a pass over all gradients

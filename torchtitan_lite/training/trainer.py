@@ -62,7 +62,7 @@ class Trainer:
         self.stepper = Stepper(job, self.world, self.state, alive)
         self.hooks = Hooks(job.hook_configs, self._run_info(folder)) if folder else Hooks({})
         self.saver = self._build_saver(folder) if folder and job.checkpoint.enable else None
-        self.is_asked = is_asked if self.saver else lambda: False  # without saves no early stop
+        self.is_asked = is_asked if self.saver else lambda: False  # a run without saves does not stop early
         self.stop_asked = False
         """Whether all ranks know that a rank was asked to stop."""
         self.is_steady = False
@@ -121,7 +121,7 @@ class Trainer:
             self.hooks.end(Outcome(kind="done" if self.is_done else "stopped"))
 
     def _finish_save(self, error: BaseException) -> None:
-        """Finish the save that is under way when `error` ends the run. A hook that fails now is logged."""
+        """Finish the current save when `error` ends the run. The failure of a hook is only logged."""
         # A save needs all ranks. Only NonFinite is sure to end every rank at the same step.
         if self.saver and (self.world.size == 1 or isinstance(error, NonFinite)):
             try:
@@ -150,14 +150,14 @@ class Trainer:
         self.save(last=True)
 
     def save(self, *, last: bool = False, after_failure: bool = False) -> None:
-        """Save the present step if it is due, or the `last` one of this start. Raises SaveFailed.
+        """Save the current step if a save is due or the step is the `last` of this start. Raises SaveFailed.
 
         Args:
             after_failure: whether all ranks know that a rank failed to write an earlier step.
         """
         if self.saver is None:
             return
-        if after_failure and not self.stop_asked:  # after a stop the present step is saved instead
+        if after_failure and not self.stop_asked:  # after a stop the current step is saved instead
             self.saver.report()
         step = self.state.step
         if last or (step % self.job.checkpoint.interval == 0 and step < self.job.training.steps):
@@ -168,7 +168,7 @@ class Trainer:
             self.stop_asked = self.stop_asked or self.world.any(self.is_asked())
 
     def validate(self) -> None:
-        """Measure and report the loss on held-out text if that is due. A request to stop ends it halfway."""
+        """Measure and report the loss on held-out text if it is due. A request to stop cuts it short."""
         step, last, freq = self.state.step, self.job.training.steps, self.job.validation.freq
         is_due = step % freq == 0 or step >= last
         if self.corpus.held_out is None or not is_due or self.state.validated == step or self.stop_asked:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationConfig:
-    """Whether, how often and on how much the model is validated."""
+    """Whether the model is validated, how often, and on how much text."""
 
     enable: bool = False
     """Measure the loss on held-out text before the first step, every `freq` steps and at the end."""
@@ -48,7 +48,7 @@ def mean_loss(
     Every token has the same weight, however the batches are cut. Without a valid token the mean is NaN.
 
     Args:
-        model: set to eval mode meanwhile.
+        model: in eval mode during the call.
         loss_of: gives the sum of the losses of a batch, and the count of its valid tokens.
         over_ranks: sums a tensor [loss, count] over all ranks.
     """

@@ -25,7 +25,7 @@ def block_tiles(block_mask: BlockMask, shape: tuple[int, int, int]) -> Calls:
     full = _lists(block_mask.full_kv_num_blocks, block_mask.full_kv_indices)
 
     tiles: list[Tile] = []
-    masks: dict[bytes, tuple[int, Tensor]] = {}  # most blocks have the mask of another: the diagonal's, say
+    masks: dict[bytes, tuple[int, Tensor]] = {}  # many blocks have the same mask: the diagonal, for one
     n_masked = 0
     for row in range(mask_rows):
         rows = (0, batch) if mask_rows == 1 else (row, row + 1)

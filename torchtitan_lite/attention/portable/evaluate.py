@@ -18,7 +18,7 @@ from torchtitan_lite.attention.portable.tiles import CAUSAL, FULL, ROWS, Tile
 
 
 class _Call(NamedTuple):
-    """A tile, ready to run."""
+    """One kernel call: the slices of a tile, its mask, and whether results are merged."""
 
     rows: slice
     queries: slice
@@ -26,7 +26,7 @@ class _Call(NamedTuple):
     causal: bool
     mask: Tensor | None
     fresh_queries: bool
-    """Whether no tile before this one has these queries."""
+    """Whether this is the first tile with these queries; its results are then not merged."""
     fresh_keys: bool
 
     def q(self, x_BQHK: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ def _calls(table: Tensor, masks: Tensor, dtype: torch.dtype) -> list[_Call]:
 
 
 def _is_whole(calls: list[_Call], q_BQHK: Tensor, k_BSGK: Tensor) -> bool:
-    """True if one call computes everything on a CPU, so that its results need not be put together.
+    """True if one call computes everything on a CPU, so that no results must be put together.
 
     The CPU kernel gives 0 for a query that sees nothing, and 0 for its log-sum-exp.
     """

@@ -18,9 +18,9 @@ _cpu_flash = aten._scaled_dot_product_flash_attention_for_cpu
 _cpu_flash_backward = aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 BLOCK = 256
-"""Queries of a call to torch's kernel for CPUs where `CpuKernel` computes causal attention in blocks."""
+"""Queries per call of torch's CPU kernel if `CpuKernel` computes causal attention in blocks."""
 MANY = 768
-"""From this many queries on, torch's kernel uses larger blocks itself, of which it leaves out hidden ones
+"""From this many queries on, torch's kernel uses larger blocks itself, and skips hidden blocks
 (aten/src/ATen/native/cpu/FlashAttentionKernel.cpp)."""
 
 
@@ -43,9 +43,9 @@ class Kernel(Protocol):
 class CpuKernel:
     """torch's FlashAttention for CPUs: any float type, grouped heads, an additive mask.
 
-    torch computes keys in blocks of 512, and leaves out only blocks that are hidden from a whole block of
-    queries: none of up to 512 tokens. So torch gets causal attention of medium length as blocks of queries,
-    each with the keys that it sees.
+    torch computes keys in blocks of 512, and skips a block only if it is hidden from a whole block of
+    queries: with up to 512 tokens it skips none. So torch gets causal attention of medium length as
+    blocks of queries, each with the keys that it sees.
     """
 
     def forward(self, q, k, v, causal, mask, scale):
@@ -86,7 +86,7 @@ def _is_medium(q: Tensor) -> bool:
 
 
 def _causal_blocks(q: Tensor):
-    """The queries and keys of each block, and what to add to its scores; None, the first block, is causal."""
+    """The queries and keys of each block, and the mask to add: None for the first block, which is causal."""
     n = q.shape[2]
     for start in range(0, n, BLOCK):
         stop = min(start + BLOCK, n)
@@ -116,7 +116,7 @@ class CudaKernel:
 
 
 class PlainKernel:
-    """Matrix products in float32 or float64, `block` queries at a time: slow, the reference of the others."""
+    """Matrix products in float32 or float64, `block` queries at a time: slow, a reference for the others."""
 
     def __init__(self, block: int = 256) -> None:
         self.block = block
@@ -149,7 +149,7 @@ class PlainKernel:
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
     def _blocks(self, q: Tensor, k: Tensor, causal: bool) -> Iterator[tuple[slice, slice]]:
-        """Slices of the queries, and of the keys that each of them needs."""
+        """Slices of the queries, each with the slice of the keys that it needs."""
         n = q.shape[2]
         for start in range(0, n, self.block):
             stop = min(start + self.block, n)

@@ -2,7 +2,7 @@
 
 B batch rows, S tokens, H query heads, G key/value heads, K head dim.
 
-`compile_kernel` switches the kernel on for the whole process, for heads of one size. Compiled runs do so.
+`compile_kernel` switches the kernel on for the whole process, for heads of one size. Compiled runs call it.
 """
 
 import ctypes
@@ -22,7 +22,7 @@ from torchtitan_lite.attention.portable.tiles import CAUSAL, FULL
 
 # The compiler that torch uses: torch._inductor.config.cpp.cxx.
 CXX = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-"""The compiler of CPU kernels, of torch's and of this one."""
+"""The compiler of torch's CPU kernels and of this kernel."""
 
 _SOURCE = Path(__file__).with_name("causal_cpu.cpp")
 # The library is not linked with OpenMP: it uses the copy that torch has loaded. A second copy would start
@@ -60,7 +60,7 @@ def forget_kernels() -> None:
 
 
 def has_amx() -> bool:
-    """True if the CPU has units for products of bfloat16 matrices, which torch's kernel alone uses."""
+    """True if the CPU has units for products of bfloat16 matrices; only torch's kernel uses them."""
     return getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
 
 

@@ -1,4 +1,4 @@
-"""The mask as tiles: which rectangles of (queries, keys) to compute, so that no tensor is S x S.
+"""The mask as tiles: rectangles of (queries, keys) to compute, so that no tensor is S x S.
 
 B batch rows, S key tokens, Q query tokens.
 
@@ -17,7 +17,7 @@ from torchtitan_lite.attention.mask import Ranges, check_window, count_queries, 
 from torchtitan_lite.attention.operator import Calls, make_calls
 
 FULL, CAUSAL, ROWS = -1, -2, -3
-"""Values of Tile.kind. A value >= 0 is where the tile's mask starts in Calls.data. ROWS: Calls.data starts
+"""Values of Tile.kind. A value >= 0 is the index of the tile's mask in Calls.data. ROWS: Calls.data starts
 with a mask for each row of the tile."""
 
 WINDOW_STEP = 128
@@ -39,7 +39,7 @@ class Tile(NamedTuple):
 def tile_calls(
     tiles: Sequence[Tile], masks: list[Tensor], shape: tuple[int, int, int], device: torch.device | str
 ) -> Calls:
-    """A table of tiles: a Tile a row, then whether the tile is the first with its queries, and with its keys.
+    """A table of tiles. A row: a Tile, whether it is the first with its queries, and with its keys.
 
     Tiles of the same rows follow each other. `masks` are True where a query sees a key.
     """
@@ -68,7 +68,7 @@ def document_tiles(
     for row, q0, q1, k0, k1 in segments_N5.tolist():
         by_row[row].append((q0, q1, k0, k1))
     rows_differ = any(spans != by_row[0] for spans in by_row.values())
-    # On a CPU alone: a GPU's fast kernel takes no mask.
+    # Only on a CPU: a GPU's fast kernel takes no mask.
     if shape[1] == 1 and rows_differ and torch.device(device).type == "cpu":
         seen_BS = torch.zeros(batch, seq_len, dtype=torch.bool)
         for row, spans in by_row.items():
@@ -95,7 +95,7 @@ class BandMasks:
         self._starts: dict[tuple[int, int, int], int] = {}
 
     def start(self, n_queries: int, n_keys: int, behind: int) -> int:
-        """Where a tile's mask starts in Calls.data; `behind`: keys of the tile before its first query."""
+        """The index of a tile's mask in Calls.data; `behind`: keys of the tile before its first query."""
         assert self.window is not None
         shape = n_queries, n_keys, behind
         if shape not in self._starts:

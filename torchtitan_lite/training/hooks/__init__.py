@@ -24,7 +24,7 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class RunInfo:
-    """What a hook is told about the run."""
+    """The facts of a run, for its hooks."""
 
     job: Any
     """The whole configuration, a `config.job.JobConfig`."""
@@ -74,7 +74,7 @@ class StepStats:
     sample_ids: Sequence[int] = ()
     """Global ids of the samples that this rank read."""
     attention_work: float | None = None
-    """Visible pairs of query and key that this rank computed, per head; measured in a start's first step."""
+    """Visible pairs of query and key that this rank computed, per head; only in a start's first step."""
     flags: Sequence[bool] = ()
     """The flags that the ranks exchanged in this step: each is set if any rank set it."""
 
@@ -97,7 +97,7 @@ class HookConfig(Protocol):
 
 
 class HookFailed(Exception):
-    """A hook raised an exception, which is the cause of this one."""
+    """A hook raised an exception, which is the `__cause__` of this exception."""
 
     def __init__(self, name: str, method: str, error: BaseException) -> None:
         super().__init__(f'hook "{name}" failed in {method}(): {type(error).__name__}: {error}')
@@ -106,7 +106,7 @@ class HookFailed(Exception):
 class Hooks:
     """The hooks of a run, by name. A call raises HookFailed if a hook raises.
 
-    Building raises ConfigError if the `build` of a config does.
+    The constructor raises ConfigError if the `build` of a config raises it.
     """
 
     def __init__(self, configs: Mapping[str, HookConfig], run: RunInfo | None = None) -> None:

@@ -25,7 +25,7 @@ class JsonlConfig:
 
 
 class Jsonl(Reporter):
-    """Appends to metrics.jsonl. In a run that resumes, `cut` has removed the lines that come again."""
+    """Appends to metrics.jsonl. If a run resumes, `cut` has removed the lines that will be written again."""
 
     def start(self, run: RunInfo) -> None:
         """Open the file."""
@@ -43,10 +43,10 @@ class Jsonl(Reporter):
 
 
 def cut(folder: Path, step: int, validated: int) -> None:
-    """Remove what metrics.jsonl reports after `step`, from which the run in `folder` resumes.
+    """Remove the lines of metrics.jsonl after `step`, from which the run in `folder` resumes.
 
-    Validations are removed after the step `validated`, the last one validated when `step` was saved (-1 if
-    there was none): the run repeats the others.
+    Validations are removed after the step `validated`: the step of the last validation when `step` was saved,
+    or -1 if there was none. The run repeats the later validations.
     """
     keep_lines(
         folder / _FILE, lambda line: line["step"] <= (validated if "validation_loss" in line else step)

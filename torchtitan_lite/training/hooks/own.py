@@ -1,4 +1,4 @@
-"""The hooks of this package. They are registered like those of plugins, and called before these."""
+"""The hooks of this package, registered like all hooks and called before the hooks of plugins."""
 
 from torchtitan_lite import registry
 from torchtitan_lite.training.hooks.console import ConsoleConfig

@@ -1,4 +1,4 @@
-"""Traces of where a step's time goes."""
+"""Traces of single steps, which show where the time goes."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -77,7 +77,7 @@ class Profiler:
         activities = [torch.profiler.ProfilerActivity.CPU]
         if self.run.device.type == "cuda":
             activities.append(torch.profiler.ProfilerActivity.CUDA)
-        # acc_events: without it some versions of torch warn about several cycles, and here is only one.
+        # acc_events: without it some versions of torch warn about several cycles, and there is only one here.
         self._profiler = torch.profiler.profile(activities=activities, record_shapes=True, acc_events=True)
         self._profiler.start()
 
@@ -86,7 +86,7 @@ class Profiler:
             self._begin_trace()
 
     def _stop(self) -> torch.profiler.profile | None:
-        """Stop the trace that is under way, and return it."""
+        """Stop the current trace, and return it."""
         profiler, self._profiler = self._profiler, None
         if profiler is not None:
             profiler.stop()

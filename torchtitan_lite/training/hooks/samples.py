@@ -1,4 +1,4 @@
-"""The samples of each step and rank: shows that a resumed run reads the data of an uninterrupted one."""
+"""The log of sample ids: it shows that a resumed run reads the same data as an uninterrupted run."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +39,6 @@ class SampleLog:
 
 
 def cut(folder: Path, step: int) -> None:
-    """Remove what any rank recorded after `step`, from which the run in `folder` resumes."""
+    """Remove the lines of all ranks after `step`, from which the run in `folder` resumes."""
     for path in sorted((folder / _FOLDER).glob("rank-*.jsonl")):
         keep_lines(path, lambda line: line["step"] <= step)

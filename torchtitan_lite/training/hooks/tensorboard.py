@@ -52,6 +52,6 @@ class TensorBoard(Reporter):
         try:
             if self._writer is not None:
                 act(self._writer)
-        except OSError as error:  # the writer's own thread has ended, so that it cannot be used any more
+        except OSError as error:  # the writer's thread has ended, so the writer is of no more use
             _LOG.warning("nothing more is written for TensorBoard (%s)", error.strerror)
             self._writer = None

@@ -1,4 +1,4 @@
-"""How evenly the ranks that share a sequence share its attention."""
+"""The balance of attention among the ranks that share a sequence."""
 
 from dataclasses import dataclass
 from typing import Literal
