@@ -1,5 +1,6 @@
 """Signals and the watch together: what ends a rank, how soon, and what the rank prints."""
 
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -210,6 +211,22 @@ class CountingStore:
             return getattr(self._store, name)(*arguments)
 
         return request
+
+
+def test_a_wait_whose_time_is_up_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    store: Any = CountingStore()
+    waits = []
+
+    def wait(*_: object) -> None:
+        waits.append(None)
+        if len(waits) < 3:
+            raise dist.DistStoreError("wait timeout")
+
+    store.wait = wait
+    monkeypatch.setattr(watch, "PrefixStore", lambda prefix, own: own)
+    own = watch.Watch(World(store=store), seconds=60, launcher=os.getppid())
+    own._wait_for_trouble()
+    assert len(waits) == 3
 
 
 def test_a_healthy_run_sends_the_store_one_request(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,8 +42,12 @@ class End:
     """What ended the work of the rank. An echo is an error that tells of another rank's; a hang is none."""
     quiet: bool = False
     """The other ranks print nothing: their lines would only repeat the message."""
+    is_own: bool = False
+    """The error is no consequence of another rank's end: communication raises no errors of this type."""
     is_dead: bool = False
     """The rank does not answer any more."""
+    writer: int = 0
+    """The rank that writes exit.json."""
 
     def line_on(self, rank: int) -> str:
         """What another rank prints when it ends for this reason."""
@@ -70,7 +74,9 @@ def end_of(error: BaseException, rank: int = 0, size: int = 1) -> End:
         return signalled(rank, signal.SIGINT)
     if isinstance(error, SystemExit) and isinstance(error.code, int) and error.code > 128:
         return signalled(rank, error.code - 128)
-    message, reason = str(error), "echo" if _tells_of_another_rank(error) else "error"
+    causes = _with_causes(error)
+    reason = "echo" if any(isinstance(cause, OnAnotherRank) for cause in causes) else "error"
+    message = _text(error)
     line = End(rank=rank, message=message, reason=reason, quiet=True)
     if isinstance(error, BrokenPipeError):
         return replace(line, status=141, outcome="interrupted", reason="signal")
@@ -78,18 +84,33 @@ def end_of(error: BaseException, rank: int = 0, size: int = 1) -> End:
         return replace(line, words=message, status=2, outcome="refused")
     if isinstance(error, RunError):
         return replace(line, words=f"error: {message}", outcome=error.outcome)
-    words = f"rank {rank} failed:\n{''.join(traceback.format_exception(error))}".rstrip()
-    message = message or type(error).__name__
+    words = _storable(f"rank {rank} failed:\n{''.join(traceback.format_exception(error))}".rstrip())
     if size > 1:
-        message = f"rank {rank} failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
-    return End(rank=rank, message=message, words=words, reason=reason)
+        message = f"rank {rank} failed: {type(error).__name__}: {message.partition(chr(10))[0]}"
+    # torch raises a RuntimeError if another rank is gone, and a RunError may come from that.
+    is_own = not any(isinstance(cause, RuntimeError | RunError) for cause in causes)
+    message = message or type(error).__name__
+    return End(rank=rank, message=message, words=words, reason=reason, is_own=is_own)
 
 
-def _tells_of_another_rank(error: BaseException) -> bool:
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, OnAnotherRank):
-        cause = cause.__cause__  # such as that of a HookFailed
-    return cause is not None
+def _with_causes(error: BaseException) -> list[BaseException]:
+    """The error and its causes, such as the error behind a HookFailed."""
+    causes = [error]
+    while (cause := causes[-1].__cause__) is not None:
+        causes.append(cause)
+    return causes
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return _storable(str(error))
+    except Exception:  # noqa: BLE001 - the error may be of a plugin's class
+        return "(no text: its __str__ failed)"
+
+
+def _storable(text: str) -> str:
+    """`text` without the bytes of a file name that is not UTF-8: neither JSON nor a store takes them."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def status_of(error: BaseException) -> int:

@@ -121,9 +121,11 @@ class Watch:
             for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
                 with contextlib.suppress(ValueError):  # not in the main thread, and no exception comes here
                     signal.signal(number, signal.SIG_IGN)
-            end, writer = self._agree(own)
+            end = self._agree(own)
             is_own = end.rank == self.rank
             line = end.line_on(self.rank)
+            if end.is_dead and own.reason == "error":  # which may be the reason, and would be lost
+                line += f" ({own.message})"
             with contextlib.suppress(RuntimeError):  # no store any more
                 if is_own:
                     say(end.words)
@@ -132,7 +134,7 @@ class Watch:
                     self._store.wait([_TOLD])
             if not is_own:
                 say(line)
-            if self.rank == writer:
+            if self.rank == end.writer:
                 with contextlib.suppress(OSError):
                     self.on_end(end)
             tell_launcher(end.message if is_own else line or end.message, late=not is_own)
@@ -140,22 +142,21 @@ class Watch:
                 sys.stdout.flush()
             os._exit(end.status)
 
-    def _agree(self, own: End) -> tuple[End, int]:
-        """How all ranks end the run, and which rank writes that; `own` if the others cannot be asked."""
+    def _agree(self, own: End) -> End:
+        """How all ranks end the run; `own` if the others cannot be asked."""
         if self._is_orphan:
-            return self._orphaned(), 0  # the store has most likely ended with the launcher
+            return self._orphaned()  # the store has most likely ended with the launcher
         try:
             found = self._store.compare_set(_TROUBLE, "", str(self.rank)).decode()
             if found == _OVER:
-                return own, 0
+                return own
             announcer = int(found)
             self._store.set(f"answer/{self.rank}", self._answer(own))
             if announcer == self.rank:
                 self._store.set(_VERDICT, _END.dump_json(self._judge()).decode())
-            end = _verdict(self._store, announcer)
+            return _verdict(self._store, announcer)
         except RuntimeError:
-            return own, 0
-        return end, announcer if end.is_dead and end.rank == 0 else 0
+            return own
 
     def _judge(self) -> End:
         """Collect the answers of all ranks and find the cause."""
@@ -169,7 +170,9 @@ class Watch:
                 break
             time.sleep(0.05)
         if dead := [rank for rank in range(self.size) if rank not in answers]:
-            return _no_answer(dead)
+            # A rank with an error of its own may have ended before a rank died.
+            end = next((one.end for one in answers.values() if one.end.is_own), _no_answer(dead))
+            return replace(end, writer=self.rank) if 0 in dead else end
         return answers[find_cause(answers, self.rank)].end
 
     def _answer(self, own: End) -> str:
@@ -179,7 +182,7 @@ class Watch:
     def _look_at_store(self) -> None:
         """Wait until a rank announces trouble, answer, and see to it that this process ends."""
         try:
-            self._waiting.wait([_TROUBLE], _FOREVER)
+            self._wait_for_trouble()
             announcer = self._waiting.get(_TROUBLE).decode()
             if announcer == _OVER:
                 return
@@ -195,6 +198,11 @@ class Watch:
         if end.rank == self.rank:  # and the main thread hangs, or is about to end the process
             self.end(end)
         self.hurry()
+
+    def _wait_for_trouble(self) -> None:
+        while True:
+            with contextlib.suppress(dist.DistStoreError):  # the time is up, and the run goes on
+                return self._waiting.wait([_TROUBLE], _FOREVER)
 
     def _look_at_process(self) -> None:
         """End the process when its launcher is gone, when it is late, and when it does not end in time."""
