@@ -223,6 +223,11 @@ def test_a_file_with_no_tensors_is_refused(step: Path, content: bytes) -> None:
     assert refusal(step).startswith(f"index.json says of {FILE} what the manifest does not")
 
 
+def test_a_file_that_the_index_does_not_name_is_refused(step: Path) -> None:
+    forge(step, "tensors-1.safetensors", (step / FILE).read_bytes())
+    assert refusal(step) == "index.json names no tensor in tensors-1.safetensors"
+
+
 def test_large_numbers_take_no_memory(step: Path) -> None:
     index = json.loads((step / "index.json").read_bytes())
     huge = 2**40

@@ -104,8 +104,8 @@ REFUSED = {
         "parallelism.data_parallel_shard_degree to -1"
     ),
     (1, f"{REPLICATE} 2"): "--world-size = 1 is no multiple of replicate 2: ...",
-    (4, f"{TP} 0"): "parallelism.tensor_parallel_degree = 0 must be at least 1: use 1 or more",
-    (4, f"{CP} -1"): "parallelism.context_parallel_degree = -1 must be at least 1: use 1 or more",
+    (4, f"{TP} 0"): "parallelism.tensor_parallel_degree = 0 must be at least 1: use 1 for none",
+    (4, f"{CP} -1"): "parallelism.context_parallel_degree = -1 must be at least 1: use 1 for none",
     (4, f"{REPLICATE} 0"): "parallelism.data_parallel_replicate_degree = 0 must be at least 1: ...",
     (4, f"{SHARD} 0"): "parallelism.data_parallel_shard_degree = 0 must be -1 or at least 1: ...",
     (4, "--parallelism.context-parallel-method ring"): (

@@ -79,6 +79,23 @@ def test_a_value_out_of_range_is_one_problem(key: str, value: float) -> None:
     assert rule.startswith("must be ")
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "remedy"),
+    [
+        ("training.global_batch_size", 0, "use -1, or a multiple of "),
+        ("training.steps", 0, "use 1 or more"),
+        ("optimizer.beta1", 1.0, "use 0.9 or so"),
+        ("parallelism.data_parallel_shard_degree", 0, "use -1 for all ranks that are left"),
+        ("lr_scheduler.total_steps", 0, "leave it out for training.steps"),
+        ("data.validation_fraction", 1.0, "use 0.05, or 0 to hold out nothing"),
+    ],
+)
+def test_the_remedy_for_a_value_out_of_range(key: str, value: float, remedy: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_job([f"--{key}", str(value)])
+    assert caught.value.problems[0].remedy.startswith(remedy)
+
+
 @pytest.mark.parametrize("key", FOLDERS)
 @pytest.mark.parametrize(
     "folder", ["", ".", "..", "../tb", "tb/../../tb", "/tmp/tb", "metrics.jsonl", "earlier/tb", "lock"]

@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from torchtitan_lite.config.load import Problem
+from torchtitan_lite.config.problem import Remedy
 from torchtitan_lite.launch.end import RunError
 
 
@@ -33,14 +34,14 @@ class CheckpointConfig:
     """Folder for the steps, inside the run's folder."""
     interval: Annotated[int, Field(ge=1, examples=[500])] = 500
     """Steps between two saves. The last step is always saved."""
-    keep_latest_k: Annotated[int, Field(ge=0)] = 10
+    keep_latest_k: Annotated[int, Field(ge=0), Remedy("use 0 for all")] = 10
     """Number of steps to keep, the newest; 0: all."""
     async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = "disabled"
     """disabled: training waits until a step is written. async: training waits only for a copy in host memory.
     async_with_pinned_mem: the copy is in pinned memory, which is faster from a GPU and kept between saves."""
     on_failure: Literal["stop", "continue"] = "stop"
     """What the run does after a failed save. If the last step cannot be saved, the run ends with an error."""
-    load_step: Annotated[int, Field(ge=-1)] = -1
+    load_step: Annotated[int, Field(ge=-1), Remedy("use -1 for the newest step")] = -1
     """Step to resume from; later steps move to the folder "earlier". -1: the newest undamaged step."""
     initial_load_path: str = ""
     """Folder of a step, of steps or of a run. A new run starts with the weights of that step."""

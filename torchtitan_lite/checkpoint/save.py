@@ -66,6 +66,8 @@ class Saver:
         self._pinned = {} if config.async_mode == "async_with_pinned_mem" else None
         self._writing: Future[None] | None = None
         self._failure: SaveFailed | None = None
+        self._is_cut_off = False
+        """Whether an exchange between the ranks has failed: gloo's groups do not recover from that."""
 
     @property
     def has_failed(self) -> bool:
@@ -116,7 +118,7 @@ class Saver:
         failure, self._failure = self._failure, None
         if failure is None:
             return
-        if fatal or (self.config.on_failure == "stop" and not quiet):
+        if fatal or self._is_cut_off or (self.config.on_failure == "stop" and not quiet):
             raise failure
         if self.ranks.is_first:
             _LOG.error("%s%s", failure, "" if quiet else "; the run goes on")
@@ -136,6 +138,9 @@ class Saver:
             n_bytes = write_step(self.steps, snapshot, self.ranks, self.config.keep_latest_k)
         except Exception as error:  # noqa: BLE001 - whatever it is, `report` raises it
             self._failure = self._failed(step, error)
+            # An error of a rank's own work is one of these on every rank.
+            known = OSError | OnAnotherRank | Damaged | Unreadable
+            self._is_cut_off = self.ranks.size > 1 and not isinstance(error, known)
             return
         self.saved = step
         seconds = perf_counter() - began

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from torchtitan_lite.checkpoint import tensor_file
 from torchtitan_lite.checkpoint.manifest import Damaged, Digest, Manifest, reading, write_file
+from torchtitan_lite.checkpoint.state import STATE
 from torchtitan_lite.checkpoint.tensor_file import DTYPE_NAMES, DTYPES, Layout, bytes_of, layout
 from torchtitan_lite.launch.world import World
 
@@ -158,6 +159,8 @@ def read_index(folder: Path, manifest: Manifest, ranks: World) -> dict[str, Stor
         if not _is_whole(stored):
             raise Damaged(f"{INDEX} does not have all of {name}, and each part once")
     layouts = _layouts_of(index)
+    if strangers := manifest.files.keys() - layouts.keys() - {INDEX, STATE}:
+        raise Damaged(f"{INDEX} names no tensor in {min(strangers)}")
     for file, wanted in layouts.items():
         if file not in manifest.files or manifest.files[file].size != wanted.n_bytes:
             raise Damaged(f"{INDEX} says of {file} what the manifest does not")

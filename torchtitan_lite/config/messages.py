@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args, get_origin
 
-from torchtitan_lite.config.problem import MISSING, Problem, dotted, either, literal, near
+from torchtitan_lite.config.problem import MISSING, Problem, Remedy, dotted, either, literal, near
 from torchtitan_lite.config.schema import (
     alternatives,
     choice_of,
@@ -157,6 +157,8 @@ def _limits(option: Any) -> dict[str, Any]:
 def _example(annotation: Any) -> str:
     """The remedy for a value out of range."""
     for option in alternatives(annotation):
+        if (remedy := note(option, Remedy)) is not None:
+            return remedy.text
         for field in unwrapped(option)[1]:
             if examples := getattr(field, "examples", None):
                 return f"use {literal(examples[0])} or so"

@@ -28,6 +28,13 @@ class Problem:
         return printable(f"{self.key}{shown} {self.rule}: {self.remedy}")
 
 
+@dataclass(frozen=True)
+class Remedy:
+    """What to write instead of a value out of range: a note beside pydantic's `Field` in an annotation."""
+
+    text: str
+
+
 class ConfigError(Exception):
     """Everything that is wrong with the user's input, one line per problem.
 

@@ -11,6 +11,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from torchtitan_lite.config.load import ConfigError, Problem
+from torchtitan_lite.config.problem import Remedy
 from torchtitan_lite.data.sources import FileSource, Place, Source
 from torchtitan_lite.registry import Names, datasets, tokenizers
 
@@ -30,7 +31,9 @@ class DataConfig(ABC):
     """Name of a tokenizer, or the path of a tokenizer.json or of a folder that holds one."""
     cache_dir: str = ""
     """Folder for the token shards; empty: $XDG_CACHE_HOME/torchtitan_lite, or ~/.cache/torchtitan_lite."""
-    validation_fraction: Annotated[float, Field(ge=0, lt=1, examples=[0.05])] = 0.05
+    validation_fraction: Annotated[float, Field(ge=0, lt=1), Remedy("use 0.05, or 0 to hold out nothing")] = (
+        0.05
+    )
     """Share of the text that is held out of training for validation; 0 holds nothing out."""
 
     @abstractmethod

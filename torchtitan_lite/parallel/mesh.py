@@ -16,6 +16,7 @@ from pydantic import Field
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from torchtitan_lite.config.load import Problem
+from torchtitan_lite.config.problem import Remedy
 
 AXES = ("dp_replicate", "dp_shard", "cp", "tp")
 
@@ -58,13 +59,15 @@ class Degrees:
 class ParallelismConfig:
     """How many ranks share the work, and along which axis; the degrees multiply to the number of ranks."""
 
-    data_parallel_replicate_degree: Annotated[int, Field(ge=1)] = 1
+    data_parallel_replicate_degree: Annotated[int, Field(ge=1), Remedy("use 1 for none")] = 1
     """Groups of ranks that each hold the whole model and see different samples."""
-    data_parallel_shard_degree: Literal[-1] | Annotated[int, Field(ge=1)] = -1
+    data_parallel_shard_degree: (
+        Literal[-1] | Annotated[int, Field(ge=1), Remedy("use -1 for all ranks that are left")]
+    ) = -1
     """Ranks that share one copy of the weights and see different samples. -1: all remaining ranks."""
-    tensor_parallel_degree: Annotated[int, Field(ge=1)] = 1
+    tensor_parallel_degree: Annotated[int, Field(ge=1), Remedy("use 1 for none")] = 1
     """Ranks that share each matrix, and the sequence in between."""
-    context_parallel_degree: Annotated[int, Field(ge=1)] = 1
+    context_parallel_degree: Annotated[int, Field(ge=1), Remedy("use 1 for none")] = 1
     """Ranks that share each sequence."""
     context_parallel_method: Literal["allgather", "ulysses"] = "allgather"
     """allgather: each rank gathers all keys and values; ulysses: ranks trade sequence shares for heads."""

@@ -7,6 +7,7 @@ import torch
 from pydantic import Field
 
 from torchtitan_lite.config.load import Problem
+from torchtitan_lite.config.problem import Remedy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,13 +16,18 @@ class TrainingConfig:
 
     local_batch_size: Annotated[int, Field(ge=1)] = 8
     """Samples per micro-batch and rank."""
-    global_batch_size: Literal[-1] | Annotated[int, Field(ge=1)] = -1
+    global_batch_size: (
+        Literal[-1]
+        | Annotated[
+            int, Field(ge=1), Remedy("use -1, or a multiple of the samples of a micro-batch of all ranks")
+        ]
+    ) = -1
     """Samples per optimizer step, over all ranks and micro-batches. -1: one micro-batch on each rank."""
     seq_len: Annotated[int, Field(ge=1)] = 512
     """Tokens per sample."""
     steps: Annotated[int, Field(ge=1)] = 1000
     """Optimizer steps of the whole run."""
-    max_norm: Annotated[float, Field(ge=0)] = 1.0
+    max_norm: Annotated[float, Field(ge=0), Remedy("use 0 for no clipping")] = 1.0
     """Gradients with a larger global norm are scaled down to this norm. 0: measured but never clipped."""
     mixed_precision_param: Literal["float32", "bfloat16"] = "bfloat16"
     """Precision that the model computes in. Weights, their updates and the sums of gradients stay float32."""

@@ -6,6 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from torchtitan_lite.config.problem import Remedy
 from torchtitan_lite.training.hardware import peak_flops
 from torchtitan_lite.training.hooks import RunInfo, StepStats
 from torchtitan_lite.training.validation import Validation
@@ -21,7 +22,7 @@ class MetricsConfig:
     """Write the same numbers for TensorBoard."""
     save_tb_folder: str = "tb"
     """Folder for TensorBoard, inside the run's folder."""
-    peak_flops: Annotated[float, Field(ge=0)] = 0.0
+    peak_flops: Annotated[float, Field(ge=0), Remedy("use 0 for the speed of the device")] = 0.0
     """FLOP per second that MFU is measured against. 0: the maker's figure if known, else a measurement."""
 
 

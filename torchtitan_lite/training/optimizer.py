@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from torchtitan_lite.config.problem import Remedy
 from torchtitan_lite.registry import optimizers
 
 
@@ -48,7 +49,7 @@ class AdamW:
     """Decay rate of the running mean of the squared gradient."""
     eps: Annotated[float, Field(gt=0, examples=[1e-8])] = 1e-8
     """Added to the denominator of the update."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    weight_decay: Annotated[float, Field(ge=0), Remedy("use 0 for none")] = 0.1
     """Decay of matrices (embeddings included); vectors such as norm weights are never decayed."""
     implementation: Literal["fused", "foreach", "for-loop"] = "fused"
     """fused: one kernel for all weights; foreach: batched operations; for-loop: one weight at a time."""

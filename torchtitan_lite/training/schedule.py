@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from torchtitan_lite.config.load import Problem
+from torchtitan_lite.config.problem import Remedy
 
 _LONGEST_DEFAULT_WARMUP = 200
 
@@ -15,9 +16,9 @@ _LONGEST_DEFAULT_WARMUP = 200
 class LRSchedulerConfig:
     """The learning rate's course: a linear rise, a plateau, a decay."""
 
-    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    warmup_steps: Annotated[int, Field(ge=0), Remedy("use 0 for none")] | None = None
     """Steps of linear rise to the peak. Unset: a tenth of the total, at most 200."""
-    total_steps: Annotated[int, Field(ge=1)] | None = None
+    total_steps: Annotated[int, Field(ge=1), Remedy("leave it out for training.steps")] | None = None
     """Steps of the schedule. Unset: training.steps. If larger, the run ends before the schedule does."""
     decay_ratio: Annotated[float, Field(ge=0, le=1, examples=[0.1])] | None = None
     """Share of the total that decays at the end. Unset: all steps after the warm-up."""

@@ -8,6 +8,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from torchtitan_lite.config.problem import Remedy
+
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationConfig:
@@ -17,7 +19,7 @@ class ValidationConfig:
     """Measure the loss on held-out text before the first step, every `freq` steps and at the end."""
     freq: Annotated[int, Field(ge=1)] = 100
     """Steps between two validations."""
-    steps: Literal[-1] | Annotated[int, Field(ge=1)] = 10
+    steps: Literal[-1] | Annotated[int, Field(ge=1), Remedy("use -1 for the whole split")] = 10
     """Batches of training.global_batch_size samples per validation. -1: the whole validation split."""
 
 
