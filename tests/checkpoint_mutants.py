@@ -4,7 +4,7 @@ from mutant import Mutant
 
 TESTS = "tests/checkpoint/test_"
 DAMAGED = "test_the_newest_good_step_is_taken_loudly_and_the_damaged_one_is_kept_aside[a flipped bit]"
-PARTS = f"{TESTS}resume.py::test_three_parts_are_the_whole_to_the_bit[one rank, bfloat16]"
+PARTS = f"{TESTS}resume.py::test_three_parts_are_the_whole_to_the_bit[one rank, in the background]"
 STOP_SAVE = f"{TESTS}stopping.py::test_two_ranks_save_the_same_step_whoever_is_signalled[save-10-signalled3]"
 STOP_STEP = f"{TESTS}stopping.py::test_a_run_of_one_process_saves_and_stops[step-15]"
 

@@ -41,7 +41,7 @@ ASYNC = ("--checkpoint.async-mode", "async")
 CASES = {
     # Without a known peak each start measures one, on random numbers.
     "one rank": Case(mesh={}, flags=("--metrics.peak-flops", "0"), again=True),
-    "one rank, bfloat16": Case(mesh={}, dtype="bfloat16", flags=ASYNC, again=True),
+    "one rank, in the background": Case(mesh={}, dtype="bfloat16", flags=ASYNC, again=True),
     "fsdp 2": Case(mesh=FSDP, size=2, local=2, dtype="bfloat16", flags=ASYNC),
     "tp 2": Case(mesh=TENSOR | ONE_LAYER, size=2, local=8, again=True),
     "cp 2": Case(mesh=CONTEXT | ONE_LAYER, size=2, local=8, flags=("--model.attention", "varlen")),
