@@ -1,8 +1,6 @@
 """Garbage collection is rare before the first step, and usual afterwards."""
 
 import gc
-import signal
-from collections.abc import Iterator
 
 import pytest
 
@@ -11,16 +9,6 @@ from torchtitan_lite.training.step import Stepper
 from torchtitan_lite.training.trainer import Trainer
 
 USUAL = gc.get_threshold()
-
-
-@pytest.fixture(autouse=True)
-def _signals_as_before() -> Iterator[None]:
-    """Restore the signal handlers: a run leaves SIGTERM and SIGUSR1 ignored, also for child processes."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-    signal.set_wakeup_fd(-1)
 
 
 def test_garbage_collection_is_rare_until_training_begins(small_run, monkeypatch) -> None:
