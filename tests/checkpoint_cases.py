@@ -1,4 +1,4 @@
-"""What the tests of checkpoints share: steps to damage, and starts of a run that die on purpose."""
+"""Shared by the tests of checkpoints: steps to damage, and starts of a run that die on purpose."""
 
 import contextlib
 import hashlib

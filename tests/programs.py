@@ -38,7 +38,7 @@ PIPE = subprocess.PIPE
 _OPTIONS_OF_POPEN = 23
 """The number of arguments that subprocess.Popen passes to `_execute_child`."""
 _MAIN_PROCESS = multiprocessing.current_process()
-"""What multiprocessing returns as the current process in a process that it has not started."""
+"""The current process for multiprocessing, in a process that multiprocessing has not started."""
 _NOTED: list[Callable[[], object]] = []
 """Exit functions of imported modules, which every program calls at its end."""
 

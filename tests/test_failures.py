@@ -192,7 +192,7 @@ def test_a_killed_rank_is_named_in_a_line(rank: int, wrong, tmp_path: Path) -> N
         assert run.left() == []
     cause = f"rank {rank} no longer answers"
     (line,) = run.of_ranks().splitlines()
-    # What the other rank felt of that: an error of its own must not be lost.
+    # The line ends with the error that this rank got: such an error must not be lost.
     assert line.startswith(f"rank {1 - rank} stopped: {cause} (rank {1 - rank} failed: ")
     assert outcome(tmp_path) == {"status": 1, "outcome": "failed", "step": 2, "message": cause}
 

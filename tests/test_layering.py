@@ -34,7 +34,7 @@ LEAVES = ("config", "registry", "durable")
 IN_ATTENTION = ("attention.portable.native", "durable")
 """The one edge from attention to the rest: what compiles kernels publishes them as other files are."""
 LAUNCH_MAY_IMPORT = ("config.load", "registry", "")
-"""What `launch`, a leaf too, may import beside itself."""
+"""`launch` is a leaf too. It may import these modules and itself."""
 WITHOUT_MODELS = {"training", "training.step", "training.corpus", "checkpoint", "data"}
 ABOVE_PARALLEL = {
     "entry",

@@ -168,7 +168,7 @@ class RunFolder:
 
 
 def _steps_problem(checkpoint: CheckpointConfig, steps: Steps, published: list[int]) -> Problem | None:
-    """What in the folder's earlier steps keeps this run from starting there."""
+    """The reason why earlier steps in the folder keep this run from starting; None if there is none."""
     if steps.folder.is_symlink():
         rule = f"is a link in the run's folder ({steps.folder}), and no step is removed through links"
         return Problem("checkpoint.folder", checkpoint.folder, rule, "make job.dump_folder the link instead")

@@ -1,4 +1,4 @@
-"""What SIGTERM, SIGUSR1 and SIGINT do in a process with a StopRequest. Real processes, real signals."""
+"""SIGTERM, SIGUSR1 and SIGINT in a process with a StopRequest: real processes, real signals."""
 
 import os
 import signal

@@ -29,7 +29,7 @@ class State:
     model_only: bool
     """Whether the step holds only the weights: other runs can load them, but no run can resume from it."""
     identity: dict[str, Any]
-    """What makes it the same run: the table "model", and tokenizer, data, seed and batch by dotted key."""
+    """Values that a resumed run must have too: the table "model", and tokenizer, data, seed and batch."""
     schedule: dict[str, Any]
     """The learning-rate schedule, with its resolved numbers of steps."""
     config: dict[str, Any]

@@ -21,7 +21,7 @@ _MOST_RANKS = 2**31
 
 @dataclass
 class Flags:
-    """What the command line says of a configuration."""
+    """The values, files and switches of a command line."""
 
     keys: dict[str, Any] = field(default_factory=dict)
     """The table of the flags that set one value each: of a flag given twice, the last wins."""

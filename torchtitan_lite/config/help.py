@@ -104,7 +104,7 @@ def _metavar(tp: Any) -> str:
 
 
 def _described(annotation: Any, value: object, text: str) -> str:
-    """What an option means, its range, the names that it may be, and its default."""
+    """The meaning of an option, its range, the names to choose from, and its default."""
     parts = [
         text or ("The name of this section; nothing else may stand here." if is_fixed(annotation) else "")
     ]

@@ -275,7 +275,7 @@ class JobConfig:
 
 
 def _own_problems(section: Any, key: str) -> list[Problem]:
-    """What a member of a choice refuses; a member of a plugin may have no `problems`."""
+    """The problems of the chosen member. A member of a plugin may have no method `problems`."""
     return section.problems(key) if hasattr(section, "problems") else []
 
 

@@ -76,7 +76,7 @@ def _path(cls: type, loc: Sequence[int | str]) -> Path:
 
 
 def refusal_at(cls: type, table: dict[str, Any], path: Path, types: list[str], section: str) -> Refusal:
-    """What is wrong with the value at `path`, which pydantic refused with errors of these `types`."""
+    """The refusal of the value at `path`, for which pydantic has errors of these `types`."""
     *tables, name = path
     value: Any = table
     annotation: Any = cls

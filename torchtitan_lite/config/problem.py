@@ -1,4 +1,4 @@
-"""What is wrong with the user's input: one line per problem."""
+"""Problems in the input of the user: one line per problem."""
 
 import difflib
 import json
@@ -30,7 +30,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Remedy:
-    """What to write instead of a value out of range: a note beside pydantic's `Field` in an annotation."""
+    """The remedy for a value out of range: a note beside pydantic's `Field` in an annotation."""
 
     text: str
 

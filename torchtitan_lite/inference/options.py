@@ -18,7 +18,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 @dataclass(frozen=True, kw_only=True)
 class _OfRun:
-    """What a command must know about the run that trained the model."""
+    """A trained model, and the parts of its run that a command needs."""
 
     tokenizer: str = ""
     """File or folder of the tokenizer, if it has moved since the run."""

@@ -19,7 +19,7 @@ from torchtitan_lite.launch.world import SAVING
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What one rank says of itself once a rank has announced trouble."""
+    """The report of one rank on itself, after a rank has announced trouble."""
 
     end: End
     """How the run ends if this rank is the cause."""

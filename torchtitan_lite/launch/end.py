@@ -20,7 +20,7 @@ class RunError(Exception):
     """An error that ends a run with one line instead of a traceback."""
 
     outcome: ClassVar[str] = "failed"
-    """What exit.json says of the run."""
+    """The outcome in exit.json."""
 
 
 class OnAnotherRank(RuntimeError):
@@ -35,11 +35,11 @@ class End:
     """The rank that is the cause."""
     message: str
     words: str = ""
-    """What that rank prints."""
+    """The text that this rank prints."""
     status: int = 1
     outcome: str = "failed"
     reason: Literal["error", "echo", "signal", "none"] = "error"
-    """What ended the work of the rank. An echo is an error that tells of another rank's; a hang is none."""
+    """The event that ended the work of the rank. An echo reports the error of another rank. none: a hang."""
     quiet: bool = False
     """The other ranks print nothing: their lines would only repeat the message."""
     is_own: bool = False
@@ -50,7 +50,7 @@ class End:
     """The rank that writes exit.json."""
 
     def line_on(self, rank: int) -> str:
-        """What another rank prints when it ends for this reason."""
+        """The line that another rank prints when it ends for this reason."""
         return "" if self.quiet else f"rank {rank} stopped: {self.message}"
 
 

@@ -42,7 +42,7 @@ class Guard:
             on_ending=watch.hurry if watch else lambda number: None,
             is_ending=lambda: bool(watch and watch.is_ending),
         )
-        """What signals ask for."""
+        """The request of a signal to stop."""
 
     def alive(self) -> None:
         """Report progress of the main thread."""

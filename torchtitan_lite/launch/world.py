@@ -23,7 +23,7 @@ _BACKEND = {"cpu": "gloo", "cuda": "nccl"}
 _NCCL_GRACE = 20
 _MOST_RANKS = 1_000_000
 SAVING = "saving"
-"""What the process group of the thread that saves is called."""
+"""Name of the process group of the thread that saves."""
 _SAVING_TIMEOUT = timedelta(minutes=30)
 """How long a rank may save or load while the others wait for it."""
 

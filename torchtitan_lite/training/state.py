@@ -1,4 +1,4 @@
-"""What a run trains and saves: the model, its optimizer, and the position in steps, tokens and data."""
+"""The state of a run, which checkpoints save: model, optimizer, and position in steps, tokens and data."""
 
 from collections.abc import Callable
 from pathlib import Path
