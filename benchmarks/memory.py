@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from torchtitan_lite.config.job import load_job
 from torchtitan_lite.launch.world import join, leave, world_size
-from torchtitan_lite.training.hardware import peak_memory_gib
+from torchtitan_lite.training.metrics import peak_memory_gib
 from torchtitan_lite.training.trainer import Trainer
 
 

@@ -30,7 +30,7 @@ from torch import Tensor
 from torchtitan_lite.config.job import JobConfig, load_job
 from torchtitan_lite.data import Batch
 from torchtitan_lite.models.decoder import DecoderConfig
-from torchtitan_lite.training.hardware import measured_flops, peak_flops, peak_memory_gib
+from torchtitan_lite.training.metrics import measured_flops, peak_flops, peak_memory_gib
 from torchtitan_lite.training.trainer import Trainer
 
 PRESETS: dict[str, tuple[str, str, dict[str, Any]]] = {

@@ -145,7 +145,7 @@ def loss_inputs(batch: int, seq_len: int, dim: int, vocab: int) -> tuple[Tensor,
 
 
 def losses(by_vocabulary: bool, cases: Sequence[tuple[Tensor, Tensor, Tensor]]) -> list[Loss]:
-    mesh = build_mesh(Degrees(tensor=dist.get_world_size()), "cpu").tensor
+    mesh = build_mesh(Degrees(tensor=dist.get_world_size()), "cpu")["tp"]
     way = loss_by_vocabulary if by_vocabulary else loss_by_tokens
     return [_loss(way, mesh, *case) for case in cases]
 
@@ -170,7 +170,7 @@ def _tokens_and_rows(mesh: DeviceMesh, x_BSD: Tensor, weight_VD: Tensor) -> tupl
 
 def watch_loss(x_BSD: Tensor, weight_VD: Tensor, labels_BS: Tensor) -> tuple[list[tuple[str, int]], int]:
     """The exchanges of the loss on a share of the vocabulary, and the size of its largest tensor."""
-    mesh = build_mesh(Degrees(tensor=dist.get_world_size()), "cpu").tensor
+    mesh = build_mesh(Degrees(tensor=dist.get_world_size()), "cpu")["tp"]
     x_BsD, weight = _tokens_and_rows(mesh, x_BSD, weight_VD)
     with (
         Operators() as seen,
@@ -197,8 +197,8 @@ TOKENS_BS = torch.tensor([[0, 19, 20, 39, 7, 25, 7, 7], [10, 9, 29, 30, 0, 1, 38
 def look_up(upstream_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The vectors of this rank's tokens, its rows of the embedding's gradient, and the whole gradient."""
     model = small_model("llama3")
-    mesh = build_mesh(Degrees(tensor=dist.get_world_size()), "cpu").tensor
-    apply_tensor_parallel(model, mesh, model.config.shard_dims, loss_parallel=True)
+    mesh = build_mesh(Degrees(tensor=dist.get_world_size()), "cpu")["tp"]
+    apply_tensor_parallel(model, mesh, loss_parallel=True)
     x_BsD = model.embedding(TOKENS_BS)
     x_BsD.backward(upstream_BSD.chunk(mesh.size(), dim=1)[mesh.get_local_rank()])
     gradient = model.embedding.weight.grad
@@ -210,8 +210,8 @@ def look_up(upstream_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def local_shapes(family: str) -> dict[str, tuple[torch.Size, torch.Size]]:
     """The whole and the local shape of every parameter under tensor parallel."""
     model = small_model(family)
-    mesh = build_mesh(Degrees(tensor=dist.get_world_size()), "cpu").tensor
-    apply_tensor_parallel(model, mesh, model.config.shard_dims, loss_parallel=True)
+    mesh = build_mesh(Degrees(tensor=dist.get_world_size()), "cpu")["tp"]
+    apply_tensor_parallel(model, mesh, loss_parallel=True)
     return {
         name: (p.shape, p.to_local().shape)
         for name, p in model.named_parameters()

@@ -96,7 +96,7 @@ def tokens_of_ranks(attention: str, tied: bool, prompts: list[list[int]]) -> lis
         with torch.device("meta"):
             model = config.build()
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-        apply_tensor_parallel_to_predict(model, mesh, config.shard_dims)
+        apply_tensor_parallel_to_predict(model, mesh)
         model.to_empty(device="cpu")
         for name, weight in model.named_parameters():
             share, box = own_shard(weight)

@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 from torchtitan_lite.config.job import load_job
 from torchtitan_lite.launch.world import World
 from torchtitan_lite.training.config import TrainingConfig
-from torchtitan_lite.training.hooks import work
+from torchtitan_lite.training.hooks import console
 from torchtitan_lite.training.trainer import Trainer
 
 
@@ -274,8 +274,8 @@ def said_of_work(argv: Sequence[str]) -> list[str]:
     """The lines about the attention work of the first step that this rank prints."""
     trainer, said = new_trainer(argv), []
     run = run_info(job=trainer.job, rank=trainer.world.rank, world_size=trainer.world.size)
-    hook = work.WorkConfig().build(run)
-    with mock.patch.object(work, "say", said.append):
+    hook = console.WorkConfig().build(run)
+    with mock.patch.object(console, "say", said.append):
         for _ in range(2):
             stats = trainer.stepper.train_step()
             hook.step(stats) if hook else None

@@ -15,7 +15,7 @@ ATTENTION = "torchtitan_lite/attention/"
 PARALLEL = "torchtitan_lite/parallel/"
 STEP = "torchtitan_lite/training/step.py"
 ORACLE = "tests/attention/test_oracle.py"
-NORMAL = "tests/models/test_normal.py::test_any_part_is_that_part_of_the_whole_bit_by_bit"
+NORMAL = "tests/models/test_init.py::test_any_part_is_that_part_of_the_whole_bit_by_bit"
 WHOLE, LAST, PACKED, LOOP = (
     f"{ORACLE}::test_every_backend_equals_the_reference_for_every_mask[{case}]"
     for case in (
@@ -253,13 +253,13 @@ MUTANTS = {
         PARALLEL + "fsdp.py", "        module.set_gradient_divide_factor(1.0)\n", "", FSDP_2
     ),
     "a shard draws the columns at the start of the whole": Mutant(
-        "torchtitan_lite/models/normal.py",
+        "torchtitan_lite/models/init.py",
         "torch.arange(start // 2, start // 2 + n_pairs,",
         "torch.arange(0, n_pairs,",
         f"{NORMAL}[a stack]",
     ),
     "a shard draws the rows at the start of the whole": Mutant(
-        "torchtitan_lite/models/normal.py",
+        "torchtitan_lite/models/init.py",
         "torch.arange(start, start + n,",
         "torch.arange(0, n,",
         f"{NORMAL}[rows]",

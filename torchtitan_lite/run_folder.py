@@ -19,7 +19,7 @@ from torchtitan_lite.launch.end import End
 from torchtitan_lite.launch.torchrun import SAVED
 from torchtitan_lite.launch.world import World
 from torchtitan_lite.training import hub, outputs
-from torchtitan_lite.training.hooks import jsonl, samples
+from torchtitan_lite.training.hooks import jsonl
 from torchtitan_lite.training.trainer import Trainer
 
 _SECONDS_TO_DIE = 10
@@ -150,7 +150,6 @@ class RunFolder:
         if resumed is not None:
             steps.point_to(last)
             jsonl.cut(path, last, resumed.state.validated)
-            samples.cut(path, last)
             (path / "exit.json").unlink(missing_ok=True)
         self._keep_tokenizer(path / hub.TOKENIZER, trainer)
         (path / "config.toml").write_text(self.job.to_toml(self.world.size), encoding="utf-8")

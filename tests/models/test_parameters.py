@@ -81,7 +81,7 @@ def test_a_row_of_its_own_is_all_that_another_parameter_needs() -> None:
     gates = [weight for name, weight in model.named_parameters() if name.endswith("gate")]
     assert len(gates) == 2 and not any(gate.any() for gate in gates), "drawn as its row says"
     assert config.n_params == sum(weight.numel() for weight in model.parameters())
-    assert config.shard_dims["blocks.1.gate"] is None
+    assert config.rows["blocks.1.gate"].shard_dim is None
 
 
 def test_a_decoder_of_another_kind_has_another_architecture() -> None:

@@ -95,7 +95,7 @@ def test_an_embedding_by_rows_equals_the_whole_one(ranks, n_ranks: int) -> None:
 
 @pytest.mark.parametrize("family", ["llama3", "qwen3"])
 def test_every_parameter_is_split_along_the_dim_of_its_row(ranks, family: str) -> None:
-    dims = cases.small_model(family).config.shard_dims
+    dims = {name: row.shard_dim for name, row in cases.small_model(family).config.rows.items()}
     for shapes in ranks(2).run(cases.local_shapes, family):
         assert sorted(shapes) == sorted(dims)
         for name, (whole, local) in shapes.items():

@@ -62,3 +62,27 @@ def test_other_c_libraries_keep_their_settings(error, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(process.ctypes, "CDLL", load)
     set_up_process(DebugConfig(), "cpu")
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "before", "after"),
+    [
+        ("cpu", "AVX512", None, True),
+        ("cpu", "AVX512", False, False),
+        ("cpu", "DEFAULT", None, None),
+        ("cuda", "AVX512", None, None),
+    ],
+)
+def test_inductor_does_not_try_out_vector_instructions_and_recomputes_cheap_inputs(
+    device: str, capability: str, before: bool | None, after: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch._functorch import config as functorch
+    from torch._inductor import config as inductor
+
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    patched = {"ban_recompute_materialized_backward": True}
+    with inductor.patch({"cpp.vec_isa_ok": before}), functorch.patch(patched):
+        set_up_process(DebugConfig(), device)
+        assert (inductor.cpp.vec_isa_ok, functorch.ban_recompute_materialized_backward) == (before, True)
+        set_up_process(DebugConfig(), device, uses_inductor=True)
+        assert (inductor.cpp.vec_isa_ok, functorch.ban_recompute_materialized_backward) == (after, False)

@@ -1,5 +1,7 @@
 """The flags that ranks exchange in a step, and the parts of a step beside the loss."""
 
+import math
+
 import parallel_cases as cases
 import pytest
 import torch
@@ -7,6 +9,7 @@ from ranks import RanksOf
 
 from torchtitan_lite.config.job import load_job
 from torchtitan_lite.config.load import ConfigError
+from torchtitan_lite.training.step import NonFinite, check_finite
 from torchtitan_lite.training.trainer import Trainer
 
 
@@ -25,6 +28,15 @@ def test_flags_are_read_after_the_backward(small_run, monkeypatch) -> None:
     stats = stepper.train_step(lambda: order.append("flags") or (True,))
     assert order == ["forward", "flags"]
     assert stats.flags == (True,)
+
+
+@pytest.mark.parametrize(
+    ("loss", "grad_norm", "wrong"),
+    [(math.nan, 1.0, "the loss of step 7 is nan"), (2.0, math.inf, "the gradient norm of step 7 is inf")],
+)
+def test_a_number_that_is_not_finite_is_refused_with_step_value_and_samples(loss, grad_norm, wrong) -> None:
+    with pytest.raises(NonFinite, match=rf"^{wrong}: .* ids are 24, 25$"):
+        check_finite(step=7, loss=loss, grad_norm=grad_norm, sample_ids=[24, 25])
 
 
 def test_the_work_of_attention_is_measured_only_in_the_first_step(small_run) -> None:

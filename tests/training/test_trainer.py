@@ -15,7 +15,7 @@ from torchtitan_lite.config.load import ConfigError
 from torchtitan_lite.data import IGNORE, Batch, Loader
 from torchtitan_lite.parallel import apply
 from torchtitan_lite.training import state
-from torchtitan_lite.training.finite import NonFinite
+from torchtitan_lite.training.step import NonFinite
 from torchtitan_lite.training.trainer import Trainer
 
 

@@ -123,7 +123,7 @@ def build(
     if len(stored) == 1:
         model.to(stored.pop())  # a last step with only the model may have another precision
     if tensor is not None:
-        apply_tensor_parallel_to_predict(model, tensor, model.config.shard_dims)
+        apply_tensor_parallel_to_predict(model, tensor)
     model.to_empty(device=device).requires_grad_(False).eval()
     load(trained.found, pieces(dict(model.named_parameters())), ranks, KEY)
     return model.to(dtype)

@@ -157,11 +157,6 @@ class DecoderConfig:
         return self.parameters.rows_of(self.shapes, type(self).__name__)
 
     @property
-    def shard_dims(self) -> Mapping[str, int | None]:
-        """The dim of each parameter that tensor parallel splits; None: every rank has the whole parameter."""
-        return {name: row.shard_dim for name, row in self.rows.items()}
-
-    @property
     def splits(self) -> dict[str, int]:
         """The sizes that tensor parallel must divide, by the field that sets them."""
         return {name: getattr(self, name) for name in self.parameters.splits}

@@ -1,17 +1,45 @@
-"""Initial weights: a function of seed, parameter name and element, whatever the device, order or mesh."""
+"""Initial weights: a function of seed, parameter name and element, whatever the device, order or mesh.
+
+R rows, P pairs of neighbouring columns, C columns.
+
+The generator is counter-based: splitmix64 gives 64 bits for the place of a pair
+(https://prng.di.unimi.it/splitmix64.c), 32 bits for each of its two columns. One bit is the sign. The other
+31 bits are the probability that a normal number is at least as far from zero. The inverse of this
+probability comes from a table of straight lines, 256 for every power of two.
+
+A number takes integer arithmetic, one look-up, and one product and one sum of float32. Every device rounds
+these in the same way, so the numbers are equal bit for bit on every device, mesh and number of threads.
+Logarithms and cosines would not be equal.
+"""
 
 import hashlib
 from collections.abc import Callable
+from functools import cache
+from math import prod
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from torchtitan_lite.models.normal import Box, fill_normal
-
 if TYPE_CHECKING:
     from torchtitan_lite.models.decoder import Decoder
 
+Box = list[tuple[int, int]]
+"""A part of a tensor: its start and its length in each dim."""
+
+# https://prng.di.unimi.it/splitmix64.c, as signed numbers: torch multiplies them modulo 2**64 too.
+_GOLDEN, _MIX1, _MIX2 = (
+    number - 2**64 for number in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+)
+_SIGN = -(2**31)
+_LINE_BITS = 8
+"""There are 2**8 lines for every power of two of the probability."""
+_REST_BITS = 23 - _LINE_BITS
+"""The other bits of a float32's fraction: the place on the line."""
+_ONE = 127 << _LINE_BITS
+"""The number of the line at which 1.0 lies, counted from float32's exponent 0."""
+_MOST = {"cpu": 1 << 16, "cuda": 1 << 24}
+"""Numbers drawn at a time: few enough for a processor's cache, many enough to keep a GPU busy."""
 _STD = 0.02
 
 
@@ -43,3 +71,74 @@ def init_weights(
             fill_normal(out, key, parameter.shape, box, stds[init])
         else:
             out.fill_(1 if init == "ones" else 0)
+
+
+@torch.no_grad()
+def fill_normal(out: Tensor, key: int, shape: torch.Size, box: Box, std: float) -> None:
+    """Fill `out`, the part `box` of a tensor of `shape`, with normal numbers of standard deviation `std`.
+
+    Args:
+        key: a number of 64 bits; another key gives unrelated numbers.
+    """
+    if out.numel() == 0:
+        return
+    start, n_columns = box[-1]
+    n_pairs = (start + n_columns + 1) // 2 - start // 2
+    row_R = _rows(shape, box, out.device)
+    is_direct = out.dtype == torch.float32 and out.is_contiguous()
+    drawn = out if is_direct else torch.empty(out.shape, dtype=torch.float32, device=out.device)
+    flat_RC = drawn.view(len(row_R), n_columns)
+    pair_P = torch.arange(start // 2, start // 2 + n_pairs, device=out.device)
+    step = max(1, _MOST.get(out.device.type, 1 << 16) // (2 * n_pairs))
+    for first in range(0, len(row_R), step):
+        # Every row has a whole number of places, so no pair belongs to two rows.
+        place_RP = row_R[first : first + step, None] * -(-shape[-1] // 2) + pair_P
+        normal_RC = _normal(_splitmix(place_RP, key)).view(len(place_RP), -1)
+        torch.mul(normal_RC[:, start % 2 :][:, :n_columns], std, out=flat_RC[first : first + step])
+    if not is_direct:
+        out.copy_(drawn)
+
+
+def _rows(shape: torch.Size, box: Box, device: torch.device) -> Tensor:
+    """The index of each row of the box, with all dims but the last flattened to one."""
+    row = torch.zeros(1, dtype=torch.int64, device=device)
+    for dim, (start, n) in enumerate(box[:-1]):
+        index = torch.arange(start, start + n, device=device) * prod(shape[dim + 1 : -1])
+        row = (row[:, None] + index).flatten()
+    return row
+
+
+def _splitmix(place: Tensor, key: int) -> Tensor:
+    """The outputs of splitmix64, seeded with `key`, at each `place` of its sequence. Overwrites `place`."""
+    x = place.add_(1).mul_(_GOLDEN).add_((key + 2**63) % 2**64 - 2**63)
+    for bits, factor in ((30, _MIX1), (27, _MIX2), (31, 1)):
+        # The mask removes the copies of the sign bit that torch shifts in from the left.
+        x ^= (x >> bits) & ((1 << (64 - bits)) - 1)
+        if factor != 1:
+            x *= factor
+    return x
+
+
+def _normal(bits: Tensor) -> Tensor:
+    """Two float32 normal numbers from every int64."""
+    half = bits.view(torch.int32)
+    # Between 1 and 2**31, which stands for the probability 1.
+    probability = (half & ~_SIGN | 1).float().view(torch.int32)
+    line = (probability >> _REST_BITS) - _ONE
+    rest = (probability & ((1 << _REST_BITS) - 1)).float()
+    start, slope = _lines(bits.device)
+    size = rest.mul_(slope.index_select(0, line.flatten()).view_as(rest))
+    size += start.index_select(0, line.flatten()).view_as(rest)
+    return (size.view(torch.int32) ^ (half & _SIGN)).view(torch.float32)
+
+
+@cache
+def _lines(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Start and slope of the lines that approximate the inverse of the normal distribution's tails."""
+    with torch.device("cpu"):
+        fraction = torch.arange(2**_LINE_BITS, dtype=torch.float64) / 2**_LINE_BITS
+        nodes = torch.cat([2.0**power * (1 + fraction) for power in range(31)])
+        nodes = torch.cat([nodes, torch.tensor([2.0**31, 2.0**31], dtype=torch.float64)])
+        size = -torch.special.ndtri(nodes / 2**32)
+        start, slope = size[:-1], (size[1:] - size[:-1]) / 2**_REST_BITS
+        return start.float().to(device), slope.float().to(device)

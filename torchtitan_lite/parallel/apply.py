@@ -12,7 +12,7 @@ from torchtitan_lite.config.load import ConfigError, Problem, near
 from torchtitan_lite.models.decoder import Decoder, DecoderConfig
 from torchtitan_lite.parallel.context import Chunks, ContextParallel
 from torchtitan_lite.parallel.fsdp import apply_fsdp
-from torchtitan_lite.parallel.mesh import AXES, Degrees, Mesh, ParallelismConfig
+from torchtitan_lite.parallel.mesh import AXES, Degrees, ParallelismConfig, weights_mesh
 from torchtitan_lite.parallel.recompute import ActivationCheckpointConfig, apply_recompute
 from torchtitan_lite.parallel.tensor import apply_tensor_parallel, check_readers
 
@@ -26,6 +26,11 @@ class CompileConfig:
     backend: str = "inductor"
     """Backend of torch.compile."""
 
+    @property
+    def uses_inductor(self) -> bool:
+        """Whether the model is compiled by inductor."""
+        return self.enable and self.backend == "inductor"
+
     def problems(self, key: str, device: str | None = None) -> list[Problem]:
         """A backend that torch does not list, or no compiler for `device` (None: not known)."""
         if not self.enable:
@@ -35,7 +40,7 @@ class CompileConfig:
             rule = "is not a backend of torch.compile"
             remedy, reads = near(self.backend, known), (f"{key}.enable",)
             return [Problem(f"{key}.backend", self.backend, rule, remedy, reads)]
-        if self.backend == "inductor" and device == "cpu" and not shutil.which(CXX):
+        if self.uses_inductor and device == "cpu" and not shutil.which(CXX):
             rule = f"needs a C++ compiler, and {CXX} is not on PATH"
             remedy, reads = "install one, name one in CXX, or do not compile", ("job.device",)
             return [Problem(f"{key}.enable", True, rule, remedy, reads)]
@@ -48,7 +53,7 @@ _ALONE, _KEEP_ALL, _EAGER = ParallelismConfig(), ActivationCheckpointConfig(), C
 def apply(
     model: Decoder,
     *,
-    mesh: Mesh | None = None,
+    mesh: DeviceMesh | None = None,
     compute_dtype: torch.dtype = torch.float32,
     parallelism: ParallelismConfig = _ALONE,
     recompute: ActivationCheckpointConfig = _KEEP_ALL,
@@ -65,23 +70,23 @@ def apply(
     5. FSDP acts around the call of a block, and shards this rank's share of the weights.
     """
     context = ContextParallel()
-    if mesh is not None and mesh.tensor.size() > 1:
+    if mesh is not None and mesh["tp"].size() > 1:
         loss_parallel = not parallelism.disable_loss_parallel
-        apply_tensor_parallel(model, mesh.tensor, model.config.shard_dims, loss_parallel=loss_parallel)
-    if mesh is not None and mesh.context.size() > 1:
-        context = _context(mesh.context, parallelism)
+        apply_tensor_parallel(model, mesh["tp"], loss_parallel=loss_parallel)
+    if mesh is not None and mesh["cp"].size() > 1:
+        context = _context(mesh["cp"], parallelism)
         model.wrap_attention(context.wrap)
-    if mesh is not None and mesh.tensor.size() * mesh.context.size() > 1:
+    if mesh is not None and mesh["tp"].size() * mesh["cp"].size() > 1:
         model.register_forward_pre_hook(_refuse_to_predict, with_kwargs=True)
     apply_recompute(model.layers, recompute, by_operator=compile.enable)
     if compile.enable:
         for layer in model.layers:
             layer.compile(backend=compile.backend)
-    if mesh is not None and (mesh.weights.size() > 1 or offload):
+    if mesh is not None and (mesh.size() > mesh["tp"].size() or offload):
         apply_fsdp(
             model,
             model.layers,
-            mesh.weights,
+            weights_mesh(mesh),
             compute_dtype=compute_dtype,
             reshard=parallelism.fsdp_reshard_after_forward != "never",
             offload=offload,
@@ -101,38 +106,12 @@ def model_problems(config: DecoderConfig, degrees: Degrees) -> list[Problem]:
     return []
 
 
-def prepare_compile(config: CompileConfig, *, device: str, attention: str, head_dim: int) -> None:
-    """Set, for this process, how inductor compiles for `device`, "cpu" or "cuda"."""
+def compile_attention(config: CompileConfig, model: DecoderConfig, device: str) -> None:
+    """Compile the attention kernel for CPUs, if inductor compiles the run; other runs use torch's kernel."""
     if device == "cpu":
         forget_kernels()  # kernels of an earlier trainer in this process
-    if not config.enable or config.backend != "inductor":
-        return
-    _recompute_what_is_cheap()
-    if device == "cpu":
-        _trust_the_processor()
-        if attention != "flex":
-            compile_kernel(head_dim)
-
-
-def _trust_the_processor() -> None:
-    """Skip the programs that inductor compiles to try out vector instructions: 6 s of 19.
-
-    torch's own kernels rely on the same answer of the processor.
-    """
-    from torch._inductor import config  # slow to import: only compiled runs need it
-
-    if config.cpp.vec_isa_ok is None and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):
-        config.cpp.vec_isa_ok = True
-
-
-def _recompute_what_is_cheap() -> None:
-    """Let a compiled backward recompute the normalised and gated inputs of a block's products.
-
-    These elementwise functions of other kept tensors would be a quarter of the memory of a block.
-    """
-    from torch._functorch import config
-
-    config.ban_recompute_materialized_backward = False
+        if config.uses_inductor and model.attention.kind != "flex":
+            compile_kernel(model.head_dim)
 
 
 def plan(
@@ -148,7 +127,7 @@ def plan(
     axes = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, degrees.sizes, strict=True))
     total, tp = model.n_params, degrees.tensor
     largest = sum(
-        _largest_shard(shape, model.shard_dims[name], degrees) for name, shape in model.shapes.items()
+        _largest_shard(shape, model.rows[name].shard_dim, degrees) for name, shape in model.shapes.items()
     )
     projections, ends, loss = [], [], ["in chunks"]
     attention, blocks = [model.attention.kind], [f"recompute {recompute.described()}"]

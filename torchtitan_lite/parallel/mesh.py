@@ -116,34 +116,16 @@ def _started(n_ranks: int) -> str:
     return f"{n_ranks} ranks (torchrun --nproc_per_node {n_ranks})"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Mesh:
-    """The mesh of a run, and its parts over which weights and sequences are split."""
+def build_mesh(degrees: Degrees, device_type: str) -> DeviceMesh:
+    """The mesh over all ranks of the default process group, with the axes AXES."""
+    return init_device_mesh(device_type, degrees.sizes, mesh_dim_names=AXES)
 
-    root: DeviceMesh
-    """The whole mesh, with the axes AXES."""
-    weights: DeviceMesh
+
+def weights_mesh(mesh: DeviceMesh) -> DeviceMesh:
     """FSDP's mesh: an axis over copies if there are several, then one over the ranks that share a copy."""
-
-    @property
-    def context(self) -> DeviceMesh:
-        """The axis "cp"."""
-        return self.root["cp"]
-
-    @property
-    def tensor(self) -> DeviceMesh:
-        """The axis "tp"."""
-        return self.root["tp"]
-
-
-def build_mesh(degrees: Degrees, device_type: str) -> Mesh:
-    """The mesh over all ranks of the default process group."""
-    root = init_device_mesh(device_type, degrees.sizes, mesh_dim_names=AXES)
-    if degrees.context == 1:
-        weights = root["dp_replicate", "dp_shard"] if degrees.replicate > 1 else root["dp_shard"]
-        return Mesh(root=root, weights=weights)
+    has_copies = mesh["dp_replicate"].size() > 1
+    if mesh["cp"].size() == 1:
+        return mesh["dp_replicate", "dp_shard"] if has_copies else mesh["dp_shard"]
     # One axis for FSDP: gradients are summed over the ranks of a sequence and over sequences alike.
-    weights = root["dp_shard", "cp"]._flatten("dp_shard_cp")
-    if degrees.replicate > 1:
-        weights = DeviceMesh._concatenate([root["dp_replicate"], weights])
-    return Mesh(root=root, weights=weights)
+    shards = mesh["dp_shard", "cp"]._flatten("dp_shard_cp")
+    return DeviceMesh._concatenate([mesh["dp_replicate"], shards]) if has_copies else shards

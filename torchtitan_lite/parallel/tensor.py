@@ -7,10 +7,10 @@ projections, and scatter the sum of their row-wise ones (https://arxiv.org/abs/2
 becomes a DTensor, the norms too, since one optimizer updates them all. Activations are this rank's plain
 tensors: they cost less than DTensors, and torch.compile sees nothing but tensors.
 
-A model to split has `token_vectors`, `sums`, `loss` and `logits`, like `models.decoder.Decoder`.
+A model to split has `config.rows`, `token_vectors`, `sums`, `loss` and `logits`: see `models.decoder`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -28,17 +28,14 @@ from torchtitan_lite.parallel.exchange import Exchange, all_gather, reduce_scatt
 _MOST_PROBLEMS = 5
 
 
-def apply_tensor_parallel(
-    model: Any, mesh: DeviceMesh, shard_dims: Mapping[str, int | None], *, loss_parallel: bool
-) -> None:
+def apply_tensor_parallel(model: Any, mesh: DeviceMesh, *, loss_parallel: bool) -> None:
     """Split `model`, in place, over the one axis of `mesh`.
 
     Args:
-        shard_dims: for each parameter, by name, the dim to split; None: every rank has the whole parameter.
         loss_parallel: each rank projects all tokens onto its share of the vocabulary; otherwise each rank
             projects its own tokens onto the whole vocabulary.
     """
-    _split_weights(model, mesh, shard_dims)
+    _split_weights(model, mesh)
     group = mesh.get_group()
     # The embedding takes token ids, which every rank has already.
     model.token_vectors.forward = _scatter_sum_of(model.token_vectors.forward, group)
@@ -48,21 +45,20 @@ def apply_tensor_parallel(
     model.loss = partial(loss, model.loss, mesh)
 
 
-def apply_tensor_parallel_to_predict(
-    model: Any, mesh: DeviceMesh, shard_dims: Mapping[str, int | None]
-) -> None:
+def apply_tensor_parallel_to_predict(model: Any, mesh: DeviceMesh) -> None:
     """Split `model`, in place, for logits without gradients: every rank has all tokens, maybe only one."""
-    _split_weights(model, mesh, shard_dims)
+    _split_weights(model, mesh)
     for part in (model.token_vectors, *model.sums):
         part.forward = _sum_of(part.forward, mesh.get_group())
     model.logits = partial(_logits_of_all, model.logits, mesh)
 
 
-def _split_weights(model: Any, mesh: DeviceMesh, shard_dims: Mapping[str, int | None]) -> None:
+def _split_weights(model: Any, mesh: DeviceMesh) -> None:
     check_readers(model)
+    rows = model.config.rows
     for name, parameter in list(model.named_parameters()):
         owner, _, own_name = name.rpartition(".")
-        module, dim = model.get_submodule(owner), shard_dims[name]
+        module, dim = model.get_submodule(owner), rows[name].shard_dim
         placement = Replicate() if dim is None else Shard(dim)
         setattr(module, own_name, nn.Parameter(distribute_tensor(parameter, mesh, [placement])))
         module.weight_for = _read_whole if dim is None else _read_share

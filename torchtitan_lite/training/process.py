@@ -1,4 +1,4 @@
-"""The settings that a run makes for its whole process: generators, deterministic kernels, memory."""
+"""The settings that a run makes for its whole process: generators, kernels, memory and inductor."""
 
 import contextlib
 import ctypes
@@ -24,10 +24,10 @@ class DebugConfig:
     """Write the global sample ids of every step and rank to sample_ids/rank-R.jsonl in the run's folder."""
 
 
-def set_up_process(config: DebugConfig, device: str) -> None:
+def set_up_process(config: DebugConfig, device: str, *, uses_inductor: bool = False) -> None:
     """Make all settings of the process, for a run on `device`, "cpu" or "cuda".
 
-    Call it before the first CUDA kernel: cuBLAS reads its environment variable only once.
+    Call this function before the first CUDA kernel: cuBLAS reads its environment variable only once.
     """
     # For plugins that draw from the global generators: our own code has its own generators.
     random.seed(config.seed)
@@ -42,6 +42,8 @@ def set_up_process(config: DebugConfig, device: str) -> None:
         torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
     if device == "cpu":
         _keep_freed_memory()
+    if uses_inductor:
+        _set_up_inductor(device)
 
 
 def _keep_freed_memory() -> None:
@@ -56,3 +58,17 @@ def _keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(trim_threshold, 2**31 - 1)
         mallopt(mmap_threshold, 32 << 20)
+
+
+def _set_up_inductor(device: str) -> None:
+    from torch._functorch import config as functorch  # slow to import: only compiled runs need them
+    from torch._inductor import config as inductor
+
+    # Let the backward recompute the normalised and gated inputs of a block's products. These elementwise
+    # functions of other kept tensors would be a quarter of the memory of a block.
+    functorch.ban_recompute_materialized_backward = False
+    # Skip the programs that inductor compiles to try out vector instructions: 6 s of 19. torch's own kernels
+    # rely on the same answer of the processor.
+    has_vectors = device == "cpu" and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    if has_vectors and inductor.cpp.vec_isa_ok is None:
+        inductor.cpp.vec_isa_ok = True

@@ -16,7 +16,7 @@ from torchtitan_lite.launch.background import patiently
 from torchtitan_lite.launch.world import World
 from torchtitan_lite.models.decoder import Decoder
 from torchtitan_lite.models.init import init_weights
-from torchtitan_lite.parallel.apply import apply, prepare_compile
+from torchtitan_lite.parallel.apply import apply, compile_attention
 from torchtitan_lite.parallel.context import ContextParallel
 from torchtitan_lite.parallel.fsdp import own_shard
 from torchtitan_lite.parallel.mesh import build_mesh
@@ -131,8 +131,7 @@ def build_model(
         compile=job.compile,
         offload=job.training.enable_cpu_offload,
     )
-    kind, head_dim = job.decoder.attention.kind, job.decoder.head_dim
-    prepare_compile(job.compile, device=device.type, attention=kind, head_dim=head_dim)
+    compile_attention(job.compile, job.decoder, device.type)
     model.to_empty(device="cpu" if job.training.enable_cpu_offload else device)
 
     def shard(parameter: Tensor) -> tuple[Tensor, list[tuple[int, int]]]:

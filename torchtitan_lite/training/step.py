@@ -3,6 +3,7 @@
 B batch, S sequence.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from time import perf_counter
 
@@ -11,14 +12,20 @@ from torch import Tensor
 
 from torchtitan_lite.config.job import JobConfig
 from torchtitan_lite.data import IGNORE, Batch
+from torchtitan_lite.launch.end import RunError
 from torchtitan_lite.launch.world import World
 from torchtitan_lite.parallel.fsdp import sync_gradients
 from torchtitan_lite.parallel.gradients import scale, squared_norm, sum_partial
-from torchtitan_lite.training.finite import check_finite
-from torchtitan_lite.training.hardware import peak_memory_gib
 from torchtitan_lite.training.hooks import StepStats
+from torchtitan_lite.training.metrics import peak_memory_gib
 from torchtitan_lite.training.schedule import lr_factor
 from torchtitan_lite.training.state import TrainState
+
+
+class NonFinite(RunError):
+    """The loss or the gradient norm of a step is infinite or NaN; the weights have not been updated."""
+
+    outcome = "non-finite"
 
 
 class Stepper:
@@ -132,3 +139,13 @@ class Stepper:
     def sum_over_ranks(self, x: Tensor) -> Tensor:
         """Sum `x` over all ranks; the ranks of a tensor-parallel group each have the same `x`."""
         return self.world.sum(x / self.degrees.tensor)
+
+
+def check_finite(*, step: int, loss: float, grad_norm: float, sample_ids: Sequence[int]) -> None:
+    """Raise NonFinite unless both numbers are finite. `sample_ids`: the step's samples on all ranks."""
+    for name, value in (("loss", loss), ("gradient norm", grad_norm)):
+        if not math.isfinite(value):
+            raise NonFinite(
+                f"the {name} of step {step} is {value}: stopped before the weights were updated; "
+                f"the step's global sample ids are {', '.join(map(str, sample_ids))}"
+            )

@@ -1,9 +1,11 @@
-"""Lines on the console, and a progress bar if the console is a terminal."""
+"""Lines on the console, a progress bar if the console is a terminal, and the balance of attention."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 from torchtitan_lite.training.hooks import Outcome, RunInfo, StepStats
@@ -21,15 +23,13 @@ class ConsoleConfig:
     name: Literal["console"] = "console"
 
     def build(self, run: RunInfo) -> "Console | None":
-        """The hook, on the first rank."""
         return Console(run.job.metrics) if run.rank == 0 else None
 
 
 class Console(Reporter):
-    """Prints a line for each report and each validation."""
+    """Prints a line for each report and each validation, above the progress bar."""
 
     def start(self, run: RunInfo) -> None:
-        """Show the progress bar."""
         super().start(run)
         self._bar = tqdm(
             initial=run.resumed_step or 0,
@@ -41,12 +41,10 @@ class Console(Reporter):
         )
 
     def step(self, stats: StepStats) -> None:
-        """Move the bar, and print a report if one is due."""
         self._bar.update(stats.step - self._bar.n)
         super().step(stats)
 
     def write(self, record: Mapping[str, float]) -> None:
-        """Print a report."""
         line = (
             "step {step:>{width}}/{steps}  loss {loss:7.4f}  gradient norm {grad_norm:7.3f}  lr {lr:.2e}  "
             "{tokens_per_second:,.0f} tokens/s  memory {peak_memory_gib:.2f} GiB  MFU {mfu:.1%}  "
@@ -58,17 +56,48 @@ class Console(Reporter):
         say(line if share < _NEGLIGIBLE else f"{line}  hooks {share:.1%}")
 
     def validated(self, result: Validation) -> None:
-        """Print the loss on held-out text."""
         say(
             f"step {result.step}/{self.n_steps}  validation loss {result.loss:.4f} nats per token, "
             f"{result.nats_per_byte:.4f} per byte (byte frequencies alone: {result.unigram_entropy:.4f})"
         )
 
     def end(self, outcome: Outcome) -> None:
-        """Remove the bar."""
         self._bar.close()
 
 
 def say(line: str) -> None:
     """Print a line without breaking the progress bar."""
     tqdm.write(line)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkConfig:
+    """Reports the balance of attention, if ranks share sequences (context parallel)."""
+
+    name: Literal["work"] = "work"
+
+    def build(self, run: RunInfo) -> "Work | None":
+        # On every rank: all ranks exchange their work.
+        degrees = run.job.parallelism.degrees(run.world_size)
+        return Work(run, degrees.context, degrees.tensor) if degrees.context > 1 else None
+
+
+class Work:
+    """Prints the ratio of the largest to the mean work of a rank in the first step of this start."""
+
+    def __init__(self, run: RunInfo, context_degree: int, tensor_degree: int) -> None:
+        self.run, self.degrees = run, (context_degree, tensor_degree)
+
+    def step(self, stats: StepStats) -> None:
+        if stats.attention_work is None:
+            return
+        # Each rank fills in its own entry, so that one sum gives every rank's work.
+        work = torch.zeros(self.run.world_size, dtype=torch.float64)
+        work[self.run.rank] = stats.attention_work
+        work = work.to(self.run.device)
+        dist.all_reduce(work)
+        # Only ranks of one sequence can share work: compare them, and report the worst sequence.
+        shared = work.view(-1, *self.degrees)
+        ratio = (shared.amax(1) / shared.mean(1).clamp(min=1)).max()
+        if self.run.rank == 0:
+            say(f"attention work per rank in the first step: max/mean {ratio:.3f}")

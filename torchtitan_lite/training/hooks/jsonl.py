@@ -1,4 +1,7 @@
-"""metrics.jsonl: one object for each report and each validation."""
+"""Files of JSON lines: metrics.jsonl, and the log of sample ids.
+
+The log of sample ids shows that a resumed run reads the same data as an uninterrupted run.
+"""
 
 import math
 from collections.abc import Mapping
@@ -6,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from torchtitan_lite.training.hooks import Outcome, RunInfo
+from torchtitan_lite.training.hooks import Outcome, RunInfo, StepStats
 from torchtitan_lite.training.metrics import Reporter
 from torchtitan_lite.training.outputs import Lines, keep_lines
 
-_FILE = "metrics.jsonl"
+_METRICS = "metrics.jsonl"
+_SAMPLES = "sample_ids"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,34 +24,53 @@ class JsonlConfig:
     name: Literal["metrics_jsonl"] = "metrics_jsonl"
 
     def build(self, run: RunInfo) -> "Jsonl | None":
-        """The hook, on the first rank."""
         return Jsonl(run.job.metrics) if run.rank == 0 else None
 
 
 class Jsonl(Reporter):
-    """Appends to metrics.jsonl. If a run resumes, `cut` has removed the lines that will be written again."""
+    """Appends to metrics.jsonl an object for each report and each validation."""
 
     def start(self, run: RunInfo) -> None:
-        """Open the file."""
         super().start(run)
-        self._lines = Lines(run.folder / _FILE)
+        self._lines = Lines(run.folder / _METRICS)
 
     def write(self, record: Mapping[str, float]) -> None:
-        """Append a line."""
         # JSON has no NaN or infinity.
         self._lines.write({key: value if math.isfinite(value) else None for key, value in record.items()})
 
     def end(self, outcome: Outcome) -> None:
-        """Close the file."""
+        self._lines.close()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleLogConfig:
+    """Writes the sample log, on every rank, if `debug.log_sample_ids` is set."""
+
+    name: Literal["samples"] = "samples"
+
+    def build(self, run: RunInfo) -> "SampleLog | None":
+        return SampleLog() if run.job.debug.log_sample_ids else None
+
+
+class SampleLog:
+    """Appends to `sample_ids/rank-R.jsonl` the global ids of the samples that this rank read in each step."""
+
+    def start(self, run: RunInfo) -> None:
+        (run.folder / _SAMPLES).mkdir(parents=True, exist_ok=True)
+        self._lines = Lines(run.folder / _SAMPLES / f"rank-{run.rank}.jsonl")
+
+    def step(self, stats: StepStats) -> None:
+        self._lines.write({"step": stats.step, "sample_ids": list(stats.sample_ids)})
+
+    def end(self, outcome: Outcome) -> None:
         self._lines.close()
 
 
 def cut(folder: Path, step: int, validated: int) -> None:
-    """Remove the lines of metrics.jsonl after `step`, from which the run in `folder` resumes.
+    """Remove the lines after `step`, from which the run in `folder` resumes, in the files of all ranks.
 
     Validations are removed after the step `validated`: the step of the last validation when `step` was saved,
     or -1 if there was none. The run repeats the later validations.
     """
-    keep_lines(
-        folder / _FILE, lambda line: line["step"] <= (validated if "validation_loss" in line else step)
-    )
+    for path in (folder / _METRICS, *sorted((folder / _SAMPLES).glob("rank-*.jsonl"))):
+        keep_lines(path, lambda line: line["step"] <= (validated if "validation_loss" in line else step))

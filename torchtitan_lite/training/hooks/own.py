@@ -1,12 +1,10 @@
 """The hooks of this package, registered like all hooks and called before the hooks of plugins."""
 
 from torchtitan_lite import registry
-from torchtitan_lite.training.hooks.console import ConsoleConfig
-from torchtitan_lite.training.hooks.jsonl import JsonlConfig
+from torchtitan_lite.training.hooks.console import ConsoleConfig, WorkConfig
+from torchtitan_lite.training.hooks.jsonl import JsonlConfig, SampleLogConfig
 from torchtitan_lite.training.hooks.profiler import ProfilerConfig
-from torchtitan_lite.training.hooks.samples import SampleLogConfig
 from torchtitan_lite.training.hooks.tensorboard import TensorBoardConfig
-from torchtitan_lite.training.hooks.work import WorkConfig
 
 OWN = (  # in the order of their calls
     ProfilerConfig,  # first, so that a trace ends with its step

@@ -29,7 +29,6 @@ class ProfilerConfig:
     name: Literal["profiler"] = "profiler"
 
     def build(self, run: RunInfo) -> "Profiler | None":
-        """The hook, on every rank."""
         return Profiler(run.job.profiling) if run.job.profiling.enable_profiling else None
 
 

@@ -21,7 +21,6 @@ class TensorBoardConfig:
     name: Literal["tensorboard"] = "tensorboard"
 
     def build(self, run: RunInfo) -> "TensorBoard | None":
-        """The hook, on the first rank."""
         metrics = run.job.metrics
         return TensorBoard(metrics) if run.rank == 0 and metrics.enable_tensorboard else None
 
@@ -30,7 +29,6 @@ class TensorBoard(Reporter):
     """Writes a scalar for each number, under its name in metrics.jsonl."""
 
     def start(self, run: RunInfo) -> None:
-        """Open a new file."""
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and not needed for --dry-run
 
         super().start(run)
@@ -40,12 +38,10 @@ class TensorBoard(Reporter):
         self._writer: SummaryWriter | None = SummaryWriter(folder, purge_step=purge_step)
 
     def write(self, record: Mapping[str, float]) -> None:
-        """Write the numbers of a step."""
         for key in record.keys() - {"step"}:
             self._try(lambda writer, key=key: writer.add_scalar(key, record[key], int(record["step"])))
 
     def end(self, outcome: Outcome) -> None:
-        """Close the file."""
         self._try(lambda writer: writer.close())
 
     def _try(self, act: Callable[["SummaryWriter"], object]) -> None:
