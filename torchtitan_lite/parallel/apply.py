@@ -85,7 +85,6 @@ def apply(
     if mesh is not None and (mesh.size() > mesh["tp"].size() or offload):
         apply_fsdp(
             model,
-            model.layers,
             weights_mesh(mesh),
             compute_dtype=compute_dtype,
             reshard=parallelism.fsdp_reshard_after_forward != "never",

@@ -1,6 +1,5 @@
 """FSDP2: weights, gradients and optimizer state in shards, each block's weights gathered when it runs."""
 
-from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any
 
@@ -13,13 +12,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 
 def apply_fsdp(
-    model: nn.Module,
-    layers: Iterable[nn.Module],
-    mesh: DeviceMesh,
-    *,
-    compute_dtype: torch.dtype,
-    reshard: bool,
-    offload: bool,
+    model: Any, mesh: DeviceMesh, *, compute_dtype: torch.dtype, reshard: bool, offload: bool
 ) -> None:
     """Shard `model`, in place, layer by layer; embedding, last norm and head are one group of their own.
 
@@ -27,7 +20,6 @@ def apply_fsdp(
     for a frequent token, in the dtype of the gathered weight.
 
     Args:
-        layers: the blocks of the model, in the order in which they run.
         mesh: one axis over the shards; or two axes, the first over copies of the shards (HSDP).
         compute_dtype: the dtype in which the weights of blocks are gathered.
         reshard: drop a block's gathered weights after its forward and gather them again for its backward.
@@ -42,7 +34,8 @@ def apply_fsdp(
     if offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
     groups = [
-        fully_shard(layer, reshard_after_forward=reshard, mp_policy=precision, **options) for layer in layers
+        fully_shard(layer, reshard_after_forward=reshard, mp_policy=precision, **options)
+        for layer in model.layers
     ]
     # Never dropped: the loss reads the head's weight outside of the head's own forward.
     groups.insert(0, fully_shard(model, reshard_after_forward=False, **options))

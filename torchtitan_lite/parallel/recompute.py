@@ -3,7 +3,6 @@
 import re
 from collections import deque
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -155,7 +154,7 @@ class Keeper:
         return inner
 
 
-class Kept(AbstractContextManager[None]):
+class Kept:
     """The results that a block's forward keeps for its recompute; also the context in which both run."""
 
     def __init__(self, keeper: Keeper) -> None:

@@ -25,6 +25,8 @@ from torch.nn import functional as F
 from torchtitan_lite.config.load import MISSING, ConfigError, Problem
 from torchtitan_lite.parallel.exchange import Exchange, all_gather, reduce_scatter
 
+_Forward = Callable[..., Tensor]
+_Loss = Callable[..., tuple[Tensor, Tensor]]
 _MOST_PROBLEMS = 5
 
 
@@ -99,7 +101,7 @@ def _look_up(mesh: DeviceMesh, tokens_BS: Tensor, weight_VD: DTensor) -> Tensor:
 # The wrappers below are functions, because torch.compile cannot trace a forward that is a partial.
 
 
-def _gather_and_scatter_sum_of(forward: Callable[..., Tensor], group: ProcessGroup) -> Callable[..., Tensor]:
+def _gather_and_scatter_sum_of(forward: _Forward, group: ProcessGroup) -> _Forward:
     """`forward` from and to this rank's tokens: gather all tokens, then sum the results of the ranks."""
 
     def summed(x_BsD: Tensor, *rest: Any) -> Tensor:
@@ -109,12 +111,12 @@ def _gather_and_scatter_sum_of(forward: Callable[..., Tensor], group: ProcessGro
     return summed
 
 
-def _scatter_sum_of(forward: Callable[..., Tensor], group: ProcessGroup) -> Callable[..., Tensor]:
+def _scatter_sum_of(forward: _Forward, group: ProcessGroup) -> _Forward:
     """`forward` from all tokens to this rank's tokens: sum the results of the ranks."""
     return lambda *args: Exchange.apply(forward(*args), _scatter_sum, _gather, group)
 
 
-def _sum_of(forward: Callable[..., Tensor], group: ProcessGroup) -> Callable[..., Tensor]:
+def _sum_of(forward: _Forward, group: ProcessGroup) -> _Forward:
     """`forward` from all tokens to all tokens, without a gradient: sum the results of the ranks."""
 
     def summed(*args: Any) -> Tensor:
@@ -137,35 +139,28 @@ def _scatter_sum(x_BSD: Tensor, group: ProcessGroup) -> Tensor:
 
 
 class VocabularyShare:
-    """A part of a vocabulary: this rank has `n_rows` rows of the weight (see `models.loss.Vocabulary`)."""
+    """A `models.loss.Vocabulary` of which this rank has `n_rows` rows of the weight. It overwrites `x`."""
 
     def __init__(self, mesh: DeviceMesh, n_rows: int) -> None:
         self.group, self.n_parts, self.n_rows = mesh.get_group(), mesh.size(), n_rows
         self.start = mesh.get_local_rank() * n_rows
 
     def rows(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Each label's row of the weight, and whether this rank has the row; otherwise the row is 0."""
         row = labels - self.start
         here = (row >= 0) & (row < self.n_rows)
         return torch.where(here, row, 0), here
 
     def max(self, x: Tensor) -> Tensor:
-        """The maximum over all ranks, in place."""
         dist.all_reduce(x, dist.ReduceOp.MAX, self.group)
         return x
 
     def sum(self, x: Tensor) -> Tensor:
-        """The sum over all ranks, in place."""
         dist.all_reduce(x, dist.ReduceOp.SUM, self.group)
         return x
 
 
 def loss_by_vocabulary(
-    loss: Callable[..., tuple[Tensor, Tensor]],
-    mesh: DeviceMesh,
-    x_BsD: Tensor,
-    weight_VD: DTensor,
-    labels_BS: Tensor,
+    loss: _Loss, mesh: DeviceMesh, x_BsD: Tensor, weight_VD: DTensor, labels_BS: Tensor
 ) -> tuple[Tensor, Tensor]:
     """`loss` of all tokens on this rank's share of the vocabulary: no rank has all logits."""
     # Each rank's gradient is the term of its share of the vocabulary; the gather's backward sums the terms.
@@ -175,11 +170,7 @@ def loss_by_vocabulary(
 
 
 def loss_by_tokens(
-    loss: Callable[..., tuple[Tensor, Tensor]],
-    mesh: DeviceMesh,
-    x_BsD: Tensor,
-    weight_VD: DTensor,
-    labels_BS: Tensor,
+    loss: _Loss, mesh: DeviceMesh, x_BsD: Tensor, weight_VD: DTensor, labels_BS: Tensor
 ) -> tuple[Tensor, Tensor]:
     """`loss` of this rank's tokens on the whole vocabulary, whose weight is gathered."""
     whole_VD = weight_VD.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
@@ -192,9 +183,7 @@ def loss_by_tokens(
     return own + (total - own.detach()), n_valid
 
 
-def _logits_of_all(
-    logits: Callable[..., Tensor], mesh: DeviceMesh, x_BD: Tensor, weight_VD: DTensor
-) -> Tensor:
+def _logits_of_all(logits: _Forward, mesh: DeviceMesh, x_BD: Tensor, weight_VD: DTensor) -> Tensor:
     """`logits` of the whole vocabulary on every rank, from each rank's share."""
     share_BV = logits(x_BD, weight_VD.to_local())
     shares = [torch.empty_like(share_BV) for _ in range(mesh.size())]
