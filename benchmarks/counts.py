@@ -44,9 +44,9 @@ from synthetic import write_shards
 
 from torchtitan_lite.config.job import JobConfig
 from torchtitan_lite.data import Loader, Samples, Shards
+from torchtitan_lite.launch.process import set_up_process
 from torchtitan_lite.launch.world import World, join
 from torchtitan_lite.training import step as training_step
-from torchtitan_lite.training.process import set_up_process
 from torchtitan_lite.training.trainer import Trainer
 
 WINDOW, DOCUMENTS, N_FIRST = 256, (16, 700), 2
@@ -246,8 +246,8 @@ def plain_step(job: JobConfig, options: argparse.Namespace, shards: Shards) -> C
     batches = iter(Loader(Samples(shards.train, options.seq), job.debug.seed, options.batch, 0, 1))
     shape, dtype = job.decoder, job.training.compute_dtype
     device = torch.device(job.device)
-    # The trainer's own settings of the process, inductor's among them.
-    set_up_process(job.debug, job.device, uses_inductor=job.compile.uses_inductor)
+    # As the trainer sets up the process.
+    set_up_process(device=job.device, seed=0, deterministic=False, uses_inductor=job.compile.uses_inductor)
     plain = plain_model.Training(shape, dtype, device, options.recompute, options.compile)
     return lambda: plain.step(next(batches))
 

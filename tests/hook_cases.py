@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 
-from torchtitan_lite.training.config import TrainingConfig
+from torchtitan_lite.training.config import DebugConfig, TrainingConfig
 from torchtitan_lite.training.hooks import HookConfig, Hooks, Outcome, RunInfo, StepStats
 from torchtitan_lite.training.hooks.profiler import ProfilingConfig
 from torchtitan_lite.training.metrics import MetricsConfig
-from torchtitan_lite.training.process import DebugConfig
 from torchtitan_lite.training.validation import Validation
 
 DONE = Outcome(kind="done")

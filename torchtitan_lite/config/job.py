@@ -31,13 +31,12 @@ from torchtitan_lite.models.registry import (
 from torchtitan_lite.parallel.apply import CompileConfig, model_problems, plan
 from torchtitan_lite.parallel.mesh import ParallelismConfig
 from torchtitan_lite.parallel.recompute import ActivationCheckpointConfig
-from torchtitan_lite.training.config import TrainingConfig
+from torchtitan_lite.training.config import DebugConfig, TrainingConfig
 from torchtitan_lite.training.hooks import own as own_hooks  # noqa: F401 (registers our hooks)
 from torchtitan_lite.training.hooks.profiler import ProfilingConfig
 from torchtitan_lite.training.metrics import MetricsConfig
 from torchtitan_lite.training.optimizer import AdamW, OptimizerConfig
 from torchtitan_lite.training.outputs import is_inside
-from torchtitan_lite.training.process import DebugConfig
 from torchtitan_lite.training.schedule import LRSchedulerConfig
 from torchtitan_lite.training.validation import ValidationConfig
 

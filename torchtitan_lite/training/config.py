@@ -1,4 +1,4 @@
-"""The settings of training: how much, for how long, and in which precision."""
+"""The settings of training: how much, for how long, in which precision, and how repeatable."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -56,3 +56,15 @@ class TrainingConfig:
         remedy = f"use {below} or {below + unit}" if below else f"use {unit}"
         reads = (f"{key}.local_batch_size", "parallelism")
         return [Problem(f"{key}.global_batch_size", size, rule, remedy, reads)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DebugConfig:
+    """Settings that make a run repeatable, and a log that shows it."""
+
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the initial weights and of the order of the data."""
+    deterministic: bool = False
+    """Use only deterministic kernels. Slower; repeated runs on one machine give identical losses."""
+    log_sample_ids: bool = False
+    """Write the global sample ids of every step and rank to sample_ids/rank-R.jsonl in the run's folder."""

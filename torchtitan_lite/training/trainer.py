@@ -15,11 +15,11 @@ from torchtitan_lite.checkpoint.save import Saver
 from torchtitan_lite.checkpoint.steps import Steps
 from torchtitan_lite.config.job import JobConfig
 from torchtitan_lite.data import Batch, Shards, in_order
+from torchtitan_lite.launch.process import set_up_process
 from torchtitan_lite.launch.world import World
 from torchtitan_lite.training.corpus import load_corpus
 from torchtitan_lite.training.hooks import HookFailed, Hooks, Outcome, RunInfo
 from torchtitan_lite.training.hooks.console import say
-from torchtitan_lite.training.process import set_up_process
 from torchtitan_lite.training.state import TrainState
 from torchtitan_lite.training.step import NonFinite, Stepper
 from torchtitan_lite.training.validation import Validation, mean_loss
@@ -55,7 +55,12 @@ class Trainer:
         shards: Shards | None = None,
     ) -> None:
         self.job, self.world, self.alive = job, world or World(), alive
-        set_up_process(job.debug, job.device, uses_inductor=job.compile.uses_inductor)
+        set_up_process(
+            device=job.device,
+            seed=job.debug.seed,
+            deterministic=job.debug.deterministic,
+            uses_inductor=job.compile.uses_inductor,
+        )
         self.corpus = load_corpus(job, self.world, shards)
         self.state = TrainState(job, self.world, self.corpus, alive, resumed=resumed, initial=initial)
         self.stepper = Stepper(job, self.world, self.state, alive)

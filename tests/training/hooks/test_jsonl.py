@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from hook_cases import DONE, job_with, json_lines, run_info, started, stats, validation
 
+from torchtitan_lite.training.config import DebugConfig
 from torchtitan_lite.training.hooks.jsonl import JsonlConfig, SampleLogConfig, cut
 from torchtitan_lite.training.metrics import MetricsConfig
-from torchtitan_lite.training.process import DebugConfig
 
 JOB = job_with(metrics=MetricsConfig(log_freq=1, peak_flops=6e6))
 LOGGED = job_with(debug=DebugConfig(log_sample_ids=True))

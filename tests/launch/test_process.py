@@ -7,8 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from torchtitan_lite.training import process
-from torchtitan_lite.training.process import DebugConfig, set_up_process
+from torchtitan_lite.launch import process
+
+
+def set_up(device: str, *, seed: int = 0, deterministic: bool = False, uses_inductor: bool = False) -> None:
+    process.set_up_process(device=device, seed=seed, deterministic=deterministic, uses_inductor=uses_inductor)
 
 
 @pytest.fixture(autouse=True)
@@ -22,14 +25,14 @@ def restored(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_deterministic_run_refuses_kernels_whose_result_depends_on_timing() -> None:
-    set_up_process(DebugConfig(deterministic=True), "cuda")
+    set_up("cuda", deterministic=True)
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     with pytest.raises(RuntimeError, match="does not have a deterministic implementation"):
         torch.ones(4).put_(torch.tensor([0, 0]), torch.ones(2), accumulate=False)
 
 
 def test_an_ordinary_run_may_use_every_kernel() -> None:
-    set_up_process(DebugConfig(), "cuda")
+    set_up("cuda")
     assert not torch.are_deterministic_algorithms_enabled()
     assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
 
@@ -37,7 +40,7 @@ def test_an_ordinary_run_may_use_every_kernel() -> None:
 def test_the_seed_reaches_torch() -> None:
     draws = []
     for seed in (1, 1, 2):
-        set_up_process(DebugConfig(seed=seed), "cuda")
+        set_up("cuda", seed=seed)
         draws.append(torch.rand(4))
     assert torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], draws[2])
@@ -51,7 +54,7 @@ def test_glibc_accepts_the_settings_that_keep_freed_memory_on_a_cpu(
     mallopt, accepted = process.ctypes.CDLL(None).mallopt, []
     library = SimpleNamespace(mallopt=lambda *setting: accepted.append(mallopt(*setting)))
     monkeypatch.setattr(process.ctypes, "CDLL", lambda name: library)
-    set_up_process(DebugConfig(), device)
+    set_up(device)
     assert accepted == wanted
 
 
@@ -61,7 +64,7 @@ def test_other_c_libraries_keep_their_settings(error, monkeypatch: pytest.Monkey
         raise error
 
     monkeypatch.setattr(process.ctypes, "CDLL", load)
-    set_up_process(DebugConfig(), "cpu")
+    set_up("cpu")
 
 
 @pytest.mark.parametrize(
@@ -82,7 +85,7 @@ def test_inductor_does_not_try_out_vector_instructions_and_recomputes_cheap_inpu
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     patched = {"ban_recompute_materialized_backward": True}
     with inductor.patch({"cpp.vec_isa_ok": before}), functorch.patch(patched):
-        set_up_process(DebugConfig(), device)
+        set_up(device)
         assert (inductor.cpp.vec_isa_ok, functorch.ban_recompute_materialized_backward) == (before, True)
-        set_up_process(DebugConfig(), device, uses_inductor=True)
+        set_up(device, uses_inductor=True)
         assert (inductor.cpp.vec_isa_ok, functorch.ban_recompute_materialized_backward) == (after, False)
