@@ -105,14 +105,13 @@ class Row:
     """A row of the table: the values of each factor, and one verdict for all their combinations."""
 
     attention: str
-    methods: tuple[str, ...] = METHODS
     compile: tuple[str, ...] = COMPILE
     cpu: Verdict = Works("test_every_combination")
     cuda: Verdict = Works("test_on_gpus")
 
     @property
     def values(self) -> tuple[tuple[str, ...], ...]:
-        return (self.attention,), self.methods, DEGREES, self.compile, RECOMPUTE
+        return (self.attention,), METHODS, DEGREES, self.compile, RECOMPUTE
 
     def __str__(self) -> str:
         return as_line([*map(", ".join, self.values), str(self.cpu), str(self.cuda)])
@@ -143,22 +142,12 @@ _FLASH_ATTN = _no_kernel("flash_attn", '8.x or 9.x or 10.x or 12.x, pip install 
 _FA3 = _no_kernel("fa3", "9.x, FlashAttention-3 from the flash-attention sources")
 _FA4 = _no_kernel("fa4", f"9.x or 10.x, {INSTALL_FA4}")
 ROWS = (
-    Row("sdpa", ("none",)),
-    Row("sdpa", ("allgather",)),
-    Row("sdpa", ("ulysses",)),
-    Row("flex", ("none",)),
-    Row("flex", ("allgather",)),
-    Row("flex", ("ulysses",)),
-    Row("flex, block_size = 32", ("none",), ("off",)),
-    Row("flex, block_size = 32", ("none",), ("on",), cuda=_SMALL_BLOCKS),
-    Row("flex, block_size = 32", ("allgather",), ("off",)),
-    Row("flex, block_size = 32", ("allgather",), ("on",), cuda=_SMALL_BLOCKS),
-    Row("flex, block_size = 32", ("ulysses",), ("off",)),
-    Row("flex, block_size = 32", ("ulysses",), ("on",), cuda=_SMALL_BLOCKS),
+    Row("sdpa"),
+    Row("flex"),
+    Row("flex, block_size = 32", ("off",)),
+    Row("flex, block_size = 32", ("on",), cuda=_SMALL_BLOCKS),
     Row('flex, BACKEND = "FLASH"', cpu=_FLASH),
-    Row('varlen, kernel = "documents"', ("none",)),
-    Row('varlen, kernel = "documents"', ("allgather",)),
-    Row('varlen, kernel = "documents"', ("ulysses",)),
+    Row('varlen, kernel = "documents"'),
     Row('varlen, kernel = "torch"', cpu=_TORCH),
     Row('varlen, kernel = "flash_attn"', cpu=_FLASH_ATTN),
     Row('varlen, kernel = "fa3"', cpu=_FA3),
@@ -189,23 +178,18 @@ def with_table(page: str) -> str:
     return written
 
 
-def tiny_run(path: object, cache: object, device: str = "cpu", dtype: str = "float32") -> list[str]:
+def tiny_run(texts: Path, device: str = "cpu", dtype: str = "float32") -> list[str]:
     """The options of all combinations: packed documents and a model of two blocks."""
     options = {
         "job.device": device,
-        "model.flavor": "debugmodel",
         "model.overrides": SIZES,
-        "data.dataset": "jsonl",
-        "data.path": path,
-        "data.cache-dir": cache,
-        "training.steps": 10,
         # A GPU's kernels work on tiles of 128.
         "training.seq-len": 64 if device == "cpu" else 256,
         "training.local-batch-size": GLOBAL_BATCH,
         "training.mixed-precision-param": dtype,
         "lr-scheduler.warmup-steps": 2,
     }
-    return words_of(options)
+    return parallel_cases.run_of(texts, options)
 
 
 def product() -> Iterator[Combination]:

@@ -9,7 +9,7 @@ import signal
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from hook_cases import run_info
 from operators import Memory, Operators
+from programs import words_of
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -145,6 +146,21 @@ def write_documents(path: Path) -> None:
         for number in range(250):
             n_words = rng.randint(30, 45) if number % 20 == 3 else rng.randint(1, 9)
             file.write(json.dumps({"text": " ".join(rng.choices(words, k=n_words))}) + "\n")
+
+
+def run_of(texts: Path, options: Mapping[str, object]) -> list[str]:
+    """Options of a run of the debug model on the documents in the folder `texts`, in float32 on a CPU."""
+    common = {
+        "job.device": "cpu",
+        "model.flavor": "debugmodel",
+        "data.dataset": "jsonl",
+        "data.path": texts / "short.jsonl",
+        "data.cache-dir": texts / "cache",
+        "training.steps": 10,
+        "training.seq-len": 64,
+        "training.mixed-precision-param": "float32",
+    }
+    return words_of({**common, **options})
 
 
 @contextmanager

@@ -10,7 +10,6 @@ import combination_cases as cases
 import pytest
 import torch
 from combination_cases import Combination, Curve, Refused, Works
-from parallel_cases import write_documents
 from ranks import Ranks
 
 from torchtitan_lite.attention import BACKENDS, Varlen
@@ -37,16 +36,9 @@ WITH_INDUCTOR = [
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("combinations")
-    write_documents(folder / "short.jsonl")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def tiny(folder: Path) -> list[str]:
+def tiny(texts: Path) -> list[str]:
     """The options of all trainings on a CPU."""
-    return cases.tiny_run(folder / "short.jsonl", folder / "cache")
+    return cases.tiny_run(texts)
 
 
 def alone(combination: Combination) -> Combination:
@@ -166,8 +158,8 @@ def test_a_combination_refused_on_a_cpu_has_its_line(tiny, attention: str) -> No
 
 
 @pytest.mark.parametrize("attention", cases.ATTENTIONS)
-def test_a_combination_refused_on_cuda_has_its_line_without_a_gpu_too(folder: Path, attention: str) -> None:
-    tiny = cases.tiny_run(folder / "short.jsonl", folder / "cache", "cuda", half_or_single(attention))
+def test_a_combination_refused_on_cuda_has_its_line_without_a_gpu_too(texts: Path, attention: str) -> None:
+    tiny = cases.tiny_run(texts, "cuda", half_or_single(attention))
     for combination, cuda in ON_CUDA.items():
         if combination.attention == attention:
             argv = [*tiny, *combination.words("inductor"), "--dry-run"]
@@ -178,7 +170,7 @@ def test_a_combination_refused_on_cuda_has_its_line_without_a_gpu_too(folder: Pa
 @pytest.mark.gpu
 @pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize("attention", cases.ATTENTIONS)
-def test_on_gpus(ranks, folder: Path, attention: str, size: int) -> None:
+def test_on_gpus(ranks, texts: Path, attention: str, size: int) -> None:
     """With a GPU for each rank. Attention is refused only if it needs a missing package or another GPU."""
     if torch.cuda.device_count() < size:
         pytest.skip(f"{torch.cuda.device_count()} GPUs here, and {size} ranks want one each")
@@ -189,7 +181,7 @@ def test_on_gpus(ranks, folder: Path, attention: str, size: int) -> None:
     works = [c for c, cuda in ON_CUDA.items() if isinstance(cuda, Works)]
     combinations = [c for c in works if (c.attention, c.size) == (attention, size)]
     dtype = half_or_single(attention)
-    tiny = cases.tiny_run(folder / "short.jsonl", folder / "cache", "cuda", dtype)
+    tiny = cases.tiny_run(texts, "cuda", dtype)
     runs = [[*tiny, *combination.words("inductor")] for combination in combinations]
     (one,) = ranks(1).run(cases.curves_on_gpus, [[*tiny, *alone(combinations[0]).words()]], timeout=100)
     bound = 1e-4 if dtype == "float32" else 2e-2

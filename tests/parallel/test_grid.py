@@ -1,7 +1,6 @@
 """N ranks give the losses, gradients and weights of one rank, for every combination."""
 
 import itertools
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import parallel_cases as cases
 import pytest
 import torch
+from programs import words_of
 
 GLOBAL_BATCH = 8
 SMALL = {"n_layers": 2, "dim": 32, "head_dim": 8, "ffn_dim": 48}
@@ -48,7 +48,7 @@ class Cell:
         options = {
             "model.name": self.family,
             "model.attention": self.attention,
-            "model.overrides": json.dumps(dict(self.overrides)),
+            "model.overrides": dict(self.overrides),
             "training.local-batch-size": local,
             "parallelism.data-parallel-replicate-degree": self.replicate,
             "parallelism.data-parallel-shard-degree": self.shard,
@@ -57,7 +57,7 @@ class Cell:
             "parallelism.tensor-parallel-degree": self.tensor,
             "activation-checkpoint.mode": self.recompute,
         }
-        return [*(word for key, value in options.items() for word in (f"--{key}", str(value))), *self.flags]
+        return [*words_of(options), *self.flags]
 
 
 def over(overrides: Mapping[str, object], **changes: object) -> tuple[tuple[str, object], ...]:
@@ -152,26 +152,17 @@ RUNS = [
 
 
 @pytest.fixture(scope="module")
-def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+def words(texts: Path) -> list[str]:
     """The options of all trainings, with samples of 64 tokens and several documents."""
-    folder = tmp_path_factory.mktemp("grid")
-    cases.write_documents(folder / "short.jsonl")
     options = {
-        "job.device": "cpu",
-        "model.flavor": "debugmodel",
-        "data.dataset": "jsonl",
-        "data.path": folder / "short.jsonl",
-        "data.cache-dir": folder / "cache",
         "data.validation-fraction": 0.1,
-        "training.steps": 10,
-        "training.seq-len": 64,
         "training.global-batch-size": GLOBAL_BATCH,
-        "training.mixed-precision-param": "float32",
         "lr-scheduler.warmup-steps": 2,
+        "validation.enable": "true",
         "validation.freq": 1,
         "validation.steps": -1,
     }
-    return ["--validation.enable", *(w for key, value in options.items() for w in (f"--{key}", str(value)))]
+    return cases.run_of(texts, options)
 
 
 Reference = Callable[[Cell, int, bool], Path]

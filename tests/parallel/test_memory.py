@@ -3,6 +3,7 @@
 import functools
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 import parallel_cases as cases
 import pytest
@@ -15,20 +16,8 @@ BLOCK_INPUT = SEQ_LEN * BATCH * DIM * 4
 
 
 @pytest.fixture(scope="module")
-def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    folder = tmp_path_factory.mktemp("memory")
-    cases.write_documents(folder / "short.jsonl")
-    options = {
-        "job.device": "cpu",
-        "model.flavor": "debugmodel",
-        "data.dataset": "jsonl",
-        "data.path": folder / "short.jsonl",
-        "data.cache-dir": folder / "cache",
-        "training.seq-len": SEQ_LEN,
-        "training.local-batch-size": BATCH,
-        "training.mixed-precision-param": "float32",
-    }
-    return [word for key, value in options.items() for word in (f"--{key}", str(value))]
+def words(texts: Path) -> list[str]:
+    return cases.run_of(texts, {"training.seq-len": SEQ_LEN, "training.local-batch-size": BATCH})
 
 
 TWO_LAYERS = ("--model.overrides", '{"n_layers": 2}')

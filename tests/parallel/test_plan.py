@@ -4,6 +4,7 @@ import re
 
 import parallel_cases as cases
 import pytest
+from programs import words_of
 
 from torchtitan_lite.config.job import load_job
 from torchtitan_lite.parallel.mesh import ParallelismConfig
@@ -17,7 +18,7 @@ MESHES = {
 
 
 def flags(**degrees: object) -> list[str]:
-    return [word for key, value in degrees.items() for word in (f"--parallelism.{key}", str(value))]
+    return words_of({f"parallelism.{key}": value for key, value in degrees.items()})
 
 
 @pytest.mark.parametrize("family", ["qwen3", "llama3"])

@@ -1,6 +1,6 @@
 """bfloat16 on many ranks is as near to float32 as on one rank: sums over ranks lose no precision."""
 
-import json
+from pathlib import Path
 
 import parallel_cases as cases
 import pytest
@@ -18,26 +18,21 @@ MESHES = {
 
 
 @pytest.fixture(scope="module")
-def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+def words(texts: Path) -> list[str]:
     """The options of one step of 16,384 tokens: a sum of so many rows in bfloat16 would show."""
-    folder = tmp_path_factory.mktemp("precision")
-    cases.write_documents(folder / "short.jsonl")
-    size = {"n_layers": 1, "dim": 64, "n_heads": 4, "n_kv_heads": 2, "head_dim": 16, "ffn_dim": 96}
     options = {
-        "job.device": "cpu",
-        "model.overrides": json.dumps(size),
+        "model.overrides": {
+            "n_layers": 1, "dim": 64, "n_heads": 4, "n_kv_heads": 2, "head_dim": 16, "ffn_dim": 96
+        },
         "validation.enable": "true",
         "validation.freq": 1,
         "data.validation-fraction": 0.2,
-        "data.dataset": "jsonl",
-        "data.path": folder / "short.jsonl",
-        "data.cache-dir": folder / "cache",
         "training.seq-len": 256,
         "training.local-batch-size": 32,
         "training.global-batch-size": 64,
         "training.mixed-precision-param": "bfloat16",
-    }
-    return [word for key, value in options.items() for word in (f"--{key}", str(value))]
+    }  # fmt: skip
+    return cases.run_of(texts, options)
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,8 @@
 """Speed changes no numbers: the losses of fifty steps with each fast path are those of the slow one."""
 
-import json
-
 import pytest
 import torch
+from programs import words_of
 
 from torchtitan_lite.attention.portable import evaluate, kernels, native
 from torchtitan_lite.attention.portable.kernels import PlainKernel
@@ -33,7 +32,7 @@ def losses(small_run, monkeypatch):
                 patched.setattr(decoder, "linear_cross_entropy", linear_cross_entropy)
                 patched.setattr(loss, "_LITTLE_BYTES", 0)
             options = {
-                "model.overrides": json.dumps(MODEL),
+                "model.overrides": MODEL,
                 "training.steps": STEPS,
                 "training.seq-len": 320,  # more than a block of queries
                 "training.local-batch-size": 2,
@@ -41,10 +40,9 @@ def losses(small_run, monkeypatch):
                 "lr-scheduler.warmup-steps": 5,
                 "optimizer.lr": 3e-3,
             }
-            given = [word for key, value in options.items() for word in (f"--{key}", str(value))]
             calls, forward = [], native.forward
             patched.setattr(native, "forward", lambda *args: calls.append(1) or forward(*args))
-            trainer = Trainer(load_job([*small_run, *given, *words]).config)
+            trainer = Trainer(load_job([*small_run, *words_of(options), *words]).config)
             if fast == "compiled kernel":
                 native.compile_kernel(16)
             found = torch.tensor([trainer.stepper.train_step().loss for _ in range(STEPS)])

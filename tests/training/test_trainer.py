@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from parallel_cases import precision
+from programs import words_of
 
 from torchtitan_lite.attention.portable import native
 from torchtitan_lite.config.job import JobConfig, load_job
@@ -49,11 +50,11 @@ def on_a_gpu(small_run, attention: str, **overrides: int) -> Trainer:
     options = {
         "job.device": "cuda",
         "model.attention": attention,
-        "model.overrides": json.dumps({**sizes, **overrides}),
+        "model.overrides": {**sizes, **overrides},
         "training.global-batch-size": 8,
         "training.mixed-precision-param": "bfloat16",
     }
-    return Trainer(job(*small_run, *(word for key, value in options.items() for word in (f"--{key}", value))))
+    return Trainer(job(*small_run, *words_of(options)))
 
 
 @pytest.mark.gpu
