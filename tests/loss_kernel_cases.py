@@ -8,7 +8,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from torchtitan_lite.models.loss import IGNORE, Labels, Vocabulary
+from torchtitan_lite.models.loss import (
+    IGNORE,
+    Labels,
+    Vocabulary,
+    linear_cross_entropy,
+    reference_cross_entropy,
+)
 
 Loss = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -31,6 +37,25 @@ def results(loss: Loss, x: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tens
     value, count = loss(x, weight, labels)
     dx, dweight = torch.autograd.grad(0.3 * value / count.clamp(min=1), (x, weight))
     return value.detach(), count, dx, dweight
+
+
+def assert_equal_to(reference: Loss, tolerance: float, x: Tensor, weight: Tensor, labels: Tensor) -> None:
+    """Compare our loss and its gradients with those of `reference`, each in proportion to its maximum."""
+    found, expected = (results(f, x, weight, labels) for f in (linear_cross_entropy, reference))
+    sum_dtype = torch.promote_types(x.dtype, torch.float32)
+    assert [each.dtype for each in found] == [sum_dtype, torch.int64, x.dtype, weight.dtype]
+    for ours, theirs in zip(found, expected, strict=True):
+        scale = theirs.abs().max().double().clamp(min=1e-30)
+        torch.testing.assert_close(ours / scale, theirs / scale, rtol=0, atol=tolerance)
+
+
+def check_exactness(n_rows: int, vocab: int, device: str) -> None:
+    """In bfloat16, gradients are as exact as those of one product."""
+    x, weight, labels = inputs(n_rows, vocab, 16, torch.bfloat16, torch.float32, device)
+    found, expected = (results(f, x, weight, labels) for f in (linear_cross_entropy, reference_cross_entropy))
+    exact = results(reference_cross_entropy, x.double(), weight, labels)
+    for ours, theirs, truth in list(zip(found, expected, exact, strict=True))[2:]:
+        assert (ours - truth).norm() < 1.15 * (theirs - truth).norm()
 
 
 class PlainKernels:
