@@ -356,11 +356,7 @@ class Decoder(nn.Module):
             x_BSD = block(x_BSD, turns, mask)
         if labels_BS is not None:
             return self.loss(self.norm(x_BSD), self.head_weight_VD, labels_BS)
-        last_BD = x_BSD[torch.arange(len(x_BSD), device=x_BSD.device), _last_token(positions_BS)]
+        row_B, index_S = (torch.arange(n, device=x_BSD.device) for n in positions_BS.shape)
+        last_B = torch.where(positions_BS >= 0, index_S, 0).amax(dim=1)  # the last that is not padding
+        last_BD = x_BSD[row_B, last_B]
         return self.logits(self.norm(last_BD), self.head_weight_VD)
-
-
-def _last_token(positions_BS: Tensor) -> Tensor:
-    """The index of each row's last token that is not padding."""
-    index_S = torch.arange(positions_BS.shape[1], device=positions_BS.device)
-    return torch.where(positions_BS >= 0, index_S, 0).amax(dim=1)

@@ -74,7 +74,13 @@ def apply(
         loss_parallel = not parallelism.disable_loss_parallel
         apply_tensor_parallel(model, mesh["tp"], loss_parallel=loss_parallel)
     if mesh is not None and mesh["cp"].size() > 1:
-        context = _context(mesh["cp"], parallelism)
+        cp, method = mesh["cp"], parallelism.context_parallel_method
+        # Ulysses computes on all tokens, so there is nothing to balance.
+        is_balanced = method == "allgather" and parallelism.context_parallel_load_balancer == "headtail"
+        chunks = Chunks(cp.size(), is_balanced)
+        context = ContextParallel(
+            method=method, chunks=chunks, rank=cp.get_local_rank(), group=cp.get_group()
+        )
         model.wrap_attention(context.wrap)
     if mesh is not None and mesh["tp"].size() * mesh["cp"].size() > 1:
         model.register_forward_pre_hook(_refuse_to_predict, with_kwargs=True)
@@ -178,14 +184,6 @@ def _largest_shard(shape: torch.Size, dim: int | None, degrees: Degrees) -> int:
         sizes[dim] //= degrees.tensor
     sizes[0] = -(-sizes[0] // degrees.fsdp)
     return math.prod(sizes)
-
-
-def _context(mesh: DeviceMesh, parallelism: ParallelismConfig) -> ContextParallel:
-    # Ulysses computes on all tokens, so there is nothing to balance.
-    method, balancer = parallelism.context_parallel_method, parallelism.context_parallel_load_balancer
-    balanced = method == "allgather" and balancer == "headtail"
-    chunks = Chunks(mesh.size(), balanced)
-    return ContextParallel(method=method, chunks=chunks, rank=mesh.get_local_rank(), group=mesh.get_group())
 
 
 def _refuse_to_predict(model: torch.nn.Module, args: tuple, kwargs: dict) -> None:

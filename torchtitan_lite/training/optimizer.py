@@ -14,24 +14,21 @@ from torchtitan_lite.registry import optimizers
 
 
 class OptimizerConfig(Protocol):
-    """The options of a registered optimizer; `build` makes the optimizer."""
+    """The options of a registered optimizer: `lr` is the peak learning rate, `build` makes the optimizer.
+
+    `build` gets the parameters by name, and the group of each: "matrix", "embedding", "head", "vector",
+    "router" or "expert".
+    """
 
     @property
     def name(self) -> str: ...
 
     @property
-    def lr(self) -> float:
-        """Peak learning rate; the schedule scales it."""
-        ...
+    def lr(self) -> float: ...
 
     def build(
         self, parameters: Mapping[str, nn.Parameter], groups: Mapping[str, str]
-    ) -> torch.optim.Optimizer:
-        """The optimizer of `parameters`, by name. `groups` has the group of each parameter.
-
-        Groups: "matrix", "embedding", "head", "vector", "router" and "expert".
-        """
-        ...
+    ) -> torch.optim.Optimizer: ...
 
 
 @optimizers.register

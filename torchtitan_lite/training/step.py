@@ -22,12 +22,6 @@ from torchtitan_lite.training.schedule import lr_factor
 from torchtitan_lite.training.state import TrainState
 
 
-class NonFinite(RunError):
-    """The loss or the gradient norm of a step is infinite or NaN; the weights have not been updated."""
-
-    outcome = "non-finite"
-
-
 class Stepper:
     """Takes optimizer steps. `alive` is called often, to show that this rank does not hang."""
 
@@ -139,6 +133,12 @@ class Stepper:
     def sum_over_ranks(self, x: Tensor) -> Tensor:
         """Sum `x` over all ranks; the ranks of a tensor-parallel group each have the same `x`."""
         return self.world.sum(x / self.degrees.tensor)
+
+
+class NonFinite(RunError):
+    """The loss or the gradient norm of a step is infinite or NaN; the weights have not been updated."""
+
+    outcome = "non-finite"
 
 
 def check_finite(*, step: int, loss: float, grad_norm: float, sample_ids: Sequence[int]) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -35,14 +35,11 @@ class Validation:
     """Loss in nats per byte of a model that knows only the byte frequencies of the held-out text."""
 
 
-BatchT = TypeVar("BatchT")
-
-
 @torch.no_grad()
 def mean_loss(
     model: nn.Module,
-    loss_of: Callable[[BatchT], tuple[Tensor, Tensor]],
-    batches: Iterable[BatchT],
+    loss_of: Callable[[Any], tuple[Tensor, Tensor]],
+    batches: Iterable[Any],
     over_ranks: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> float:
     """Mean loss over every valid token of `batches`, in nats per token.

@@ -89,11 +89,9 @@ class Outcome:
 
 
 class HookConfig(Protocol):
-    """The options of a hook; `build` makes the hook."""
+    """The options of a hook. `build` returns the hook of this rank, or None, and opens no files."""
 
-    def build(self, run: RunInfo) -> object | None:
-        """The hook of this rank, or None if this rank needs no hook. Open files in `start`, not here."""
-        ...
+    def build(self, run: RunInfo) -> object | None: ...
 
 
 class HookFailed(Exception):
