@@ -3,11 +3,13 @@
 ("training", "steps"), "int_type"  ->  training.steps = "ten" is not an integer: write a whole number ...
 """
 
+import functools
+import operator
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args, get_origin
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
-from torchtitan_lite.config.problem import MISSING, Problem, Remedy, dotted, either, literal, near
+from torchtitan_lite.config.problem import Problem, Remedy, dotted, either, literal, near
 from torchtitan_lite.config.schema import (
     alternatives,
     choice_of,
@@ -42,8 +44,7 @@ _REMEDIES = {
 }
 
 
-@dataclass(frozen=True)
-class Refusal:
+class Refusal(NamedTuple):
     """A value that pydantic refused: its place in the table, and what the user is told."""
 
     path: Path
@@ -52,83 +53,83 @@ class Refusal:
     """The key belongs to a member of the choice that is not chosen; a later layer may still choose it."""
 
 
+class _Place(NamedTuple):
+    """A key of the table, and the section that holds the key."""
+
+    path: Path
+    section: Any
+    """The annotation of the section."""
+    owner: type
+    """The class of the section."""
+
+
 def refusals(cls: type, table: dict[str, Any], errors: Sequence[Any], key: str = "") -> list[Refusal]:
     """One refusal for each place in `table`, which was read as a `cls` and stands at `key`."""
-    # A union of values has an error for each of its types.
-    types_by_path: dict[Path, list[str]] = {}
+    types: dict[_Place, set[str]] = {}  # a union of values has an error for each of its types
     for error in errors:
-        types_by_path.setdefault(_path(cls, error["loc"]), []).append(error["type"])
-    return [refusal_at(cls, table, path, types, key) for path, types in types_by_path.items()]
-
-
-def _path(cls: type, loc: Sequence[int | str]) -> Path:
-    """The keys in the place of an error, without the tags of chosen members and the parts of a value."""
-    annotation: Any = cls
-    path, rest = [], [str(part) for part in loc]
-    while rest and classes(annotation):
-        part = rest.pop(0)
-        if choice := choice_of(annotation):
-            annotation = choice.members[part]
+        types.setdefault(_place(cls, error["loc"]), set()).add(error["type"])
+    found = []
+    for place, kinds in types.items():
+        value = functools.reduce(operator.getitem, place.path, table)
+        problem = Problem(functools.reduce(dotted, place.path, key), value, "", "")
+        annotation = field_types(place.owner).get(place.path[-1])
+        if annotation is None:
+            found.append(_of_unknown_key(cls, place, problem))
         else:
-            path.append(part)
-            annotation = field_types(classes(annotation)[0]).get(part)
-    return tuple(path)
+            found.append(Refusal(place.path, _of_wrong_value(annotation, problem, kinds)))
+    return found
 
 
-def refusal_at(cls: type, table: dict[str, Any], path: Path, types: list[str], section: str) -> Refusal:
-    """The refusal of the value at `path`, for which pydantic has errors of these `types`."""
-    *tables, name = path
-    value: Any = table
-    annotation: Any = cls
-    for part in tables:
-        annotation = field_types(_chosen(annotation, value))[part]
-        value = value[part]
-        section = dotted(section, part)
-    holder, owner = annotation, _chosen(annotation, value)
-    annotation, value = field_types(owner).get(name), value.get(name, MISSING)
-    key = dotted(section, name)
-    if annotation is None:
-        return _of_unknown_key(cls, path, Problem(key, value, "", ""), section, holder, owner)
-    choice = choice_of(annotation)
+def _place(cls: type, loc: Sequence[int | str]) -> _Place:
+    """The place of an error. `loc` also has the tags of chosen members and the parts of a value."""
+    section, owner, path, rest = cls, cls, [], [str(part) for part in loc]
+    while True:
+        path.append(rest.pop(0))
+        annotation = field_types(owner).get(path[-1])
+        if not rest or not classes(annotation):
+            return _Place(tuple(path), section, owner)
+        choice = choice_of(annotation)
+        section, owner = annotation, choice.members[rest.pop(0)] if choice else classes(annotation)[0]
+
+
+def _of_wrong_value(annotation: Any, found: Problem, types: set[str]) -> Problem:
+    """`found` with the rule that the value breaks, and the remedy; pydantic's errors are of these `types`."""
+    key, choice = found.key, choice_of(annotation)
+    value: Any = found.value
     if classes(annotation) and not isinstance(value, dict):
         is_member = isinstance(value, str) and choice is not None and value in choice.members
         remedy = f"write {key}.{first_key(annotation)} = {literal(value) if is_member else '...'}"
-        return Refusal(path, Problem(key, value, "is not a table", remedy))
+        return replace(found, rule="is not a table", remedy=remedy)
     if choice:
-        rule, remedy = f"is not a known {choice.tag}", near(value[choice.tag], choice.members)
-        return Refusal(path, Problem(f"{key}.{choice.tag}", value[choice.tag], rule, remedy))
-    if not set(types).isdisjoint(_RANGES):
-        return Refusal(path, Problem(key, value, f"must be {limits(annotation)}", _example(annotation)))
-    return Refusal(path, Problem(key, value, f"is not {_described(annotation)}", _remedy(annotation, value)))
+        value = value[choice.tag]
+        return Problem(
+            f"{key}.{choice.tag}", value, f"is not a known {choice.tag}", near(value, choice.members)
+        )
+    if not types.isdisjoint(_RANGES):
+        return replace(found, rule=f"must be {limits(annotation)}", remedy=_example(annotation))
+    return replace(found, rule=f"is not {_described(annotation)}", remedy=_remedy(annotation, value))
 
 
-def _chosen(annotation: Any, table: Any) -> type:
-    """The class that a sound table under this annotation becomes."""
-    choice = choice_of(annotation)
-    return choice.members[table[choice.tag]] if choice else classes(annotation)[0]
-
-
-def _of_unknown_key(cls: type, path: Path, found: Problem, section: str, holder: Any, owner: type) -> Refusal:
-    """A key that `owner`, the class under the annotation `holder`, does not have."""
-    name = path[-1]
-    choice = choice_of(holder)
-    members = choice.members if choice else {}
-    kinds = [kind for kind, member in members.items() if name in field_types(member)]
+def _of_unknown_key(cls: type, place: _Place, found: Problem) -> Refusal:
+    """The refusal of a key that the class of its section lacks."""
+    name, choice = place.path[-1], choice_of(place.section)
+    kinds = [kind for kind, member in choice.members.items() if name in field_types(member)] if choice else []
     if choice and kinds:
-        by = f"{section}.{choice.tag}"
-        chosen = choice.name_of(owner)
+        by = f"{found.key.removesuffix(name)}{choice.tag}"
+        chosen = choice.name_of(place.owner)
         rule = f'belongs to {choice.tag} {either(map(literal, kinds))}, and {by} is "{chosen}"'
         remedy = f'leave it out, or set {by} = "{kinds[0]}"'
-        return Refusal(path, replace(found, rule=rule, remedy=remedy, reads=(by,)), is_of_another_member=True)
+        return Refusal(place.path, replace(found, rule=rule, remedy=remedy, reads=(by,)), True)
+    is_section = found.key == dotted("", name)
     elsewhere = [leaf for leaf in leaves(cls) if leaf.rpartition(".")[2] == name]
-    if not isinstance(found.value, dict) and 0 < len(elsewhere) <= (1 if section else 3):
+    if not isinstance(found.value, dict) and 0 < len(elsewhere) <= (3 if is_section else 1):
         remedy = f"did you mean {either(map(literal, elsewhere))}?"
     else:
-        remedy = near(name, field_types(owner))
-    if note(holder, Sections):
+        remedy = near(name, field_types(place.owner))
+    if note(place.section, Sections):
         remedy = f"{remedy.rstrip('?')}, or name the plugin that has it in job.plugins"
-    rule = "is not a known key" if section else "is not a known section"
-    return Refusal(path, replace(found, rule=rule, remedy=remedy))
+    rule = f"is not a known {'section' if is_section else 'key'}"
+    return Refusal(place.path, replace(found, rule=rule, remedy=remedy))
 
 
 def limits(annotation: Any) -> str:
