@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from torchtitan_lite.config.division import Division
 from torchtitan_lite.config.job import load_job
 from torchtitan_lite.config.load import ConfigError
 from torchtitan_lite.models.registry import resolve
+from torchtitan_lite.parallel.division import Division
 from torchtitan_lite.parallel.mesh import ParallelismConfig
 from torchtitan_lite.train import main
 

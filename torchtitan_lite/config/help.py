@@ -48,8 +48,6 @@ def _print_section(config: Any, key: str, annotation: Any, text: str, options: d
             sections.append((value, path, child, texts.get(name) or _first_paragraph(type(value))))
         elif choice and name == choice.tag:
             options |= _selector(key if name == "kind" else path, choice, value)
-        elif unset := choice_of(child):
-            options |= _selector(path, unset, value)
         else:
             options[_usage(path, child)] = _described(child, value, texts.get(name, ""))
     if options:

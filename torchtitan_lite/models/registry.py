@@ -11,8 +11,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
+
 from torchtitan_lite import registry
-from torchtitan_lite.attention import BACKENDS, AttentionConfig
+from torchtitan_lite.attention import BACKENDS, AttentionConfig, Flex, Refusal, refusals
 from torchtitan_lite.config.load import ConfigError, Problem, last_said, near
 from torchtitan_lite.config.problem import of_sound_keys
 from torchtitan_lite.config.validation import overlay, validate
@@ -54,6 +56,13 @@ FOLDER = "hf"
 """The name of a model whose flavor is a folder with a config.json."""
 
 _OVERRIDES = "model.overrides"
+_REFUSED_KEYS = {
+    "device": "job.device",
+    "dtype": "training.mixed_precision_param",
+    "deterministic": "debug.deterministic",
+    **{name: f"{_OVERRIDES}.{name}" for name in ("head_dim", "n_heads", "sliding_window")},
+}
+"""The keys of the values that an attention backend is checked against, other than its own options."""
 _SDPA: dict[str, Any] = {"kind": "sdpa"}
 _SUFFIXES: dict[str, dict[str, Any]] = {
     "_flex": {"kind": "flex"},
@@ -81,23 +90,26 @@ def own_attention(flavor: str) -> AttentionConfig:
     return registry.attentions.members[table.pop("kind")](**table)
 
 
-def settle_attention(layers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """`layers` of a configuration, with the attention of the flavor below what they say of `model.attention`.
+def settle_model(layers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`layers` of a configuration, with everything in `model` written out that a short form stands for.
 
-    A flavor with a suffix takes back what earlier layers say of the attention. If the flavor does not exist,
-    nobody knows the kind of an attention table without `kind`, so such tables are left out.
+    - The attention of a flavor comes below what the same layer says of `model.attention`. A flavor with a
+      suffix takes back what earlier layers say of the attention.
+    - If the flavor does not exist, nobody knows the kind of an attention table without `kind`, so such tables
+      are emptied.
+    - A null for `rope_scaling` becomes a scaling by 1, which undoes that of the flavor.
     """
+    layers = [_with_null_scaling(layer) for layer in layers]
     name, flavor = last_said(layers, "model.name"), last_said(layers, "model.flavor")
-    settled = [_with_attention(_SDPA)]
-    for layer in layers:
-        said = last_said([layer], "model.flavor")
-        own = split_flavor(said)[1] if isinstance(said, str) else None
-        if own:
-            settled += [_with_attention(None), _with_attention(own)]
-        settled.append(layer)
     has_kind = last_said(layers, "model.attention.kind") is not None
     if isinstance(flavor, str) and not has_kind and not _exists(name, flavor):
-        return [_without_attention(layer) for layer in layers]
+        return [_with_model(layer, attention={}) for layer in layers]
+    settled = [_with_model({}, attention=_SDPA)]
+    for layer in layers:
+        said = last_said([layer], "model.flavor")
+        if isinstance(said, str) and (own := split_flavor(said)[1]):
+            settled += [_with_model({}, attention=None), _with_model({}, attention=own)]
+        settled.append(layer)
     return settled
 
 
@@ -107,15 +119,68 @@ def _exists(name: object, flavor: str) -> bool:
     return name == FOLDER or split_flavor(flavor)[1] is not None or flavor in presets
 
 
-def _with_attention(table: dict[str, Any] | None) -> dict[str, Any]:
-    return {"model": {"attention": table}}
-
-
-def _without_attention(layer: dict[str, Any]) -> dict[str, Any]:
+def _with_null_scaling(layer: dict[str, Any]) -> dict[str, Any]:
+    """`layer` with a scaling by 1 for a null in `rope_scaling`."""
     model = layer.get("model")
-    if not isinstance(model, dict):
+    overrides = model.get("overrides") if isinstance(model, dict) else None
+    if not isinstance(overrides, dict) or overrides.get("rope_scaling", 0) is not None:
         return layer
-    return {**layer, "model": {name: value for name, value in model.items() if name != "attention"}}
+    return _with_model(layer, overrides={**overrides, "rope_scaling": {"factor": 1.0}})
+
+
+def _with_model(layer: dict[str, Any], **values: object) -> dict[str, Any]:
+    """`layer` with `values` in its section `model`, if that is a table."""
+    model = layer.get("model", {})
+    return {**layer, "model": {**model, **values}} if isinstance(model, dict) else layer
+
+
+def attention_problems(
+    attention: AttentionConfig,
+    decoder: DecoderConfig | None,
+    *,
+    device: str,
+    dtype: torch.dtype,
+    deterministic: bool,
+    is_compiled: bool,
+) -> list[Problem]:
+    """Why a run's attention cannot run on "cpu" or "cuda". Without a decoder, only the options are judged."""
+    if decoder is None:
+        refused = attention.option_refusals(device)
+    else:
+        refused = attention_refusals(
+            attention, decoder, device=device, dtype=dtype, deterministic=deterministic
+        )
+    found = []
+    for name, value, rule, remedy in refused:
+        key = _REFUSED_KEYS.get(name, f"model.attention.{name}")
+        reads = ("job.device", "model.attention", *[_OVERRIDES] * key.startswith(_OVERRIDES))
+        found.append(Problem(key, value, rule, remedy, reads))
+    if is_compiled and device == "cuda" and isinstance(attention, Flex) and attention.autotuned:
+        key, rule = "model.attention.block_size", "finds no kernel within compiled blocks"
+        remedy, reads = "use a multiple of 128, or compile.enable = false", ("job.device", "compile.enable")
+        found.append(Problem(key, attention.block_size, rule, remedy, reads))
+    return found
+
+
+def attention_refusals(
+    attention: AttentionConfig,
+    decoder: DecoderConfig,
+    *,
+    device: str,
+    dtype: torch.dtype,
+    deterministic: bool = False,
+) -> list[Refusal]:
+    """Why `attention` cannot run in `decoder` on "cpu" or "cuda"."""
+    return refusals(
+        attention,
+        device=device,
+        dtype=dtype,
+        head_dim=decoder.head_dim,
+        n_heads=decoder.n_heads,
+        n_kv_heads=decoder.n_kv_heads,
+        sliding_window=decoder.sliding_window,
+        deterministic=deterministic,
+    )
 
 
 def true_flavor(flavor: str, attention: AttentionConfig) -> str:
