@@ -23,6 +23,8 @@ from dataclasses import field, fields, make_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
+from pydantic_core import core_schema
+
 from torchtitan_lite.config.problem import ConfigError, Problem
 
 Member = TypeVar("Member")
@@ -118,8 +120,6 @@ class Choice(_ClassDoor):
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
         """A union of the members, told apart by the tag; None too if `source` may be None."""
-        from pydantic_core import core_schema
-
         members = {name: handler.generate_schema(member) for name, member in self.members.items()}
         schema = core_schema.tagged_union_schema(members, discriminator=self.tag)
         return core_schema.nullable_schema(schema) if type(None) in get_args(source) else schema

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
+from pydantic.fields import FieldInfo
+
 from torchtitan_lite.config.problem import Problem, Remedy, dotted, either, literal, near
 from torchtitan_lite.config.schema import (
     alternatives,
@@ -19,7 +21,6 @@ from torchtitan_lite.config.schema import (
     leaves,
     note,
     plain_types,
-    unwrapped,
 )
 from torchtitan_lite.registry import Sections
 
@@ -135,10 +136,8 @@ def _of_unknown_key(cls: type, place: _Place, found: Problem) -> Refusal:
 def limits(annotation: Any) -> str:
     """The range of a value in words ("at least 1", "in [0, 1)", "-1 or at least 1"); empty without one."""
     ranges = [_range(option) for option in alternatives(annotation)]
-    if not any(ranges):
-        return ""
     fixed = [literal(value) for tp in plain_types(annotation) if _is_literal(tp) for value in get_args(tp)]
-    return either([*fixed, *filter(None, ranges)])
+    return either([*fixed, *filter(None, ranges)]) if any(ranges) else ""
 
 
 def _range(option: Any) -> str:
@@ -151,18 +150,17 @@ def _range(option: Any) -> str:
 
 def _limits(option: Any) -> dict[str, Any]:
     """The limits in the pydantic `Field` beside a type, by name."""
-    metadata = [limit for field in unwrapped(option)[1] for limit in getattr(field, "metadata", ())]
+    metadata = getattr(note(option, FieldInfo), "metadata", ())
     return {name: getattr(limit, name) for limit in metadata for name in _LIMITS if hasattr(limit, name)}
 
 
 def _example(annotation: Any) -> str:
     """The remedy for a value out of range."""
     for option in alternatives(annotation):
-        if (remedy := note(option, Remedy)) is not None:
+        if remedy := note(option, Remedy):
             return remedy.text
-        for field in unwrapped(option)[1]:
-            if examples := getattr(field, "examples", None):
-                return f"use {literal(examples[0])} or so"
+        if examples := getattr(note(option, FieldInfo), "examples", None):
+            return f"use {literal(examples[0])} or so"
         if "ge" in (found := _limits(option)):
             return f"use {literal(found['ge'])} or more"
     return "use a number in this range"

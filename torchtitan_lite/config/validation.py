@@ -10,6 +10,8 @@ import json
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
+from pydantic import TypeAdapter, ValidationError
+
 from torchtitan_lite import registry
 from torchtitan_lite.config.messages import Path, refusals
 from torchtitan_lite.config.problem import Problem
@@ -53,8 +55,6 @@ def _lay(
     The last result has, by path, the problems of keys that only other members of a choice have. These keys
     stay in the table, because a later layer may choose such a member.
     """
-    from pydantic import ValidationError
-
     wrong: list[Problem] = []
     unchosen: dict[Path, Problem] = {}
     while True:
@@ -123,6 +123,4 @@ def adapter(cls: type) -> Any:
 
 @functools.cache
 def _adapter(cls: type, members: tuple[type, ...]) -> Any:
-    from pydantic import TypeAdapter
-
     return TypeAdapter(cls)
