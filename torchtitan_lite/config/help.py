@@ -103,19 +103,14 @@ def _metavar(tp: Any) -> str:
 
 def _described(annotation: Any, value: object, text: str) -> str:
     """The meaning of an option, its range, the names to choose from, and its default."""
-    parts = [
-        text or ("The name of this section; nothing else may stand here." if is_fixed(annotation) else "")
-    ]
+    parts = [text or "The name of this section; nothing else may stand here." * is_fixed(annotation)]
     if range_ := limits(annotation):
         parts.append(f"{range_[0].upper()}{range_[1:]}.")
     if names := note(annotation, Names):
         parts.append(f"Names: {', '.join(names.door.members)}.")
-    words = (
-        value
-        if isinstance(value, list | tuple)
-        else [json.dumps(value) if isinstance(value, dict) else value]
-    )
-    parts.append(f"(default: {printable(shlex.join(map(str, words)))})")
+    words = value if isinstance(value, list | tuple) else [value]
+    texts = [json.dumps(word) if isinstance(word, dict) else str(word) for word in words]
+    parts.append(f"(default: {printable(shlex.join(texts))})")
     return " ".join(filter(None, parts))
 
 

@@ -64,7 +64,7 @@ class _Place(NamedTuple):
     """The class of the section."""
 
 
-def refusals(cls: type, table: dict[str, Any], errors: Sequence[Any], key: str = "") -> list[Refusal]:
+def refusals(cls: type, table: dict[str, Any], errors: Sequence[Any], key: str) -> list[Refusal]:
     """One refusal for each place in `table`, which was read as a `cls` and stands at `key`."""
     types: dict[_Place, set[str]] = {}  # a union of values has an error for each of its types
     for error in errors:

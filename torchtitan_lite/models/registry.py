@@ -32,11 +32,6 @@ AnyAttention = Annotated[AttentionConfig, registry.attentions]
 """An attention backend as a key of a configuration: any that is registered."""
 
 
-def backends() -> list[type[AttentionConfig]]:
-    """The attention backends that are registered."""
-    return list(registry.attentions.members.values())
-
-
 class _Families(Mapping[str, Mapping[str, DecoderConfig]]):
     def __getitem__(self, name: str) -> Mapping[str, DecoderConfig]:
         return registry.families.members[name].presets
@@ -102,7 +97,7 @@ def settle_model(layers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     layers = [_with_null_scaling(layer) for layer in layers]
     name, flavor = last_said(layers, "model.name"), last_said(layers, "model.flavor")
     has_kind = last_said(layers, "model.attention.kind") is not None
-    if isinstance(flavor, str) and not has_kind and not _exists(name, flavor):
+    if not has_kind and flavor is not None and not _exists(name or DEFAULT_FAMILY, flavor):
         return [_with_model(layer, attention={}) for layer in layers]
     settled = [_with_model({}, attention=_SDPA)]
     for layer in layers:
@@ -113,10 +108,11 @@ def settle_model(layers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return settled
 
 
-def _exists(name: object, flavor: str) -> bool:
-    """Whether the kind of the flavor's own attention is known."""
-    presets = families.get(name or DEFAULT_FAMILY, {}) if isinstance(name, str | None) else {}
-    return name == FOLDER or split_flavor(flavor)[1] is not None or flavor in presets
+def _exists(name: object, flavor: object) -> bool:
+    """Whether the kind of the flavor's own attention is known; of a wrong type, the default's is."""
+    if name == FOLDER or not isinstance(flavor, str) or split_flavor(flavor)[1] is not None:
+        return True
+    return isinstance(name, str) and flavor in families.get(name, {})
 
 
 def _with_null_scaling(layer: dict[str, Any]) -> dict[str, Any]:
