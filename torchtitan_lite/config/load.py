@@ -78,7 +78,7 @@ def load(
             print(ConfigError(problems), file=sys.stderr)
         raise SystemExit(0)
     if problems:
-        raise ConfigError(problems, config)
+        raise ConfigError(problems, None if flags.dry_run else config)
     return Loaded(config=config, dry_run=flags.dry_run, world_size=world_size)
 
 
