@@ -16,7 +16,7 @@ from torchtitan_lite.config.flags import read_flags
 from torchtitan_lite.config.problem import MISSING, ConfigError, Problem, near, of_sound_keys
 from torchtitan_lite.config.schema import field_types, is_open
 from torchtitan_lite.config.toml import read_toml, to_toml
-from torchtitan_lite.config.validation import validate
+from torchtitan_lite.config.validation import holder, validate
 from torchtitan_lite.registry import import_plugins
 
 __all__ = ["MISSING", "ConfigError", "Loaded", "Problem", "last_said", "load", "near", "to_toml"]
@@ -84,13 +84,9 @@ def load(
 
 def last_said(layers: Sequence[_Table], key: str) -> Any:
     """The value of the dotted `key` in the last layer that has the key; None if no layer has it."""
-    for layer in reversed(layers):
-        value: Any = layer
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        if value is not None:
-            return value
-    return None
+    path = tuple(key.split("."))
+    said = [holder(layer, path).get(path[-1]) for layer in layers]
+    return next((value for value in reversed(said) if value is not None), None)
 
 
 def _import_plugins(layers: list[_Table], key: str, files: list[str]) -> list[Problem]:

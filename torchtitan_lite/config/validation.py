@@ -37,7 +37,7 @@ def validate(cls: type[T], layers: Sequence[_Table], key: str = "") -> tuple[T, 
         config, table, wrong, unchosen = _lay(cls, table, layer, key)
         problems += unfit + wrong
         seen = {problem.key for problem in wrong}
-        problems += [one for path, one in waiting.items() if not _holder(table, path) and one.key not in seen]
+        problems += [one for path, one in waiting.items() if not holder(table, path) and one.key not in seen]
     assert config is not None
     problems += unchosen.values()
     # In the order of the sections; unknown sections come first.
@@ -61,7 +61,7 @@ def _lay(
         merged = overlay(cls, table, layer)
         read = copy.deepcopy(merged)
         for path in unchosen:
-            _holder(read, path).pop(path[-1], None)
+            holder(read, path).pop(path[-1], None)
         try:
             config = adapter(cls).validate_json(json.dumps(read), strict=True, extra="forbid")
             return config, merged, wrong, unchosen
@@ -73,8 +73,7 @@ def _lay(
                 continue
             wrong.append(problem)
             # In `table` if the range of a member that this layer has chosen is narrower.
-            holder = _holder(layer, path) or _holder(table, path)
-            del holder[path[-1]]
+            del (holder(layer, path) or holder(table, path))[path[-1]]
 
 
 def overlay(annotation: Any, low: Any, high: Any) -> Any:
@@ -109,7 +108,7 @@ def _kept(table: _Table, old: dict[str, Any], new: dict[str, Any]) -> _Table:
     }
 
 
-def _holder(table: Any, path: Path) -> _Table:
+def holder(table: Any, path: Path) -> _Table:
     """The table inside `table` that has the last key of `path`; empty if there is none."""
     for name in path[:-1]:
         table = table.get(name) if isinstance(table, dict) else None
