@@ -6,7 +6,7 @@ the name `hf`, the flavor is a folder that holds a config.json of Hugging Face, 
 
 import copy
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +17,7 @@ from torchtitan_lite import registry
 from torchtitan_lite.attention import BACKENDS, AttentionConfig, Flex, Refusal, refusals
 from torchtitan_lite.config.load import ConfigError, Problem, last_said, near
 from torchtitan_lite.config.problem import of_sound_keys
-from torchtitan_lite.config.validation import overlay, validate
+from torchtitan_lite.config.validation import holder, overlay, validate
 from torchtitan_lite.models import huggingface, llama3, qwen3
 from torchtitan_lite.models.decoder import DecoderConfig
 from torchtitan_lite.models.presets import Family
@@ -85,8 +85,8 @@ def own_attention(flavor: str) -> AttentionConfig:
     return registry.attentions.members[table.pop("kind")](**table)
 
 
-def settle_model(layers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """`layers` of a configuration, with everything in `model` written out that a short form stands for.
+def settle_model(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`layers` of a configuration, changed in place, with what the short forms in `model` stand for.
 
     - The attention of a flavor comes below what the same layer says of `model.attention`. A flavor with a
       suffix takes back what earlier layers say of the attention.
@@ -94,40 +94,30 @@ def settle_model(layers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
       are emptied.
     - A null for `rope_scaling` becomes a scaling by 1, which undoes that of the flavor.
     """
-    layers = [_with_null_scaling(layer) for layer in layers]
+    for layer in layers:
+        overrides = holder(layer, ("model", "overrides", "rope_scaling"))
+        if overrides and overrides["rope_scaling"] is None:
+            overrides["rope_scaling"] = {"factor": 1.0}
     name, flavor = last_said(layers, "model.name"), last_said(layers, "model.flavor")
     has_kind = last_said(layers, "model.attention.kind") is not None
     if not has_kind and flavor is not None and not _exists(name or DEFAULT_FAMILY, flavor):
-        return [_with_model(layer, attention={}) for layer in layers]
-    settled = [_with_model({}, attention=_SDPA)]
+        for model in (holder(layer, ("model", "attention")) for layer in layers):
+            model["attention"] = {}
+        return layers
+    settled: list[dict[str, Any]] = [{"model": {"attention": _SDPA}}]
     for layer in layers:
         said = last_said([layer], "model.flavor")
         if isinstance(said, str) and (own := split_flavor(said)[1]):
-            settled += [_with_model({}, attention=None), _with_model({}, attention=own)]
+            settled += [{"model": {"attention": None}}, {"model": {"attention": own}}]
         settled.append(layer)
     return settled
 
 
 def _exists(name: object, flavor: object) -> bool:
-    """Whether the kind of the flavor's own attention is known; of a wrong type, the default's is."""
+    """Whether the kind of the flavor's own attention is known. Validation refuses what is no text."""
     if name == FOLDER or not isinstance(flavor, str) or split_flavor(flavor)[1] is not None:
         return True
     return isinstance(name, str) and flavor in families.get(name, {})
-
-
-def _with_null_scaling(layer: dict[str, Any]) -> dict[str, Any]:
-    """`layer` with a scaling by 1 for a null in `rope_scaling`."""
-    model = layer.get("model")
-    overrides = model.get("overrides") if isinstance(model, dict) else None
-    if not isinstance(overrides, dict) or overrides.get("rope_scaling", 0) is not None:
-        return layer
-    return _with_model(layer, overrides={**overrides, "rope_scaling": {"factor": 1.0}})
-
-
-def _with_model(layer: dict[str, Any], **values: object) -> dict[str, Any]:
-    """`layer` with `values` in its section `model`, if that is a table."""
-    model = layer.get("model", {})
-    return {**layer, "model": {**model, **values}} if isinstance(model, dict) else layer
 
 
 def attention_problems(
@@ -139,15 +129,10 @@ def attention_problems(
     deterministic: bool,
     is_compiled: bool,
 ) -> list[Problem]:
-    """Why a run's attention cannot run on "cpu" or "cuda". Without a decoder, only the options are judged."""
-    if decoder is None:
-        refused = attention.option_refusals(device)
-    else:
-        refused = attention_refusals(
-            attention, decoder, device=device, dtype=dtype, deterministic=deterministic
-        )
+    """The problems of a run's attention: `attention_refusals`, and a kernel that no compiled block has."""
     found = []
-    for name, value, rule, remedy in refused:
+    options: dict[str, Any] = {"device": device, "dtype": dtype, "deterministic": deterministic}
+    for name, value, rule, remedy in attention_refusals(attention, decoder, **options):
         key = _REFUSED_KEYS.get(name, f"model.attention.{name}")
         reads = ("job.device", "model.attention", *[_OVERRIDES] * key.startswith(_OVERRIDES))
         found.append(Problem(key, value, rule, remedy, reads))
@@ -160,13 +145,15 @@ def attention_problems(
 
 def attention_refusals(
     attention: AttentionConfig,
-    decoder: DecoderConfig,
+    decoder: DecoderConfig | None,
     *,
     device: str,
     dtype: torch.dtype,
     deterministic: bool = False,
 ) -> list[Refusal]:
-    """Why `attention` cannot run in `decoder` on "cpu" or "cuda"."""
+    """Why `attention` cannot run in `decoder` on "cpu" or "cuda"; None: only its options are judged."""
+    if decoder is None:
+        return attention.option_refusals(device)
     return refusals(
         attention,
         device=device,
