@@ -31,7 +31,7 @@ def validate(cls: type[T], layers: Sequence[_Table], key: str = "") -> tuple[T, 
     table: _Table = {}
     problems: list[Problem] = []
     config, unchosen = None, {}
-    for layer in layers:
+    for layer in layers or [{}]:
         layer, unfit = storable(layer, key)
         waiting = unchosen
         config, table, wrong, unchosen = _lay(cls, table, layer, key)
