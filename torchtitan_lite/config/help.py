@@ -64,12 +64,9 @@ def _print_section(config: Any, key: str, annotation: Any, text: str, options: d
 
 def _print(text: str, indent: int = 0) -> None:
     """Print `text`, folded to the width of the terminal."""
-    width = max(shutil.get_terminal_size().columns, 2 * indent + 1)
-    margin = " " * indent
-    words = " ".join(text.split())
-    print(
-        textwrap.fill(words, width, initial_indent=margin, subsequent_indent=margin, break_on_hyphens=False)
-    )
+    width = max(shutil.get_terminal_size().columns - indent, indent + 1)
+    folded = textwrap.fill(" ".join(text.split()), width, break_on_hyphens=False)
+    print(textwrap.indent(folded, " " * indent))
 
 
 def _selector(path: str, choice: Choice, chosen: object) -> dict[str, str]:
