@@ -209,6 +209,20 @@ def test_a_check_that_used_a_refused_value_reports_nothing(flags: str) -> None:
     assert line.split(" ")[2] in ('"x"', '"4"', "0")
 
 
+def test_a_refused_value_that_a_check_did_not_use_hides_nothing() -> None:
+    overrides = '{"max_seq_len":"x"}'
+    lines = refusal(8, f"{TP} 8 --model.overrides {overrides}")
+    assert [line.split(" ")[0] for line in lines] == [
+        "model.overrides.max_seq_len",
+        "parallelism.tensor_parallel_degree",
+    ]
+    lines = refusal(4, f"{TP} 4 --parallelism.fsdp-reshard-after-forward x --training.seq-len 130")
+    assert [line.split(" ")[0] for line in lines] == [
+        "parallelism.fsdp_reshard_after_forward",
+        "training.seq_len",
+    ]
+
+
 DECODER = resolve("qwen3", "debugmodel")
 SIZES = {"n_heads": 8, "n_kv_heads": 4, "ffn_dim": 768, "vocab_size": 512}
 """The sizes of DECODER that tensor parallel must divide."""
