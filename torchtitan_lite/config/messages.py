@@ -28,13 +28,13 @@ Path = tuple[str, ...]
 
 _RANGES = ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "too_short")
 _LIMITS = {
-    "ge": "at least",
-    "gt": "greater than",
-    "le": "at most",
-    "lt": "less than",
-    "min_length": "a list of at least",
+    "ge": ("at least", "["),
+    "gt": ("greater than", "("),
+    "le": ("at most", "]"),
+    "lt": ("less than", ")"),
+    "min_length": ("a list of at least", ""),
 }
-_BRACKETS = {"ge": "[", "gt": "(", "le": "]", "lt": ")"}
+"""The names of pydantic's limits: the words before a limit that stands alone, and the bracket of a range."""
 _NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a string", dict: "a table"}
 _REMEDIES = {
     int: "write a whole number such as 64",
@@ -144,8 +144,8 @@ def _range(option: Any) -> str:
     found = _limits(option)
     if len(found) == 2:
         (first, low), (last, high) = sorted(found.items())
-        return f"in {_BRACKETS[first]}{literal(low)}, {literal(high)}{_BRACKETS[last]}"
-    return "".join(f"{_LIMITS[name]} {literal(limit)}" for name, limit in found.items())
+        return f"in {_LIMITS[first][1]}{literal(low)}, {literal(high)}{_LIMITS[last][1]}"
+    return "".join(f"{_LIMITS[name][0]} {literal(limit)}" for name, limit in found.items())
 
 
 def _limits(option: Any) -> dict[str, Any]:
