@@ -45,7 +45,7 @@ _REMEDIES = {
 }
 
 
-class Refusal(NamedTuple):
+class Refused(NamedTuple):
     """A value that pydantic refused: its place in the table, and what the user is told."""
 
     path: Path
@@ -64,7 +64,7 @@ class _Place(NamedTuple):
     """The class of the section."""
 
 
-def refusals(cls: type, table: dict[str, Any], errors: Sequence[Any], key: str) -> list[Refusal]:
+def refused(cls: type, table: dict[str, Any], errors: Sequence[Any], key: str) -> list[Refused]:
     """One refusal for each place in `table`, which was read as a `cls` and stands at `key`."""
     types: dict[_Place, set[str]] = {}  # a union of values has an error for each of its types
     for error in errors:
@@ -77,7 +77,7 @@ def refusals(cls: type, table: dict[str, Any], errors: Sequence[Any], key: str) 
         if annotation is None:
             found.append(_of_unknown_key(cls, place, problem))
         else:
-            found.append(Refusal(place.path, _of_wrong_value(annotation, problem, kinds)))
+            found.append(Refused(place.path, _of_wrong_value(annotation, problem, kinds)))
     return found
 
 
@@ -111,7 +111,7 @@ def _of_wrong_value(annotation: Any, found: Problem, types: set[str]) -> Problem
     return replace(found, rule=f"is not {_described(annotation)}", remedy=_remedy(annotation, value))
 
 
-def _of_unknown_key(cls: type, place: _Place, found: Problem) -> Refusal:
+def _of_unknown_key(cls: type, place: _Place, found: Problem) -> Refused:
     """The refusal of a key that the class of its section lacks."""
     name, choice = place.path[-1], choice_of(place.section)
     kinds = [kind for kind, member in choice.members.items() if name in field_types(member)] if choice else []
@@ -120,7 +120,7 @@ def _of_unknown_key(cls: type, place: _Place, found: Problem) -> Refusal:
         chosen = choice.name_of(place.owner)
         rule = f'belongs to {choice.tag} {either(map(literal, kinds))}, and {by} is "{chosen}"'
         remedy = f'leave it out, or set {by} = "{kinds[0]}"'
-        return Refusal(place.path, replace(found, rule=rule, remedy=remedy, reads=(by,)), True)
+        return Refused(place.path, replace(found, rule=rule, remedy=remedy, reads=(by,)), True)
     is_section = found.key == dotted("", name)
     elsewhere = [leaf for leaf in leaves(cls) if leaf.rpartition(".")[2] == name]
     if not isinstance(found.value, dict) and 0 < len(elsewhere) <= (3 if is_section else 1):
@@ -130,7 +130,7 @@ def _of_unknown_key(cls: type, place: _Place, found: Problem) -> Refusal:
     if note(place.section, Sections):
         remedy = f"{remedy.rstrip('?')}, or name the plugin that has it in job.plugins"
     rule = f"is not a known {'section' if is_section else 'key'}"
-    return Refusal(place.path, replace(found, rule=rule, remedy=remedy))
+    return Refused(place.path, replace(found, rule=rule, remedy=remedy))
 
 
 def limits(annotation: Any) -> str:

@@ -10,10 +10,10 @@ import json
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
 from torchtitan_lite import registry
-from torchtitan_lite.config.messages import Path, refusals
+from torchtitan_lite.config.messages import Path, refused
 from torchtitan_lite.config.problem import Problem
 from torchtitan_lite.config.schema import choice_of, classes, field_types, plain_types
 from torchtitan_lite.config.toml import storable
@@ -63,10 +63,10 @@ def _lay(
         for path in unchosen:
             holder(read, path).pop(path[-1], None)
         try:
-            config = adapter(cls).validate_json(json.dumps(read), strict=True, extra="forbid")
+            config = adapter(cls).validate_json(json.dumps(read))
             return config, merged, wrong, unchosen
         except ValidationError as error:
-            found = refusals(cls, read, error.errors(include_url=False), key)
+            found = refused(cls, read, error.errors(include_url=False), key)
         for path, problem, is_of_another_member in found:
             if is_of_another_member:
                 unchosen[path] = problem
@@ -122,4 +122,5 @@ def adapter(cls: type) -> Any:
 
 @functools.cache
 def _adapter(cls: type, members: tuple[type, ...]) -> Any:
-    return TypeAdapter(cls)
+    # The sections inside `cls` take over its settings, and so does the JSON schema.
+    return TypeAdapter(with_config(ConfigDict(extra="forbid", strict=True))(cls))
