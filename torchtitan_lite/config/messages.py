@@ -6,7 +6,6 @@
 import functools
 import operator
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from pydantic.fields import FieldInfo
@@ -71,13 +70,13 @@ def refused(cls: type, table: dict[str, Any], errors: Sequence[Any], key: str) -
         types.setdefault(_place(cls, error["loc"]), set()).add(error["type"])
     found = []
     for place, kinds in types.items():
+        key_there = functools.reduce(dotted, place.path, key)
         value = functools.reduce(operator.getitem, place.path, table)
-        problem = Problem(functools.reduce(dotted, place.path, key), value, "", "")
         annotation = field_types(place.owner).get(place.path[-1])
         if annotation is None:
-            found.append(_of_unknown_key(cls, place, problem))
+            found.append(_unknown_key(cls, place, key_there, value))
         else:
-            found.append(Refused(place.path, _of_wrong_value(annotation, problem, kinds)))
+            found.append(Refused(place.path, _wrong_value(annotation, key_there, value, kinds)))
     return found
 
 
@@ -93,44 +92,41 @@ def _place(cls: type, loc: Sequence[int | str]) -> _Place:
         section, owner = annotation, choice.members[rest.pop(0)] if choice else classes(annotation)[0]
 
 
-def _of_wrong_value(annotation: Any, found: Problem, types: set[str]) -> Problem:
-    """`found` with the rule that the value breaks, and the remedy; pydantic's errors are of these `types`."""
-    key, choice = found.key, choice_of(annotation)
-    value: Any = found.value
+def _wrong_value(annotation: Any, key: str, value: Any, types: set[str]) -> Problem:
+    """The problem of a value for which pydantic has errors of these `types`."""
+    choice = choice_of(annotation)
     if classes(annotation) and not isinstance(value, dict):
         is_member = isinstance(value, str) and choice is not None and value in choice.members
         remedy = f"write {key}.{first_key(annotation)} = {literal(value) if is_member else '...'}"
-        return replace(found, rule="is not a table", remedy=remedy)
+        return Problem(key, value, "is not a table", remedy)
     if choice:
-        value = value[choice.tag]
-        return Problem(
-            f"{key}.{choice.tag}", value, f"is not a known {choice.tag}", near(value, choice.members)
-        )
+        tag, name = choice.tag, value[choice.tag]
+        return Problem(f"{key}.{tag}", name, f"is not a known {tag}", near(name, choice.members))
     if not types.isdisjoint(_RANGES):
-        return replace(found, rule=f"must be {limits(annotation)}", remedy=_example(annotation))
-    return replace(found, rule=f"is not {_described(annotation)}", remedy=_remedy(annotation, value))
+        return Problem(key, value, f"must be {limits(annotation)}", _example(annotation))
+    return Problem(key, value, f"is not {_described(annotation)}", _remedy(annotation, value))
 
 
-def _of_unknown_key(cls: type, place: _Place, found: Problem) -> Refused:
+def _unknown_key(cls: type, place: _Place, key: str, value: object) -> Refused:
     """The refusal of a key that the class of its section lacks."""
     name, choice = place.path[-1], choice_of(place.section)
     kinds = [kind for kind, member in choice.members.items() if name in field_types(member)] if choice else []
     if choice and kinds:
-        by = f"{found.key.removesuffix(name)}{choice.tag}"
+        by = f"{key.removesuffix(name)}{choice.tag}"
         chosen = choice.name_of(place.owner)
         rule = f'belongs to {choice.tag} {either(map(literal, kinds))}, and {by} is "{chosen}"'
         remedy = f'leave it out, or set {by} = "{kinds[0]}"'
-        return Refused(place.path, replace(found, rule=rule, remedy=remedy, reads=(by,)), True)
-    is_section = found.key == dotted("", name)
+        return Refused(place.path, Problem(key, value, rule, remedy, (by,)), is_of_another_member=True)
+    is_section = key == dotted("", name)
     elsewhere = [leaf for leaf in leaves(cls) if leaf.rpartition(".")[2] == name]
-    if not isinstance(found.value, dict) and 0 < len(elsewhere) <= (3 if is_section else 1):
+    if not isinstance(value, dict) and 0 < len(elsewhere) <= (3 if is_section else 1):
         remedy = f"did you mean {either(map(literal, elsewhere))}?"
     else:
         remedy = near(name, field_types(place.owner))
     if note(place.section, Sections):
         remedy = f"{remedy.rstrip('?')}, or name the plugin that has it in job.plugins"
     rule = f"is not a known {'section' if is_section else 'key'}"
-    return Refused(place.path, replace(found, rule=rule, remedy=remedy))
+    return Refused(place.path, Problem(key, value, rule, remedy))
 
 
 def limits(annotation: Any) -> str:
