@@ -15,8 +15,8 @@ from typing import Any, Generic, TypeVar
 from torchtitan_lite.config.flags import read_flags
 from torchtitan_lite.config.problem import MISSING, ConfigError, Problem, near, of_sound_keys
 from torchtitan_lite.config.schema import field_types, is_open
-from torchtitan_lite.config.toml import read_toml, to_toml
-from torchtitan_lite.config.validation import holder, validate
+from torchtitan_lite.config.toml import read_toml
+from torchtitan_lite.config.validation import holder, to_toml, validate
 from torchtitan_lite.registry import import_plugins
 
 __all__ = ["MISSING", "ConfigError", "Loaded", "Problem", "last_said", "load", "near", "to_toml"]

@@ -1,6 +1,5 @@
-"""TOML files: read to nested tables, written from configurations, and the values that they can hold."""
+"""TOML files: read to nested tables, and the values that they can hold."""
 
-import dataclasses
 import math
 from typing import Any
 
@@ -27,27 +26,6 @@ def read_toml(path: str) -> tuple[dict[str, Any], list[Problem]]:
     except (ValueError, RecursionError) as error:
         rule, remedy = f"is not TOML that can be read ({error})", "name another file, or correct this one"
     return {}, [Problem("--config", path, rule, remedy)]
-
-
-def to_toml(config: Any) -> str:
-    """The TOML that loads back to an equal `config`. None, which is always the default, is left out."""
-    import tomli_w
-
-    return tomli_w.dumps(_table(config))
-
-
-def _table(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-        return {name: _table(child) for name, child in fields.items() if not _is_left_out(child)}
-    if isinstance(value, dict):
-        return {name: _table(child) for name, child in value.items()}
-    return [_table(child) for child in value] if isinstance(value, list | tuple) else value
-
-
-def _is_left_out(value: Any) -> bool:
-    """True for None and for a section without keys."""
-    return value is None or (dataclasses.is_dataclass(value) and not dataclasses.fields(value))
 
 
 def storable(table: dict[str, Any], key: str = "") -> tuple[dict[str, Any], list[Problem]]:

@@ -115,6 +115,14 @@ def holder(table: Any, path: Path) -> _Table:
     return table if isinstance(table, dict) and path[-1] in table else {}
 
 
+def to_toml(config: Any) -> str:
+    """The TOML that loads back to an equal `config`. None, which is always the default, is left out."""
+    import tomli_w
+
+    tables = adapter(type(config)).dump_python(config, exclude_none=True)
+    return tomli_w.dumps({name: table for name, table in tables.items() if table != {}})
+
+
 def adapter(cls: type) -> Any:
     """The pydantic adapter of a configuration class, with all members that are registered."""
     return _adapter(cls, registry.classes())
