@@ -175,8 +175,8 @@ MUTANTS = {
     ),
     "a changed tag drops options that both members have": Mutant(
         "torchtitan_lite/config/validation.py",
-        "if name not in before or plain_types(before[name]) == plain_types(annotation)",
-        "if name not in before",
+        "if name not in old or (name in new and plain_types(old[name]) == plain_types(new[name]))",
+        "if name not in old",
         "tests/config/test_plugins.py::test_a_changed_tag_keeps_what_both_members_have_and_drops_the_rest",
     ),
     "norms decay like matrices": Mutant(

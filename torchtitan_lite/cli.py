@@ -1,7 +1,7 @@
 """The command `torchtitan-lite`: train a model, use a trained one, or show what there is to train with."""
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 USAGE = """\
@@ -83,11 +83,11 @@ def attention() -> list[str]:
     """A row for each implementation of each backend, and what `varlen` comes to here."""
     import torch
 
+    from torchtitan_lite import registry
     from torchtitan_lite.attention import Varlen
     from torchtitan_lite.attention.capabilities import table
-    from torchtitan_lite.models.registry import backends
 
-    implementations = [can for backend in backends() for can in backend.supports]
+    implementations = [can for backend in registry.attentions.members.values() for can in backend.supports]
     header, *words = table(implementations)
     here = [(can.missing() or "yes",) for can in implementations]
     rows = [(*header, "on this machine"), *((*row, *last) for row, last in zip(words, here, strict=True))]
@@ -100,17 +100,12 @@ def attention() -> list[str]:
     ]
 
 
-def _aligned(rows: Iterable[tuple[str, ...]], left: int) -> list[str]:
+def _aligned(rows: Sequence[tuple[str, ...]], left: int) -> list[str]:
     """The rows with the first `left` columns aligned at their left, the others at their right."""
-    rows = list(rows)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = enumerate(zip(row, widths, strict=True))
-        lines.append(
-            "  ".join(cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in cells).rstrip()
-        )
-    return lines
+    sides = ["<" if column < left else ">" for column in range(len(widths))]
+    line = "  ".join(f"{{:{side}{width}}}" for side, width in zip(sides, widths, strict=True))
+    return [line.format(*row).rstrip() for row in rows]
 
 
 def _refusal(command: str, rest: Sequence[str]) -> str:

@@ -23,6 +23,8 @@ from dataclasses import field, fields, make_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
+from pydantic_core import core_schema
+
 from torchtitan_lite.config.problem import ConfigError, Problem
 
 Member = TypeVar("Member")
@@ -98,15 +100,16 @@ class _ClassDoor(Door):
             yield f"{called} is not frozen", "write @dataclass(frozen=True, kw_only=True)"
         if self.name_of(member) is None:
             yield f"{called} has no tag", f'give it the field {self.tag}: Literal["NAME"] = "NAME"'
-        if bare := [option.name for option in fields(member) if _has_no_default(option)]:
+        unset, options = dataclasses.MISSING, fields(member)
+        if bare := [option.name for option in options if option.default is option.default_factory is unset]:
             yield f"{called} has no default for {' and '.join(bare)}", "give every option a default"
         hints = get_type_hints(member)
-        for option in fields(member):
+        for option in options:
             if type(None) in get_args(hints[option.name]) and option.default is not None:
                 # TOML has no null: a file leaves None out, and the default stands in when the file is read.
                 yield f"{called} has another default than None for {option.name}", "have None be the default"
-        options = {option.name for option in fields(member)}
-        if lacking := [name for name in self.needs if name not in options and _lacks(member, name)]:
+        names = {option.name for option in options}
+        if lacking := [name for name in self.needs if name not in names and _lacks(member, name)]:
             yield f"{called} lacks {' and '.join(lacking)}", f"every {self.what} has {', '.join(self.needs)}"
 
 
@@ -118,8 +121,6 @@ class Choice(_ClassDoor):
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
         """A union of the members, told apart by the tag; None too if `source` may be None."""
-        from pydantic_core import core_schema
-
         members = {name: handler.generate_schema(member) for name, member in self.members.items()}
         schema = core_schema.tagged_union_schema(members, discriminator=self.tag)
         return core_schema.nullable_schema(schema) if type(None) in get_args(source) else schema
@@ -220,10 +221,6 @@ def _import(name: str, key: str) -> list[Problem]:
 
 def _lacks(member: object, name: str) -> bool:
     return getattr(getattr(member, name, None), "__isabstractmethod__", not hasattr(member, name))
-
-
-def _has_no_default(option: Any) -> bool:
-    return option.default is dataclasses.MISSING and option.default_factory is dataclasses.MISSING
 
 
 def _is_same(one: Any, other: Any) -> bool:

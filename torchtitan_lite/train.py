@@ -26,16 +26,14 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m torchtitan_li
     """Train as the command line `argv` says, and return the exit status."""
     from torchtitan_lite.launch.process import starting
 
-    words = sys.argv[1:] if argv is None else argv
     with starting():
         try:
-            return run(words, prog)
+            return run(sys.argv[1:] if argv is None else argv, prog)
         except BaseException as error:  # noqa: BLE001 - raised again unless it is an end that a line explains
             from torchtitan_lite.launch.end import status_of
 
             status = status_of(error)
-            if "--dry-run" not in words:
-                _write_refusal(error)
+            _write_refusal(error)
             return status
 
 

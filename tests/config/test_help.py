@@ -62,6 +62,9 @@ def test_help_shows_the_values_of_files_and_flags_as_defaults(capsys: pytest.Cap
     assert re.search(r"--model.attention \{sdpa,flex,varlen\} .*chosen one's. \(default: flex\)", text)
     assert re.search(r"--model.attention.block-size INT\|\{INT INT\} [^()]*\(default: 64\)", text)
     assert "--model.attention.kernel " not in text
+    text = printed(capsys, "--config", "run.toml", "--model.attention=varlen", "--help")
+    assert "--model.attention.kernel {auto,fa4,fa3,flash_attn,torch,documents}" in text
+    assert "--model.attention.block-size" not in text
 
 
 def test_help_is_folded_to_the_width_of_the_terminal(
@@ -71,15 +74,6 @@ def test_help_is_folded_to_the_width_of_the_terminal(
     with pytest.raises(SystemExit):
         load_job(["--help", "--job.description", "x" * 200])
     assert max(map(len, capsys.readouterr().out.splitlines())) == 60
-
-
-@pytest.mark.parametrize("order", [1, -1])
-def test_help_after_choosing_an_attention_shows_its_own_options(
-    order: int, capsys: pytest.CaptureFixture[str]
-) -> None:
-    text = printed(capsys, *["--model.attention=varlen", "--help"][::order])
-    assert "--model.attention.kernel {auto,fa4,fa3,flash_attn,torch,documents}" in text
-    assert "--model.attention.block-size" not in text
 
 
 def test_the_flag_before_help_does_not_take_help_as_its_value(capsys: pytest.CaptureFixture[str]) -> None:

@@ -136,9 +136,10 @@ def test_a_string_that_looks_like_a_flag_is_given_with_an_equals_sign() -> None:
     assert problems("--model.name", "--train.fast") == ["model.name has no value: write --model.name=VALUE"]
 
 
-def test_a_table_is_given_as_json_and_merges_with_the_file() -> None:
+def test_a_table_is_given_as_json_and_merges_with_the_file_and_with_a_flag_before() -> None:
     file = "[model.overrides]\na = 1\n[model.overrides.deep]\nx = 1\ny = 2"
-    run = read("--model.overrides", '{"b": [1, 2.5], "deep": {"y": 3}}', file=file)
+    flag = "--model.overrides"
+    run = read(flag, '{"b": [1, 2.5]}', flag, '{"deep": {"y": 3}}', file=file)
     assert run.model.overrides == {"a": 1, "b": [1, 2.5], "deep": {"x": 1, "y": 3}}
 
 
@@ -222,10 +223,10 @@ def test_a_key_of_another_kind_is_refused_unless_a_later_layer_chooses_that_kind
     packed = "[model.inner]\nkind = 'packed'"
     tiled = "[model.inner]\nkind = 'tiled'"
     assert read(one=first, two=tiled).model.inner == Tiled(size=64)
-    for layers in ({"two": packed}, {"two": packed, "three": tiled}):
-        (line,) = problems(one=first, **layers)
-        rule = 'belongs to kind "tiled", and model.inner.kind is "packed": '
-        assert line.startswith(f"model.inner.size = 64 {rule}")
+    assert read(one=first, two=packed, three=tiled).model.inner == Tiled(size=64)
+    (line,) = problems(one=first, two=packed)
+    rule = 'belongs to kind "tiled", and model.inner.kind is "packed": '
+    assert line.startswith(f"model.inner.size = 64 {rule}")
     # Once the kind has been chosen, a still later layer may choose another kind.
     assert read(one=first, two=tiled, three=packed).model.inner == Packed()
     wrong = "[model.inner]\nsize = 'x'"
@@ -241,31 +242,8 @@ def test_a_union_of_a_literal_and_a_number_has_one_message(value: str, rule: str
     assert line.partition(" = ")[2].partition(" ")[2].startswith(rule)
 
 
-def test_problems_of_the_check_are_reported_with_the_others() -> None:
-    seen = []
-
-    def check(run: Run, world_size: int, dry_run: bool) -> list[Problem]:
-        seen.append((run.train.steps, world_size, dry_run))
-        return [
-            Problem("model.name", run.model.name, "is wrong", "x"),
-            Problem("train.lr", 1, "is wrong", "x"),
-        ]
-
-    with pytest.raises(ConfigError) as caught:
-        load(
-            Run,
-            ["--train.steps", "7", "--train.lr", "x", "--dry-run"],
-            prog="run",
-            check=check,
-            world_size=3,
-        )
-    assert seen == [(7, 3, True)]
-    assert [problem.key for problem in caught.value.problems] == ["train.lr", "model.name"]
-
-
-def test_loaded_names_the_files_and_the_dry_run() -> None:
-    result = loaded("--dry-run", one="", two="")
-    assert (result.dry_run, result.files) == (True, ("one", "two"))
+def test_loaded_tells_of_a_dry_run() -> None:
+    assert loaded("--dry-run").dry_run
     assert not loaded("--dry_run=false").dry_run
     assert not loaded().dry_run
 
@@ -287,21 +265,30 @@ def test_a_dry_run_may_be_for_another_number_of_ranks() -> None:
 
 
 @pytest.mark.parametrize(
-    ("reads", "is_reported"),
-    [((), True), (("train.lr",), True), (("train.steps",), False), (("train",), False), (("model",), True)],
+    ("key", "reads", "is_reported"),
+    [
+        ("model.name", (), True),
+        ("model.name", ("train.lr",), True),
+        ("model.name", ("train.steps",), False),
+        ("model.name", ("train",), False),
+        ("model.name", ("model",), True),
+        ("train.steps", (), False),
+    ],
 )
-def test_a_problem_that_read_a_refused_key_or_its_section_is_not_reported(
-    reads: tuple[str, ...], is_reported: bool
+def test_a_problem_of_the_check_that_used_a_refused_key_or_its_section_is_not_reported(
+    key: str, reads: tuple[str, ...], is_reported: bool
 ) -> None:
-    def check(run: Run, world_size: int, dry_run: bool) -> list[Problem]:
-        return [Problem("model.name", run.model.name, "is wrong", "x", reads)]
+    seen = []
 
+    def check(run: Run, world_size: int, dry_run: bool) -> list[Problem]:
+        seen.append((run.train.lr, world_size, dry_run))
+        return [Problem(key, 1, "is wrong", "x", reads)]
+
+    argv = ["--train.steps", "x", "--train.lr", "7", "--dry-run"]
     with pytest.raises(ConfigError) as caught:
-        load(Run, ["--train.steps", "x"], prog="run", check=check)
-    assert [problem.key for problem in caught.value.problems] == [
-        "train.steps",
-        *["model.name"] * is_reported,
-    ]
+        load(Run, argv, prog="run", check=check, world_size=3)
+    assert seen == [(7, 3, True)]
+    assert [problem.key for problem in caught.value.problems] == ["train.steps", *[key] * is_reported]
 
 
 def test_deep_nesting_is_refused() -> None:

@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from torchtitan_lite.config.division import Division
 from torchtitan_lite.config.job import load_job
 from torchtitan_lite.config.load import ConfigError
 from torchtitan_lite.models.registry import resolve
+from torchtitan_lite.parallel.division import Division
 from torchtitan_lite.parallel.mesh import ParallelismConfig
 from torchtitan_lite.train import main
 
@@ -207,6 +207,20 @@ def test_every_rule_is_checked_at_once() -> None:
 def test_a_check_that_used_a_refused_value_reports_nothing(flags: str) -> None:
     (line,) = refusal(8, flags)
     assert line.split(" ")[2] in ('"x"', '"4"', "0")
+
+
+def test_a_refused_value_that_a_check_did_not_use_hides_nothing() -> None:
+    overrides = '{"max_seq_len":"x"}'
+    lines = refusal(8, f"{TP} 8 --model.overrides {overrides}")
+    assert [line.split(" ")[0] for line in lines] == [
+        "model.overrides.max_seq_len",
+        "parallelism.tensor_parallel_degree",
+    ]
+    lines = refusal(4, f"{TP} 4 --parallelism.fsdp-reshard-after-forward x --training.seq-len 130")
+    assert [line.split(" ")[0] for line in lines] == [
+        "parallelism.fsdp_reshard_after_forward",
+        "training.seq_len",
+    ]
 
 
 DECODER = resolve("qwen3", "debugmodel")

@@ -116,8 +116,10 @@ def test_the_schema_has_the_ranges_and_all_members_of_a_choice() -> None:
     assert (beta1["minimum"], beta1["exclusiveMaximum"]) == (0, 1)
     shard = property_of("ParallelismConfig", "data_parallel_shard_degree")["anyOf"]
     assert [option.get("const", option.get("minimum")) for option in shard] == [-1, 1]
-    data = adapter(JobConfig).json_schema()["properties"]["data"]
+    schema = adapter(JobConfig).json_schema()
+    data = schema["properties"]["data"]
     assert data["discriminator"]["mapping"].keys() == {"python_stdlib", "text", "jsonl"}
+    assert not any(section["additionalProperties"] for section in [schema, *schema["$defs"].values()])
 
 
 def test_the_help_shows_the_ranges(capsys: pytest.CaptureFixture[str]) -> None:

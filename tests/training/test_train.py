@@ -132,9 +132,11 @@ def test_wrong_input_gives_status_2_and_a_line_for_each_error_without_a_tracebac
     assert outcome["message"] == done.stderr.strip()
 
 
-def test_wrong_input_in_a_dry_run_writes_nothing(run, small_run, tmp_path: Path) -> None:
+def test_wrong_input_writes_nothing_only_in_a_dry_run(run, small_run, tmp_path: Path) -> None:
     assert run(SCRIPT, *small_run, "--training.steps", -1, "--dry-run").returncode == 2
     assert list(tmp_path.iterdir()) == []
+    assert run(SCRIPT, *small_run, "--training.steps", -1, "--dry-run", "false").returncode == 2
+    assert (tmp_path / "run" / "exit.json").exists()
 
 
 @pytest.mark.parametrize("flag", ["--help", "--dry-run"])

@@ -139,11 +139,10 @@ def _value(annotation: Any, words: list[str]) -> tuple[object, int]:
     options = plain_types(annotation)
     if not words:
         return (True if bool in options or annotation is None else MISSING), 0
-    sequences = [tp for tp in options if get_origin(tp) in (tuple, list)]
-    if sequences and len(words) > 1:
-        element = get_args(sequences[0])[0]
+    element = next((get_args(tp)[0] for tp in options if get_origin(tp) in (tuple, list)), None)
+    if element and len(words) > 1:
         return [_scalar(element, word) for word in words], len(words)
-    if sequences and get_args(sequences[0])[0] is str:
+    if element is str:
         texts = _json(words[0])
         return (texts if isinstance(texts, list) else [words[0]]), 1
     return _scalar(annotation, words[0]), 1

@@ -48,8 +48,6 @@ def _print_section(config: Any, key: str, annotation: Any, text: str, options: d
             sections.append((value, path, child, texts.get(name) or _first_paragraph(type(value))))
         elif choice and name == choice.tag:
             options |= _selector(key if name == "kind" else path, choice, value)
-        elif unset := choice_of(child):
-            options |= _selector(path, unset, value)
         else:
             options[_usage(path, child)] = _described(child, value, texts.get(name, ""))
     if options:
@@ -66,12 +64,9 @@ def _print_section(config: Any, key: str, annotation: Any, text: str, options: d
 
 def _print(text: str, indent: int = 0) -> None:
     """Print `text`, folded to the width of the terminal."""
-    width = max(shutil.get_terminal_size().columns, 2 * indent + 1)
-    margin = " " * indent
-    words = " ".join(text.split())
-    print(
-        textwrap.fill(words, width, initial_indent=margin, subsequent_indent=margin, break_on_hyphens=False)
-    )
+    width = max(shutil.get_terminal_size().columns - indent, indent + 1)
+    folded = textwrap.fill(" ".join(text.split()), width, break_on_hyphens=False)
+    print(textwrap.indent(folded, " " * indent))
 
 
 def _selector(path: str, choice: Choice, chosen: object) -> dict[str, str]:
@@ -105,19 +100,14 @@ def _metavar(tp: Any) -> str:
 
 def _described(annotation: Any, value: object, text: str) -> str:
     """The meaning of an option, its range, the names to choose from, and its default."""
-    parts = [
-        text or ("The name of this section; nothing else may stand here." if is_fixed(annotation) else "")
-    ]
+    parts = [text or "The name of this section; nothing else may stand here." * is_fixed(annotation)]
     if range_ := limits(annotation):
         parts.append(f"{range_[0].upper()}{range_[1:]}.")
     if names := note(annotation, Names):
         parts.append(f"Names: {', '.join(names.door.members)}.")
-    words = (
-        value
-        if isinstance(value, list | tuple)
-        else [json.dumps(value) if isinstance(value, dict) else value]
-    )
-    parts.append(f"(default: {printable(shlex.join(map(str, words)))})")
+    words = value if isinstance(value, list | tuple) else [value]
+    texts = [json.dumps(word) if isinstance(word, dict) else str(word) for word in words]
+    parts.append(f"(default: {printable(shlex.join(texts))})")
     return " ".join(filter(None, parts))
 
 

@@ -2,17 +2,15 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
-from inspect import signature
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 
 from torchtitan_lite import registry
-from torchtitan_lite.attention import AttentionConfig, Flex, refusals
+from torchtitan_lite.attention import AttentionConfig
 from torchtitan_lite.checkpoint import CheckpointConfig
-from torchtitan_lite.config.division import Division
 from torchtitan_lite.config.load import ConfigError, Loaded, Problem, load, to_toml
 from torchtitan_lite.config.problem import of_sound_keys
 from torchtitan_lite.data.datasets import DataConfig, PythonStdlib
@@ -22,13 +20,15 @@ from torchtitan_lite.models.decoder import DecoderConfig
 from torchtitan_lite.models.huggingface import export_problems
 from torchtitan_lite.models.registry import (
     DEFAULT_FAMILY,
+    attention_problems,
     own_attention,
     read,
     resolve,
-    settle_attention,
+    settle_model,
     true_flavor,
 )
 from torchtitan_lite.parallel.apply import CompileConfig, model_problems, plan
+from torchtitan_lite.parallel.division import Division
 from torchtitan_lite.parallel.mesh import ParallelismConfig
 from torchtitan_lite.parallel.recompute import ActivationCheckpointConfig
 from torchtitan_lite.training.config import DebugConfig, TrainingConfig
@@ -39,19 +39,6 @@ from torchtitan_lite.training.optimizer import AdamW, OptimizerConfig
 from torchtitan_lite.training.outputs import is_inside
 from torchtitan_lite.training.schedule import LRSchedulerConfig
 from torchtitan_lite.training.validation import ValidationConfig
-
-_OVERRIDES = "model.overrides."
-_REFUSED_KEYS = {
-    "device": "job.device",
-    "dtype": "training.mixed_precision_param",
-    "deterministic": "debug.deterministic",
-    **{
-        field.name: _OVERRIDES + field.name
-        for field in fields(DecoderConfig)
-        if field.name in signature(refusals).parameters
-    },
-}
-"""The keys of the values that an attention backend is checked against, other than its own options."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,7 +180,14 @@ class JobConfig:
             rule, remedy = "needs held-out text, and data.validation_fraction is 0", "set that to 0.05"
             found.append(Problem("validation.enable", True, rule, remedy, ("data.validation_fraction",)))
         found += self._folder_problems()
-        found += self._attention_problems(decoder)
+        found += attention_problems(
+            self.attention,
+            decoder,
+            device=self.device,
+            dtype=self.training.compute_dtype,
+            deterministic=self.debug.deterministic,
+            is_compiled=self.compile.enable,
+        )
         found += self._tokenizer_problems(decoder)
         seq_len = self.training.seq_len
         found += Division(self.parallelism, decoder, seq_len=seq_len, world_size=world_size).problems()
@@ -210,52 +204,19 @@ class JobConfig:
     def _folder_problems(self) -> list[Problem]:
         """Folders that are not inside the run's folder, or that share a name there."""
         tb, traces = self.metrics.save_tb_folder, self.profiling.save_traces_folder
+        steps, key = self.checkpoint.folder, "checkpoint.folder"
         reports = {
             "metrics.save_tb_folder": (tb, "tb"),
             "profiling.save_traces_folder": (traces, "profile_traces"),
         }
         found = [
-            Problem(key, folder, "is not a folder of its own inside the run's", f'use "{default}"')
-            for key, (folder, default) in reports.items()
-            if not is_inside(folder)
+            Problem(name, folder, "is not a folder of its own inside the run's", f'use "{default}"')
+            for name, (folder, default) in {**reports, key: (steps, "checkpoint")}.items()
+            if not is_inside(folder) or (name == key and Path(folder).name != folder)
         ]
-        folder, remedy = self.checkpoint.folder, 'use "checkpoint"'
-        if Path(folder).name != folder or folder in ("", ".."):
-            found.append(Problem("checkpoint.folder", folder, "is not a folder inside the run's", remedy))
-        elif not is_inside(folder) or folder in (Path(tb).parts[:1] + Path(traces).parts[:1]):
+        if steps in (*Path(tb).parts[:1], *Path(traces).parts[:1]):
             rule = "is the name of something else in the run's folder"
-            found.append(Problem("checkpoint.folder", folder, rule, remedy, tuple(reports)))
-        return found
-
-    def _attention_problems(self, decoder: DecoderConfig | None) -> list[Problem]:
-        """Why the attention cannot run; without a decoder, only the options are judged."""
-        attention = self.attention
-        refused = attention.option_refusals(self.device)
-        if decoder is not None:
-            refused = refusals(
-                attention,
-                device=self.device,
-                dtype=self.training.compute_dtype,
-                head_dim=decoder.head_dim,
-                n_heads=decoder.n_heads,
-                n_kv_heads=decoder.n_kv_heads,
-                sliding_window=decoder.sliding_window,
-                deterministic=self.debug.deterministic,
-            )
-        found = []
-        for name, value, rule, remedy in refused:
-            key = _REFUSED_KEYS.get(name, f"model.attention.{name}")
-            reads = ("job.device", "model.attention")
-            if key.startswith(_OVERRIDES):
-                reads += ("model.overrides",)
-            found.append(Problem(key, value, rule, remedy, reads))
-        is_compiled = self.device == "cuda" and self.compile.enable
-        if is_compiled and isinstance(attention, Flex) and attention.autotuned:
-            rule = "finds no kernel within compiled blocks"
-            remedy = "use a multiple of 128, or compile.enable = false"
-            reads = ("job.device", "compile.enable")
-            key = "model.attention.block_size"
-            found.append(Problem(key, attention.block_size, rule, remedy, reads))
+            found.append(Problem(key, steps, rule, 'use "checkpoint"', tuple(reports)))
         return found
 
     def _tokenizer_problems(self, decoder: DecoderConfig | None) -> list[Problem]:
@@ -286,7 +247,7 @@ def load_job(
         JobConfig,
         argv,
         prog=prog,
-        settle=_settle,
+        settle=settle_model,
         check=JobConfig.check,
         world_size=world_size,
         plugins="job.plugins",
@@ -294,17 +255,3 @@ def load_job(
     model = loaded.config.model
     model = replace(model, flavor=true_flavor(model.flavor, loaded.config.attention))
     return replace(loaded, config=replace(loaded.config, model=model))
-
-
-def _settle(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The layers with everything written out that a short form stands for."""
-    return settle_attention([_with_null_scaling(layer) for layer in layers])
-
-
-def _with_null_scaling(layer: dict[str, Any]) -> dict[str, Any]:
-    """A layer whose null for `rope_scaling` is a scaling by 1, which undoes that of the flavor."""
-    model = layer.get("model")
-    overrides = model.get("overrides") if isinstance(model, dict) else None
-    if isinstance(model, dict) and isinstance(overrides, dict) and overrides.get("rope_scaling", 0) is None:
-        return {**layer, "model": {**model, "overrides": {**overrides, "rope_scaling": {"factor": 1.0}}}}
-    return layer

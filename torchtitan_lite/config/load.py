@@ -14,9 +14,9 @@ from typing import Any, Generic, TypeVar
 
 from torchtitan_lite.config.flags import read_flags
 from torchtitan_lite.config.problem import MISSING, ConfigError, Problem, near, of_sound_keys
-from torchtitan_lite.config.schema import open_sections
-from torchtitan_lite.config.toml import read_toml, to_toml
-from torchtitan_lite.config.validation import validate
+from torchtitan_lite.config.schema import field_types, is_open
+from torchtitan_lite.config.toml import read_toml
+from torchtitan_lite.config.validation import holder, to_toml, validate
 from torchtitan_lite.registry import import_plugins
 
 __all__ = ["MISSING", "ConfigError", "Loaded", "Problem", "last_said", "load", "near", "to_toml"]
@@ -32,8 +32,6 @@ class Loaded(Generic[T]):
     config: T
     dry_run: bool
     """Whether the user asked to see the configuration only."""
-    files: tuple[str, ...]
-    """The files that were read, in order."""
     world_size: int
     """The number of ranks that the configuration was checked for."""
 
@@ -70,7 +68,7 @@ def load(
     if not unread and not flags.help:
         problems += of_sound_keys(check(config, world_size, flags.dry_run), problems)
     # The sections that plugins add to cannot be judged without all plugins.
-    unsound = open_sections(cls) if faults else ()
+    unsound = {name for name, annotation in field_types(cls).items() if faults and is_open(annotation)}
     problems = [*faults, *(found for found in problems if found.key.partition(".")[0] not in unsound)]
     if flags.help:
         from torchtitan_lite.config.help import print_help
@@ -80,19 +78,15 @@ def load(
             print(ConfigError(problems), file=sys.stderr)
         raise SystemExit(0)
     if problems:
-        raise ConfigError(problems, config)
-    return Loaded(config=config, dry_run=flags.dry_run, files=tuple(flags.files), world_size=world_size)
+        raise ConfigError(problems, None if flags.dry_run else config)
+    return Loaded(config=config, dry_run=flags.dry_run, world_size=world_size)
 
 
 def last_said(layers: Sequence[_Table], key: str) -> Any:
     """The value of the dotted `key` in the last layer that has the key; None if no layer has it."""
-    for layer in reversed(layers):
-        value: Any = layer
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        if value is not None:
-            return value
-    return None
+    path = tuple(key.split("."))
+    said = [holder(layer, path).get(path[-1]) for layer in layers]
+    return next((value for value in reversed(said) if value is not None), None)
 
 
 def _import_plugins(layers: list[_Table], key: str, files: list[str]) -> list[Problem]:

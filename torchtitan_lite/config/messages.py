@@ -3,11 +3,14 @@
 ("training", "steps"), "int_type"  ->  training.steps = "ten" is not an integer: write a whole number ...
 """
 
+import functools
+import operator
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
-from torchtitan_lite.config.problem import MISSING, Problem, Remedy, dotted, either, literal, near
+from pydantic.fields import FieldInfo
+
+from torchtitan_lite.config.problem import Problem, Remedy, dotted, either, literal, near
 from torchtitan_lite.config.schema import (
     alternatives,
     choice_of,
@@ -17,7 +20,6 @@ from torchtitan_lite.config.schema import (
     leaves,
     note,
     plain_types,
-    unwrapped,
 )
 from torchtitan_lite.registry import Sections
 
@@ -25,13 +27,13 @@ Path = tuple[str, ...]
 
 _RANGES = ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "too_short")
 _LIMITS = {
-    "ge": "at least",
-    "gt": "greater than",
-    "le": "at most",
-    "lt": "less than",
-    "min_length": "a list of at least",
+    "ge": ("at least", "["),
+    "gt": ("greater than", "("),
+    "le": ("at most", "]"),
+    "lt": ("less than", ")"),
+    "min_length": ("a list of at least", ""),
 }
-_BRACKETS = {"ge": "[", "gt": "(", "le": "]", "lt": ")"}
+"""The names of pydantic's limits: the words before a limit that stands alone, and the bracket of a range."""
 _NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a string", dict: "a table"}
 _REMEDIES = {
     int: "write a whole number such as 64",
@@ -42,8 +44,7 @@ _REMEDIES = {
 }
 
 
-@dataclass(frozen=True)
-class Refusal:
+class Refused(NamedTuple):
     """A value that pydantic refused: its place in the table, and what the user is told."""
 
     path: Path
@@ -52,116 +53,110 @@ class Refusal:
     """The key belongs to a member of the choice that is not chosen; a later layer may still choose it."""
 
 
-def refusals(cls: type, table: dict[str, Any], errors: Sequence[Any], key: str = "") -> list[Refusal]:
+class _Place(NamedTuple):
+    """A key of the table, and the section that holds the key."""
+
+    path: Path
+    section: Any
+    """The annotation of the section."""
+    owner: type
+    """The class of the section."""
+
+
+def refused(cls: type, table: dict[str, Any], errors: Sequence[Any], key: str) -> list[Refused]:
     """One refusal for each place in `table`, which was read as a `cls` and stands at `key`."""
-    # A union of values has an error for each of its types.
-    types_by_path: dict[Path, list[str]] = {}
+    types: dict[_Place, set[str]] = {}  # a union of values has an error for each of its types
     for error in errors:
-        types_by_path.setdefault(_path(cls, error["loc"]), []).append(error["type"])
-    return [refusal_at(cls, table, path, types, key) for path, types in types_by_path.items()]
-
-
-def _path(cls: type, loc: Sequence[int | str]) -> Path:
-    """The keys in the place of an error, without the tags of chosen members and the parts of a value."""
-    annotation: Any = cls
-    path, rest = [], [str(part) for part in loc]
-    while rest and classes(annotation):
-        part = rest.pop(0)
-        if choice := choice_of(annotation):
-            annotation = choice.members[part]
+        types.setdefault(_place(cls, error["loc"]), set()).add(error["type"])
+    found = []
+    for place, kinds in types.items():
+        key_there = functools.reduce(dotted, place.path, key)
+        value = functools.reduce(operator.getitem, place.path, table)
+        annotation = field_types(place.owner).get(place.path[-1])
+        if annotation is None:
+            found.append(_unknown_key(cls, place, key_there, value))
         else:
-            path.append(part)
-            annotation = field_types(classes(annotation)[0]).get(part)
-    return tuple(path)
+            found.append(Refused(place.path, _wrong_value(annotation, key_there, value, kinds)))
+    return found
 
 
-def refusal_at(cls: type, table: dict[str, Any], path: Path, types: list[str], section: str) -> Refusal:
-    """The refusal of the value at `path`, for which pydantic has errors of these `types`."""
-    *tables, name = path
-    value: Any = table
-    annotation: Any = cls
-    for part in tables:
-        annotation = field_types(_chosen(annotation, value))[part]
-        value = value[part]
-        section = dotted(section, part)
-    holder, owner = annotation, _chosen(annotation, value)
-    annotation, value = field_types(owner).get(name), value.get(name, MISSING)
-    key = dotted(section, name)
-    if annotation is None:
-        return _of_unknown_key(cls, path, Problem(key, value, "", ""), section, holder, owner)
+def _place(cls: type, loc: Sequence[int | str]) -> _Place:
+    """The place of an error. `loc` also has the tags of chosen members and the parts of a value."""
+    section, owner, path, rest = cls, cls, [], [str(part) for part in loc]
+    while True:
+        path.append(rest.pop(0))
+        annotation = field_types(owner).get(path[-1])
+        if not rest or not classes(annotation):
+            return _Place(tuple(path), section, owner)
+        choice = choice_of(annotation)
+        section, owner = annotation, choice.members[rest.pop(0)] if choice else classes(annotation)[0]
+
+
+def _wrong_value(annotation: Any, key: str, value: Any, types: set[str]) -> Problem:
+    """The problem of a value for which pydantic has errors of these `types`."""
     choice = choice_of(annotation)
     if classes(annotation) and not isinstance(value, dict):
         is_member = isinstance(value, str) and choice is not None and value in choice.members
         remedy = f"write {key}.{first_key(annotation)} = {literal(value) if is_member else '...'}"
-        return Refusal(path, Problem(key, value, "is not a table", remedy))
+        return Problem(key, value, "is not a table", remedy)
     if choice:
-        rule, remedy = f"is not a known {choice.tag}", near(value[choice.tag], choice.members)
-        return Refusal(path, Problem(f"{key}.{choice.tag}", value[choice.tag], rule, remedy))
-    if not set(types).isdisjoint(_RANGES):
-        return Refusal(path, Problem(key, value, f"must be {limits(annotation)}", _example(annotation)))
-    return Refusal(path, Problem(key, value, f"is not {_described(annotation)}", _remedy(annotation, value)))
+        tag, name = choice.tag, value[choice.tag]
+        return Problem(f"{key}.{tag}", name, f"is not a known {tag}", near(name, choice.members))
+    if not types.isdisjoint(_RANGES):
+        return Problem(key, value, f"must be {limits(annotation)}", _example(annotation))
+    return Problem(key, value, f"is not {_described(annotation)}", _remedy(annotation, value))
 
 
-def _chosen(annotation: Any, table: Any) -> type:
-    """The class that a sound table under this annotation becomes."""
-    choice = choice_of(annotation)
-    return choice.members[table[choice.tag]] if choice else classes(annotation)[0]
-
-
-def _of_unknown_key(cls: type, path: Path, found: Problem, section: str, holder: Any, owner: type) -> Refusal:
-    """A key that `owner`, the class under the annotation `holder`, does not have."""
-    name = path[-1]
-    choice = choice_of(holder)
-    members = choice.members if choice else {}
-    kinds = [kind for kind, member in members.items() if name in field_types(member)]
+def _unknown_key(cls: type, place: _Place, key: str, value: object) -> Refused:
+    """The refusal of a key that the class of its section lacks."""
+    name, choice = place.path[-1], choice_of(place.section)
+    kinds = [kind for kind, member in choice.members.items() if name in field_types(member)] if choice else []
     if choice and kinds:
-        by = f"{section}.{choice.tag}"
-        chosen = choice.name_of(owner)
+        by = f"{key.removesuffix(name)}{choice.tag}"
+        chosen = choice.name_of(place.owner)
         rule = f'belongs to {choice.tag} {either(map(literal, kinds))}, and {by} is "{chosen}"'
         remedy = f'leave it out, or set {by} = "{kinds[0]}"'
-        return Refusal(path, replace(found, rule=rule, remedy=remedy, reads=(by,)), is_of_another_member=True)
+        return Refused(place.path, Problem(key, value, rule, remedy, (by,)), is_of_another_member=True)
+    is_section = key == dotted("", name)
     elsewhere = [leaf for leaf in leaves(cls) if leaf.rpartition(".")[2] == name]
-    if not isinstance(found.value, dict) and 0 < len(elsewhere) <= (1 if section else 3):
+    if not isinstance(value, dict) and 0 < len(elsewhere) <= (3 if is_section else 1):
         remedy = f"did you mean {either(map(literal, elsewhere))}?"
     else:
-        remedy = near(name, field_types(owner))
-    if note(holder, Sections):
+        remedy = near(name, field_types(place.owner))
+    if note(place.section, Sections):
         remedy = f"{remedy.rstrip('?')}, or name the plugin that has it in job.plugins"
-    rule = "is not a known key" if section else "is not a known section"
-    return Refusal(path, replace(found, rule=rule, remedy=remedy))
+    rule = f"is not a known {'section' if is_section else 'key'}"
+    return Refused(place.path, Problem(key, value, rule, remedy))
 
 
 def limits(annotation: Any) -> str:
     """The range of a value in words ("at least 1", "in [0, 1)", "-1 or at least 1"); empty without one."""
     ranges = [_range(option) for option in alternatives(annotation)]
-    if not any(ranges):
-        return ""
     fixed = [literal(value) for tp in plain_types(annotation) if _is_literal(tp) for value in get_args(tp)]
-    return either([*fixed, *filter(None, ranges)])
+    return either([*fixed, *filter(None, ranges)]) if any(ranges) else ""
 
 
 def _range(option: Any) -> str:
     found = _limits(option)
     if len(found) == 2:
         (first, low), (last, high) = sorted(found.items())
-        return f"in {_BRACKETS[first]}{literal(low)}, {literal(high)}{_BRACKETS[last]}"
-    return "".join(f"{_LIMITS[name]} {literal(limit)}" for name, limit in found.items())
+        return f"in {_LIMITS[first][1]}{literal(low)}, {literal(high)}{_LIMITS[last][1]}"
+    return "".join(f"{_LIMITS[name][0]} {literal(limit)}" for name, limit in found.items())
 
 
 def _limits(option: Any) -> dict[str, Any]:
     """The limits in the pydantic `Field` beside a type, by name."""
-    metadata = [limit for field in unwrapped(option)[1] for limit in getattr(field, "metadata", ())]
+    metadata = getattr(note(option, FieldInfo), "metadata", ())
     return {name: getattr(limit, name) for limit in metadata for name in _LIMITS if hasattr(limit, name)}
 
 
 def _example(annotation: Any) -> str:
     """The remedy for a value out of range."""
     for option in alternatives(annotation):
-        if (remedy := note(option, Remedy)) is not None:
+        if remedy := note(option, Remedy):
             return remedy.text
-        for field in unwrapped(option)[1]:
-            if examples := getattr(field, "examples", None):
-                return f"use {literal(examples[0])} or so"
+        if examples := getattr(note(option, FieldInfo), "examples", None):
+            return f"use {literal(examples[0])} or so"
         if "ge" in (found := _limits(option)):
             return f"use {literal(found['ge'])} or more"
     return "use a number in this range"

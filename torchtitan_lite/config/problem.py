@@ -38,7 +38,7 @@ class Remedy:
 class ConfigError(Exception):
     """Everything that is wrong with the user's input, one line per problem.
 
-    `config` is the configuration that was read, without the wrong values.
+    `config` is the configuration that was read, without the wrong values; None in a dry run.
     """
 
     def __init__(self, problems: Sequence[Problem], config: object = None) -> None:

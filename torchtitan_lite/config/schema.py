@@ -9,7 +9,7 @@ import functools
 import types
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from torchtitan_lite.registry import Choice, Sections
+from torchtitan_lite.registry import Choice, Door, Sections
 
 
 @functools.cache
@@ -19,27 +19,30 @@ def field_types(cls: type) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
-def unwrapped(annotation: Any) -> tuple[Any, tuple[Any, ...]]:
-    """The type inside `Annotated`, and the notes beside it."""
-    if get_origin(annotation) is Annotated:
-        return annotation.__origin__, annotation.__metadata__
-    return annotation, ()
+def note(annotation: Any, wanted: type) -> Any:
+    """The note of class `wanted` beside the type in `Annotated[type, note]`; None without one."""
+    notes = getattr(annotation, "__metadata__", ())
+    return next((note for note in notes if isinstance(note, wanted)), None)
 
 
 def alternatives(annotation: Any) -> tuple[Any, ...]:
     """The members of a union, with their notes; any other type is its own only member."""
-    tp, _ = unwrapped(annotation)
+    tp = _without_notes(annotation)
     return get_args(tp) if get_origin(tp) in (Union, types.UnionType) else (annotation,)
 
 
 def plain_types(annotation: Any) -> list[Any]:
     """The members of a union, without their notes."""
-    return [unwrapped(option)[0] for option in alternatives(annotation)]
+    return [_without_notes(option) for option in alternatives(annotation)]
 
 
-def note(annotation: Any, wanted: type) -> Any:
-    """The note of class `wanted` beside a type; None without one."""
-    return next((note for note in unwrapped(annotation)[1] if isinstance(note, wanted)), None)
+def _without_notes(annotation: Any) -> Any:
+    return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
+
+
+def choice_of(annotation: Any) -> Choice | None:
+    """The choice beside a type; None for every other annotation."""
+    return note(annotation, Choice)
 
 
 def classes(annotation: Any) -> list[type]:
@@ -51,20 +54,10 @@ def classes(annotation: Any) -> list[type]:
     return [tp for tp in plain_types(annotation) if dataclasses.is_dataclass(tp) and isinstance(tp, type)]
 
 
-def choice_of(annotation: Any) -> Choice | None:
-    """The choice beside a type; None for every other annotation."""
-    return note(annotation, Choice)
-
-
-def open_sections(cls: type) -> set[str]:
-    """The sections of `cls` that plugins may add options to."""
-    return {name for name, annotation in field_types(cls).items() if _is_open(annotation)}
-
-
-def _is_open(annotation: Any) -> bool:
-    if choice_of(annotation) or note(annotation, Sections):
-        return True
-    return any(_is_open(child) for owner in classes(annotation) for child in field_types(owner).values())
+def is_open(annotation: Any) -> bool:
+    """True for a section that plugins may add options to."""
+    children = (child for owner in classes(annotation) for child in field_types(owner).values())
+    return note(annotation, Door) is not None or any(map(is_open, children))
 
 
 def first_key(annotation: Any) -> str:

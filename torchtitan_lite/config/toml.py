@@ -1,6 +1,5 @@
-"""TOML files: read to nested tables, written from configurations, and the values that they can hold."""
+"""TOML files: read to nested tables, and the values that they can hold."""
 
-import dataclasses
 import math
 from typing import Any
 
@@ -29,27 +28,6 @@ def read_toml(path: str) -> tuple[dict[str, Any], list[Problem]]:
     return {}, [Problem("--config", path, rule, remedy)]
 
 
-def to_toml(config: Any) -> str:
-    """The TOML that loads back to an equal `config`. None, which is always the default, is left out."""
-    import tomli_w
-
-    return tomli_w.dumps(_table(config))
-
-
-def _table(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-        return {name: _table(child) for name, child in fields.items() if not _is_left_out(child)}
-    if isinstance(value, dict):
-        return {name: _table(child) for name, child in value.items()}
-    return [_table(child) for child in value] if isinstance(value, list | tuple) else value
-
-
-def _is_left_out(value: Any) -> bool:
-    """True for None and for a section without keys."""
-    return value is None or (dataclasses.is_dataclass(value) and not dataclasses.fields(value))
-
-
 def storable(table: dict[str, Any], key: str = "") -> tuple[dict[str, Any], list[Problem]]:
     """`table` without the values that no TOML file or no 64-bit machine can hold, and a problem for each.
 
@@ -61,36 +39,34 @@ def storable(table: dict[str, Any], key: str = "") -> tuple[dict[str, Any], list
 
 def _storable(value: Any, key: str, depth: int, problems: list[Problem]) -> Any:
     """`value` without what cannot be stored; MISSING if nothing is left of it."""
-    if depth > _DEEPEST:
-        fault, value = (f"is nested more than {_DEEPEST} levels deep", "write a flatter table"), MISSING
-    elif isinstance(value, dict):
+    if fault := _fault(value, depth):
+        problems.append(Problem(key, *fault))
+        return MISSING
+    if isinstance(value, dict):
         children = {
             name: _storable(child, dotted(key, name), depth + 1, problems)
             for name, child in value.items()
             if _storable(name, key, depth, problems) is not MISSING
         }
         return {name: child for name, child in children.items() if child is not MISSING}
-    elif isinstance(value, list | tuple):
-        if None in value:
-            problems.append(Problem(key, None, "cannot be written in a TOML file", "leave the key out"))
+    if isinstance(value, list | tuple):
         elements = [_storable(child, key, depth + 1, problems) for child in value]
-        return MISSING if None in value or MISSING in elements else elements
-    elif fault := _fault(value):
-        pass
-    else:
-        return value
-    problems.append(Problem(key, value, *fault))
-    return MISSING
+        return MISSING if MISSING in elements else elements
+    return value
 
 
-def _fault(value: object) -> tuple[str, str] | None:
-    """Why a single value cannot be stored, and the remedy; None if it can be."""
+def _fault(value: object, depth: int) -> tuple[object, str, str] | None:
+    """The value that cannot be stored, why, and the remedy; None if a single value can be."""
+    if depth > _DEEPEST:
+        return MISSING, f"is nested more than {_DEEPEST} levels deep", "write a flatter table"
     if isinstance(value, float) and not math.isfinite(value):
-        return "is not a finite number", "write a finite number"
+        return value, "is not a finite number", "write a finite number"
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
-        return "does not fit in 64 bits", "write a smaller number"
+        return value, "does not fit in 64 bits", "write a smaller number"
     if isinstance(value, str) and ("\0" in value or any("\ud800" <= c <= "\udfff" for c in value)):
-        return "holds a character that a text file cannot", "take the character out"
-    if not isinstance(value, bool | int | float | str | None):
-        return "is a date or a time, which no key takes", "put it in quotes"
+        return value, "holds a character that a text file cannot", "take the character out"
+    if isinstance(value, list | tuple) and None in value:
+        return None, "cannot be written in a TOML file", "leave the key out"
+    if not isinstance(value, bool | int | float | str | list | tuple | dict | None):
+        return value, "is a date or a time, which no key takes", "put it in quotes"
     return None

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from torchtitan_lite import registry
-from torchtitan_lite.attention import AttentionConfig, refusals
+from torchtitan_lite.attention import AttentionConfig
 from torchtitan_lite.config.load import MISSING, ConfigError, Problem, load
 from torchtitan_lite.config.validation import validate
 from torchtitan_lite.data import (
@@ -48,6 +48,7 @@ from torchtitan_lite.inference.trained import (
 from torchtitan_lite.launch.end import status_of
 from torchtitan_lite.launch.world import World, join, leave
 from torchtitan_lite.models.decoder import DecoderConfig
+from torchtitan_lite.models.registry import attention_refusals
 from torchtitan_lite.training import hub
 
 _KEYS = {  # key of a run: key of eval
@@ -267,16 +268,7 @@ def _check(
     config: DecoderConfig, attention: AttentionConfig, device: torch.device, dtype: torch.dtype
 ) -> None:
     """Raise ConfigError if the attention backend cannot run this model here."""
-    refused = refusals(
-        attention,
-        device=device.type,
-        dtype=dtype,
-        head_dim=config.head_dim,
-        n_heads=config.n_heads,
-        n_kv_heads=config.n_kv_heads,
-        sliding_window=config.sliding_window,
-        deterministic=False,
-    )
+    refused = attention_refusals(attention, config, device=device.type, dtype=dtype)
     if refused:
         raise ConfigError(
             [Problem(f"attention.{name}", value, rule, remedy) for name, value, rule, remedy in refused]

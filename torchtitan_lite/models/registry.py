@@ -6,16 +6,18 @@ the name `hf`, the flavor is a folder that holds a config.json of Hugging Face, 
 
 import copy
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
+
 from torchtitan_lite import registry
-from torchtitan_lite.attention import BACKENDS, AttentionConfig
+from torchtitan_lite.attention import BACKENDS, AttentionConfig, Flex, Refusal, refusals
 from torchtitan_lite.config.load import ConfigError, Problem, last_said, near
 from torchtitan_lite.config.problem import of_sound_keys
-from torchtitan_lite.config.validation import overlay, validate
+from torchtitan_lite.config.validation import holder, overlay, validate
 from torchtitan_lite.models import huggingface, llama3, qwen3
 from torchtitan_lite.models.decoder import DecoderConfig
 from torchtitan_lite.models.presets import Family
@@ -28,11 +30,6 @@ registry.families.register(Family(name="qwen3", presets=qwen3.PRESETS))
 
 AnyAttention = Annotated[AttentionConfig, registry.attentions]
 """An attention backend as a key of a configuration: any that is registered."""
-
-
-def backends() -> list[type[AttentionConfig]]:
-    """The attention backends that are registered."""
-    return list(registry.attentions.members.values())
 
 
 class _Families(Mapping[str, Mapping[str, DecoderConfig]]):
@@ -54,6 +51,13 @@ FOLDER = "hf"
 """The name of a model whose flavor is a folder with a config.json."""
 
 _OVERRIDES = "model.overrides"
+_REFUSED_KEYS = {
+    "device": "job.device",
+    "dtype": "training.mixed_precision_param",
+    "deterministic": "debug.deterministic",
+    **{name: f"{_OVERRIDES}.{name}" for name in ("head_dim", "n_heads", "sliding_window")},
+}
+"""The keys of the values that an attention backend is checked against, other than its own options."""
 _SDPA: dict[str, Any] = {"kind": "sdpa"}
 _SUFFIXES: dict[str, dict[str, Any]] = {
     "_flex": {"kind": "flex"},
@@ -81,41 +85,85 @@ def own_attention(flavor: str) -> AttentionConfig:
     return registry.attentions.members[table.pop("kind")](**table)
 
 
-def settle_attention(layers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """`layers` of a configuration, with the attention of the flavor below what they say of `model.attention`.
+def settle_model(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`layers` of a configuration, changed in place, with what the short forms in `model` stand for.
 
-    A flavor with a suffix takes back what earlier layers say of the attention. If the flavor does not exist,
-    nobody knows the kind of an attention table without `kind`, so such tables are left out.
+    - The attention of a flavor comes below what the same layer says of `model.attention`. A flavor with a
+      suffix takes back what earlier layers say of the attention.
+    - If the flavor does not exist, nobody knows the kind of an attention table without `kind`, so such tables
+      are emptied.
+    - A null for `rope_scaling` becomes a scaling by 1, which undoes that of the flavor.
     """
+    for layer in layers:
+        overrides = holder(layer, ("model", "overrides", "rope_scaling"))
+        if overrides and overrides["rope_scaling"] is None:
+            overrides["rope_scaling"] = {"factor": 1.0}
     name, flavor = last_said(layers, "model.name"), last_said(layers, "model.flavor")
-    settled = [_with_attention(_SDPA)]
+    has_kind = last_said(layers, "model.attention.kind") is not None
+    if not has_kind and flavor is not None and not _exists(name or DEFAULT_FAMILY, flavor):
+        for model in (holder(layer, ("model", "attention")) for layer in layers):
+            model["attention"] = {}
+        return layers
+    settled: list[dict[str, Any]] = [{"model": {"attention": _SDPA}}]
     for layer in layers:
         said = last_said([layer], "model.flavor")
-        own = split_flavor(said)[1] if isinstance(said, str) else None
-        if own:
-            settled += [_with_attention(None), _with_attention(own)]
+        if isinstance(said, str) and (own := split_flavor(said)[1]):
+            settled += [{"model": {"attention": None}}, {"model": {"attention": own}}]
         settled.append(layer)
-    has_kind = last_said(layers, "model.attention.kind") is not None
-    if isinstance(flavor, str) and not has_kind and not _exists(name, flavor):
-        return [_without_attention(layer) for layer in layers]
     return settled
 
 
-def _exists(name: object, flavor: str) -> bool:
-    """Whether the kind of the flavor's own attention is known."""
-    presets = families.get(name or DEFAULT_FAMILY, {}) if isinstance(name, str | None) else {}
-    return name == FOLDER or split_flavor(flavor)[1] is not None or flavor in presets
+def _exists(name: object, flavor: object) -> bool:
+    """Whether the kind of the flavor's own attention is known. Validation refuses what is no text."""
+    if name == FOLDER or not isinstance(flavor, str) or split_flavor(flavor)[1] is not None:
+        return True
+    return isinstance(name, str) and flavor in families.get(name, {})
 
 
-def _with_attention(table: dict[str, Any] | None) -> dict[str, Any]:
-    return {"model": {"attention": table}}
+def attention_problems(
+    attention: AttentionConfig,
+    decoder: DecoderConfig | None,
+    *,
+    device: str,
+    dtype: torch.dtype,
+    deterministic: bool,
+    is_compiled: bool,
+) -> list[Problem]:
+    """The problems of a run's attention: `attention_refusals`, and a kernel that no compiled block has."""
+    found = []
+    options: dict[str, Any] = {"device": device, "dtype": dtype, "deterministic": deterministic}
+    for name, value, rule, remedy in attention_refusals(attention, decoder, **options):
+        key = _REFUSED_KEYS.get(name, f"model.attention.{name}")
+        reads = ("job.device", "model.attention", *[_OVERRIDES] * key.startswith(_OVERRIDES))
+        found.append(Problem(key, value, rule, remedy, reads))
+    if is_compiled and device == "cuda" and isinstance(attention, Flex) and attention.autotuned:
+        key, rule = "model.attention.block_size", "finds no kernel within compiled blocks"
+        remedy, reads = "use a multiple of 128, or compile.enable = false", ("job.device", "compile.enable")
+        found.append(Problem(key, attention.block_size, rule, remedy, reads))
+    return found
 
 
-def _without_attention(layer: dict[str, Any]) -> dict[str, Any]:
-    model = layer.get("model")
-    if not isinstance(model, dict):
-        return layer
-    return {**layer, "model": {name: value for name, value in model.items() if name != "attention"}}
+def attention_refusals(
+    attention: AttentionConfig,
+    decoder: DecoderConfig | None,
+    *,
+    device: str,
+    dtype: torch.dtype,
+    deterministic: bool = False,
+) -> list[Refusal]:
+    """Why `attention` cannot run in `decoder` on "cpu" or "cuda"; None: only its options are judged."""
+    if decoder is None:
+        return attention.option_refusals(device)
+    return refusals(
+        attention,
+        device=device,
+        dtype=dtype,
+        head_dim=decoder.head_dim,
+        n_heads=decoder.n_heads,
+        n_kv_heads=decoder.n_kv_heads,
+        sliding_window=decoder.sliding_window,
+        deterministic=deterministic,
+    )
 
 
 def true_flavor(flavor: str, attention: AttentionConfig) -> str:

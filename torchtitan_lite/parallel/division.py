@@ -8,6 +8,13 @@ from torchtitan_lite.config.problem import Problem, either
 
 _MOST_TRIED = 1024
 """The largest degree that a remedy proposes."""
+_SPLIT_SEQUENCES = (
+    "parallelism.tensor_parallel_degree",
+    "parallelism.context_parallel_degree",
+    "parallelism.context_parallel_method",
+    "parallelism.context_parallel_load_balancer",
+)
+"""The keys that decide into how many parts a sequence is split."""
 
 
 class Division:
@@ -35,7 +42,7 @@ class Division:
     def problems(self) -> list[Problem]:
         """The degrees that do not divide evenly, for any number of ranks."""
         found = []
-        reads = tuple(f"model.overrides.{name}" for name in (*self.sizes, "max_seq_len"))
+        reads = tuple(f"model.overrides.{name}" for name in self.sizes)
         if self.undivided:
             degree, extensible = self.parallelism.tensor_parallel_degree, self.decoder.extensible
             rule = (
@@ -56,7 +63,7 @@ class Division:
                 remedy += ', or parallelism.context_parallel_method = "allgather"'
             found.append(Problem("parallelism.context_parallel_degree", degree, rule, remedy, reads))
         if self.seq_len % self.unit:
-            reads = ("parallelism", *reads)
+            reads = (*_SPLIT_SEQUENCES, *reads)
             found.append(Problem("training.seq_len", self.seq_len, *self._sequence_rule(), reads))
         return found
 
