@@ -82,12 +82,13 @@ def write(path: Path, tensors: Mapping[str, Tensor]) -> Digest:
     with ThreadPoolExecutor(1) as hasher:
         with path.open("wb") as stream:
             stream.write(plan.header)
-            for name in plan.places:
+            for name, (start, stop) in plan.places.items():
                 content = bytes_of(tensors[name].detach().cpu().contiguous())
                 if hashing is not None:
                     hashing.result()
                 hashing = hasher.submit(sha256.update, content)
                 stream.write(content)
+                durable.begin_sync(stream, start, stop)
         durable.sync(path)
     return Digest(plan.n_bytes, sha256.hexdigest())
 
