@@ -187,7 +187,7 @@ HARMS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a pickle": (pickled, "cannot be loaded: pytorch_model.bin is a pickle"),
     "a shape": (
         lambda folder: weights_say(folder, **{NORM: torch.ones(3)}),
-        f"{NORM} is [3], and the model's",
+        f"{NORM} is [32] here and [3] in the checkpoint",
     ),
     "NaN": (lambda folder: weights_say(folder, **{NORM: torch.full((32,), torch.nan)}), "are not finite"),
     "no folder": (shutil.rmtree, "config.json is not there"),

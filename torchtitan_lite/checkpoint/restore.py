@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torchtitan_lite.checkpoint.manifest import (
     check_hash,
     read_manifest,
     reading,
+    refusing_damage,
 )
 from torchtitan_lite.checkpoint.state import STATE, State, changed, flat, read_state
 from torchtitan_lite.checkpoint.steps import Steps
@@ -79,7 +81,14 @@ def find(steps: Steps, load_step: int, ranks: World) -> Found | None:
     problems = []
     for step in [load_step] if is_asked_for else reversed(published):
         try:
-            return _verified(steps, step, ranks)
+            found = verify(steps.path(step), ranks)
+            if found.state.step == step:
+                return found
+            raise Damaged(f"it is step {found.state.step} under another name")
+        except Unreadable as problem:
+            rule = f"holds step {step}, which cannot be told to be good or not: {problem}"
+            remedy = "see to that and start again; where it stays so, move the step away"
+            raise ConfigError([Problem("checkpoint.folder", str(steps.folder), rule, remedy)]) from None
         except Damaged as damage:
             if is_asked_for:
                 rule, remedy = f"is damaged: {damage}", "use -1 for the newest step that is not"
@@ -103,28 +112,18 @@ def _published(steps: Steps) -> list[int]:
         raise ConfigError([Problem("checkpoint.folder", str(steps.folder), rule, remedy)]) from None
 
 
-def _verified(steps: Steps, step: int, ranks: World) -> Found:
-    try:
-        found = verify(steps.path(step), ranks)
-    except Unreadable as problem:
-        rule = f"holds step {step}, which cannot be told to be good or not: {problem}"
-        remedy = "see to that and start again; where it stays so, move the step away"
-        raise ConfigError([Problem("checkpoint.folder", str(steps.folder), rule, remedy)]) from None
-    if found.state.step != step:
-        raise Damaged(f"it is step {found.state.step} under another name")
-    return found
-
-
 def find_initial(path: str, ranks: World, key: str = "checkpoint.initial_load_path") -> Found:
     """Return the step at `path`: the folder of a step, or the newest step in a folder of steps or of a run.
 
     Raises ConfigError if no step is there or the step is damaged; no other step takes its place.
     """
-    try:
+    with refusing_bad_step(key, path):
         return verify(ranks.share(ranks.together(lambda: _initial(path))), ranks)
-    except (Damaged, Unreadable) as problem:
-        rule, remedy = f"holds no good step: {problem}", "name a step-N folder that a run has published"
-        raise ConfigError([Problem(key, path, rule, remedy)]) from None
+
+
+def refusing_bad_step(key: str, path: str) -> AbstractContextManager[None]:
+    """Turn damage that the block finds in the step at `path` into a ConfigError about `key`."""
+    return refusing_damage(key, path, "holds no good step", "name a step-N folder that a run has published")
 
 
 def _initial(path: str) -> Path:
@@ -191,8 +190,5 @@ def load(found: Found, pieces: Mapping[str, Piece], ranks: World, key: str = "ch
         rule = f"does not fit: {', '.join(lines[:_MOST_SHOWN])}{more}"
         remedy = "use what it was saved from, in float32"
         raise ConfigError([Problem(key, str(found.folder), rule, remedy)])
-    try:
+    with refusing_damage(key, str(found.folder), "can no longer be read", "see to that and start again"):
         ranks.together(lambda: read_tensors(found.folder, pieces, index))
-    except (Damaged, Unreadable) as problem:
-        rule, remedy = f"can no longer be read: {problem}", "see to that and start again"
-        raise ConfigError([Problem(key, str(found.folder), rule, remedy)]) from None

@@ -212,15 +212,20 @@ def _fill_all(boxes: Sequence[Sequence[tuple[int, int]]], shape: Sequence[int]) 
     return end == shape[0]
 
 
-def differences(pieces: Mapping[str, Piece], index: Mapping[str, Stored]) -> list[str]:
-    """Return why `pieces` cannot be read from the stored tensors: names, shapes and dtypes, a line each."""
+def differences(
+    pieces: Mapping[str, Piece], index: Mapping[str, Stored], dtypes: Sequence[torch.dtype] = ()
+) -> list[str]:
+    """Return why `pieces` cannot be read from the stored tensors: names, shapes and dtypes, a line each.
+
+    `dtypes`: those from which a piece of another dtype is read too.
+    """
     lines = [f"{name} is not in the checkpoint" for name in pieces if name not in index]
     lines += [f"{name} is in the checkpoint alone" for name in index if name not in pieces]
     for name in pieces.keys() & index.keys():
         piece, stored = pieces[name], index[name]
         if piece.shape != stored.shape:
             lines.append(f"{name} is {list(piece.shape)} here and {list(stored.shape)} in the checkpoint")
-        elif piece.local.dtype != stored.dtype:
+        elif stored.dtype not in (piece.local.dtype, *dtypes):
             lines.append(f"{name} is {piece.local.dtype} here and {stored.dtype} in the checkpoint")
     return sorted(lines)
 
@@ -229,8 +234,8 @@ def differences(pieces: Mapping[str, Piece], index: Mapping[str, Stored]) -> lis
 def read_tensors(folder: Path, pieces: Mapping[str, Piece], index: Mapping[str, Stored]) -> None:
     """Read every piece from the chunks that overlap it. `differences` must have found none.
 
-    Bytes go straight into a piece whose memory is laid out as the file, else through a block of 16 MiB or one
-    row. Raises Damaged if a file has become shorter.
+    Bytes go straight into a piece whose memory is laid out as the file. Otherwise they are read in blocks of
+    16 MiB or one row, which also changes their dtype. Raises Damaged if a file has become shorter.
     """
     chunks = [(chunk.file, chunk.start, name, chunk) for name in pieces for chunk in index[name].chunks]
     for file, of_file in groupby(sorted(chunks, key=lambda item: item[:2]), key=lambda item: item[0]):
@@ -238,7 +243,7 @@ def read_tensors(folder: Path, pieces: Mapping[str, Piece], index: Mapping[str, 
             for _, _, name, chunk in of_file:
                 if overlap := _overlap(pieces[name], chunk):
                     source, target = overlap
-                    _read(stream, chunk, source, pieces[name].local.detach()[target])
+                    _read(stream, chunk, index[name].dtype, source, pieces[name].local.detach()[target])
 
 
 def _overlap(piece: Piece, chunk: Chunk) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
@@ -253,20 +258,22 @@ def _overlap(piece: Piece, chunk: Chunk) -> tuple[tuple[slice, ...], tuple[slice
     return tuple(in_chunk), tuple(in_piece)
 
 
-def _read(stream: io.BufferedReader, chunk: Chunk, source: tuple[slice, ...], target: Tensor) -> None:
+def _read(
+    stream: io.BufferedReader, chunk: Chunk, dtype: torch.dtype, source: tuple[slice, ...], target: Tensor
+) -> None:
     """Read the box `source` of a chunk into `target`."""
     if not chunk.sizes:  # a scalar is a row of one number
         source, target = (slice(0, 1),), target.view(1)
     rows, *rest = source
     row = list(chunk.sizes[1:])
-    row_bytes = math.prod(row) * target.element_size()
+    row_bytes = math.prod(row) * dtype.itemsize
     stream.seek(chunk.start + rows.start * row_bytes)
     has_whole_rows = list(target.shape[1:]) == row
-    if has_whole_rows and target.is_cpu and target.is_contiguous():
+    if has_whole_rows and target.dtype == dtype and target.is_cpu and target.is_contiguous():
         _fill(stream, target)
         return
     n_most = min(len(target), max(1, _BLOCK // row_bytes))
-    block = torch.empty((n_most, *row), dtype=target.dtype)
+    block = torch.empty((n_most, *row), dtype=dtype)
     for part in target.split(n_most):
         read = block[: len(part)]
         _fill(stream, read)

@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from torchtitan_lite import registry
 from torchtitan_lite.attention import AttentionConfig, refusals
+from torchtitan_lite.checkpoint.restore import refusing_bad_step
 from torchtitan_lite.config.load import MISSING, ConfigError, Problem, load
 from torchtitan_lite.config.validation import validate
 from torchtitan_lite.data import (
@@ -43,7 +44,6 @@ from torchtitan_lite.inference.trained import (
     find,
     lay_out_for_text,
     renaming_keys,
-    reporting_damage,
 )
 from torchtitan_lite.launch.end import status_of
 from torchtitan_lite.launch.world import World, join, leave
@@ -228,7 +228,7 @@ def _named_data(config: EvalConfig) -> DataConfig:
 def _export(path: str, config: ExportConfig) -> None:
     trained = find(path, World(), config.tokenizer)
     out = Path(os.path.expanduser(config.out)).absolute()
-    with _reporting_os_errors(config.out), reporting_damage(path):
+    with _reporting_os_errors(config.out), refusing_bad_step(KEY, path):
         hub.export(trained.found, trained.tokenizer, out, getattr(torch, config.dtype))
     print(f"Files: {out}")
 

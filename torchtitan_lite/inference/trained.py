@@ -10,8 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from torchtitan_lite import registry
 from torchtitan_lite.attention import AttentionConfig
-from torchtitan_lite.checkpoint.manifest import Damaged, Unreadable
-from torchtitan_lite.checkpoint.restore import Found, find_initial, load
+from torchtitan_lite.checkpoint.restore import Found, find_initial, load, refusing_bad_step
 from torchtitan_lite.config.load import ConfigError, Problem
 from torchtitan_lite.config.validation import validate
 from torchtitan_lite.data import Tokenizer, load_tokenizer
@@ -41,7 +40,7 @@ def find(path: str, ranks: World, tokenizer: str = "") -> Trained:
     `tokenizer` names the tokenizer if it has moved since the run. Raises ConfigError.
     """
     found = find_initial(path, ranks, KEY)
-    with reporting_damage(path):
+    with refusing_bad_step(KEY, path):
         config = decoder_of(found.state.identity)
     own = _tokenizer(found, tokenizer)
     check_vocabulary(own, config, "tokenizer", tokenizer)
@@ -55,16 +54,6 @@ def renaming_keys(keys: Mapping[str, str]) -> Iterator[None]:
         yield
     except ConfigError as error:
         raise ConfigError([replace(x, key=keys.get(x.key, x.key)) for x in error.problems]) from None
-
-
-@contextmanager
-def reporting_damage(path: str) -> Iterator[None]:
-    """Turn damage of the step at `path`, found inside, into a ConfigError."""
-    try:
-        yield
-    except (Damaged, Unreadable) as problem:
-        rule, remedy = f"holds no good step: {problem}", "name a step-N folder that a run has published"
-        raise ConfigError([Problem(KEY, path, rule, remedy)]) from None
 
 
 def _tokenizer(found: Found, given: str) -> Tokenizer:

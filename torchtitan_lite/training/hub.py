@@ -1,26 +1,26 @@
 """Models in Hugging Face's format: runs start with their weights, and saved steps are exported."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from types import GenericAlias
 from typing import Any
 
 import torch
-from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
 
 from torchtitan_lite.checkpoint import CheckpointConfig
-from torchtitan_lite.checkpoint.manifest import Damaged
+from torchtitan_lite.checkpoint.manifest import Damaged, refusing_damage
 from torchtitan_lite.checkpoint.restore import Found, verify
 from torchtitan_lite.checkpoint.save import Snapshot, write_step
 from torchtitan_lite.checkpoint.state import State, fingerprint, flat
 from torchtitan_lite.checkpoint.steps import Steps
-from torchtitan_lite.checkpoint.tensors import Piece, read_tensors
-from torchtitan_lite.checkpoint.weights import Weights, write_weights
+from torchtitan_lite.checkpoint.tensors import Piece, Stored, read_tensors
+from torchtitan_lite.checkpoint.tensors import differences as tensor_differences
+from torchtitan_lite.checkpoint.weights import EXACT, are_equal, read_weights_index, write_weights
 from torchtitan_lite.config.load import ConfigError, Problem
+from torchtitan_lite.config.validation import validate
 from torchtitan_lite.data import Tokenizer, load_tokenizer
 from torchtitan_lite.durable import new_folder
 from torchtitan_lite.launch.world import World
@@ -33,7 +33,7 @@ from torchtitan_lite.models.huggingface import (
     read_config,
 )
 from torchtitan_lite.models.parameters import hub_names
-from torchtitan_lite.models.registry import config_class
+from torchtitan_lite.models.registry import config_class, families
 from torchtitan_lite.training.outputs import free_folder
 
 _MODEL = "model."
@@ -59,8 +59,10 @@ def check(folder: Path, config: DecoderConfig, ranks: World, key: str) -> None:
             problems += differences(found, config, str(folder / CONFIG))
         if problems:
             raise ConfigError(problems)
-        with _opened(folder, config, key):
-            pass
+        with torch.device("meta"):
+            pieces = {name: _whole(shape) for name, shape in config.shapes.items()}
+        with _refusing_damage(key, folder):
+            _index_for(_by_hub_name(pieces, config), folder, config)
 
     ranks.together(check_here)
 
@@ -74,35 +76,37 @@ def load_weights(
     """
 
     def load_here() -> None:
-        with _opened(folder, config, key) as weights:
-            weights.read({config.parameters.hub_name(name): piece for name, piece in pieces.items()})
+        own = _by_hub_name(pieces, config)
+        with _refusing_damage(key, folder):
+            read_tensors(folder, own, _index_for(own, folder, config))
+            for name, piece in own.items():
+                if not piece.local.isfinite().all():
+                    raise Damaged(f"{name} has numbers that are not finite")
 
     ranks.together(load_here)
 
 
-@contextmanager
-def _opened(folder: Path, config: DecoderConfig, key: str) -> Iterator[Weights]:
-    """Open the weights in `folder` and compare their names and shapes with `config`.
+def _by_hub_name(pieces: Mapping[str, Piece], config: DecoderConfig) -> dict[str, Piece]:
+    return {config.parameters.hub_name(name): piece for name, piece in pieces.items()}
 
-    Raises ConfigError about `key` if they differ, and if the block finds damage.
-    """
-    table = config.parameters
-    shapes = {table.hub_name(name): shape for name, shape in config.shapes.items()}
+
+def _refusing_damage(key: str, folder: Path) -> AbstractContextManager[None]:
+    remedy = "copy the model again, or choose the one that it is"
+    return refusing_damage(key, str(folder), "cannot be loaded", remedy)
+
+
+def _index_for(own: Mapping[str, Piece], folder: Path, config: DecoderConfig) -> dict[str, Stored]:
+    """Return where in `folder` the tensors of `own` are; raises Damaged unless exactly these are there."""
+    index = read_weights_index(folder)
+    head, embedding = (config.parameters.of_group(one).hub or "" for one in ("head", "embedding"))
     # Some folders store the tensor of a tied head twice.
-    head, embedding = table.of_group("head").hub, table.of_group("embedding").hub
-    ignored = [head] if head and head not in shapes else []
-    try:
-        weights = Weights(folder)
-        if lines := weights.differences(shapes, ignored):
-            more = [f"and {len(lines) - _MOST_LINES} more"] if len(lines) > _MOST_LINES else []
-            raise Damaged("; ".join([*lines[:_MOST_LINES], *more]))
-        for name in ignored:
-            if name in weights.places and embedding and not weights.are_equal(name, embedding):
-                raise Damaged(f"{name} is not {embedding}, and config.json says that they are one")
-        yield weights
-    except Damaged as damage:
-        rule, remedy = f"cannot be loaded: {damage}", "copy the model again, or choose the one that it is"
-        raise ConfigError([Problem(key, str(folder), rule, remedy)]) from None
+    is_twice = head in index and head not in own and embedding in index
+    if is_twice and not are_equal(folder, index.pop(head), index[embedding]):
+        raise Damaged(f"{head} is not {embedding}, and config.json says that they are one")
+    if lines := tensor_differences(own, index, EXACT):
+        more = [f"and {len(lines) - _MOST_LINES} more"] if len(lines) > _MOST_LINES else []
+        raise Damaged("; ".join([*lines[:_MOST_LINES], *more]))
+    return index
 
 
 def tokenizer_fingerprint(folder: Path) -> str | None:
@@ -138,18 +142,14 @@ def decoder_of(identity: Mapping[str, Any]) -> DecoderConfig:
         rule, remedy = "is of no model family here", "name the plugin that has it with --plugins"
         raise ConfigError([Problem("model.architecture", architecture, rule, remedy)])
     fields = {key: value for key, value in record.items() if key != "architecture"}
-    # A list, because pydantic takes no ConfigDict for a dataclass itself. Pydantic does not know the backend.
-    one: Any = GenericAlias(list, (cls,))
-    adapter = TypeAdapter[list[DecoderConfig]](one, config=ConfigDict(arbitrary_types_allowed=True))
-    try:
-        (config,) = adapter.validate_json(json.dumps([fields]), strict=True)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise _wrong_record(f"{'.'.join(map(str, first['loc'][1:]))}: {first['msg']}") from None
+    # A preset stands in for fields that are missing or wrong: both are then refused.
+    presets = (config for sizes in families.values() for config in sizes.values())
+    preset = next(config for config in presets if type(config) is cls)
+    config, problems = validate(cls, [asdict(preset), fields])
+    if problems or (problems := config.problems("model")):
+        raise _wrong_record(problems[0])
     if differing := flat(record_of(config)).keys() ^ flat(record).keys():
         raise _wrong_record(f"{min(differing)} is missing or unknown")
-    if problems := config.problems("model"):
-        raise _wrong_record(problems[0])
     return config
 
 
