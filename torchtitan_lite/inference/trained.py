@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import init_device_mesh
 
 from torchtitan_lite import registry
 from torchtitan_lite.attention import AttentionConfig
@@ -103,16 +103,24 @@ def build(
     device: torch.device,
     dtype: torch.dtype,
     ranks: World,
-    tensor: DeviceMesh | None = None,
 ) -> Decoder:
-    """The model, for inference: weights in `dtype`, split over the mesh `tensor` if there is one."""
+    """The model, for inference: weights in `dtype`, split over all ranks.
+
+    Raises ConfigError if the number of ranks does not divide what they split.
+    """
+    sizes = trained.config.splits
+    if wrong := [name for name in sizes if sizes[name] % ranks.size]:
+        rule = f"does not divide the model's {wrong[0]} = {sizes[wrong[0]]}"
+        remedy = "start a number of ranks that divides it"
+        raise ConfigError([Problem("WORLD_SIZE", ranks.size, rule, remedy)])
     stored = {x.dtype for name, x in trained.found.index.items() if name.startswith("model.")}
     with torch.device("meta"):
         model = replace(trained.config, attention=attention).build(compute_dtype=dtype)
     if len(stored) == 1:
         model.to(stored.pop())  # a last step with only the model may have another precision
-    if tensor is not None:
-        apply_tensor_parallel_to_predict(model, tensor, model.config.shard_dims)
+    if ranks.size > 1:
+        mesh = init_device_mesh(device.type, (ranks.size,))
+        apply_tensor_parallel_to_predict(model, mesh, model.config.shard_dims)
     model.to_empty(device=device).requires_grad_(False).eval()
     load(trained.found, pieces(dict(model.named_parameters())), ranks, KEY)
     return model.to(dtype)
