@@ -26,8 +26,8 @@ from torchtitan_lite.config.problem import literal, printable
 from torchtitan_lite.launch.world import World
 
 _LOG = logging.getLogger(__name__)
-_MOST_SHOWN = 10
-"""The most differences between a step and the run that an error lists."""
+_DATA_KEYS = [f"data.{key}" for key in ("dataset", "path", "field", "tokenizer", "validation_fraction")]
+"""The settings that decide the data's fingerprint."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,16 +45,11 @@ def verify(folder: Path, ranks: World) -> Found:
 
     Raises Damaged or Unreadable, the same on all ranks.
     """
-    manifest = ranks.together(lambda: _open(folder))
+    manifest = ranks.together(lambda: read_manifest(folder))
+    ranks.together(lambda: check_files(folder, manifest))
     by_size = sorted(manifest.files.items(), key=lambda item: -item[1].size)
     ranks.together(lambda: [check_hash(folder, *file) for file in by_size[ranks.rank :: ranks.size]])
     return ranks.together(lambda: _read(folder, manifest, ranks))
-
-
-def _open(folder: Path) -> Manifest:
-    manifest = read_manifest(folder)
-    check_files(folder, manifest)
-    return manifest
 
 
 def _read(folder: Path, manifest: Manifest, ranks: World) -> Found:
@@ -148,7 +143,8 @@ def check_same_run(
 ) -> list[Problem]:
     """Return what differs between this run and the run that saved the step.
 
-    `config` has the settings that decide the data's fingerprint. Raises ConfigError unless `allow_changes`.
+    If the data's fingerprint differs, so do some settings in `config`. Raises ConfigError unless
+    `allow_changes`.
     """
     saved, now = dict(state.identity), dict(identity)
     if saved.get("data.fingerprint") != now.get("data.fingerprint"):
@@ -172,8 +168,7 @@ def check_same(
 
 
 def _of_data(config: Mapping[str, Any]) -> dict[str, Any]:
-    keys = [f"data.{key}" for key in ("dataset", "path", "field", "tokenizer", "validation_fraction")]
-    return {key: value for key, value in flat({"data": config.get("data")}).items() if key in keys}
+    return {key: value for key, value in flat(config).items() if key in _DATA_KEYS}
 
 
 def load(found: Found, pieces: Mapping[str, Piece], ranks: World, key: str = "checkpoint.folder") -> None:
@@ -184,11 +179,8 @@ def load(found: Found, pieces: Mapping[str, Piece], ranks: World, key: str = "ch
     """
     kinds = {name.partition(".")[0] for name in pieces}
     index = {name: stored for name, stored in found.index.items() if name.partition(".")[0] in kinds}
-    lines = differences(pieces, index)
-    if lines:
-        more = f", and {len(lines) - _MOST_SHOWN} more" if len(lines) > _MOST_SHOWN else ""
-        rule = f"does not fit: {', '.join(lines[:_MOST_SHOWN])}{more}"
-        remedy = "use what it was saved from, in float32"
+    if lines := differences(pieces, index):
+        rule, remedy = f"does not fit: {', '.join(lines)}", "use what it was saved from, in float32"
         raise ConfigError([Problem(key, str(found.folder), rule, remedy)])
     with refusing_damage(key, str(found.folder), "can no longer be read", "see to that and start again"):
         ranks.together(lambda: read_tensors(found.folder, pieces, index))

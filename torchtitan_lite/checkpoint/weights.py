@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from torchtitan_lite.checkpoint.manifest import Damaged
-from torchtitan_lite.checkpoint.tensor_file import DTYPES
-from torchtitan_lite.checkpoint.tensors import Chunk, Stored
+from torchtitan_lite.checkpoint.tensors import DTYPES, Chunk, Stored
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 EXACT = (torch.float32, torch.float16, torch.bfloat16)

@@ -43,8 +43,6 @@ TOKENIZER = "tokenizer"
 """Folder with the tokenizer's files, in the run's folder or beside imported steps."""
 SOURCE = "hf_source.json"
 """File in the run's folder: which step the folder `HUB` is from, and its precision."""
-_MOST_LINES = 5
-"""The most tensors that an error names."""
 
 
 def check(folder: Path, config: DecoderConfig, ranks: World, key: str) -> None:
@@ -104,8 +102,7 @@ def _index_for(own: Mapping[str, Piece], folder: Path, config: DecoderConfig) ->
     if is_twice and not are_equal(folder, index.pop(head), index[embedding]):
         raise Damaged(f"{head} is not {embedding}, and config.json says that they are one")
     if lines := tensor_differences(own, index, EXACT):
-        more = [f"and {len(lines) - _MOST_LINES} more"] if len(lines) > _MOST_LINES else []
-        raise Damaged("; ".join([*lines[:_MOST_LINES], *more]))
+        raise Damaged("; ".join(lines))
     return index
 
 
