@@ -64,12 +64,11 @@ MUTANTS = {
     ),
     "hub: the whole model is read before it is placed": Mutant(
         HUB,
-        "            read_tensors(folder, own, _index_for(own, folder, config))\n",
-        "            index = _index_for(own, folder, config)\n"
-        "            copies = {name: _whole(piece.shape) for name, piece in own.items()}\n"
-        "            read_tensors(folder, copies, index)\n"
-        "            for name, copy in copies.items():\n"
-        "                own[name].local.copy_(copy.local)\n",
+        "        read_tensors(folder, own, _index_for(own, folder, config))\n",
+        "        copies = {name: _whole(piece.shape) for name, piece in own.items()}\n"
+        "        read_tensors(folder, copies, _index_for(own, folder, config))\n"
+        "        for name, copy in copies.items():\n"
+        "            own[name].local.copy_(copy.local)\n",
         f"{EXCHANGE}::test_loading_holds_no_second_copy_of_the_model",
     ),
     "hub: an untied head is taken for a tied one": Mutant(

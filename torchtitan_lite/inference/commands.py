@@ -283,7 +283,7 @@ def _export(path: str, config: ExportConfig) -> None:
     trained = find(path, World(), config.tokenizer)
     out = Path(os.path.expanduser(config.out)).absolute()
     with _reporting_os_errors(config.out), refusing_bad_step(KEY, path):
-        hub.export(trained.found, trained.tokenizer, out, getattr(torch, config.dtype))
+        hub.export(trained.found, trained.tokenizer, out, config.dtype)
     print(f"Files: {out}")
 
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,7 @@ from torchtitan_lite.data import Tokenizer, load_tokenizer
 from torchtitan_lite.durable import new_folder
 from torchtitan_lite.launch.world import World
 from torchtitan_lite.models.decoder import DecoderConfig
-from torchtitan_lite.models.huggingface import (
-    CONFIG,
-    config_json,
-    differences,
-    export_problems,
-    read_config,
-)
+from torchtitan_lite.models.huggingface import CONFIG, config_json, differences, export_problems, read_config
 from torchtitan_lite.models.parameters import hub_names
 from torchtitan_lite.models.registry import config_class, families
 from torchtitan_lite.training.outputs import free_folder
@@ -43,6 +37,7 @@ TOKENIZER = "tokenizer"
 """Folder with the tokenizer's files, in the run's folder or beside imported steps."""
 SOURCE = "hf_source.json"
 """File in the run's folder: which step the folder `HUB` is from, and its precision."""
+_DAMAGED, _REMEDY = "cannot be loaded", "copy the model again, or choose the one that it is"
 
 
 def check(folder: Path, config: DecoderConfig, ranks: World, key: str) -> None:
@@ -58,11 +53,13 @@ def check(folder: Path, config: DecoderConfig, ranks: World, key: str) -> None:
         if problems:
             raise ConfigError(problems)
         with torch.device("meta"):
-            pieces = {name: _whole(shape) for name, shape in config.shapes.items()}
-        with _refusing_damage(key, folder):
-            _index_for(_by_hub_name(pieces, config), folder, config)
+            wanted = {
+                config.parameters.hub_name(name): _whole(shape) for name, shape in config.shapes.items()
+            }
+        _index_for(wanted, folder, config)
 
-    ranks.together(check_here)
+    with refusing_damage(key, str(folder), _DAMAGED, _REMEDY):
+        ranks.together(check_here)
 
 
 def load_weights(
@@ -70,38 +67,29 @@ def load_weights(
 ) -> None:
     """Load `pieces`, which have our names, from the safetensors in `folder`. No other bytes are read.
 
-    Raises ConfigError as `check` does.
+    Raises ConfigError as `check` does, and if a number is not finite.
     """
+    own = {config.parameters.hub_name(name): piece for name, piece in pieces.items()}
 
     def load_here() -> None:
-        own = _by_hub_name(pieces, config)
-        with _refusing_damage(key, folder):
-            read_tensors(folder, own, _index_for(own, folder, config))
-            for name, piece in own.items():
-                if not piece.local.isfinite().all():
-                    raise Damaged(f"{name} has numbers that are not finite")
+        read_tensors(folder, own, _index_for(own, folder, config))
+        for name, piece in own.items():
+            if not piece.local.isfinite().all():
+                raise Damaged(f"{name} has numbers that are not finite")
 
-    ranks.together(load_here)
-
-
-def _by_hub_name(pieces: Mapping[str, Piece], config: DecoderConfig) -> dict[str, Piece]:
-    return {config.parameters.hub_name(name): piece for name, piece in pieces.items()}
+    with refusing_damage(key, str(folder), _DAMAGED, _REMEDY):
+        ranks.together(load_here)
 
 
-def _refusing_damage(key: str, folder: Path) -> AbstractContextManager[None]:
-    remedy = "copy the model again, or choose the one that it is"
-    return refusing_damage(key, str(folder), "cannot be loaded", remedy)
-
-
-def _index_for(own: Mapping[str, Piece], folder: Path, config: DecoderConfig) -> dict[str, Stored]:
-    """Return where in `folder` the tensors of `own` are; raises Damaged unless exactly these are there."""
+def _index_for(wanted: Mapping[str, Piece], folder: Path, config: DecoderConfig) -> dict[str, Stored]:
+    """Return where in `folder` the `wanted` tensors are; raises Damaged unless exactly these are there."""
     index = read_weights_index(folder)
     head, embedding = (config.parameters.of_group(one).hub or "" for one in ("head", "embedding"))
     # Some folders store the tensor of a tied head twice.
-    is_twice = head in index and head not in own and embedding in index
+    is_twice = head in index and head not in wanted and embedding in index
     if is_twice and not are_equal(folder, index.pop(head), index[embedding]):
         raise Damaged(f"{head} is not {embedding}, and config.json says that they are one")
-    if lines := tensor_differences(own, index, EXACT):
+    if lines := tensor_differences(wanted, index, EXACT):
         raise Damaged("; ".join(lines))
     return index
 
@@ -161,13 +149,7 @@ def check_vocabulary(tokenizer: Tokenizer, config: DecoderConfig, key: str, valu
         raise ConfigError([Problem(key, value, rule, "use the tokenizer that the model was trained with")])
 
 
-def export(
-    found: Found,
-    tokenizer: Tokenizer,
-    out: Path,
-    dtype: torch.dtype,
-    key: str = "dtype",
-) -> None:
+def export(found: Found, tokenizer: Tokenizer, out: Path, dtype: str, key: str = "dtype") -> None:
     """Write the model of a verified step to a new folder `out`, for transformers, vLLM and other programs.
 
     The folder holds safetensors with their index, config.json, generation_config.json and the tokenizer. The
@@ -185,16 +167,20 @@ def export(
         pieces = {name: _whole(stored[names[name]].shape, stored[names[name]].dtype) for name in some}
         read_tensors(found.folder, {names[name]: piece for name, piece in pieces.items()}, stored)
         for name, piece in pieces.items():
-            _check_range(piece.local, name, dtype, key)
+            most = piece.local.abs().max()
+            if not most <= torch.finfo(getattr(torch, dtype)).max:  # also true for NaN
+                rule = f"cannot hold {name}, which reaches {most:.3g}"
+                raise ConfigError([Problem(key, dtype, rule, "use bfloat16")])
         return {name: piece.local for name, piece in pieces.items()}
 
     ends = {"eos_id": tokenizer.eos_id, "bos_id": tokenizer.bos_id}
-    described = config_json(config, dtype=_name_of(dtype), **ends)
+    described = config_json(config, dtype=dtype, **ends)
     generation = {name: described[name] for name in ("bos_token_id", "eos_token_id")}
     if len(tokenizer.stop_ids) > 1:
         generation["eos_token_id"] = list(tokenizer.stop_ids)
     with new_folder(out) as folder:
-        write_weights(folder, {theirs: stored[name].shape for theirs, name in names.items()}, dtype, read)
+        shapes = {theirs: stored[name].shape for theirs, name in names.items()}
+        write_weights(folder, shapes, getattr(torch, dtype), read)
         tokenizer.save(folder)
         for file, content in ((CONFIG, described), ("generation_config.json", generation)):
             (folder / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -204,18 +190,6 @@ def _whole(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Piece:
     """Return a piece that is a whole new tensor, without values."""
     shape = torch.Size(shape)
     return Piece(local=torch.empty(shape, dtype=dtype), shape=shape, offsets=torch.Size([0] * len(shape)))
-
-
-def _check_range(x: Tensor, name: str, dtype: torch.dtype, key: str) -> None:
-    """Raise ConfigError about `key` unless every number of `x` is finite in `dtype`."""
-    most = x.abs().max()
-    if not most <= torch.finfo(dtype).max:  # also true for NaN
-        rule = f"cannot hold {name}, which reaches {most:.3g}"
-        raise ConfigError([Problem(key, _name_of(dtype), rule, "use bfloat16")])
-
-
-def _name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def export_last(folder: Path, checkpoint: CheckpointConfig, step: int, tokenizer: Tokenizer) -> None:
@@ -228,7 +202,7 @@ def export_last(folder: Path, checkpoint: CheckpointConfig, step: int, tokenizer
             if json.loads((folder / SOURCE).read_bytes()) == source:
                 return
         out.rename(free_folder(folder, "earlier") / HUB)
-    export(found, tokenizer, out, getattr(torch, dtype), "checkpoint.export_dtype")
+    export(found, tokenizer, out, dtype, "checkpoint.export_dtype")
     (folder / SOURCE).write_text(json.dumps(source, indent=2) + "\n", encoding="utf-8")
 
 
