@@ -91,8 +91,8 @@ MUTANTS = {
     ),
     "hub: any tokenizer is accepted for a step": Mutant(
         "torchtitan_lite/inference/trained.py",
-        "if own.fingerprint == wanted:",
-        "if True:",
+        "if place and (own := load_tokenizer(place, options)).fingerprint == wanted:",
+        "if place and (own := load_tokenizer(place, options)):",
         "tests/inference/test_commands.py::test_the_tokenizer_is_found_in_the_folder_of_the_run",
     ),
     "generate: padding is attended to": Mutant(

@@ -118,33 +118,22 @@ def write_weights(
     from safetensors.torch import save_file
 
     sizes = {name: torch.Size(shape).numel() * dtype.itemsize for name, shape in shapes.items()}
-    groups = _groups(sizes, most_bytes)
-    files = (
-        [SINGLE]
-        if len(groups) == 1
-        else [f"model-{number:05}-of-{len(groups):05}.safetensors" for number in range(1, len(groups) + 1)]
-    )
-    for file, names in zip(files, groups, strict=True):
+    groups: list[list[str]] = []
+    total = 0
+    for name, size in sizes.items():
+        if not groups or total + size > most_bytes:  # a larger tensor has a file of its own
+            groups.append([])
+            total = 0
+        groups[-1].append(name)
+        total += size
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(groups, start=1):
+        file = SINGLE if len(groups) == 1 else f"model-{number:05}-of-{len(groups):05}.safetensors"
         tensors = {name: x.to(dtype).contiguous() for name, x in read(names).items()}
         try:
             save_file(tensors, folder / file, metadata={"format": "pt"})
         except SafetensorError as error:  # raised for a full disk too
             raise OSError(errno.EIO, str(error), str(folder / file)) from None
-    index = {
-        "metadata": {"total_size": sum(sizes.values())},
-        "weight_map": {name: file for file, names in zip(files, groups, strict=True) for name in names},
-    }
+        weight_map |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _groups(sizes: Mapping[str, int], most: int) -> list[list[str]]:
-    """Return the names in order, in groups of at most `most` bytes; a larger tensor is a group."""
-    groups: list[list[str]] = [[]]
-    total = 0
-    for name, size in sizes.items():
-        if groups[-1] and total + size > most:
-            groups.append([])
-            total = 0
-        groups[-1].append(name)
-        total += size
-    return groups

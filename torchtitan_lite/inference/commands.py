@@ -29,14 +29,7 @@ from torchtitan_lite.data import (
 )
 from torchtitan_lite.inference.evaluate import evaluate
 from torchtitan_lite.inference.generate import Sampling, generate
-from torchtitan_lite.inference.trained import (
-    KEY,
-    Trained,
-    build,
-    find,
-    lay_out_for_text,
-    renaming_keys,
-)
+from torchtitan_lite.inference.trained import KEY, Trained, build, find, lay_out_for_text, renaming_keys
 from torchtitan_lite.launch.end import status_of
 from torchtitan_lite.launch.world import World, join, leave
 from torchtitan_lite.models.decoder import DecoderConfig

@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torchtitan_lite import registry
 from torchtitan_lite.attention import AttentionConfig
 from torchtitan_lite.checkpoint.restore import Found, find_initial, load, refusing_bad_step
+from torchtitan_lite.checkpoint.state import flat
 from torchtitan_lite.config.load import ConfigError, Problem
 from torchtitan_lite.config.validation import validate
 from torchtitan_lite.data import Tokenizer, load_tokenizer
@@ -68,32 +69,18 @@ def _tokenizer(found: Found, given: str) -> Tokenizer:
             return own
         rule, remedy = f"is not the one that {found.folder} was trained with", "name that one"
         raise ConfigError([Problem("tokenizer", given, rule, remedy)])
-    for place in _places(found):
+    settings, steps = flat(found.state.config), found.folder.parent
+    beside = (str(folder / TOKENIZER) for folder in (steps.parent, steps))
+    for place in ("bytes", *beside, settings.get("data.tokenizer")):
         with suppress(ConfigError):
-            own = load_tokenizer(place, options)
-            if own.fingerprint == wanted:
+            if place and (own := load_tokenizer(place, options)).fingerprint == wanted:
                 return own
     rule = f"is not beside {found.folder}, nor where its run found it"
     remedy = "name its file or folder with --tokenizer"
-    if _plugins(found):
-        remedy += f", or its module with --plugins {' '.join(_plugins(found))}"
+    plugins = settings.get("job.plugins")
+    if plugins and isinstance(plugins, list):  # only the user decides what is imported
+        remedy += f", or its module with --plugins {' '.join(map(str, plugins))}"
     raise ConfigError([Problem("tokenizer", given, rule, remedy)])
-
-
-def _plugins(found: Found) -> list[str]:
-    """The plugins of the run, to name in an error. Only the user decides what is imported."""
-    job = found.state.config.get("job")
-    names = job.get("plugins") if isinstance(job, dict) else None
-    return list(map(str, names)) if isinstance(names, list) else []
-
-
-def _places(found: Found) -> Iterator[str]:
-    """Where the tokenizer of a step may be."""
-    yield "bytes"
-    yield str(found.folder.parent.parent / TOKENIZER)
-    yield str(found.folder.parent / TOKENIZER)
-    if path := found.state.config.get("data", {}).get("tokenizer"):
-        yield path
 
 
 def build(
