@@ -87,6 +87,11 @@ def twice(folder: Path) -> None:
     save_file({"a": TENSORS["a"], "b": TENSORS["b"], "c": TENSORS["c"]}, folder / "two.safetensors")
 
 
+def other_dtype(folder: Path) -> None:
+    header = b'{"b":{"dtype":"F8_E8M0","shape":[4],"data_offsets":[0,4]}}'
+    (folder / "two.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+
+
 HARMS: dict[str, tuple[Callable[[Path], object], str]] = {
     "cut": (truncate, "two.safetensors is no whole safetensors file ("),
     "empty": (lambda folder: (folder / "two.safetensors").write_bytes(b""), "two.safetensors is no whole"),
@@ -94,6 +99,7 @@ HARMS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda folder: (folder / "two.safetensors").write_bytes(b"\xff" * 8 + b"{}"),
         "two.safetensors is no whole safetensors file (",
     ),
+    "a dtype that is not read": (other_dtype, "b is F8_E8M0, which is not read here"),
     "two models": (
         lambda folder: save_file(TENSORS, folder / SINGLE),
         f"{SINGLE} is there, and an {INDEX} of other files",

@@ -227,7 +227,6 @@ def _write_state(folder: Path, state: State) -> dict[str, Digest]:
 
 
 def _manifest(step: int, digests: Mapping[str, Digest], ranks: World, made: dict[str, Any]) -> Manifest:
-    """Return the manifest of the files of all ranks."""
     files = {name: digest for of_rank in ranks.gather(digests) for name, digest in of_rank.items()}
     return Manifest(step=step, files=dict(sorted(files.items())), made=made)
 
