@@ -177,14 +177,8 @@ def cut(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(content[:-1])
 
 
-def pickled(folder: Path) -> None:
-    (folder / "model.safetensors").unlink()
-    torch.save({"x": torch.ones(1)}, folder / "pytorch_model.bin")
-
-
 NORM = "model.norm.weight"
 HARMS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "a pickle": (pickled, "cannot be loaded: pytorch_model.bin is a pickle"),
     "a shape": (
         lambda folder: weights_say(folder, **{NORM: torch.ones(3)}),
         f"{NORM} is [32] here and [3] in the checkpoint",
