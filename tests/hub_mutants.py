@@ -12,7 +12,6 @@ EXCHANGE = "tests/training/test_hub.py"
 TEXT = "tests/inference/test_generate.py"
 CACHE = f"{TEXT}::test_logits_with_the_cache_equal_those_of_the_whole_forward[7-sdpa]"
 GATE, UP, SPLIT = ('"ffn.w1", "mlp.gate_proj"', '"ffn.w3", "mlp.up_proj"', 'shard_dim=0, split_by="ffn_dim"')
-BOX = "piece.local.copy_(self.box(name, piece.offsets, piece.local.shape))"
 
 MUTANTS = {
     "hub: gate and up change places": Mutant(
@@ -41,20 +40,20 @@ MUTANTS = {
     ),
     "hub: a dtype that loses bits is read": Mutant(
         WEIGHTS,
-        "elif place.dtype not in _DTYPES:",
-        "elif False:",
+        "EXACT = (torch.float32,",
+        "EXACT = (torch.int8, torch.float64, torch.float32,",
         f"{FILES}::test_a_dtype_that_would_lose_bits_or_is_none_of_weights_is_refused",
     ),
     "hub: tensors that belong to no weight are ignored": Mutant(
-        WEIGHTS,
-        "if name not in wanted and name not in ignored",
-        "if False",
-        f"{FILES}::test_what_does_not_fit_is_told_in_a_line_each",
+        "torchtitan_lite/checkpoint/tensors.py",
+        "for name in index if name not in pieces]",
+        "for name in index if False]",
+        "tests/checkpoint/test_tensors.py::test_what_differs_is_told_in_a_line_each",
     ),
     "hub: the index is not compared with the files": Mutant(
         WEIGHTS,
-        "if listed and listed != (",
-        "if False and listed != (",
+        "if listed and listed != found:",
+        "if False:",
         f"{FILES}::test_a_broken_or_hostile_folder_is_one_line",
     ),
     "hub: a folder that failed stays": Mutant(
@@ -64,15 +63,17 @@ MUTANTS = {
         "tests/test_durable.py::test_a_new_folder_that_fails_leaves_nothing",
     ),
     "hub: the whole model is read before it is placed": Mutant(
-        WEIGHTS,
-        BOX,
-        'kept = self.__dict__.setdefault("kept", []); '
-        "kept.append(self.box(name, piece.offsets, piece.local.shape).clone()); piece.local.copy_(kept[-1])",
+        HUB,
+        "        read_tensors(folder, own, _index_for(own, folder, config))\n",
+        "        copies = {name: _whole(piece.shape) for name, piece in own.items()}\n"
+        "        read_tensors(folder, copies, _index_for(own, folder, config))\n"
+        "        for name, copy in copies.items():\n"
+        "            own[name].local.copy_(copy.local)\n",
         f"{EXCHANGE}::test_loading_holds_no_second_copy_of_the_model",
     ),
     "hub: an untied head is taken for a tied one": Mutant(
         HUB,
-        "if name in weights.places and embedding and",
+        "if is_twice and",
         "if False and",
         f"{EXCHANGE}::test_a_tied_head_that_is_stored_twice_must_be_the_same",
     ),
@@ -90,8 +91,8 @@ MUTANTS = {
     ),
     "hub: any tokenizer is accepted for a step": Mutant(
         "torchtitan_lite/inference/trained.py",
-        "if own.fingerprint == wanted:",
-        "if True:",
+        "if place and (own := load_tokenizer(place, options)).fingerprint == wanted:",
+        "if place and (own := load_tokenizer(place, options)):",
         "tests/inference/test_commands.py::test_the_tokenizer_is_found_in_the_folder_of_the_run",
     ),
     "generate: padding is attended to": Mutant(

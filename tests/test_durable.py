@@ -48,6 +48,13 @@ def test_a_folder_and_all_in_it_is_on_the_disk_before_it_has_its_name(
     assert (tmp_path / "parent" / "target" / "inner" / "file").read_text() == "x"
 
 
+def test_bytes_leave_the_process_when_their_sync_begins(tmp_path: Path) -> None:
+    with (tmp_path / "file").open("wb") as stream:
+        stream.write(b"some")
+        durable.begin_sync(stream, 0, 4)
+        assert (tmp_path / "file").read_bytes() == b"some"
+
+
 def test_a_file_is_on_the_disk_before_it_replaces_another(tmp_path: Path, events: list[str]) -> None:
     path = tmp_path / "file"
     path.write_text("before")

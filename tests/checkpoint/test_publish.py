@@ -33,7 +33,7 @@ SYNC = "torchtitan_lite.durable.sync"
 POINTS = {
     "nothing": (dies("checkpoint:steps.Steps.scratch", "before"), False),
     "empty scratch folder": (dies("checkpoint:steps.Steps.scratch", "after"), False),
-    "half of the tensors": (dies("checkpoint:tensor_file.bytes_of", "after", 40), False),
+    "half of the tensors": (dies("checkpoint:tensors._bytes_of", "after", 40), False),
     "tensors": (dies(SYNC, "before", 1), False),
     "index": (dies("checkpoint:save.write_tensors", "after"), False),
     "state": (dies("checkpoint:save._write_state", "after"), False),

@@ -12,7 +12,7 @@ from torchtitan_lite.attention import Flex, Sdpa, Varlen
 from torchtitan_lite.config.job import JobConfig, ModelSection, load_job
 from torchtitan_lite.config.load import load, to_toml
 from torchtitan_lite.config.schema import choice_of, field_types, plain_types
-from torchtitan_lite.inference.options import EvalConfig, GenerateConfig
+from torchtitan_lite.inference.commands import EvalConfig, GenerateConfig
 
 DEFAULT = JobConfig()
 

@@ -24,12 +24,17 @@ from torchtitan_lite.models.registry import families, resolve
 ROOT = Path(__file__).parents[2]
 
 
+def words(texts: Path, folder: Path, steps: int, cache: str | Path = "cache", **changes: object) -> list[str]:
+    """The command line of a short run in `folder`."""
+    values = {"training__steps": steps, "training__local_batch_size": 8, "lr_scheduler__total_steps": steps}
+    values |= {"lr_scheduler__warmup_steps": 0, "job__dump_folder": folder, **changes}
+    return resume_cases.run_of(texts / "short.jsonl", texts / cache, **values)
+
+
 @pytest.fixture(scope="module")
 def run(texts: Path) -> Path:
     """A run of three steps."""
-    values = {"training__steps": 3, "training__local_batch_size": 8, "lr_scheduler__total_steps": 3}
-    values |= {"job__dump_folder": texts / "run", "validation__steps": -1, "checkpoint__interval": 2}
-    assert train(*resume_cases.run_of(texts / "short.jsonl", texts / "cache", **values)) == 0
+    assert train(*words(texts, texts / "run", 3, validation__steps=-1, checkpoint__interval=2)) == 0
     return texts / "run"
 
 
@@ -145,10 +150,8 @@ def test_the_last_shorter_sample_is_treated_like_the_others(texts: Path) -> None
 
 
 def test_a_step_with_only_the_model_is_used_in_its_precision(texts: Path, say, tmp_path: Path) -> None:
-    values = {"training__steps": 1, "training__local_batch_size": 8, "job__dump_folder": tmp_path / "run"}
-    values |= {"lr_scheduler__total_steps": 1, "lr_scheduler__warmup_steps": 0}
-    values |= {"checkpoint__last_save_model_only": "true", "checkpoint__export_dtype": "bfloat16"}
-    assert train(*resume_cases.run_of(texts / "short.jsonl", texts / "cache", **values)) == 0
+    values = {"checkpoint__last_save_model_only": "true", "checkpoint__export_dtype": "bfloat16"}
+    assert train(*words(texts, tmp_path / "run", 1, **values)) == 0
     status, out, err = say("generate", tmp_path / "run", "--prompt", "ab c", "--max-new-tokens", 5)
     assert (status, err) == (0, "") and out.startswith("ab c")
     status, out, err = say("eval", tmp_path / "run", "--dtype", "bfloat16")
@@ -168,12 +171,10 @@ def test_a_model_imported_without_a_tokenizer_starts_a_run(say, texts: Path, tmp
     config = cases.replace(cases.small(families["qwen3"]["0.6B"]), vocab_size=264)
     cases.theirs(config, tmp_path).save_pretrained(tmp_path / "hf")
     assert say("import-hf", tmp_path / "hf", "--out", tmp_path / "steps")[0] == 0
-    values = {"training__steps": 1, "training__local_batch_size": 8, "job__dump_folder": tmp_path / "run"}
-    values |= {"lr_scheduler__total_steps": 1, "lr_scheduler__warmup_steps": 0, "model__name": "hf"}
-    values |= {"model__flavor": tmp_path / "hf", "checkpoint__initial_load_path": tmp_path / "steps"}
-    words = resume_cases.run_of(texts / "short.jsonl", texts / "cache", **values)
-    at = words.index("--model.overrides")
-    assert train(*words[:at], *words[at + 2 :]) == 0
+    model = {"model__name": "hf", "model__flavor": tmp_path / "hf"}
+    argv = words(texts, tmp_path / "run", 1, checkpoint__initial_load_path=tmp_path / "steps", **model)
+    at = argv.index("--model.overrides")
+    assert train(*argv[:at], *argv[at + 2 :]) == 0
 
 
 def test_a_full_disk_is_reported_in_one_line_and_leaves_no_files(run: Path, tmp_path: Path) -> None:
@@ -264,10 +265,7 @@ def test_two_ranks_generate_the_text_of_one(run: Path, say) -> None:
 def test_the_tokenizer_is_found_in_the_folder_of_the_run(texts: Path, say, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     ByteTokenizer().save(tmp_path / "mine")
-    values = {"training__steps": 1, "training__local_batch_size": 8, "job__dump_folder": tmp_path / "run"}
-    values |= {"data__tokenizer": tmp_path / "mine", "lr_scheduler__total_steps": 1}
-    values |= {"lr_scheduler__warmup_steps": 0}
-    assert train(*resume_cases.run_of(texts / "short.jsonl", texts / "cache", **values)) == 0
+    assert train(*words(texts, tmp_path / "run", 1, data__tokenizer=tmp_path / "mine")) == 0
     (tmp_path / "mine").rename(tmp_path / "elsewhere")
     more = ("--prompt", "ab c", "--max-new-tokens", 3)
     status, out, err = say("generate", tmp_path / "run", *more)
@@ -287,10 +285,8 @@ def plugged(tmp_path: Path, texts: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
     Path("mine.py").write_text(plugin_cases.ALL)
     more = "--job.plugins mine --data.dataset counting --data.n-documents 100 --data.tokenizer shifted"
     more += " --tokenizers.shifted.shift 3 --optimizer.name Descent --model.attention plain"
-    values = {"training__steps": 2, "training__local_batch_size": 8, "lr_scheduler__total_steps": 2}
-    values |= {"lr_scheduler__warmup_steps": 0, "job__dump_folder": tmp_path / "run"}
     with plugin_cases.forgotten():
-        argv = resume_cases.run_of(texts / "short.jsonl", tmp_path / "cache", **values)
+        argv = words(texts, tmp_path / "run", 2, tmp_path / "cache")
         assert train(*argv, *more.split()) == 0
     with plugin_cases.forgotten():  # so that the command has to import the plugin itself
         yield tmp_path / "run"

@@ -1,9 +1,9 @@
 """The checkpoints of a run: a run that resumes from one continues as if it had never stopped.
 
-steps: folders, published by a rename      save: Saver, in the background if configured
-manifest: sizes and SHA-256                restore: find a step, verify it, load it
-tensors: pieces of many ranks, an index    tensor_file: one safetensors file
-state: the step and the identity of a run  weights: folders in Hugging Face's format
+steps: folders, published by a rename              save: Saver, in the background if configured
+manifest: sizes and SHA-256                        restore: find a step, verify it, load it
+tensors: safetensors with pieces of many ranks     weights: folders in Hugging Face's format
+state: the step and the identity of a run
 
 See docs/checkpoints.md.
 """

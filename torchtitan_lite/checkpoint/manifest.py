@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from torchtitan_lite.config.load import ConfigError, Problem
 from torchtitan_lite.launch.world import SameOnAllRanks
 
 FORMAT_VERSION = 1
@@ -97,6 +98,15 @@ def reading(name: str) -> Iterator[None]:
         raise Damaged(f"{name} is missing") from None
     except OSError as error:
         raise Unreadable(f"{name} cannot be read ({error.strerror})") from None
+
+
+@contextmanager
+def refusing_damage(key: str, value: object, rule: str, remedy: str) -> Iterator[None]:
+    """Turn Damaged and Unreadable, raised in the block, into a ConfigError about `key`."""
+    try:
+        yield
+    except (Damaged, Unreadable) as problem:
+        raise ConfigError([Problem(key, value, f"{rule}: {problem}", remedy)]) from None
 
 
 def check_files(folder: Path, manifest: Manifest) -> None:

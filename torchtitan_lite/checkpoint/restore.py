@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torchtitan_lite.checkpoint.manifest import (
     check_hash,
     read_manifest,
     reading,
+    refusing_damage,
 )
 from torchtitan_lite.checkpoint.state import STATE, State, changed, flat, read_state
 from torchtitan_lite.checkpoint.steps import Steps
@@ -24,8 +26,8 @@ from torchtitan_lite.config.problem import literal, printable
 from torchtitan_lite.launch.world import World
 
 _LOG = logging.getLogger(__name__)
-_MOST_SHOWN = 10
-"""The most differences between a step and the run that an error lists."""
+_DATA_KEYS = [f"data.{key}" for key in ("dataset", "path", "field", "tokenizer", "validation_fraction")]
+"""The settings that decide the data's fingerprint."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,16 +45,11 @@ def verify(folder: Path, ranks: World) -> Found:
 
     Raises Damaged or Unreadable, the same on all ranks.
     """
-    manifest = ranks.together(lambda: _open(folder))
+    manifest = ranks.together(lambda: read_manifest(folder))
+    ranks.together(lambda: check_files(folder, manifest))
     by_size = sorted(manifest.files.items(), key=lambda item: -item[1].size)
     ranks.together(lambda: [check_hash(folder, *file) for file in by_size[ranks.rank :: ranks.size]])
     return ranks.together(lambda: _read(folder, manifest, ranks))
-
-
-def _open(folder: Path) -> Manifest:
-    manifest = read_manifest(folder)
-    check_files(folder, manifest)
-    return manifest
 
 
 def _read(folder: Path, manifest: Manifest, ranks: World) -> Found:
@@ -79,7 +76,14 @@ def find(steps: Steps, load_step: int, ranks: World) -> Found | None:
     problems = []
     for step in [load_step] if is_asked_for else reversed(published):
         try:
-            return _verified(steps, step, ranks)
+            found = verify(steps.path(step), ranks)
+            if found.state.step == step:
+                return found
+            raise Damaged(f"it is step {found.state.step} under another name")
+        except Unreadable as problem:
+            rule = f"holds step {step}, which cannot be told to be good or not: {problem}"
+            remedy = "see to that and start again; where it stays so, move the step away"
+            raise ConfigError([Problem("checkpoint.folder", str(steps.folder), rule, remedy)]) from None
         except Damaged as damage:
             if is_asked_for:
                 rule, remedy = f"is damaged: {damage}", "use -1 for the newest step that is not"
@@ -103,28 +107,18 @@ def _published(steps: Steps) -> list[int]:
         raise ConfigError([Problem("checkpoint.folder", str(steps.folder), rule, remedy)]) from None
 
 
-def _verified(steps: Steps, step: int, ranks: World) -> Found:
-    try:
-        found = verify(steps.path(step), ranks)
-    except Unreadable as problem:
-        rule = f"holds step {step}, which cannot be told to be good or not: {problem}"
-        remedy = "see to that and start again; where it stays so, move the step away"
-        raise ConfigError([Problem("checkpoint.folder", str(steps.folder), rule, remedy)]) from None
-    if found.state.step != step:
-        raise Damaged(f"it is step {found.state.step} under another name")
-    return found
-
-
 def find_initial(path: str, ranks: World, key: str = "checkpoint.initial_load_path") -> Found:
     """Return the step at `path`: the folder of a step, or the newest step in a folder of steps or of a run.
 
     Raises ConfigError if no step is there or the step is damaged; no other step takes its place.
     """
-    try:
+    with refusing_bad_step(key, path):
         return verify(ranks.share(ranks.together(lambda: _initial(path))), ranks)
-    except (Damaged, Unreadable) as problem:
-        rule, remedy = f"holds no good step: {problem}", "name a step-N folder that a run has published"
-        raise ConfigError([Problem(key, path, rule, remedy)]) from None
+
+
+def refusing_bad_step(key: str, path: str) -> AbstractContextManager[None]:
+    """Turn damage that the block finds in the step at `path` into a ConfigError about `key`."""
+    return refusing_damage(key, path, "holds no good step", "name a step-N folder that a run has published")
 
 
 def _initial(path: str) -> Path:
@@ -149,7 +143,8 @@ def check_same_run(
 ) -> list[Problem]:
     """Return what differs between this run and the run that saved the step.
 
-    `config` has the settings that decide the data's fingerprint. Raises ConfigError unless `allow_changes`.
+    If the data's fingerprint differs, so do some settings in `config`. Raises ConfigError unless
+    `allow_changes`.
     """
     saved, now = dict(state.identity), dict(identity)
     if saved.get("data.fingerprint") != now.get("data.fingerprint"):
@@ -173,8 +168,7 @@ def check_same(
 
 
 def _of_data(config: Mapping[str, Any]) -> dict[str, Any]:
-    keys = [f"data.{key}" for key in ("dataset", "path", "field", "tokenizer", "validation_fraction")]
-    return {key: value for key, value in flat({"data": config.get("data")}).items() if key in keys}
+    return {key: value for key, value in flat(config).items() if key in _DATA_KEYS}
 
 
 def load(found: Found, pieces: Mapping[str, Piece], ranks: World, key: str = "checkpoint.folder") -> None:
@@ -185,14 +179,8 @@ def load(found: Found, pieces: Mapping[str, Piece], ranks: World, key: str = "ch
     """
     kinds = {name.partition(".")[0] for name in pieces}
     index = {name: stored for name, stored in found.index.items() if name.partition(".")[0] in kinds}
-    lines = differences(pieces, index)
-    if lines:
-        more = f", and {len(lines) - _MOST_SHOWN} more" if len(lines) > _MOST_SHOWN else ""
-        rule = f"does not fit: {', '.join(lines[:_MOST_SHOWN])}{more}"
-        remedy = "use what it was saved from, in float32"
+    if lines := differences(pieces, index):
+        rule, remedy = f"does not fit: {', '.join(lines)}", "use what it was saved from, in float32"
         raise ConfigError([Problem(key, str(found.folder), rule, remedy)])
-    try:
+    with refusing_damage(key, str(found.folder), "can no longer be read", "see to that and start again"):
         ranks.together(lambda: read_tensors(found.folder, pieces, index))
-    except (Damaged, Unreadable) as problem:
-        rule, remedy = f"can no longer be read: {problem}", "see to that and start again"
-        raise ConfigError([Problem(key, str(found.folder), rule, remedy)]) from None

@@ -86,9 +86,12 @@ class Saver:
             return
         self.report(quiet=last)
         in_foreground = last or self.config.async_mode == "disabled"
-        snapshot = self._take(step, take if in_foreground else lambda: _copy(take(), self._pinned))
-        stood_still = None if in_foreground else perf_counter() - began
-        if snapshot is not None:
+        try:
+            snapshot = self.ranks.together(take if in_foreground else lambda: _copy(take(), self._pinned))
+        except Exception as error:  # noqa: BLE001 - whatever it is, such as no memory, `report` raises it
+            self._failure = self._failed(step, error)
+        else:
+            stood_still = None if in_foreground else perf_counter() - began
             # In a thread in either mode: a write may take longer than a rank may go without a sign of life.
             self._writing = in_thread(lambda: self._write(snapshot, began, stood_still))
         if in_foreground:
@@ -122,14 +125,6 @@ class Saver:
             raise failure
         if self.ranks.is_first:
             _LOG.error("%s%s", failure, "" if quiet else "; the run goes on")
-
-    def _take(self, step: int, take: Callable[[], Snapshot]) -> Snapshot | None:
-        """Return the snapshot; None on all ranks if one of them has no memory for it."""
-        try:
-            return self.ranks.together(take)
-        except Exception as error:  # noqa: BLE001 - whatever it is, `report` raises it
-            self._failure = self._failed(step, error)
-            return None
 
     def _write(self, snapshot: Snapshot, began: float, stood_still: float | None) -> None:
         """Write and publish a step; keep an error for `report`."""
@@ -173,7 +168,10 @@ def write_step(steps: Steps, snapshot: Snapshot, ranks: World, keep_latest_k: in
             (scratch / MANIFEST).write_bytes(manifest.text().encode())
             is_durable = steps.publish(scratch, manifest.step)
             if keep_latest_k and is_durable:
-                _remove_old(steps, keep_latest_k)
+                try:
+                    steps.keep_latest(keep_latest_k)
+                except OSError as error:
+                    _LOG.warning("old steps in %s could not be removed (%s)", steps.folder, error.strerror)
 
         # The other ranks wait here for the removal of old steps: within a training step they wait less long.
         ranks.together(lambda: publish() if ranks.is_first else None)
@@ -229,16 +227,8 @@ def _write_state(folder: Path, state: State) -> dict[str, Digest]:
 
 
 def _manifest(step: int, digests: Mapping[str, Digest], ranks: World, made: dict[str, Any]) -> Manifest:
-    """Return the manifest of the files of all ranks."""
     files = {name: digest for of_rank in ranks.gather(digests) for name, digest in of_rank.items()}
     return Manifest(step=step, files=dict(sorted(files.items())), made=made)
-
-
-def _remove_old(steps: Steps, keep_latest_k: int) -> None:
-    try:
-        steps.keep_latest(keep_latest_k)
-    except OSError as error:
-        _LOG.warning("old steps in %s could not be removed (%s)", steps.folder, error.strerror)
 
 
 def _copy(snapshot: Snapshot, pinned: dict[str, torch.Tensor] | None) -> Snapshot:

@@ -2,12 +2,21 @@
 
 A step has a file `tensors-<rank>.safetensors` of each rank that writes something. There a chunk, a part of a
 tensor, stands under the tensor's name. `index.json` has the dtype, shape and chunks of each tensor: where a
-chunk is in the tensor, and where in which file.
+chunk is in the tensor, and where in which file. A file is hashed while it is written. Its format is
+
+    8 bytes: length of the header, little-endian | header: JSON, padded with spaces | the tensors' bytes
+
+https://github.com/huggingface/safetensors#format. Names, dtypes and shapes alone decide every byte before the
+tensors: a reader computes the header that must be there, and never parses the header that is there.
 """
 
+import hashlib
 import io
+import json
 import math
+import struct
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -17,16 +26,37 @@ import torch
 from pydantic import Field, PlainSerializer, PlainValidator, TypeAdapter, ValidationError
 from torch import Tensor
 
-from torchtitan_lite.checkpoint import tensor_file
+from torchtitan_lite import durable
 from torchtitan_lite.checkpoint.manifest import Damaged, Digest, Manifest, reading, write_file
 from torchtitan_lite.checkpoint.state import STATE
-from torchtitan_lite.checkpoint.tensor_file import DTYPE_NAMES, DTYPES, Layout, bytes_of, layout
 from torchtitan_lite.launch.world import World
 
 INDEX = "index.json"
 _FILE = "tensors-{rank}.safetensors"
 _BLOCK = 16 << 20
 """Bytes that are read at a time where they cannot be read straight into a tensor."""
+_MOST_LINES = 10
+"""The most tensors that an error names."""
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "C64": torch.complex64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""The format's names of dtypes."""
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +76,7 @@ def _dtype(name: object) -> torch.dtype:
     return DTYPES[name]
 
 
-_Dtype = Annotated[torch.dtype, PlainValidator(_dtype), PlainSerializer(DTYPE_NAMES.__getitem__)]
+_Dtype = Annotated[torch.dtype, PlainValidator(_dtype), PlainSerializer(_DTYPE_NAMES.__getitem__)]
 _Dims = Annotated[tuple[Annotated[int, Field(ge=0, lt=2**63)], ...], Field(max_length=64)]
 
 
@@ -100,12 +130,62 @@ def write_tensors(folder: Path, pieces: Mapping[str, Piece], ranks: World) -> di
         digests = {}
         if own := division[ranks.rank]:
             file = _FILE.format(rank=ranks.rank)
-            digests[file] = tensor_file.write(folder / file, {name: pieces[name].local for name in own})
+            digests[file] = _write_file(folder / file, {name: pieces[name].local for name in own})
         if ranks.is_first:
             digests[INDEX] = write_file(folder / INDEX, _Index.dump_json(_index_of(division)))
         return digests
 
     return ranks.together(write)
+
+
+def _write_file(path: Path, tensors: Mapping[str, Tensor]) -> Digest:
+    """Write `tensors` to a new file, and wait until it is on the disk.
+
+    The tensors must not change meanwhile: a thread hashes the memory that this one writes. At most two
+    tensors of a GPU are in host memory at a time. Raises OSError.
+    """
+    layout = _layout({name: (x.dtype, tuple(x.shape)) for name, x in tensors.items()})
+    sha256 = hashlib.sha256(layout.header)
+    hashing: Future[None] | None = None
+    with ThreadPoolExecutor(1) as hasher:
+        with path.open("wb") as stream:
+            stream.write(layout.header)
+            for name, (start, stop) in layout.places.items():
+                content = _bytes_of(tensors[name].detach().cpu().contiguous())
+                if hashing is not None:
+                    hashing.result()
+                hashing = hasher.submit(sha256.update, content)
+                stream.write(content)
+                durable.begin_sync(stream, start, stop)
+        durable.sync(path)
+    return Digest(layout.n_bytes, sha256.hexdigest())
+
+
+class _Layout(NamedTuple):
+    """Where everything is in a file."""
+
+    header: bytes
+    """All bytes before the tensors."""
+    places: dict[str, tuple[int, int]]
+    """Of each tensor, in the file's order, the bytes that it has: from, to."""
+    n_bytes: int
+    """Size of the file."""
+
+
+def _layout(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> _Layout:
+    """Return the layout of a file with tensors of these dtypes and shapes."""
+    # The widest first, so that each tensor starts at a multiple of its item size.
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1][0].itemsize, item[0]))
+    described, ranges, end = {}, {}, 0
+    for name, (dtype, shape) in ordered:
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        described[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": shape, "data_offsets": (start, end)}
+        ranges[name] = start, end
+    text = json.dumps(described, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    header = struct.pack("<Q", len(text)) + text
+    n = len(header)
+    return _Layout(header, {name: (n + start, n + end) for name, (start, end) in ranges.items()}, n + end)
 
 
 def _divide(held: Sequence[Mapping[str, _Box]]) -> list[dict[str, _Box]]:
@@ -132,7 +212,7 @@ def _divide(held: Sequence[Mapping[str, _Box]]) -> list[dict[str, _Box]]:
 def _index_of(division: Sequence[Mapping[str, _Box]]) -> dict[str, Stored]:
     index: dict[str, Stored] = {}
     for rank, boxes in enumerate(division):
-        places = layout({name: (box.dtype, box.sizes) for name, box in boxes.items()}).places
+        places = _layout({name: (box.dtype, box.sizes) for name, box in boxes.items()}).places
         for name, (start, stop) in places.items():
             box = boxes[name]
             stored = index.setdefault(name, Stored(dtype=box.dtype, shape=box.shape, chunks=[]))
@@ -156,7 +236,8 @@ def read_index(folder: Path, manifest: Manifest, ranks: World) -> dict[str, Stor
     except ValidationError as error:
         raise Damaged(f"{INDEX} is no index of tensors ({error.error_count()} values are wrong)") from None
     for name, stored in index.items():
-        if not _is_whole(stored):
+        n_dims = {len(dims) for chunk in stored.chunks for dims in (chunk.offsets, chunk.sizes)}
+        if n_dims - {len(stored.shape)} or not _fill(stored.chunks, stored.shape):
             raise Damaged(f"{INDEX} does not have all of {name}, and each part once")
     layouts = _layouts_of(index)
     if strangers := manifest.files.keys() - layouts.keys() - {INDEX, STATE}:
@@ -169,11 +250,14 @@ def read_index(folder: Path, manifest: Manifest, ranks: World) -> dict[str, Stor
             if (chunk.start, chunk.stop) != layouts[chunk.file].places[name]:
                 raise Damaged(f"{INDEX} places {name} where {chunk.file} does not have it")
     for file in sorted(layouts)[ranks.rank :: ranks.size]:
-        tensor_file.check_header(folder, file, layouts[file].header)
+        header = layouts[file].header
+        with reading(file), (folder / file).open("rb") as stream:
+            if stream.read(len(header)) != header:
+                raise Damaged(f"{file} has another header than its tensors in the index need")
     return index
 
 
-def _layouts_of(index: Mapping[str, Stored]) -> dict[str, Layout]:
+def _layouts_of(index: Mapping[str, Stored]) -> dict[str, _Layout]:
     """Return the layout of each file of an index; raises Damaged if a file has two chunks of one name."""
     files: dict[str, dict[str, tuple[torch.dtype, tuple[int, ...]]]] = {}
     for name, stored in index.items():
@@ -182,55 +266,52 @@ def _layouts_of(index: Mapping[str, Stored]) -> dict[str, Layout]:
             if name in tensors:
                 raise Damaged(f"{INDEX} has two chunks of {name} in {chunk.file}")
             tensors[name] = stored.dtype, chunk.sizes
-    return {file: layout(tensors) for file, tensors in files.items()}
+    return {file: _layout(tensors) for file, tensors in files.items()}
 
 
-def _is_whole(stored: Stored) -> bool:
-    """Return whether the chunks fill the tensor, without gaps and overlaps."""
-    n_dims = {len(dims) for chunk in stored.chunks for dims in (chunk.offsets, chunk.sizes)}
-    if n_dims - {len(stored.shape)}:
-        return False
-    boxes = [[*zip(chunk.offsets, chunk.sizes, strict=True)] for chunk in stored.chunks]
-    return _fill_all(boxes, stored.shape)
+def _fill(chunks: Sequence[Chunk], shape: Sequence[int], dim: int = 0) -> bool:
+    """Return whether chunks that are equal in the dims before `dim` fill the others, without overlaps.
 
-
-def _fill_all(boxes: Sequence[Sequence[tuple[int, int]]], shape: Sequence[int]) -> bool:
-    """Return whether boxes, an offset and a size in each dim, fill `shape` without gaps and overlaps.
-
-    Slab by slab of the first dim, then of the next: ranks cut a tensor into nothing but slabs.
+    Slab by slab of this dim, then of the next: ranks cut a tensor into nothing but slabs.
     """
-    if not shape:
-        return len(boxes) == 1
-    slabs: dict[tuple[int, int], list[Sequence[tuple[int, int]]]] = {}
-    for first, *others in boxes:
-        slabs.setdefault(first, []).append(others)
+    if dim == len(shape):
+        return len(chunks) == 1
+    slabs: dict[tuple[int, int], list[Chunk]] = {}
+    for chunk in chunks:
+        slabs.setdefault((chunk.offsets[dim], chunk.sizes[dim]), []).append(chunk)
     end = 0
     for (offset, size), parts in sorted(slabs.items()):
-        if offset != end or size == 0 or not _fill_all(parts, shape[1:]):
+        if offset != end or size == 0 or not _fill(parts, shape, dim + 1):
             return False
         end += size
-    return end == shape[0]
+    return end == shape[dim]
 
 
-def differences(pieces: Mapping[str, Piece], index: Mapping[str, Stored]) -> list[str]:
-    """Return why `pieces` cannot be read from the stored tensors: names, shapes and dtypes, a line each."""
+def differences(
+    pieces: Mapping[str, Piece], index: Mapping[str, Stored], dtypes: Sequence[torch.dtype] = ()
+) -> list[str]:
+    """Return why `pieces` cannot be read from the stored tensors: names, shapes and dtypes, a line each.
+
+    `dtypes`: those from which a piece of another dtype is read too.
+    """
     lines = [f"{name} is not in the checkpoint" for name in pieces if name not in index]
     lines += [f"{name} is in the checkpoint alone" for name in index if name not in pieces]
     for name in pieces.keys() & index.keys():
         piece, stored = pieces[name], index[name]
         if piece.shape != stored.shape:
             lines.append(f"{name} is {list(piece.shape)} here and {list(stored.shape)} in the checkpoint")
-        elif piece.local.dtype != stored.dtype:
+        elif stored.dtype not in (piece.local.dtype, *dtypes):
             lines.append(f"{name} is {piece.local.dtype} here and {stored.dtype} in the checkpoint")
-    return sorted(lines)
+    more = [f"and {len(lines) - _MOST_LINES} more"] if len(lines) > _MOST_LINES else []
+    return [*sorted(lines)[:_MOST_LINES], *more]
 
 
 @torch.no_grad()
 def read_tensors(folder: Path, pieces: Mapping[str, Piece], index: Mapping[str, Stored]) -> None:
     """Read every piece from the chunks that overlap it. `differences` must have found none.
 
-    Bytes go straight into a piece whose memory is laid out as the file, else through a block of 16 MiB or one
-    row. Raises Damaged if a file has become shorter.
+    Bytes go straight into a piece whose memory is laid out as the file. Otherwise they are read in blocks of
+    16 MiB or one row, which also changes their dtype. Raises Damaged if a file has become shorter.
     """
     chunks = [(chunk.file, chunk.start, name, chunk) for name in pieces for chunk in index[name].chunks]
     for file, of_file in groupby(sorted(chunks, key=lambda item: item[:2]), key=lambda item: item[0]):
@@ -238,7 +319,7 @@ def read_tensors(folder: Path, pieces: Mapping[str, Piece], index: Mapping[str, 
             for _, _, name, chunk in of_file:
                 if overlap := _overlap(pieces[name], chunk):
                     source, target = overlap
-                    _read(stream, chunk, source, pieces[name].local.detach()[target])
+                    _read(stream, chunk, index[name].dtype, source, pieces[name].local.detach()[target])
 
 
 def _overlap(piece: Piece, chunk: Chunk) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
@@ -253,28 +334,35 @@ def _overlap(piece: Piece, chunk: Chunk) -> tuple[tuple[slice, ...], tuple[slice
     return tuple(in_chunk), tuple(in_piece)
 
 
-def _read(stream: io.BufferedReader, chunk: Chunk, source: tuple[slice, ...], target: Tensor) -> None:
+def _read(
+    stream: io.BufferedReader, chunk: Chunk, dtype: torch.dtype, source: tuple[slice, ...], target: Tensor
+) -> None:
     """Read the box `source` of a chunk into `target`."""
     if not chunk.sizes:  # a scalar is a row of one number
         source, target = (slice(0, 1),), target.view(1)
     rows, *rest = source
     row = list(chunk.sizes[1:])
-    row_bytes = math.prod(row) * target.element_size()
+    row_bytes = math.prod(row) * dtype.itemsize
     stream.seek(chunk.start + rows.start * row_bytes)
     has_whole_rows = list(target.shape[1:]) == row
-    if has_whole_rows and target.is_cpu and target.is_contiguous():
-        _fill(stream, target)
+    if has_whole_rows and target.dtype == dtype and target.is_cpu and target.is_contiguous():
+        _read_into(stream, target)
         return
     n_most = min(len(target), max(1, _BLOCK // row_bytes))
-    block = torch.empty((n_most, *row), dtype=target.dtype)
+    block = torch.empty((n_most, *row), dtype=dtype)
     for part in target.split(n_most):
         read = block[: len(part)]
-        _fill(stream, read)
+        _read_into(stream, read)
         part.copy_(read[(slice(None), *rest)])
 
 
-def _fill(stream: io.BufferedReader, target: Tensor) -> None:
+def _read_into(stream: io.BufferedReader, target: Tensor) -> None:
     """Read the next bytes into the memory of a contiguous tensor."""
-    memory = bytes_of(target)
+    memory = _bytes_of(target)
     if stream.readinto(memory) != len(memory):
         raise Damaged(f"{Path(stream.name).name} has become shorter")
+
+
+def _bytes_of(x: Tensor) -> memoryview:
+    """Return the memory of a contiguous tensor of the CPU, without a copy."""
+    return x.detach().reshape(-1).view(torch.uint8).numpy().data

@@ -3,130 +3,85 @@
 import errno
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchtitan_lite.checkpoint.manifest import Damaged
-from torchtitan_lite.checkpoint.tensors import Piece
+from torchtitan_lite.checkpoint.tensors import DTYPES, Chunk, Stored
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+EXACT = (torch.float32, torch.float16, torch.bfloat16)
 """The dtypes that become float32 without losing a bit."""
-_ROWS = 1024
-"""Rows of a tensor that are compared at a time."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Place:
-    """The file of a tensor, and its dtype and shape there."""
+def read_weights_index(folder: Path) -> dict[str, Stored]:
+    """Return which tensors the safetensors files of a folder hold, and where.
 
-    file: str
-    dtype: str
-    shape: tuple[int, ...]
+    Raises Damaged unless every file is whole and the index is true of the files.
+    """
+    listed = _listed(folder)
+    index: dict[str, Stored] = {}
+    for file in sorted(set(listed.values())) or [SINGLE]:
+        for name, stored in _stored(folder, file):
+            if name in index:
+                raise Damaged(f"{name} is in {index[name].chunks[0].file} and in {file}")
+            index[name] = stored
+    found = {name: stored.chunks[0].file for name, stored in index.items()}
+    if listed and listed != found:
+        name = min(name for name in {*listed, *found} if listed.get(name) != found.get(name))
+        raise Damaged(f"{INDEX} is not true of {name}: {_whereabouts(name, listed, found)}")
+    return index
 
 
-class Weights:
-    """The tensors in the safetensors files of a folder. Raises Damaged if the files are not whole."""
+def _stored(folder: Path, file: str) -> Iterator[tuple[str, Stored]]:
+    """Yield the tensors of a file, each of one chunk."""
+    from safetensors import SafetensorError, safe_open
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.places: dict[str, Place] = {}
-        """By the tensor's name."""
-        self._files: dict[str, Any] = {}
-        listed = _listed(folder)
-        for file in sorted(set(listed.values())) or [SINGLE]:
-            self._read_header(file)
-        if listed and listed != (found := {name: place.file for name, place in self.places.items()}):
-            name = min(name for name in {*listed, *found} if listed.get(name) != found.get(name))
-            raise Damaged(f"{INDEX} is not true of {name}: {_whereabouts(name, listed, found)}")
+    try:
+        if not (folder / file).is_file():
+            raise Damaged(f"{file} is missing")
+        with safe_open(folder / file, framework="pt"), (folder / file).open("rb") as stream:
+            # safe_open has checked that the header is sound and that the tensors fill the rest of the file.
+            (n_bytes,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(n_bytes))
+    except (SafetensorError, OSError) as error:
+        raise Damaged(f"{file} is no whole safetensors file ({error})") from None
+    header.pop("__metadata__", None)
+    for name, entry in header.items():
+        if entry["dtype"] not in DTYPES:
+            raise Damaged(f"{name} is {entry['dtype']}, which is not read here")
+        shape = tuple(entry["shape"])
+        start, stop = (8 + n_bytes + offset for offset in entry["data_offsets"])
+        chunk = Chunk(offsets=(0,) * len(shape), sizes=shape, file=file, start=start, stop=stop)
+        yield name, Stored(dtype=DTYPES[entry["dtype"]], shape=shape, chunks=[chunk])
 
-    def _read_header(self, file: str) -> None:
-        from safetensors import SafetensorError, safe_open
 
-        path = self.folder / file
-        try:
-            if not path.is_file():
-                raise Damaged(f"{file} is missing")
-            opened = safe_open(path, framework="pt")
-            for name in opened.keys():  # noqa: SIM118 - no mapping, though it has keys
-                if name in self.places:
-                    raise Damaged(f"{name} is in {self.places[name].file} and in {file}")
-                part = opened.get_slice(name)
-                self.places[name] = Place(file=file, dtype=part.get_dtype(), shape=tuple(part.get_shape()))
-        except (SafetensorError, OSError) as error:
-            raise Damaged(f"{file} is no whole safetensors file ({error})") from None
-        self._files[file] = opened
-
-    def box(self, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
-        """Return a box of a tensor in the dtype of the file."""
-        part = self._files[self.places[name].file].get_slice(name)
-        return part[tuple(slice(start, start + n) for start, n in zip(offsets, sizes, strict=True))]
-
-    def differences(self, wanted: Mapping[str, Sequence[int]], ignored: Sequence[str] = ()) -> list[str]:
-        """Return why tensors of these shapes cannot be read as float32, a line each.
-
-        Tensors named in `ignored` may be in the files too.
-        """
-        lines = [f"{name} is missing" for name in wanted if name not in self.places]
-        lines += [
-            f"{name} belongs to no weight of the model"
-            for name in self.places
-            if name not in wanted and name not in ignored
-        ]
-        for name in wanted.keys() & self.places.keys():
-            place = self.places[name]
-            if place.shape != tuple(wanted[name]):
-                lines.append(f"{name} is {list(place.shape)}, and the model's is {list(wanted[name])}")
-            elif place.dtype not in _DTYPES:
-                lines.append(f"{name} is {place.dtype}, and can be read from {', '.join(_DTYPES)}")
-        return sorted(lines)
-
-    @torch.no_grad()
-    def read(self, pieces: Mapping[str, Piece]) -> None:
-        """Read every piece, file by file. `differences` must have found none.
-
-        Raises Damaged if a tensor has a number that is not finite.
-        """
-        for name in sorted(pieces, key=lambda name: (self.places[name].file, name)):
-            piece = pieces[name]
-            if piece.local.numel():
-                piece.local.copy_(self.box(name, piece.offsets, piece.local.shape))
-                if not piece.local.isfinite().all():
-                    raise Damaged(f"{name} has numbers that are not finite")
-
-    def are_equal(self, one: str, other: str) -> bool:
-        """Return whether two tensors are the same, bit by bit."""
-        a, b = self.places[one], self.places[other]
-        if (a.shape, a.dtype) != (b.shape, b.dtype):
-            return False
-        rest = a.shape[1:]
-        for start in range(0, a.shape[0], _ROWS):
-            box = (start, *[0] * len(rest)), (min(_ROWS, a.shape[0] - start), *rest)
-            if not torch.equal(
-                self.box(one, *box).view(torch.uint8), self.box(other, *box).view(torch.uint8)
-            ):
-                return False
-        return True
+def are_equal(folder: Path, one: Stored, other: Stored) -> bool:
+    """Return whether two tensors are the same, bit by bit."""
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    chunks = one.chunks[0], other.chunks[0]
+    a, b = (
+        torch.from_file(str(folder / chunk.file), size=chunk.stop, dtype=torch.uint8)[chunk.start :]
+        for chunk in chunks  # mapped, not read into memory
+    )
+    return torch.equal(a, b)
 
 
 def _listed(folder: Path) -> dict[str, str]:
     """Return the file of each tensor as the index says; empty if there is one file without an index."""
     index = folder / INDEX
     if not index.is_file():
-        if not (folder / SINGLE).exists():
-            pickles = sorted(path for path in folder.glob("*") if path.suffix in (".bin", ".pt", ".pth"))
-            other = next((path.name for path in pickles), None)
-            raise Damaged(
-                f"{other} is a pickle, which can run anything: only safetensors are read"
-                if other
-                else f"neither {SINGLE} nor {INDEX} is there"
-            )
-        return {}
+        if (folder / SINGLE).exists():
+            return {}
+        for path in sorted(folder.glob("*")):
+            if path.suffix in (".bin", ".pt", ".pth"):
+                raise Damaged(f"{path.name} is a pickle, which can run anything: only safetensors are read")
+        raise Damaged(f"neither {SINGLE} nor {INDEX} is there")
     try:
         listed = json.loads(index.read_bytes())["weight_map"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -137,9 +92,8 @@ def _listed(folder: Path) -> dict[str, str]:
         if not isinstance(file, str) or os.path.basename(file) != file or not file.endswith(".safetensors"):
             raise Damaged(f"{INDEX} names {file!r}, which is no safetensors file in the folder")
     if (folder / SINGLE).exists() and SINGLE not in listed.values():
-        raise Damaged(
-            f"{SINGLE} is there, and an {INDEX} of other files"
-        )  # some programs would read the file, others the index
+        # Some programs would read the file, others the index.
+        raise Damaged(f"{SINGLE} is there, and an {INDEX} of other files")
     return listed
 
 
@@ -164,33 +118,22 @@ def write_weights(
     from safetensors.torch import save_file
 
     sizes = {name: torch.Size(shape).numel() * dtype.itemsize for name, shape in shapes.items()}
-    groups = _groups(sizes, most_bytes)
-    files = (
-        [SINGLE]
-        if len(groups) == 1
-        else [f"model-{number:05}-of-{len(groups):05}.safetensors" for number in range(1, len(groups) + 1)]
-    )
-    for file, names in zip(files, groups, strict=True):
+    groups: list[list[str]] = []
+    total = 0
+    for name, size in sizes.items():
+        if not groups or total + size > most_bytes:  # a larger tensor has a file of its own
+            groups.append([])
+            total = 0
+        groups[-1].append(name)
+        total += size
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(groups, start=1):
+        file = SINGLE if len(groups) == 1 else f"model-{number:05}-of-{len(groups):05}.safetensors"
         tensors = {name: x.to(dtype).contiguous() for name, x in read(names).items()}
         try:
             save_file(tensors, folder / file, metadata={"format": "pt"})
         except SafetensorError as error:  # raised for a full disk too
             raise OSError(errno.EIO, str(error), str(folder / file)) from None
-    index = {
-        "metadata": {"total_size": sum(sizes.values())},
-        "weight_map": {name: file for file, names in zip(files, groups, strict=True) for name in names},
-    }
+        weight_map |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _groups(sizes: Mapping[str, int], most: int) -> list[list[str]]:
-    """Return the names in order, in groups of at most `most` bytes; a larger tensor is a group."""
-    groups: list[list[str]] = [[]]
-    total = 0
-    for name, size in sizes.items():
-        if groups[-1] and total + size > most:
-            groups.append([])
-            total = 0
-        groups[-1].append(name)
-        total += size
-    return groups

@@ -5,16 +5,16 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
-import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from pydantic import Field
 
 from torchtitan_lite import registry
-from torchtitan_lite.attention import AttentionConfig
+from torchtitan_lite.attention import AttentionConfig, Sdpa
+from torchtitan_lite.checkpoint.restore import refusing_bad_step
 from torchtitan_lite.config.load import MISSING, ConfigError, Problem, load
 from torchtitan_lite.config.validation import validate
 from torchtitan_lite.data import (
@@ -29,26 +29,11 @@ from torchtitan_lite.data import (
 )
 from torchtitan_lite.inference.evaluate import evaluate
 from torchtitan_lite.inference.generate import Sampling, generate
-from torchtitan_lite.inference.options import (
-    EvalConfig,
-    ExportConfig,
-    GenerateConfig,
-    ImportConfig,
-    out_problems,
-)
-from torchtitan_lite.inference.trained import (
-    KEY,
-    Trained,
-    build,
-    find,
-    lay_out_for_text,
-    renaming_keys,
-    reporting_damage,
-)
+from torchtitan_lite.inference.trained import KEY, Trained, build, find, lay_out_for_text, renaming_keys
 from torchtitan_lite.launch.end import status_of
 from torchtitan_lite.launch.world import World, join, leave
 from torchtitan_lite.models.decoder import DecoderConfig
-from torchtitan_lite.models.registry import attention_refusals
+from torchtitan_lite.models.registry import AnyAttention, attention_refusals
 from torchtitan_lite.training import hub
 
 _KEYS = {  # key of a run: key of eval
@@ -61,6 +46,68 @@ _SEQ_LEN = 2048
 """Longest sample in the evaluation of a model that was not trained here, in tokens."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class _OfRun:
+    """A trained model, and the parts of its run that a command needs."""
+
+    tokenizer: str = ""
+    """File or folder of the tokenizer, if it has moved since the run."""
+    plugins: tuple[str, ...] = ()
+    """The run's job.plugins: modules to import first. A checkpoint imports no module by itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Use(_OfRun):
+    """How the model is computed."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: float32 on a CPU, bfloat16 on a GPU."""
+    attention: AnyAttention = field(default_factory=Sdpa)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig(Sampling, _Use):
+    """Continue prompts with a trained model: torchtitan-lite generate RUN_OR_STEP --prompt "Once upon" """
+
+    prompt: Annotated[tuple[str, ...], Field(min_length=1, examples=["some text"])] = ("",)
+    """Texts to continue, all at once: one after the other, or a JSON list."""
+    max_new_tokens: Annotated[int, Field(ge=1, le=2**20, examples=[128])] = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig(_Use):
+    """Measure how well a trained model predicts text: torchtitan-lite eval RUN_OR_STEP --data FILE"""
+
+    data: str = ""
+    """A text file, a .jsonl file, a folder of either, or "python_stdlib". Empty: the run's held-out text."""
+    field: str = "text"
+    """Key of the text in the JSON objects of a .jsonl file."""
+    seq_len: Annotated[int, Field(ge=0)] = 0
+    """Tokens of a sample; 0: as in the run's training."""
+    cache_dir: str = ""
+    """Folder for the tokens of the text; empty: as in training."""
+    batch_size: Annotated[int, Field(ge=1)] = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig(_OfRun):
+    """Write a trained model for transformers and others: torchtitan-lite export-hf RUN_OR_STEP --out DIR"""
+
+    out: str = ""
+    """The new folder."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Precision of the weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportConfig:
+    """Turn a Hugging Face model into a step, to start runs with: torchtitan-lite import-hf PATH --out DIR"""
+
+    out: str = ""
+    """The new folder, for checkpoint.initial_load_path."""
+
+
 def run(command: str, argv: Sequence[str]) -> int:
     """Run a command with the words `argv` that follow it; return the exit status."""
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -68,37 +115,46 @@ def run(command: str, argv: Sequence[str]) -> int:
     options, act = _COMMANDS[command]
     path = argv[0] if argv and not argv[0].startswith("-") else ""
     try:
-        _check_ranks(command)
         act(path, _read(options, command, path, argv[1:] if path else argv))
     except BaseException as error:  # noqa: BLE001 - raised again unless it is an end that a line explains
         return status_of(error)
     return 0
 
 
-def _check_ranks(command: str) -> None:
-    """Raise ConfigError if torchrun has started several processes of a command that needs one."""
+def _read(options: type, command: str, path: str, argv: Sequence[str]) -> Any:
+    """Return a command's options from `argv`.
+
+    Raises ConfigError if the options are wrong, if `path` is empty, and if torchrun has started several
+    processes of a command that needs one.
+    """
     n_ranks = os.environ.get("WORLD_SIZE", "1")
     if command != "generate" and n_ranks != "1":
         remedy = f"start it without torchrun: torchtitan-lite {command}"
         raise ConfigError([Problem("WORLD_SIZE", n_ranks, f"is more than {command} needs", remedy)])
-
-
-def _read(options: type, command: str, path: str, argv: Sequence[str]) -> Any:
-    """A command's options from `argv`. Raises ConfigError if they are wrong, or if `path` is empty."""
     name = "PATH" if command == "import-hf" else KEY
-    loaded = load(
-        options,
-        argv,
-        prog=f"torchtitan-lite {command} {name}",
-        check=out_problems,
-        plugins="plugins",
-    )
+    prog = f"torchtitan-lite {command} {name}"
+    loaded = load(options, argv, prog=prog, check=_out_problems, plugins="plugins")
     if loaded.dry_run:
         raise ConfigError([Problem("--dry-run", MISSING, "is for training", "leave it out")])
     if not path:
         rule, remedy = "is not named", f"write torchtitan-lite {command} FOLDER"
         raise ConfigError([Problem(name, MISSING, rule, remedy)])
     return loaded.config
+
+
+def _out_problems(config: object, *_: object) -> list[Problem]:
+    """An output folder that is not named, or that is not empty, if the command writes one."""
+    if not isinstance(config, ExportConfig | ImportConfig):
+        return []
+    if not config.out:
+        return [Problem("out", MISSING, "has no value", "write --out FOLDER")]
+    path = Path(os.path.expanduser(config.out)).absolute()
+    try:
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            return [Problem("out", config.out, "is there already", "name another folder")]
+    except OSError as error:
+        return [Problem("out", config.out, f"cannot be read ({error.strerror})", "name another folder")]
+    return []
 
 
 def _generate(path: str, config: GenerateConfig) -> None:
@@ -108,34 +164,24 @@ def _generate(path: str, config: GenerateConfig) -> None:
     try:
         trained = find(path, ranks, config.tokenizer)
         _check(trained.config, config.attention, device, dtype)
-        tensor = _mesh(trained.config, device, world.size)
-        model = build(
-            trained, attention=config.attention, device=device, dtype=dtype, ranks=ranks, tensor=tensor
-        )
-        if device.type == "cpu" and tensor is None:
+        model = build(trained, attention=config.attention, device=device, dtype=dtype, ranks=ranks)
+        if device.type == "cpu" and world.size == 1:
             lay_out_for_text(model, len(config.prompt))
         tokenizer = trained.tokenizer
-        prompts = [_prompt(tokenizer, text) for text in config.prompt]
-        writer = _Stream(tokenizer, prompts) if world.is_first else None
+        # An empty prompt becomes the end of a document, so that a new one begins.
+        prompts = [tokenizer.encode(text).tolist() or [tokenizer.eos_id] for text in config.prompt]
         generate(
             model,
             prompts,
             max_new_tokens=config.max_new_tokens,
             stop_ids=tokenizer.stop_ids,
-            sampling=Sampling(
-                temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, seed=config.seed
-            ),
-            on_tokens=writer or (lambda tokens: None),
+            sampling=config,
+            on_tokens=_Stream(tokenizer, prompts) if world.is_first else lambda tokens: None,
         )
         leave()
     except BaseException:
         leave(wait=False)
         raise
-
-
-def _prompt(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The tokens of a prompt. An empty prompt becomes the end of a document, so that a new one begins."""
-    return tokenizer.encode(text).tolist() or [tokenizer.eos_id]
 
 
 class _Stream:
@@ -229,8 +275,8 @@ def _named_data(config: EvalConfig) -> DataConfig:
 def _export(path: str, config: ExportConfig) -> None:
     trained = find(path, World(), config.tokenizer)
     out = Path(os.path.expanduser(config.out)).absolute()
-    with _reporting_os_errors(config.out), reporting_damage(path):
-        hub.export(trained.found, trained.tokenizer, out, getattr(torch, config.dtype))
+    with _reporting_os_errors(config.out), refusing_bad_step(KEY, path):
+        hub.export(trained.found, trained.tokenizer, out, config.dtype)
     print(f"Files: {out}")
 
 
@@ -273,18 +319,6 @@ def _check(
         raise ConfigError(
             [Problem(f"attention.{name}", value, rule, remedy) for name, value, rule, remedy in refused]
         )
-
-
-def _mesh(config: DecoderConfig, device: torch.device, n_ranks: int) -> DeviceMesh | None:
-    """One tensor-parallel group of all ranks; None without torchrun."""
-    if n_ranks == 1 or not dist.is_initialized():
-        return None
-    wrong = [name for name, size in config.splits.items() if size % n_ranks]
-    if wrong:
-        rule = f"does not divide the model's {wrong[0]} = {config.splits[wrong[0]]}"
-        remedy = "start a number of ranks that divides it"
-        raise ConfigError([Problem("WORLD_SIZE", n_ranks, rule, remedy)])
-    return init_device_mesh(device.type, (n_ranks,))
 
 
 _COMMANDS: dict[str, tuple[type, Callable[[str, Any], None]]] = {

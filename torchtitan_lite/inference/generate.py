@@ -8,9 +8,10 @@ attends to it. The mask of a forward has S queries and T keys, aligned at their 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from torchtitan_lite.attention.mask import Ranges
@@ -21,13 +22,13 @@ from torchtitan_lite.models.decoder import Decoder
 class Sampling:
     """How a token is drawn from the logits."""
 
-    temperature: float = 0.0
+    temperature: Annotated[float, Field(ge=0)] = 0.0
     """The logits are divided by this number; 0: always the likeliest token."""
-    top_k: int = 0
+    top_k: Annotated[int, Field(ge=0)] = 0
     """Draw from this many of the likeliest tokens; 0: from all."""
-    top_p: float = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1, examples=[1.0])] = 1.0
     """Draw from the likeliest tokens that together have this probability."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
 
 
 class Cached(nn.Module):

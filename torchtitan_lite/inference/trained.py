@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import init_device_mesh
 
 from torchtitan_lite import registry
 from torchtitan_lite.attention import AttentionConfig
-from torchtitan_lite.checkpoint.manifest import Damaged, Unreadable
-from torchtitan_lite.checkpoint.restore import Found, find_initial, load
+from torchtitan_lite.checkpoint.restore import Found, find_initial, load, refusing_bad_step
+from torchtitan_lite.checkpoint.state import flat
 from torchtitan_lite.config.load import ConfigError, Problem
 from torchtitan_lite.config.validation import validate
 from torchtitan_lite.data import Tokenizer, load_tokenizer
@@ -41,7 +41,7 @@ def find(path: str, ranks: World, tokenizer: str = "") -> Trained:
     `tokenizer` names the tokenizer if it has moved since the run. Raises ConfigError.
     """
     found = find_initial(path, ranks, KEY)
-    with reporting_damage(path):
+    with refusing_bad_step(KEY, path):
         config = decoder_of(found.state.identity)
     own = _tokenizer(found, tokenizer)
     check_vocabulary(own, config, "tokenizer", tokenizer)
@@ -57,16 +57,6 @@ def renaming_keys(keys: Mapping[str, str]) -> Iterator[None]:
         raise ConfigError([replace(x, key=keys.get(x.key, x.key)) for x in error.problems]) from None
 
 
-@contextmanager
-def reporting_damage(path: str) -> Iterator[None]:
-    """Turn damage of the step at `path`, found inside, into a ConfigError."""
-    try:
-        yield
-    except (Damaged, Unreadable) as problem:
-        rule, remedy = f"holds no good step: {problem}", "name a step-N folder that a run has published"
-        raise ConfigError([Problem(KEY, path, rule, remedy)]) from None
-
-
 def _tokenizer(found: Found, given: str) -> Tokenizer:
     """The tokenizer with the fingerprint of the step: `given`, beside the step, or where the run found it."""
     wanted = found.state.identity.get("data.tokenizer_fingerprint")
@@ -79,32 +69,18 @@ def _tokenizer(found: Found, given: str) -> Tokenizer:
             return own
         rule, remedy = f"is not the one that {found.folder} was trained with", "name that one"
         raise ConfigError([Problem("tokenizer", given, rule, remedy)])
-    for place in _places(found):
+    settings, steps = flat(found.state.config), found.folder.parent
+    beside = (str(folder / TOKENIZER) for folder in (steps.parent, steps))
+    for place in ("bytes", *beside, settings.get("data.tokenizer")):
         with suppress(ConfigError):
-            own = load_tokenizer(place, options)
-            if own.fingerprint == wanted:
+            if place and (own := load_tokenizer(place, options)).fingerprint == wanted:
                 return own
     rule = f"is not beside {found.folder}, nor where its run found it"
     remedy = "name its file or folder with --tokenizer"
-    if _plugins(found):
-        remedy += f", or its module with --plugins {' '.join(_plugins(found))}"
+    plugins = settings.get("job.plugins")
+    if plugins and isinstance(plugins, list):  # only the user decides what is imported
+        remedy += f", or its module with --plugins {' '.join(map(str, plugins))}"
     raise ConfigError([Problem("tokenizer", given, rule, remedy)])
-
-
-def _plugins(found: Found) -> list[str]:
-    """The plugins of the run, to name in an error. Only the user decides what is imported."""
-    job = found.state.config.get("job")
-    names = job.get("plugins") if isinstance(job, dict) else None
-    return list(map(str, names)) if isinstance(names, list) else []
-
-
-def _places(found: Found) -> Iterator[str]:
-    """Where the tokenizer of a step may be."""
-    yield "bytes"
-    yield str(found.folder.parent.parent / TOKENIZER)
-    yield str(found.folder.parent / TOKENIZER)
-    if path := found.state.config.get("data", {}).get("tokenizer"):
-        yield path
 
 
 def build(
@@ -114,16 +90,24 @@ def build(
     device: torch.device,
     dtype: torch.dtype,
     ranks: World,
-    tensor: DeviceMesh | None = None,
 ) -> Decoder:
-    """The model, for inference: weights in `dtype`, split over the mesh `tensor` if there is one."""
+    """The model, for inference: weights in `dtype`, split over all ranks.
+
+    Raises ConfigError if the number of ranks does not divide what they split.
+    """
+    sizes = trained.config.splits
+    if wrong := [name for name in sizes if sizes[name] % ranks.size]:
+        rule = f"does not divide the model's {wrong[0]} = {sizes[wrong[0]]}"
+        remedy = "start a number of ranks that divides it"
+        raise ConfigError([Problem("WORLD_SIZE", ranks.size, rule, remedy)])
     stored = {x.dtype for name, x in trained.found.index.items() if name.startswith("model.")}
     with torch.device("meta"):
         model = replace(trained.config, attention=attention).build(compute_dtype=dtype)
     if len(stored) == 1:
         model.to(stored.pop())  # a last step with only the model may have another precision
-    if tensor is not None:
-        apply_tensor_parallel_to_predict(model, tensor)
+    if ranks.size > 1:
+        mesh = init_device_mesh(device.type, (ranks.size,))
+        apply_tensor_parallel_to_predict(model, mesh)
     model.to_empty(device=device).requires_grad_(False).eval()
     load(trained.found, pieces(dict(model.named_parameters())), ranks, KEY)
     return model.to(dtype)

@@ -6,7 +6,6 @@ Dense Llama and Qwen3, as transformers computes them
 
 import json
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -95,28 +94,27 @@ def read_config(folder: Path) -> tuple[DecoderConfig | None, list[Problem]]:
 class _Reader:
     """Reads the content of a config.json, and collects its problems."""
 
-    def __init__(self, path: str, content: Mapping[str, Any], kind: str) -> None:
+    def __init__(self, path: str, content: dict[str, Any], kind: str) -> None:
         self.path, self.content, self.kind = path, content, kind
         self.problems: list[Problem] = []
-
-    def decoder(self) -> tuple[DecoderConfig | None, list[Problem]]:
-        """The decoder, and all problems."""
-        content = dict(self.content)
         if content.get("num_key_value_heads") is None and "num_attention_heads" in content:
             content["num_key_value_heads"] = content["num_attention_heads"]
         width, n_heads = content.get("hidden_size"), content.get("num_attention_heads")
         if content.get("head_dim") is None and isinstance(width, int) and isinstance(n_heads, int):
             content["head_dim"] = width // max(1, n_heads)
+
+    def decoder(self) -> tuple[DecoderConfig | None, list[Problem]]:
+        """The decoder, and all problems."""
         values = {
-            ours: self.value(theirs, content.get(theirs, MISSING), _TYPES.get(ours, int))
+            ours: self.value(theirs, self.content.get(theirs, MISSING), _TYPES.get(ours, int))
             for theirs, ours in _FIELDS.items()
         }
         for key, allowed in _MUST_BE.items():
-            if content.get(key) not in allowed:
+            if (value := self.content.get(key)) not in allowed:
                 rule = "is not what this decoder computes"
-                self.problem(key, content[key], rule, f"only {json.dumps(allowed[0])} is")
-        theta, scaling = self.rope(content)
-        window = self.window(content) if self.kind == "qwen3" else None  # transformers' Llama has none
+                self.problem(key, value, rule, f"only {json.dumps(allowed[0])} is")
+        theta, scaling = self.rope()
+        window = self.window() if self.kind == "qwen3" else None  # transformers' Llama has none
         if self.problems:
             return None, self.problems
         config = DecoderConfig(
@@ -131,7 +129,6 @@ class _Reader:
         return config, [*wrong, *of_sound_keys(checked.problems(self.path), wrong)]
 
     def problem(self, key: str, value: object, rule: str, remedy: str) -> None:
-        """Add a problem of a key."""
         self.problems.append(Problem(f"{self.path}: {key}", value, rule, remedy))
 
     def value(self, key: str, value: object, wanted: type) -> Any:
@@ -147,8 +144,9 @@ class _Reader:
             return wanted()
         return value
 
-    def rope(self, content: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
+    def rope(self) -> tuple[float, RopeScaling | None]:
         """The rotary base and scaling, from the table `rope_parameters` or from transformers 4's keys."""
+        content = self.content
         # If the file has both, transformers 5 takes the older one.
         key = "rope_scaling" if content.get("rope_scaling") else "rope_parameters"
         table = content.get(key)
@@ -174,8 +172,9 @@ class _Reader:
         }
         return theta, RopeScaling(**values)
 
-    def window(self, content: Mapping[str, Any]) -> int | None:
+    def window(self) -> int | None:
         """The sliding window of all layers, or None. A window of only some layers is a problem."""
+        content = self.content
         if not content.get("use_sliding_window") or content.get("sliding_window") is None:
             return None
         n_layers, kinds = content.get("num_hidden_layers"), content.get("layer_types")

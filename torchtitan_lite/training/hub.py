@@ -1,39 +1,33 @@
 """Models in Hugging Face's format: runs start with their weights, and saved steps are exported."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from types import GenericAlias
 from typing import Any
 
 import torch
-from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
 
 from torchtitan_lite.checkpoint import CheckpointConfig
-from torchtitan_lite.checkpoint.manifest import Damaged
+from torchtitan_lite.checkpoint.manifest import Damaged, refusing_damage
 from torchtitan_lite.checkpoint.restore import Found, verify
 from torchtitan_lite.checkpoint.save import Snapshot, write_step
 from torchtitan_lite.checkpoint.state import State, fingerprint, flat
 from torchtitan_lite.checkpoint.steps import Steps
-from torchtitan_lite.checkpoint.tensors import Piece, read_tensors
-from torchtitan_lite.checkpoint.weights import Weights, write_weights
+from torchtitan_lite.checkpoint.tensors import Piece, Stored, read_tensors
+from torchtitan_lite.checkpoint.tensors import differences as tensor_differences
+from torchtitan_lite.checkpoint.weights import EXACT, are_equal, read_weights_index, write_weights
 from torchtitan_lite.config.load import ConfigError, Problem
+from torchtitan_lite.config.validation import validate
 from torchtitan_lite.data import Tokenizer, load_tokenizer
 from torchtitan_lite.durable import new_folder
 from torchtitan_lite.launch.world import World
 from torchtitan_lite.models.decoder import DecoderConfig
-from torchtitan_lite.models.huggingface import (
-    CONFIG,
-    config_json,
-    differences,
-    export_problems,
-    read_config,
-)
+from torchtitan_lite.models.huggingface import CONFIG, config_json, differences, export_problems, read_config
 from torchtitan_lite.models.parameters import hub_names
-from torchtitan_lite.models.registry import config_class
+from torchtitan_lite.models.registry import config_class, families
 from torchtitan_lite.training.outputs import free_folder
 
 _MODEL = "model."
@@ -43,8 +37,7 @@ TOKENIZER = "tokenizer"
 """Folder with the tokenizer's files, in the run's folder or beside imported steps."""
 SOURCE = "hf_source.json"
 """File in the run's folder: which step the folder `HUB` is from, and its precision."""
-_MOST_LINES = 5
-"""The most tensors that an error names."""
+_DAMAGED, _REMEDY = "cannot be loaded", "copy the model again, or choose the one that it is"
 
 
 def check(folder: Path, config: DecoderConfig, ranks: World, key: str) -> None:
@@ -59,10 +52,14 @@ def check(folder: Path, config: DecoderConfig, ranks: World, key: str) -> None:
             problems += differences(found, config, str(folder / CONFIG))
         if problems:
             raise ConfigError(problems)
-        with _opened(folder, config, key):
-            pass
+        with torch.device("meta"):
+            wanted = {
+                config.parameters.hub_name(name): _whole(shape) for name, shape in config.shapes.items()
+            }
+        _index_for(wanted, folder, config)
 
-    ranks.together(check_here)
+    with refusing_damage(key, str(folder), _DAMAGED, _REMEDY):
+        ranks.together(check_here)
 
 
 def load_weights(
@@ -70,39 +67,31 @@ def load_weights(
 ) -> None:
     """Load `pieces`, which have our names, from the safetensors in `folder`. No other bytes are read.
 
-    Raises ConfigError as `check` does.
+    Raises ConfigError as `check` does, and if a number is not finite.
     """
+    own = {config.parameters.hub_name(name): piece for name, piece in pieces.items()}
 
     def load_here() -> None:
-        with _opened(folder, config, key) as weights:
-            weights.read({config.parameters.hub_name(name): piece for name, piece in pieces.items()})
+        read_tensors(folder, own, _index_for(own, folder, config))
+        for name, piece in own.items():
+            if not piece.local.isfinite().all():
+                raise Damaged(f"{name} has numbers that are not finite")
 
-    ranks.together(load_here)
+    with refusing_damage(key, str(folder), _DAMAGED, _REMEDY):
+        ranks.together(load_here)
 
 
-@contextmanager
-def _opened(folder: Path, config: DecoderConfig, key: str) -> Iterator[Weights]:
-    """Open the weights in `folder` and compare their names and shapes with `config`.
-
-    Raises ConfigError about `key` if they differ, and if the block finds damage.
-    """
-    table = config.parameters
-    shapes = {table.hub_name(name): shape for name, shape in config.shapes.items()}
+def _index_for(wanted: Mapping[str, Piece], folder: Path, config: DecoderConfig) -> dict[str, Stored]:
+    """Return where in `folder` the `wanted` tensors are; raises Damaged unless exactly these are there."""
+    index = read_weights_index(folder)
+    head, embedding = (config.parameters.of_group(one).hub or "" for one in ("head", "embedding"))
     # Some folders store the tensor of a tied head twice.
-    head, embedding = table.of_group("head").hub, table.of_group("embedding").hub
-    ignored = [head] if head and head not in shapes else []
-    try:
-        weights = Weights(folder)
-        if lines := weights.differences(shapes, ignored):
-            more = [f"and {len(lines) - _MOST_LINES} more"] if len(lines) > _MOST_LINES else []
-            raise Damaged("; ".join([*lines[:_MOST_LINES], *more]))
-        for name in ignored:
-            if name in weights.places and embedding and not weights.are_equal(name, embedding):
-                raise Damaged(f"{name} is not {embedding}, and config.json says that they are one")
-        yield weights
-    except Damaged as damage:
-        rule, remedy = f"cannot be loaded: {damage}", "copy the model again, or choose the one that it is"
-        raise ConfigError([Problem(key, str(folder), rule, remedy)]) from None
+    is_twice = head in index and head not in wanted and embedding in index
+    if is_twice and not are_equal(folder, index.pop(head), index[embedding]):
+        raise Damaged(f"{head} is not {embedding}, and config.json says that they are one")
+    if lines := tensor_differences(wanted, index, EXACT):
+        raise Damaged("; ".join(lines))
+    return index
 
 
 def tokenizer_fingerprint(folder: Path) -> str | None:
@@ -138,18 +127,14 @@ def decoder_of(identity: Mapping[str, Any]) -> DecoderConfig:
         rule, remedy = "is of no model family here", "name the plugin that has it with --plugins"
         raise ConfigError([Problem("model.architecture", architecture, rule, remedy)])
     fields = {key: value for key, value in record.items() if key != "architecture"}
-    # A list, because pydantic takes no ConfigDict for a dataclass itself. Pydantic does not know the backend.
-    one: Any = GenericAlias(list, (cls,))
-    adapter = TypeAdapter[list[DecoderConfig]](one, config=ConfigDict(arbitrary_types_allowed=True))
-    try:
-        (config,) = adapter.validate_json(json.dumps([fields]), strict=True)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise _wrong_record(f"{'.'.join(map(str, first['loc'][1:]))}: {first['msg']}") from None
+    # A preset stands in for fields that are missing or wrong: both are then refused.
+    presets = (config for sizes in families.values() for config in sizes.values())
+    preset = next(config for config in presets if type(config) is cls)
+    config, problems = validate(cls, [asdict(preset), fields])
+    if problems or (problems := config.problems("model")):
+        raise _wrong_record(problems[0])
     if differing := flat(record_of(config)).keys() ^ flat(record).keys():
         raise _wrong_record(f"{min(differing)} is missing or unknown")
-    if problems := config.problems("model"):
-        raise _wrong_record(problems[0])
     return config
 
 
@@ -164,13 +149,7 @@ def check_vocabulary(tokenizer: Tokenizer, config: DecoderConfig, key: str, valu
         raise ConfigError([Problem(key, value, rule, "use the tokenizer that the model was trained with")])
 
 
-def export(
-    found: Found,
-    tokenizer: Tokenizer,
-    out: Path,
-    dtype: torch.dtype,
-    key: str = "dtype",
-) -> None:
+def export(found: Found, tokenizer: Tokenizer, out: Path, dtype: str, key: str = "dtype") -> None:
     """Write the model of a verified step to a new folder `out`, for transformers, vLLM and other programs.
 
     The folder holds safetensors with their index, config.json, generation_config.json and the tokenizer. The
@@ -188,16 +167,20 @@ def export(
         pieces = {name: _whole(stored[names[name]].shape, stored[names[name]].dtype) for name in some}
         read_tensors(found.folder, {names[name]: piece for name, piece in pieces.items()}, stored)
         for name, piece in pieces.items():
-            _check_range(piece.local, name, dtype, key)
+            most = piece.local.abs().max()
+            if not most <= torch.finfo(getattr(torch, dtype)).max:  # also true for NaN
+                rule = f"cannot hold {name}, which reaches {most:.3g}"
+                raise ConfigError([Problem(key, dtype, rule, "use bfloat16")])
         return {name: piece.local for name, piece in pieces.items()}
 
     ends = {"eos_id": tokenizer.eos_id, "bos_id": tokenizer.bos_id}
-    described = config_json(config, dtype=_name_of(dtype), **ends)
+    described = config_json(config, dtype=dtype, **ends)
     generation = {name: described[name] for name in ("bos_token_id", "eos_token_id")}
     if len(tokenizer.stop_ids) > 1:
         generation["eos_token_id"] = list(tokenizer.stop_ids)
     with new_folder(out) as folder:
-        write_weights(folder, {theirs: stored[name].shape for theirs, name in names.items()}, dtype, read)
+        shapes = {theirs: stored[name].shape for theirs, name in names.items()}
+        write_weights(folder, shapes, getattr(torch, dtype), read)
         tokenizer.save(folder)
         for file, content in ((CONFIG, described), ("generation_config.json", generation)):
             (folder / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -207,18 +190,6 @@ def _whole(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Piece:
     """Return a piece that is a whole new tensor, without values."""
     shape = torch.Size(shape)
     return Piece(local=torch.empty(shape, dtype=dtype), shape=shape, offsets=torch.Size([0] * len(shape)))
-
-
-def _check_range(x: Tensor, name: str, dtype: torch.dtype, key: str) -> None:
-    """Raise ConfigError about `key` unless every number of `x` is finite in `dtype`."""
-    most = x.abs().max()
-    if not most <= torch.finfo(dtype).max:  # also true for NaN
-        rule = f"cannot hold {name}, which reaches {most:.3g}"
-        raise ConfigError([Problem(key, _name_of(dtype), rule, "use bfloat16")])
-
-
-def _name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def export_last(folder: Path, checkpoint: CheckpointConfig, step: int, tokenizer: Tokenizer) -> None:
@@ -231,7 +202,7 @@ def export_last(folder: Path, checkpoint: CheckpointConfig, step: int, tokenizer
             if json.loads((folder / SOURCE).read_bytes()) == source:
                 return
         out.rename(free_folder(folder, "earlier") / HUB)
-    export(found, tokenizer, out, getattr(torch, dtype), "checkpoint.export_dtype")
+    export(found, tokenizer, out, dtype, "checkpoint.export_dtype")
     (folder / SOURCE).write_text(json.dumps(source, indent=2) + "\n", encoding="utf-8")
 
 
