@@ -133,8 +133,8 @@ def ways(case: Case, names: list[str]) -> Iterator[Way]:
 def ours(case: Case, name: str, change: str = "") -> Way:
     """A backend. `change` names what is done to the tensors before and after the backend."""
     inner, mask, qkv = BACKENDS[name].build(), case.mask(name), case.qkv()
-    calls = getattr(mask, "tiles", mask)  # the mask of varlen is its calls; flex has none on CUDA
-    own_kernel = calls is not None and calls.evaluator == "tiles" and takes(qkv[0], calls.table)
+    calls = getattr(mask, "tiles", mask)  # varlen's mask is its calls, as flex's is on a CPU
+    own_kernel = getattr(calls, "evaluator", "") == "tiles" and takes(qkv[0], calls.table)
 
     def act(x_BSHK: Tensor) -> Tensor:
         if change == "layout copied":

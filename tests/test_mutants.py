@@ -26,7 +26,7 @@ WHOLE, LAST, PACKED, LOOP = (
     )
 )
 VARLEN = f"{ORACLE}::test_packs_give_the_numbers_of_the_reference[one document-all]"
-FLEX = f"{ORACLE}::test_the_block_mask_gives_the_numbers_of_the_reference[one document-all]"
+FLEX = f"{ORACLE}::test_the_block_mask_gives_the_numbers_of_the_reference"
 ONE_CALL = f"{ORACLE}::test_the_one_call_of_rows_of_one_document_equals_the_reference[6-6]"
 COPIES = "tests/attention/test_memory.py::test_the_fused_path_neither_copies_nor_repeats_forward_or_backward"
 DECODER = "tests/models/test_decoder.py"
@@ -121,7 +121,7 @@ MUTANTS = {
         ATTENTION + "flex.py",
         "queries, sliding_window, self.blocks, device)",
         "queries, sliding_window, (128, 128), device)",
-        "tests/attention/test_capabilities.py::test_the_mask_and_the_tiles_of_flex_have_its_block_size",
+        "tests/attention/test_capabilities.py::test_the_mask_of_flex_has_its_block_size",
     ),
     "keys and values repeated to all heads": Mutant(ATTENTION + "sdpa.py", HEADS_FIRST, REPEATED, COPIES),
     "a copy into another layout before the kernel": Mutant(
