@@ -43,7 +43,7 @@ FSDP_2, CP_2, TP_2 = (
 )
 
 PORTABLE_VARLEN = "        return attend(q_BQHK, k_BSGK, v_BSGK, mask, scale)\n"
-PACK_CALL = "call.documents, scale, window)\n\n        calls"
+HOW = "pack.max_q, pack.max_k, work.window, work.scale)"
 HEADS_FIRST = "(x.transpose(1, 2) for x in (q_BSHK, k_BSGK, v_BSGK))"
 REPEATED = HEADS_FIRST.replace(" for", ".repeat_interleave(q_BSHK.shape[2] // x.shape[2], 1) for")
 SUMMED_KEYS = "reduce_scatter(chunks.by_rank(x_BSGK), 0, group)"
@@ -68,12 +68,12 @@ MUTANTS = {
     ),
     "varlen: the scale does not reach the kernel": Mutant(
         ATTENTION + "packs.py",
-        PACK_CALL,
-        PACK_CALL.replace("scale", "q.shape[-1] ** -0.5"),
+        HOW,
+        HOW.replace("work.scale", "tensors[0].shape[-1] ** -0.5"),
         VARLEN,
     ),
     "varlen: the window does not reach the kernel": Mutant(
-        ATTENTION + "packs.py", PACK_CALL, PACK_CALL.replace("window", "None"), VARLEN
+        ATTENTION + "packs.py", HOW, HOW.replace("work.window", "None"), VARLEN
     ),
     "all backends: the scale that is given is dropped": Mutant(
         ATTENTION + "mask.py", "** -0.5 if scale is None else scale", "** -0.5", WHOLE
@@ -106,16 +106,19 @@ MUTANTS = {
         ATTENTION + "mask.py", "first_BS = index_S - positions_BS", "first_BS = positions_BS * 0", PACKED
     ),
     "a window one token too long, in the tiles": Mutant(
-        ATTENTION + "portable/tiles.py", "behind - self.window + 1)", "behind - self.window)", WHOLE
+        ATTENTION + "portable/evaluate.py",
+        ".triu().tril(work.window - 1)",
+        ".triu(-1).tril(work.window - 1)",
+        WHOLE,
     ),
     "a window one token too long, in the intervals": Mutant(
         ATTENTION + "mask.py", "index_S - (sliding_window - 1)", "index_S - sliding_window", WHOLE
     ),
     "tiles of the same queries overwrite each other": Mutant(
-        ATTENTION + "portable/evaluate.py", "if not call.fresh_queries:", "if False:", LAST
+        ATTENTION + "portable/evaluate.py", "if not call.tile.fresh_queries:", "if False:", LAST
     ),
     "gradients of shared keys overwrite each other": Mutant(
-        ATTENTION + "portable/evaluate.py", "                if first:\n", "                if True:\n", WHOLE
+        ATTENTION + "portable/evaluate.py", "if is_first:", "if True:", WHOLE
     ),
     "block size of flex dropped on the way to the mask": Mutant(
         ATTENTION + "flex.py",

@@ -71,7 +71,7 @@ def test_the_kernel_equals_the_reference_forward_and_backward(positions, heads, 
 def test_the_log_sum_exp_is_that_of_torch_and_padding_is_exact_zeros():
     q, k, v, _ = tensors(POSITIONS["padded"], 4, 2, 48, torch.float32)
     tiles = document_tiles(POSITIONS["padded"])
-    given = q, k, v, tiles.table, tiles.data, 0.3, None, "tiles"
+    given = q, k, v, "tiles", tiles.table, tiles.data, None, 0.3
     out, lse = operator.forward(*given)
     native.forget_kernels()
     wanted, wanted_lse = operator.forward(*given)

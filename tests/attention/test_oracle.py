@@ -102,17 +102,17 @@ class Checked(DocumentByDocument):
     def __init__(self):
         self.seen = []
 
-    def forward(self, q, k, v, documents, scale, window):
-        self.check(q, k, documents)
+    def forward(self, q, k, v, how):
+        self.check(q, k, how)
         self.seen += [x.untyped_storage().data_ptr() for x in (q, k, v)]
-        return super().forward(q, k, v, documents, scale, window)
+        return super().forward(q, k, v, how)
 
-    def backward(self, dout, q, k, v, out, lse, documents, scale, window):
-        self.check(q, k, documents)
-        return super().backward(dout, q, k, v, out, lse, documents, scale, window)
+    def backward(self, dout, q, k, v, out, lse, how):
+        self.check(q, k, how)
+        return super().backward(dout, q, k, v, out, lse, how)
 
     def check(self, q, k, documents):
-        cu_q_D, cu_k_D, max_q, max_k = documents
+        cu_q_D, cu_k_D, max_q, max_k, *_ = documents
         for x, cu_D, longest in ((q, cu_q_D, max_q), (k, cu_k_D, max_k)):
             assert cu_D.dtype == torch.int32 and cu_D.is_contiguous()
             assert (cu_D[0], cu_D[-1]) == (0, len(x))

@@ -5,7 +5,7 @@ T = B * Q and U = B * S packed query and key tokens, D documents of a pack.
 
 A pack is a sequence of documents whose queries and whose keys follow each other in memory: one kernel call. A
 batch without padding is one pack. Padding splits it, and so do queries that are only some chunks of the
-sequence. `pack_kernels.py` has the kernels.
+sequence.
 """
 
 from itertools import pairwise
@@ -15,9 +15,17 @@ import torch
 from torch import Tensor
 
 from torchtitan_lite.attention.mask import Ranges, check_window, count_queries, segments
-from torchtitan_lite.attention.operator import EVALUATORS, Calls, make_calls, sum_dtype
-from torchtitan_lite.attention.pack_kernels import Documents, FlashAttnPackage, PackKernel, TorchFlash
+from torchtitan_lite.attention.operator import (
+    EVALUATORS,
+    Calls,
+    Kernel,
+    Work,
+    contiguous_like,
+    make_calls,
+    sum_dtype,
+)
 
+aten = torch.ops.aten
 ALL_ROWS = -1
 """The `row` of a pack over all batch rows, one row after the other."""
 
@@ -69,7 +77,7 @@ def document_packs(
             counts += [cu_q_D.int(), cu_k_D.int()]
             n_counts += 2 * len(cu_q_D)
     packs = packs or [Pack(*[0] * 9)]
-    return make_calls(kernel, packs, counts, (batch, n_queries, seq_len), device, sliding_window)
+    return make_calls(kernel, packs, torch.cat(counts), (batch, n_queries, seq_len), device, sliding_window)
 
 
 def _cut(spans_N4: Tensor) -> list[Tensor]:
@@ -77,6 +85,19 @@ def _cut(spans_N4: Tensor) -> list[Tensor]:
     breaks = (spans_N4[1:, 0] != spans_N4[:-1, 1]) | (spans_N4[1:, 2] != spans_N4[:-1, 3])
     edges = [0, *(breaks.nonzero().flatten() + 1).tolist(), len(spans_N4)]
     return [spans_N4[start:stop] for start, stop in pairwise(edges) if start < stop]
+
+
+class Documents(NamedTuple):
+    """The documents of a pack, and how to compute their attention: causal, aligned at the bottom right."""
+
+    cu_q_D: Tensor
+    """Cumulative query counts, [D + 1] int32."""
+    cu_k_D: Tensor
+    """Cumulative key counts, [D + 1] int32."""
+    max_q: int
+    max_k: int
+    window: int | None
+    scale: float
 
 
 class _Call(NamedTuple):
@@ -103,7 +124,7 @@ def _tokens(x_BSHK: Tensor, row: int) -> Tensor:
     return x_BSHK.view(-1, *x_BSHK.shape[2:]) if row == ALL_ROWS else x_BSHK[row]
 
 
-def _calls(table: Tensor, cumulative: Tensor, *tensors: Tensor) -> list[_Call]:
+def _calls(work: Work, *tensors: Tensor) -> list[_Call]:
     """The kernel calls: the packs over all rows, or the packs of each row alone.
 
     Each row alone if the rows of a tensor do not follow each other in memory: joining the rows would copy the
@@ -111,11 +132,12 @@ def _calls(table: Tensor, cumulative: Tensor, *tensors: Tensor) -> list[_Call]:
     """
     packed = all(len(x) == 1 or x.stride(0) == x.shape[1] * x.stride(1) for x in tensors)
     calls = []
-    for fields in table.tolist():
+    for fields in work.table.tolist():
         pack = Pack(*fields)
         if pack.n_documents and (pack.row == ALL_ROWS) == packed:
-            cu_q_D, cu_k_D = cumulative[pack.first :][: 2 * (pack.n_documents + 1)].chunk(2)
-            calls.append(_Call(pack, Documents(cu_q_D, cu_k_D, pack.max_q, pack.max_k)))
+            cu_q_D, cu_k_D = work.data[pack.first :][: 2 * (pack.n_documents + 1)].chunk(2)
+            documents = Documents(cu_q_D, cu_k_D, pack.max_q, pack.max_k, work.window, work.scale)
+            calls.append(_Call(pack, documents))
     return calls
 
 
@@ -126,37 +148,34 @@ def _is_whole(calls: list[_Call], q_BQHK: Tensor, k_BSGK: Tensor) -> bool:
 
 
 class PackEvaluator:
-    """Attention by packs, with one kernel. The log-sum-exp is [H, T], as the kernels have it."""
+    """Attention by packs, with one kernel: q and out [T, H, K], k and v [U, G, K], log-sum-exp [H, T]."""
 
-    def __init__(self, kernel: PackKernel) -> None:
+    def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
 
     def lse_shape(self, q_BQHK):
         batch, n_queries, heads = q_BQHK.shape[:3]
         return heads, batch * n_queries
 
-    def forward(self, q, k, v, table, data, scale, window):
-        def attend(call: _Call) -> tuple[Tensor, Tensor]:
-            return self.kernel.forward(call.q(q), call.k(k), call.k(v), call.documents, scale, window)
-
-        calls = _calls(table, data, q, k, v)
+    def forward(self, q, k, v, how):
+        calls = _calls(how, q, k, v)
+        found = (self.kernel.forward(call.q(q), call.k(k), call.k(v), call.documents) for call in calls)
         if _is_whole(calls, q, k):
-            out_THK, lse_HT = attend(calls[0])
+            out_THK, lse_HT = next(found)
             return out_THK.unflatten(0, q.shape[:2]), lse_HT
         out_BQHK, lse_HT = torch.zeros_like(q), q.new_zeros(self.lse_shape(q), dtype=sum_dtype(q.dtype))
-        for call in calls:
-            out, lse = attend(call)
+        for call, (out, lse) in zip(calls, found, strict=True):
             call.q(out_BQHK).copy_(out)
             call.lse(lse_HT, q.shape[1]).copy_(lse)
         return out_BQHK, lse_HT
 
-    def backward(self, dout, q, k, v, out, lse, table, data, scale, window):
-        calls = _calls(table, data, q, k, v, dout, out)
+    def backward(self, dout, q, k, v, out, lse, how):
+        calls = _calls(how, q, k, v, dout, out)
         parts = []
         for call in calls:
             given = call.q(dout), call.q(q), call.k(k), call.k(v), call.q(out)
             lse_HT = call.lse(lse, q.shape[1]).contiguous()
-            parts.append(self.kernel.backward(*given, lse_HT, call.documents, scale, window))
+            parts.append(self.kernel.backward(*given, lse_HT, call.documents))
         if _is_whole(calls, q, k):
             return tuple(part.contiguous().view(x.shape) for part, x in zip(parts[0], (q, k, v), strict=True))
         dq, dk, dv = (x.new_zeros(x.shape) for x in (q, k, v))
@@ -165,6 +184,62 @@ class PackEvaluator:
             # Summed in the dtype of the keys: under context parallel at most two packs share a key.
             call.k(dk).add_(dk_part)
             call.k(dv).add_(dv_part)
+        return dq, dk, dv
+
+
+def _left(window: int | None) -> int:
+    """The number of keys that a query sees before its own key, as FlashAttention counts them; -1: all."""
+    return -1 if window is None else window - 1
+
+
+class TorchFlash:
+    """torch's FlashAttention-2, or FlashAttention-3 or -4 once `activate_flash_attention_impl` has chosen it.
+
+    torch's `varlen_attn` calls the same operators (torch/nn/attention/varlen.py).
+    """
+
+    def forward(self, q, k, v, how):
+        *documents, window, scale = how
+        out, lse, *_ = aten._flash_attention_forward(
+            q, k, v, *documents, 0.0, window is None, False,
+            scale=scale, window_size_left=_left(window), window_size_right=0,
+        )  # fmt: skip
+        return out, lse
+
+    def backward(self, dout, q, k, v, out, lse, how):
+        *documents, window, scale = how
+        # There is no dropout, so the random state is never read.
+        seed, unused = (torch.empty(n, dtype=torch.uint64, device=q.device) for n in (2, 0))
+        return aten._flash_attention_backward(
+            dout, q, k, v, out, lse, *documents, 0.0, window is None, seed, unused,
+            scale=scale, window_size_left=_left(window), window_size_right=0,
+        )  # fmt: skip
+
+
+class FlashAttnPackage:
+    """The flash-attn package, version 2.7 or later."""
+
+    def forward(self, q, k, v, how):
+        from flash_attn import flash_attn_interface  # pyright: ignore[reportMissingImports]
+
+        *documents, window, scale = how
+        out, lse, *_ = flash_attn_interface._flash_attn_varlen_forward(
+            q, k, v, *documents, dropout_p=0.0, softmax_scale=scale, causal=True,
+            window_size_left=_left(window), window_size_right=0,
+        )  # fmt: skip
+        return out, lse
+
+    def backward(self, dout, q, k, v, out, lse, how):
+        from flash_attn import flash_attn_interface  # pyright: ignore[reportMissingImports]
+
+        *documents, window, scale = how
+        dq, dk, dv = (contiguous_like(x) for x in (q, k, v))
+        flash_attn_interface._flash_attn_varlen_backward(
+            dout, q, k, v, out, lse, dq, dk, dv, *documents,
+            dropout_p=0.0, softmax_scale=scale, causal=True,
+            window_size_left=_left(window), window_size_right=0, softcap=0.0, alibi_slopes=None,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+        )  # fmt: skip
         return dq, dk, dv
 
 

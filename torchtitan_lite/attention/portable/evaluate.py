@@ -11,49 +11,49 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torchtitan_lite.attention.operator import sum_dtype
+from torchtitan_lite.attention.operator import Work, sum_dtype
 from torchtitan_lite.attention.portable import native
-from torchtitan_lite.attention.portable.kernels import finite, kernel_for
-from torchtitan_lite.attention.portable.tiles import CAUSAL, FULL, ROWS, Tile
+from torchtitan_lite.attention.portable.kernels import OneTile, finite, kernel_for
+from torchtitan_lite.attention.portable.tiles import BAND, CAUSAL, ROWS, Tile
 
 
 class _Call(NamedTuple):
-    """One kernel call: the slices of a tile, its mask, and whether results are merged."""
+    """A tile, how to compute it, and the views of its tokens, heads first."""
 
-    rows: slice
-    queries: slice
-    keys: slice
-    causal: bool
-    mask: Tensor | None
-    fresh_queries: bool
-    """Whether this is the first tile with these queries; its results are then not merged."""
-    fresh_keys: bool
+    tile: Tile
+    how: OneTile
 
     def q(self, x_BQHK: Tensor) -> Tensor:
-        return x_BQHK[self.rows, self.queries].transpose(1, 2)
+        tile = self.tile
+        return x_BQHK[tile.row0 : tile.row1, tile.q0 : tile.q1].transpose(1, 2)
 
     def k(self, x_BSGK: Tensor) -> Tensor:
-        return x_BSGK[self.rows, self.keys].transpose(1, 2)
+        tile = self.tile
+        return x_BSGK[tile.row0 : tile.row1, tile.k0 : tile.k1].transpose(1, 2)
 
 
-def _calls(table: Tensor, masks: Tensor, dtype: torch.dtype) -> list[_Call]:
-    calls = []
-    for *fields, fresh_queries, fresh_keys in table.tolist():
-        tile = Tile(*fields)
-        n_rows, n, m = tile.row1 - tile.row0, tile.q1 - tile.q0, tile.k1 - tile.k0
-        if n_rows == 0:
-            continue
-        mask = None
-        if tile.kind not in (FULL, CAUSAL):
-            if tile.kind == ROWS:
-                seen = masks[: n_rows * n * m].view(n_rows, 1, n, m)
-            else:
-                seen = masks[tile.kind :][: n * m].view(n, m)
-            # In q's dtype: torch's CPU kernel takes a float32 mask beside float64 queries and misreads it.
-            mask = torch.where(seen, 0.0, float("-inf")).to(dtype)
-        where = slice(tile.row0, tile.row1), slice(tile.q0, tile.q1), slice(tile.k0, tile.k1)
-        calls.append(_Call(*where, tile.kind == CAUSAL, mask, bool(fresh_queries), bool(fresh_keys)))
+def _calls(work: Work, q_BQHK: Tensor) -> list[_Call]:
+    calls, masks = [], {}
+    for tile in (Tile(*fields) for fields in work.table.tolist() if fields[0] < fields[1]):
+        shape = tile.q1 - tile.q0, tile.k1 - tile.k0, tile.kind
+        if shape not in masks:
+            masks[shape] = _additive_mask(tile, work, q_BQHK)
+        calls.append(_Call(tile, OneTile(tile.kind == CAUSAL, masks[shape], work.scale)))
     return calls
+
+
+def _additive_mask(tile: Tile, work: Work, q_BQHK: Tensor) -> Tensor | None:
+    n, m = tile.q1 - tile.q0, tile.k1 - tile.k0
+    if tile.kind == BAND:
+        assert work.window is not None
+        seen = torch.ones(n, m, dtype=torch.bool, device=q_BQHK.device).triu().tril(work.window - 1)
+    elif tile.kind == ROWS:
+        n_rows = tile.row1 - tile.row0
+        seen = work.data[: n_rows * m].view(n_rows, 1, n, m)
+    else:
+        return None
+    # In q's dtype: torch's CPU kernel takes a float32 mask beside float64 queries and misreads it.
+    return torch.where(seen, 0.0, float("-inf")).to(q_BQHK.dtype)
 
 
 def _is_whole(calls: list[_Call], q_BQHK: Tensor, k_BSGK: Tensor) -> bool:
@@ -62,8 +62,7 @@ def _is_whole(calls: list[_Call], q_BQHK: Tensor, k_BSGK: Tensor) -> bool:
     The CPU kernel gives 0 for a query that sees nothing, and 0 for its log-sum-exp.
     """
     (batch, n_queries), n_keys = q_BQHK.shape[:2], k_BSGK.shape[1]
-    whole = slice(0, batch), slice(0, n_queries), slice(0, n_keys)
-    return q_BQHK.is_cpu and len(calls) == 1 and calls[0][:3] == whole
+    return q_BQHK.is_cpu and len(calls) == 1 and calls[0].tile[:6] == (0, batch, 0, n_queries, 0, n_keys)
 
 
 def _merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,49 +78,50 @@ class TileEvaluator:
     def lse_shape(self, q_BQHK):
         return q_BQHK.shape[:3]
 
-    def forward(self, q, k, v, table, data, scale, window):
-        if native.takes(q, table):
-            return native.forward(q, k, v, table, scale)
-        kernel, calls = kernel_for(q), _calls(table, data, q.dtype)
+    def forward(self, q, k, v, how):
+        if native.takes(q, how.table):
+            return native.forward(q, k, v, how)
+        kernel, calls = kernel_for(q), _calls(how, q)
         if _is_whole(calls, q, k):
             (call,) = calls
-            out, lse = kernel.forward(call.q(q), call.k(k), call.k(v), call.causal, call.mask, scale)
+            out, lse = kernel.forward(call.q(q), call.k(k), call.k(v), call.how)
             return out.transpose(1, 2), lse.transpose(1, 2).contiguous()
         out_BQHK = torch.zeros_like(q)
         lse_BQH = torch.zeros(q.shape[:3], dtype=sum_dtype(q.dtype), device=q.device)
         for call in calls:
-            out, lse = kernel.forward(call.q(q), call.k(k), call.k(v), call.causal, call.mask, scale)
-            if call.mask is not None:  # the CPU kernel reports 0 for a query that sees nothing in this tile
-                lse = lse.masked_fill(call.mask.isneginf().all(-1), float("-inf"))
-            out_bnHK, lse_bnH = out.transpose(1, 2), lse.transpose(1, 2)
-            here = call.rows, call.queries
-            if not call.fresh_queries:
-                out_bnHK, lse_bnH = _merge(out_BQHK[here], lse_BQH[here], out_bnHK, lse_bnH)
-            out_BQHK[here] = out_bnHK
-            lse_BQH[here] = lse_bnH
+            out, lse = kernel.forward(call.q(q), call.k(k), call.k(v), call.how)
+            if (
+                call.how.mask is not None
+            ):  # the CPU kernel reports 0 for a query that sees nothing in this tile
+                lse = lse.masked_fill(call.how.mask.isneginf().all(-1), float("-inf"))
+            out_bHnK, lse_bHn = call.q(out_BQHK), call.q(lse_BQH)
+            if not call.tile.fresh_queries:
+                out, lse = _merge(out_bHnK, lse_bHn, out, lse)
+            out_bHnK.copy_(out)
+            lse_bHn.copy_(lse)
         # A query that sees nothing at all: any finite value gives it weights of 0 in the backward.
         return out_BQHK, lse_BQH.masked_fill_(lse_BQH.isneginf(), 0)
 
-    def backward(self, dout, q, k, v, out, lse, table, data, scale, window):
-        if native.takes(q, table):
-            return native.backward(dout, q, k, v, out, lse, table, scale)
+    def backward(self, dout, q, k, v, out, lse, how):
+        if native.takes(q, how.table):
+            return native.backward(dout, q, k, v, out, lse, how)
 
         def gradients(call: _Call) -> tuple[Tensor, ...]:
             given = call.q(dout), call.q(q), call.k(k), call.k(v), call.q(out), call.q(lse)
-            return kernel.backward(*given, call.causal, call.mask, scale)
+            return kernel.backward(*given, call.how)
 
-        kernel, calls = kernel_for(q), _calls(table, data, q.dtype)
+        kernel, calls = kernel_for(q), _calls(how, q)
         if _is_whole(calls, q, k):
             return tuple(grad.transpose(1, 2) for grad in gradients(calls[0]))
         # Tiles that share keys or queries are summed in full precision.
-        once = all(call.fresh_queries and call.fresh_keys for call in calls)
-        grads = [native.zeros_for(x, x.dtype if once else sum_dtype(x.dtype)) for x in (q, k, v)]
+        once = all(call.tile.fresh_queries and call.tile.fresh_keys for call in calls)
+        dq, dk, dv = (native.zeros_for(x, x.dtype if once else sum_dtype(x.dtype)) for x in (q, k, v))
         for call in calls:
-            places = (call.queries, call.keys, call.keys)
-            fresh = (call.fresh_queries, call.fresh_keys, call.fresh_keys)
-            for grad, part, place, first in zip(grads, gradients(call), places, fresh, strict=True):
-                if first:
-                    grad[call.rows, place] = part.transpose(1, 2)
+            places = call.q(dq), call.k(dk), call.k(dv)
+            fresh = call.tile.fresh_queries, call.tile.fresh_keys, call.tile.fresh_keys
+            for place, part, is_first in zip(places, gradients(call), fresh, strict=True):
+                if is_first:
+                    place.copy_(part)
                 else:
-                    grad[call.rows, place] += part.transpose(1, 2)
-        return tuple(grad.to(q.dtype) for grad in grads)
+                    place += part
+        return tuple(grad.to(q.dtype) for grad in (dq, dk, dv))

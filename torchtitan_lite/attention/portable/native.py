@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from torchtitan_lite import durable
+from torchtitan_lite.attention.operator import Work
 from torchtitan_lite.attention.portable.tiles import CAUSAL, FULL
 
 # The compiler that torch uses: torch._inductor.config.cpp.cxx.
@@ -76,24 +77,22 @@ def takes(q_BSHK: Tensor, table: Tensor) -> bool:
     return bool(is_document.all() and table[:, 7:].all() and torch.equal(q0, k0))
 
 
-def forward(
-    q_BSHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, table: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
+def forward(q_BSHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, work: Work) -> tuple[Tensor, Tensor]:
     """The output [B, S, H, K] and its log-sum-exp [B, S, H], both 0 on padding."""
     out_BSHK = torch.zeros_like(q_BSHK)
     lse_BSH = torch.zeros(q_BSHK.shape[:3], dtype=torch.float32, device=q_BSHK.device)
-    _call(table, scale, False, lse_BSH, q=q_BSHK, k=k_BSGK, v=v_BSGK, out=out_BSHK)
+    _call(work, False, lse_BSH, q=q_BSHK, k=k_BSGK, v=v_BSGK, out=out_BSHK)
     return out_BSHK, lse_BSH
 
 
 def backward(
     dout_BSHK: Tensor, q_BSHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, out_BSHK: Tensor, lse_BSH: Tensor,
-    table: Tensor, scale: float,
+    work: Work,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of q, k and v."""
     dq, dk, dv = (zeros_for(x, x.dtype) for x in (q_BSHK, k_BSGK, v_BSGK))
     tensors = {"q": q_BSHK, "k": k_BSGK, "v": v_BSGK, "out": out_BSHK, "dout": dout_BSHK}
-    _call(table, scale, True, lse_BSH, **tensors, dq=dq, dk=dk, dv=dv)
+    _call(work, True, lse_BSH, **tensors, dq=dq, dk=dk, dv=dv)
     return dq, dk, dv
 
 
@@ -125,11 +124,11 @@ class _Problem(ctypes.Structure):
     )
 
 
-def _call(table: Tensor, scale: float, is_backward: bool, lse: Tensor, **tensors: Tensor) -> None:
-    q, k = tensors["q"], tensors["k"]
+def _call(work: Work, is_backward: bool, lse: Tensor, **tensors: Tensor) -> None:
+    q, k, table = tensors["q"], tensors["k"], work.table
     assert lse.is_contiguous() and table.is_contiguous() and all(x.stride(-1) == 1 for x in tensors.values())
     assert lse.dtype == torch.float32 and all(x.is_cpu and x.dtype == q.dtype for x in tensors.values())
-    problem = _Problem(lse=lse.data_ptr(), table=table.data_ptr(), scale=scale)
+    problem = _Problem(lse=lse.data_ptr(), table=table.data_ptr(), scale=work.scale)
     for name, x in tensors.items():
         setattr(problem, name, _View(x.data_ptr(), *x.stride()[:3]))
     numbers = (*table.shape, q.shape[1], q.shape[2], k.shape[2], torch.get_num_threads())

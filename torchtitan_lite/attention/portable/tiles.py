@@ -6,8 +6,8 @@ A plain kernel computes a tile in one call: all of it, its causal half (as many 
 small explicit mask. Tiles of the same queries are merged by their log-sum-exp. `evaluate.py` does all this.
 """
 
-from collections.abc import Iterator, Sequence
-from itertools import groupby
+from collections.abc import Iterator
+from itertools import chain, groupby
 from typing import NamedTuple
 
 import torch
@@ -16,9 +16,9 @@ from torch import Tensor
 from torchtitan_lite.attention.mask import Ranges, check_window, count_queries, segments
 from torchtitan_lite.attention.operator import Calls, make_calls
 
-FULL, CAUSAL, ROWS = -1, -2, -3
-"""Values of Tile.kind. A value >= 0 is the index of the tile's mask in Calls.data. ROWS: Calls.data starts
-with a mask for each row of the tile."""
+FULL, CAUSAL, BAND, ROWS = range(4)
+"""Values of Tile.kind. BAND: query i sees the tile's keys [i, i + Calls.window). ROWS: each row has one
+query, and Calls.data starts with a mask [rows, keys], True where the row's query sees the key."""
 
 WINDOW_STEP = 128
 """Queries of a tile in a sliding window: fewer means more calls, more means larger masks."""
@@ -34,23 +34,9 @@ class Tile(NamedTuple):
     k0: int
     k1: int
     kind: int
-
-
-def tile_calls(
-    tiles: Sequence[Tile], masks: list[Tensor], shape: tuple[int, int, int], device: torch.device | str
-) -> Calls:
-    """A table of tiles. A row: a Tile, whether it is the first with its queries, and with its keys.
-
-    Tiles of the same rows follow each other. `masks` are True where a query sees a key.
-    """
-    rows, q_end, k_end, row = [], 0, 0, None
-    for tile in tiles:
-        if tile.row0 != row:
-            row, q_end, k_end = tile.row0, 0, 0
-        rows.append((*tile, tile.q0 >= q_end, tile.k0 >= k_end))
-        q_end, k_end = max(q_end, tile.q1), max(k_end, tile.k1)
-    flat = [torch.zeros(0, dtype=torch.bool), *(mask.flatten() for mask in masks)]
-    return make_calls("tiles", rows or [[0] * (len(Tile._fields) + 2)], flat, shape, device)
+    fresh_queries: bool = True
+    """Whether this is the first tile with these queries: there is nothing to merge its results with."""
+    fresh_keys: bool = True
 
 
 def document_tiles(
@@ -75,57 +61,41 @@ def document_tiles(
             for _, _, k0, k1 in spans:
                 seen_BS[row, k0 if sliding_window is None else max(k0, k1 - sliding_window) : k1] = True
         # One call under a mask of B x S. With one query for each row, a call for each row would cost more.
-        return tile_calls([Tile(0, batch, 0, 1, 0, seq_len, ROWS)], [seen_BS], shape, device)
-    masks = BandMasks(sliding_window)
+        return make_calls("tiles", [Tile(0, batch, 0, 1, 0, seq_len, ROWS)], seen_BS.flatten(), shape, device)
     tiles = []
     # Rows with the same documents are one batch for the kernel.
     for spans, same in groupby(by_row, key=lambda row: by_row[row]):
-        rows = list(same)
-        for span in spans:
-            tiles += [Tile(rows[0], rows[-1] + 1, *tile) for tile in _tiles_of(*span, masks)]
-    return tile_calls(tiles, masks.found, shape, device)
+        rows, q_end, k_end = list(same), 0, 0
+        for q0, q1, k0, k1, kind in chain(*(_tiles_of(*span, sliding_window) for span in spans)):
+            tiles.append(Tile(rows[0], rows[-1] + 1, q0, q1, k0, k1, kind, q0 >= q_end, k0 >= k_end))
+            q_end, k_end = max(q_end, q1), max(k_end, k1)
+    no_data = torch.zeros(0, dtype=torch.bool)
+    return make_calls(
+        "tiles", tiles or [Tile(0, 0, 0, 0, 0, 0, FULL)], no_data, shape, device, sliding_window
+    )
 
 
-class BandMasks:
-    """The masks that a sliding window needs, one for each shape of tile."""
-
-    def __init__(self, window: int | None) -> None:
-        self.window = window
-        self.found: list[Tensor] = []
-        self._starts: dict[tuple[int, int, int], int] = {}
-
-    def start(self, n_queries: int, n_keys: int, behind: int) -> int:
-        """The index of a tile's mask in Calls.data; `behind`: keys of the tile before its first query."""
-        assert self.window is not None
-        shape = n_queries, n_keys, behind
-        if shape not in self._starts:
-            self._starts[shape] = sum(mask.numel() for mask in self.found)
-            ones = torch.ones(n_queries, n_keys, dtype=torch.bool)
-            self.found.append(ones.tril(behind) & ones.triu(behind - self.window + 1))
-        return self._starts[shape]
-
-
-def _tiles_of(q0: int, q1: int, k0: int, k1: int, masks: BandMasks) -> Iterator[tuple[int, ...]]:
+def _tiles_of(q0: int, q1: int, k0: int, k1: int, sliding_window: int | None) -> Iterator[tuple[int, ...]]:
     """The tiles (q0, q1, k0, k1, kind) of one segment; see mask.segments."""
-    window = k1 - k0 if masks.window is None else masks.window
+    window = sliding_window or k1 - k0
     first = k1 - (q1 - q0)  # the first query, counted as a key
     unbanded = min(k1, max(first, k0 + window))  # queries before this one see their document from its start
     if first < unbanded:
         yield from _causal_tiles(q0, q0 + unbanded - first, k0, unbanded)
     for start in range(unbanded, k1, WINDOW_STEP):
         stop = min(start + WINDOW_STEP, k1)
-        for k_start, k_stop, kind in _band_tiles(start, stop, window, masks):
+        for k_start, k_stop, kind in _band_tiles(start, stop, window):
             yield q0 + start - first, q0 + stop - first, k_start, k_stop, kind
 
 
-def _band_tiles(start: int, stop: int, window: int, masks: BandMasks) -> Iterator[tuple[int, int, int]]:
+def _band_tiles(start: int, stop: int, window: int) -> Iterator[tuple[int, int, int]]:
     """The keys (k0, k1, kind) of queries [start, stop) whose whole window lies in their document."""
     n, edge = stop - start, start - window + 1
     if window <= n:
-        yield edge, stop, masks.start(n, stop - edge, window - 1)
+        yield edge, stop, BAND
         return
     if n > 1:
-        yield edge, stop - window, masks.start(n, n - 1, window - 1)
+        yield edge, stop - window, BAND
     yield stop - window, start, FULL
     yield start, stop, CAUSAL
 
