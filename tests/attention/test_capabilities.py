@@ -91,7 +91,8 @@ def test_on_a_gpu_every_cell_runs_right_or_is_refused_with_a_remedy(name, dtype)
 def gpu_error(inner, mask, dtype, positions_BS, queries, window):
     """The largest relative error of the output and of the gradients of q, k and v; NaN if there is a NaN."""
     g = torch.Generator("cuda").manual_seed(0)
-    n_queries, n_keys = mask.shape[1:]
+    n_keys = positions_BS.shape[1]
+    n_queries = sum(stop - start for start, stop in queries or ((0, n_keys),))
     q, k, v = (
         torch.randn(2, n, heads, 64, generator=g, device="cuda", dtype=dtype).requires_grad_()
         for n, heads in ((n_queries, 4), (n_keys, 2), (n_keys, 2))

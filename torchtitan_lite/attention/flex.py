@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, FlexKernelOptions, flex_attention
 
 from torchtitan_lite.attention.capabilities import FLOATS, HALVES, INSTALL_FA4, Capabilities, Refusal
-from torchtitan_lite.attention.mask import Ranges, check_inputs, check_positions, intervals
+from torchtitan_lite.attention.mask import Ranges, check_inputs, check_positions, intervals, to_device
 from torchtitan_lite.attention.operator import Calls, attend
 from torchtitan_lite.attention.portable import document_tiles
-from torchtitan_lite.attention.transfer import to_device
 
 logger = logging.getLogger(__name__)
 
@@ -83,21 +82,16 @@ class Flex:
         return self.kernel_options.get("BACKEND") == "FLASH"
 
     def implementation(self, device: str) -> Capabilities:
-        """The implementation that runs on "cpu" or "cuda"."""
         cpu, triton, flash = self.supports
         return flash if self.flash else cpu if device == "cpu" else triton
 
     def option_refusals(self, device: str) -> list[Refusal]:
-        """The options that are wrong on "cpu" or "cuda"."""
         found = [*self._block_refusals(device), *self._kernel_refusals()]
         if device == "cpu" and self.kernel_options:
             rule = "is for CUDA kernels, and the device is cpu"
             remedy = 'set job.device = "cuda" where there is a GPU, or leave kernel_options empty'
             found.append(Refusal("kernel_options", self.kernel_options, rule, remedy))
-        is_here = device == "cuda" and torch.cuda.is_available()
-        flash = self.implementation("cuda")
-        if self.flash and is_here and (lack := flash.missing()):
-            rule = f"needs {flash.needs}, and {lack}"
+        if self.flash and device == "cuda" and (rule := self.implementation("cuda").unmet_here()):
             found.append(Refusal("kernel_options", self.kernel_options, rule, "use another BACKEND"))
         return found
 
@@ -131,7 +125,6 @@ class Flex:
                 yield Refusal(field, value, rule, "use true" if hint is bool else "use 64 or the like")
 
     def build(self) -> nn.Module:
-        """The inner attention."""
         tiles = {}
         if self.autotuned:
             # The forward tile may not exceed a block, and autotuning tries no small tiles.
@@ -146,7 +139,6 @@ class Flex:
         sliding_window: int | None = None,
         device: torch.device | str | None = None,
     ) -> "FlexMask | Calls":
-        """The mask of a micro-batch: which keys each query sees, in all layers; see docs/attention.md."""
         device = torch.device(positions_BS.device if device is None else device)
         if device.type == "cpu":
             _warn_once_of_the_cpu()
@@ -246,7 +238,6 @@ class FlexAttention(nn.Module):
         mask: FlexMask | Calls,
         scale: float | None = None,
     ) -> Tensor:
-        """Attend; [B, Q, H, K]."""
         if isinstance(mask, Calls):
             return attend(q_BQHK, k_BSGK, v_BSGK, mask, scale)
         scale = check_inputs(q_BQHK, k_BSGK, v_BSGK, mask.shape, scale)

@@ -14,8 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from torchtitan_lite.attention.mask import check_inputs
-from torchtitan_lite.attention.transfer import to_device
+from torchtitan_lite.attention.mask import check_inputs, to_device
 
 HALF = (torch.bfloat16, torch.float16)
 
