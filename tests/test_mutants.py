@@ -106,7 +106,7 @@ MUTANTS = {
         ATTENTION + "mask.py", "first_BS = index_S - positions_BS", "first_BS = positions_BS * 0", PACKED
     ),
     "a window one token too long, in the tiles": Mutant(
-        ATTENTION + "portable/evaluate.py",
+        ATTENTION + "portable/tiles.py",
         ".triu().tril(work.window - 1)",
         ".triu(-1).tril(work.window - 1)",
         WHOLE,
@@ -115,10 +115,10 @@ MUTANTS = {
         ATTENTION + "mask.py", "index_S - (sliding_window - 1)", "index_S - sliding_window", WHOLE
     ),
     "tiles of the same queries overwrite each other": Mutant(
-        ATTENTION + "portable/evaluate.py", "if not call.tile.fresh_queries:", "if False:", LAST
+        ATTENTION + "portable/tiles.py", "if not tile.fresh_queries:", "if False:", LAST
     ),
     "gradients of shared keys overwrite each other": Mutant(
-        ATTENTION + "portable/evaluate.py", "if is_first:", "if True:", WHOLE
+        ATTENTION + "portable/tiles.py", "if is_first:", "if True:", WHOLE
     ),
     "block size of flex dropped on the way to the mask": Mutant(
         ATTENTION + "flex.py",

@@ -6,8 +6,9 @@ from attention_cases import POSITIONS, QUERIES, REFERENCE, qkv, rows
 
 from torchtitan_lite.attention import Flex, Sdpa, Varlen, operator
 from torchtitan_lite.attention.packs import document_packs
-from torchtitan_lite.attention.portable import document_tiles, kernels
+from torchtitan_lite.attention.portable import kernels
 from torchtitan_lite.attention.portable.kernels import CpuKernel, OneTile, PlainKernel
+from torchtitan_lite.attention.portable.tiles import document_tiles
 from torchtitan_lite.attention.varlen import VarlenAttention
 
 

@@ -17,7 +17,7 @@ from torch.nn.attention.flex_attention import BlockMask, FlexKernelOptions, flex
 from torchtitan_lite.attention.capabilities import FLOATS, HALVES, INSTALL_FA4, Capabilities, Refusal
 from torchtitan_lite.attention.mask import Ranges, check_inputs, check_positions, intervals, to_device
 from torchtitan_lite.attention.operator import Calls, attend
-from torchtitan_lite.attention.portable import document_tiles
+from torchtitan_lite.attention.portable.tiles import document_tiles
 
 logger = logging.getLogger(__name__)
 

@@ -46,6 +46,19 @@ class Pack(NamedTuple):
     max_k: int
     """The largest number of keys of a document."""
 
+    def q(self, x_BQHK: Tensor) -> Tensor:
+        """The pack's part [T, H, K] of q, the output, or the gradient of either."""
+        return _tokens(x_BQHK, self.row)[self.q0 : self.q1]
+
+    def k(self, x_BSGK: Tensor) -> Tensor:
+        """The pack's part [U, G, K] of k, v, or the gradient of either."""
+        return _tokens(x_BSGK, self.row)[self.k0 : self.k1]
+
+    def lse(self, lse_HT: Tensor, n_queries: int) -> Tensor:
+        """The pack's part of the log-sum-exp."""
+        before = max(self.row, 0) * n_queries
+        return lse_HT[:, before + self.q0 : before + self.q1]
+
 
 def document_packs(
     positions_BS: Tensor,
@@ -100,31 +113,11 @@ class Documents(NamedTuple):
     scale: float
 
 
-class _Call(NamedTuple):
-    """A pack, and the views of its tokens."""
-
-    pack: Pack
-    documents: Documents
-
-    def q(self, x_BQHK: Tensor) -> Tensor:
-        """The pack's part [T, H, K] of q, the output, or the gradient of either."""
-        return _tokens(x_BQHK, self.pack.row)[self.pack.q0 : self.pack.q1]
-
-    def k(self, x_BSGK: Tensor) -> Tensor:
-        """The pack's part [U, G, K] of k, v, or the gradient of either."""
-        return _tokens(x_BSGK, self.pack.row)[self.pack.k0 : self.pack.k1]
-
-    def lse(self, lse_HT: Tensor, n_queries: int) -> Tensor:
-        """The pack's part of the log-sum-exp."""
-        before = max(self.pack.row, 0) * n_queries
-        return lse_HT[:, before + self.pack.q0 : before + self.pack.q1]
-
-
 def _tokens(x_BSHK: Tensor, row: int) -> Tensor:
     return x_BSHK.view(-1, *x_BSHK.shape[2:]) if row == ALL_ROWS else x_BSHK[row]
 
 
-def _calls(work: Work, *tensors: Tensor) -> list[_Call]:
+def _calls(work: Work, *tensors: Tensor) -> list[tuple[Pack, Documents]]:
     """The kernel calls: the packs over all rows, or the packs of each row alone.
 
     Each row alone if the rows of a tensor do not follow each other in memory: joining the rows would copy the
@@ -137,14 +130,14 @@ def _calls(work: Work, *tensors: Tensor) -> list[_Call]:
         if pack.n_documents and (pack.row == ALL_ROWS) == packed:
             cu_q_D, cu_k_D = work.data[pack.first :][: 2 * (pack.n_documents + 1)].chunk(2)
             documents = Documents(cu_q_D, cu_k_D, pack.max_q, pack.max_k, work.window, work.scale)
-            calls.append(_Call(pack, documents))
+            calls.append((pack, documents))
     return calls
 
 
-def _is_whole(calls: list[_Call], q_BQHK: Tensor, k_BSGK: Tensor) -> bool:
+def _is_whole(calls: list[tuple[Pack, Documents]], q_BQHK: Tensor, k_BSGK: Tensor) -> bool:
     """True if one call has all queries and all keys, so that no results must be put together."""
     whole = (ALL_ROWS, 0, q_BQHK.shape[:2].numel(), 0, k_BSGK.shape[:2].numel())
-    return len(calls) == 1 and calls[0].pack[:5] == whole
+    return len(calls) == 1 and calls[0][0][:5] == whole
 
 
 class PackEvaluator:
@@ -159,31 +152,31 @@ class PackEvaluator:
 
     def forward(self, q, k, v, how):
         calls = _calls(how, q, k, v)
-        found = (self.kernel.forward(call.q(q), call.k(k), call.k(v), call.documents) for call in calls)
+        found = (self.kernel.forward(pack.q(q), pack.k(k), pack.k(v), documents) for pack, documents in calls)
         if _is_whole(calls, q, k):
             out_THK, lse_HT = next(found)
             return out_THK.unflatten(0, q.shape[:2]), lse_HT
         out_BQHK, lse_HT = torch.zeros_like(q), q.new_zeros(self.lse_shape(q), dtype=sum_dtype(q.dtype))
-        for call, (out, lse) in zip(calls, found, strict=True):
-            call.q(out_BQHK).copy_(out)
-            call.lse(lse_HT, q.shape[1]).copy_(lse)
+        for (pack, _), (out, lse) in zip(calls, found, strict=True):
+            pack.q(out_BQHK).copy_(out)
+            pack.lse(lse_HT, q.shape[1]).copy_(lse)
         return out_BQHK, lse_HT
 
     def backward(self, dout, q, k, v, out, lse, how):
         calls = _calls(how, q, k, v, dout, out)
         parts = []
-        for call in calls:
-            given = call.q(dout), call.q(q), call.k(k), call.k(v), call.q(out)
-            lse_HT = call.lse(lse, q.shape[1]).contiguous()
-            parts.append(self.kernel.backward(*given, lse_HT, call.documents))
+        for pack, documents in calls:
+            given = pack.q(dout), pack.q(q), pack.k(k), pack.k(v), pack.q(out)
+            lse_HT = pack.lse(lse, q.shape[1]).contiguous()
+            parts.append(self.kernel.backward(*given, lse_HT, documents))
         if _is_whole(calls, q, k):
             return tuple(part.contiguous().view(x.shape) for part, x in zip(parts[0], (q, k, v), strict=True))
         dq, dk, dv = (x.new_zeros(x.shape) for x in (q, k, v))
-        for call, (dq_part, dk_part, dv_part) in zip(calls, parts, strict=True):
-            call.q(dq).copy_(dq_part)
+        for (pack, _), (dq_part, dk_part, dv_part) in zip(calls, parts, strict=True):
+            pack.q(dq).copy_(dq_part)
             # Summed in the dtype of the keys: under context parallel at most two packs share a key.
-            call.k(dk).add_(dk_part)
-            call.k(dv).add_(dv_part)
+            pack.k(dk).add_(dk_part)
+            pack.k(dv).add_(dv_part)
         return dq, dk, dv
 
 

@@ -14,7 +14,8 @@ from torchtitan_lite.attention.capabilities import FLOATS, Capabilities, Refusal
 from torchtitan_lite.attention.mask import Ranges, check_inputs, query_ranges
 from torchtitan_lite.attention.operator import Calls, attend
 from torchtitan_lite.attention.packs import document_packs
-from torchtitan_lite.attention.portable import document_tiles, has_cuda_flash
+from torchtitan_lite.attention.portable.kernels import has_cuda_flash
+from torchtitan_lite.attention.portable.tiles import document_tiles
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from torchtitan_lite.attention.capabilities import FLOATS, HALVES, INSTALL_FA4, 
 from torchtitan_lite.attention.mask import Ranges
 from torchtitan_lite.attention.operator import Calls, attend
 from torchtitan_lite.attention.packs import document_packs
-from torchtitan_lite.attention.portable import document_tiles
+from torchtitan_lite.attention.portable.tiles import document_tiles
 
 FA4_BEFORE = 19
 """The first beta of flash-attn-4 that torch cannot use: it returns four results, and torch expects two."""

@@ -1,9 +1,11 @@
 """The mask as tiles: rectangles of (queries, keys) to compute, so that no tensor is S x S.
 
-B batch rows, S key tokens, Q query tokens.
+B batch rows, S key tokens, Q query tokens, H query heads, G key/value heads, K head dim.
 
 A plain kernel computes a tile in one call: all of it, its causal half (as many queries as keys), or under a
-small explicit mask. Tiles of the same queries are merged by their log-sum-exp. `evaluate.py` does all this.
+small explicit mask. Tiles of the same queries are merged by their log-sum-exp. The backward of each tile with
+the merged output and log-sum-exp is exact (FlashAttention, https://arxiv.org/abs/2205.14135, section 3.1 and
+appendix B.4).
 """
 
 from collections.abc import Iterator
@@ -14,7 +16,9 @@ import torch
 from torch import Tensor
 
 from torchtitan_lite.attention.mask import Ranges, check_window, count_queries, segments
-from torchtitan_lite.attention.operator import Calls, make_calls
+from torchtitan_lite.attention.operator import EVALUATORS, Calls, Work, make_calls, sum_dtype
+from torchtitan_lite.attention.portable import native
+from torchtitan_lite.attention.portable.kernels import OneTile, finite, kernel_for
 
 FULL, CAUSAL, BAND, ROWS = range(4)
 """Values of Tile.kind. BAND: query i sees the tile's keys [i, i + Calls.window). ROWS: each row has one
@@ -37,6 +41,14 @@ class Tile(NamedTuple):
     fresh_queries: bool = True
     """Whether this is the first tile with these queries: there is nothing to merge its results with."""
     fresh_keys: bool = True
+
+    def q(self, x_BQHK: Tensor) -> Tensor:
+        """The tile's part [b, H, n, K] of q, the output, or the gradient of either; lse likewise."""
+        return x_BQHK[self.row0 : self.row1, self.q0 : self.q1].transpose(1, 2)
+
+    def k(self, x_BSGK: Tensor) -> Tensor:
+        """The tile's part [b, G, m, K] of k, v, or the gradient of either."""
+        return x_BSGK[self.row0 : self.row1, self.k0 : self.k1].transpose(1, 2)
 
 
 def document_tiles(
@@ -109,3 +121,110 @@ def _causal_tiles(q0: int, q1: int, k0: int, k1: int) -> Iterator[tuple[int, ...
     if k0 < diagonal:
         yield q0, q1, k0, diagonal, FULL
     yield q0, q1, diagonal, k1, CAUSAL
+
+
+def is_native(q_BQHK: Tensor, table: Tensor) -> bool:
+    """True if the compiled kernel computes these tiles: it takes whole documents only."""
+    if not native.takes(q_BQHK):
+        return False
+    table = table[table[:, 0] < table[:, 1]]
+    q0, q1, k0, k1, kind = table[:, 2:7].unbind(1)
+    # The tile of a document of one token is FULL.
+    is_document = (kind == CAUSAL) | ((q1 - q0 == 1) & (k1 - k0 == 1) & (kind == FULL))
+    return bool(is_document.all() and table[:, 7:].all() and torch.equal(q0, k0))
+
+
+def _calls(work: Work, q_BQHK: Tensor) -> list[tuple[Tile, OneTile]]:
+    """The tiles, and how to compute each."""
+    calls, masks = [], {}
+    for tile in (Tile(*fields) for fields in work.table.tolist() if fields[0] < fields[1]):
+        shape = tile.q1 - tile.q0, tile.k1 - tile.k0, tile.kind
+        if shape not in masks:
+            masks[shape] = _additive_mask(tile, work, q_BQHK)
+        calls.append((tile, OneTile(tile.kind == CAUSAL, masks[shape], work.scale)))
+    return calls
+
+
+def _additive_mask(tile: Tile, work: Work, q_BQHK: Tensor) -> Tensor | None:
+    n, m = tile.q1 - tile.q0, tile.k1 - tile.k0
+    if tile.kind == BAND:
+        assert work.window is not None
+        seen = torch.ones(n, m, dtype=torch.bool, device=q_BQHK.device).triu().tril(work.window - 1)
+    elif tile.kind == ROWS:
+        n_rows = tile.row1 - tile.row0
+        seen = work.data[: n_rows * m].view(n_rows, 1, n, m)
+    else:
+        return None
+    # In q's dtype: torch's CPU kernel takes a float32 mask beside float64 queries and misreads it.
+    return torch.where(seen, 0.0, float("-inf")).to(q_BQHK.dtype)
+
+
+def _is_whole(calls: list[tuple[Tile, OneTile]], q_BQHK: Tensor, k_BSGK: Tensor) -> bool:
+    """True if one call computes everything on a CPU, so that no results must be put together.
+
+    The CPU kernel gives 0 for a query that sees nothing, and 0 for its log-sum-exp.
+    """
+    (batch, n_queries), n_keys = q_BQHK.shape[:2], k_BSGK.shape[1]
+    return q_BQHK.is_cpu and len(calls) == 1 and calls[0][0][:6] == (0, batch, 0, n_queries, 0, n_keys)
+
+
+def _merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over two sets of keys, from the attention over each."""
+    lse = torch.logaddexp(lse_a, lse_b)
+    weight_a, weight_b = ((x - finite(lse)).exp()[..., None] for x in (lse_a, lse_b))
+    return (out_a * weight_a + out_b * weight_b).to(out_a.dtype), lse
+
+
+class TileEvaluator:
+    """Attention by tiles. The log-sum-exp is [B, Q, H]."""
+
+    def lse_shape(self, q_BQHK):
+        return q_BQHK.shape[:3]
+
+    def forward(self, q, k, v, how):
+        if is_native(q, how.table):
+            return native.forward(q, k, v, how)
+        kernel, calls = kernel_for(q), _calls(how, q)
+        found = (kernel.forward(tile.q(q), tile.k(k), tile.k(v), one) for tile, one in calls)
+        if _is_whole(calls, q, k):
+            out, lse = next(found)
+            return out.transpose(1, 2), lse.transpose(1, 2).contiguous()
+        out_BQHK = torch.zeros_like(q)
+        lse_BQH = torch.zeros(q.shape[:3], dtype=sum_dtype(q.dtype), device=q.device)
+        for (tile, one), (out, lse) in zip(calls, found, strict=True):
+            if one.mask is not None:  # the CPU kernel reports 0 for a query that sees nothing in this tile
+                lse = lse.masked_fill(one.mask.isneginf().all(-1), float("-inf"))
+            out_bHnK, lse_bHn = tile.q(out_BQHK), tile.q(lse_BQH)
+            if not tile.fresh_queries:
+                out, lse = _merge(out_bHnK, lse_bHn, out, lse)
+            out_bHnK.copy_(out)
+            lse_bHn.copy_(lse)
+        # A query that sees nothing at all: any finite value gives it weights of 0 in the backward.
+        return out_BQHK, lse_BQH.masked_fill_(lse_BQH.isneginf(), 0)
+
+    def backward(self, dout, q, k, v, out, lse, how):
+        if is_native(q, how.table):
+            return native.backward(dout, q, k, v, out, lse, how)
+        kernel, calls = kernel_for(q), _calls(how, q)
+
+        def gradients(tile: Tile, one: OneTile) -> tuple[Tensor, ...]:
+            given = tile.q(dout), tile.q(q), tile.k(k), tile.k(v), tile.q(out), tile.q(lse)
+            return kernel.backward(*given, one)
+
+        if _is_whole(calls, q, k):
+            return tuple(grad.transpose(1, 2) for grad in gradients(*calls[0]))
+        # Tiles that share keys or queries are summed in full precision.
+        once = all(tile.fresh_queries and tile.fresh_keys for tile, _ in calls)
+        dq, dk, dv = (native.zeros_for(x, x.dtype if once else sum_dtype(x.dtype)) for x in (q, k, v))
+        for tile, one in calls:
+            places = tile.q(dq), tile.k(dk), tile.k(dv)
+            fresh = tile.fresh_queries, tile.fresh_keys, tile.fresh_keys
+            for place, part, is_first in zip(places, gradients(tile, one), fresh, strict=True):
+                if is_first:
+                    place.copy_(part)
+                else:
+                    place += part
+        return tuple(grad.to(q.dtype) for grad in (dq, dk, dv))
+
+
+EVALUATORS["tiles"] = TileEvaluator()
