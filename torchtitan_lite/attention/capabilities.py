@@ -57,7 +57,7 @@ class Capabilities:
         return f"{', '.join(absent)} not installed" if absent else self.also_missing()
 
     def unmet_here(self) -> str | None:
-        """The rule that this machine's GPU breaks; None if it breaks none, or there is no GPU to check."""
+        """The unmet need, as the rule of a Refusal; None if all are met, or if there is no GPU to check."""
         lack = self.missing() if torch.cuda.is_available() else None
         return lack and f"needs {self.needs}, and {lack}"
 

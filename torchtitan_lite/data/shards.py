@@ -153,7 +153,6 @@ class _Writer:
         self._waiting: list[bytes | None] = []
         """Pieces to encode; None ends a document."""
         self._n_bytes_waiting = 0
-        self._within_document = False
         self._starts = array("q", [0])
         self.n_tokens = 0
         self._n_of_byte = np.zeros(256, np.int64)
@@ -162,16 +161,14 @@ class _Writer:
         """Add the next piece of the current document."""
         self._n_of_byte += np.bincount(np.frombuffer(piece, np.uint8), minlength=256)
         self._waiting.append(piece)
-        self._within_document = True
         self._n_bytes_waiting += len(piece)
         if self._n_bytes_waiting >= _BATCH_BYTES:
             self._flush()
 
     def end_document(self) -> None:
         """End the current document, if there is one."""
-        if self._within_document:
+        if self._waiting[-1:] != [None]:
             self._waiting.append(None)
-            self._within_document = False
 
     def finish(self, offsets_file: Path) -> dict[str, Any]:
         """Write the waiting pieces and the offsets, and return the split's part of the metadata."""
@@ -191,7 +188,7 @@ class _Writer:
         for piece in self._waiting:
             if piece is not None:
                 self._write(next(encoded))
-            elif self.n_tokens > self._starts[-1]:  # else the tokenizer has made no token of the document
+            elif self.n_tokens > self._starts[-1]:  # else there was no document, or it has no token
                 self._write(np.array([self._tokenizer.eos_id]))
                 self._starts.append(self.n_tokens)
         self._waiting, self._n_bytes_waiting = [], 0

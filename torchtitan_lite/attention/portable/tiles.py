@@ -1,6 +1,7 @@
 """The mask as tiles: rectangles of (queries, keys) to compute, so that no tensor is S x S.
 
-B batch rows, S key tokens, Q query tokens, H query heads, G key/value heads, K head dim.
+B batch rows, S key tokens, Q query tokens, H query heads, G key/value heads, K head dim;
+b, n, m: rows, queries and keys of a tile.
 
 A plain kernel computes a tile in one call: all of it, its causal half (as many queries as keys), or under a
 small explicit mask. Tiles of the same queries are merged by their log-sum-exp. The backward of each tile with
@@ -43,7 +44,7 @@ class Tile(NamedTuple):
     fresh_keys: bool = True
 
     def q(self, x_BQHK: Tensor) -> Tensor:
-        """The tile's part [b, H, n, K] of q, the output, or the gradient of either; lse likewise."""
+        """The tile's part [b, H, n, K] of q, the output, or the gradient of either; of lse [b, H, n]."""
         return x_BQHK[self.row0 : self.row1, self.q0 : self.q1].transpose(1, 2)
 
     def k(self, x_BSGK: Tensor) -> Tensor:
