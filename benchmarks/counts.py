@@ -247,7 +247,7 @@ def plain_step(job: JobConfig, options: argparse.Namespace, shards: Shards) -> C
     shape, dtype = job.decoder, job.training.compute_dtype
     device = torch.device(job.device)
     # Sets the trainer's options of inductor, which are global to the process.
-    prepare_compile(job.compile, device=device.type, attention="varlen", head_dim=shape.head_dim)
+    prepare_compile(job.compile, device=device.type, head_dim=shape.head_dim)
     plain = plain_model.Training(shape, dtype, device, options.recompute, options.compile)
     return lambda: plain.step(next(batches))
 

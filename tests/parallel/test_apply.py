@@ -58,11 +58,11 @@ def test_inductor_does_not_try_out_vector_instructions_unless_asked_to(monkeypat
 
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     with config.patch({"cpp.vec_isa_ok": set_before}):
-        prepare_compile(CompileConfig(enable=True), device="cpu", attention="flex", head_dim=16)
+        prepare_compile(CompileConfig(enable=True), device="cpu", head_dim=8)
         assert config.cpp.vec_isa_ok is (set_before is None)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
     with config.patch({"cpp.vec_isa_ok": None}):
-        prepare_compile(CompileConfig(enable=True), device="cpu", attention="flex", head_dim=16)
+        prepare_compile(CompileConfig(enable=True), device="cpu", head_dim=8)
         assert config.cpp.vec_isa_ok is None
 
 
@@ -72,5 +72,5 @@ def test_a_compiled_backward_recomputes_cheap_inputs_on_every_device(device: str
 
     for compile, wanted in ((CompileConfig(), True), (CompileConfig(enable=True), False)):
         with config.patch({"ban_recompute_materialized_backward": True}):
-            prepare_compile(compile, device=device, attention="flex", head_dim=16)
+            prepare_compile(compile, device=device, head_dim=8)
             assert config.ban_recompute_materialized_backward is wanted

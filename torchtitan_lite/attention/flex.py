@@ -263,5 +263,5 @@ def _compiled(autotuned: bool) -> Callable[..., Any]:
 @cache
 def _warn_once_of_the_cpu() -> None:
     logger.warning(
-        "FlexAttention has no backward on a CPU: SDPA computes the same mask, document by document"
+        "FlexAttention has no backward on a CPU: the mask is computed document by document, as sdpa does"
     )

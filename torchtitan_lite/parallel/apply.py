@@ -101,7 +101,7 @@ def model_problems(config: DecoderConfig, degrees: Degrees) -> list[Problem]:
     return []
 
 
-def prepare_compile(config: CompileConfig, *, device: str, attention: str, head_dim: int) -> None:
+def prepare_compile(config: CompileConfig, *, device: str, head_dim: int) -> None:
     """Set, for this process, how inductor compiles for `device`, "cpu" or "cuda"."""
     if device == "cpu":
         forget_kernels()  # kernels of an earlier trainer in this process
@@ -110,8 +110,7 @@ def prepare_compile(config: CompileConfig, *, device: str, attention: str, head_
     _recompute_what_is_cheap()
     if device == "cpu":
         _trust_the_processor()
-        if attention != "flex":
-            compile_kernel(head_dim)
+        compile_kernel(head_dim)
 
 
 def _trust_the_processor() -> None:

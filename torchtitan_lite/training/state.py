@@ -131,8 +131,7 @@ def build_model(
         compile=job.compile,
         offload=job.training.enable_cpu_offload,
     )
-    kind, head_dim = job.decoder.attention.kind, job.decoder.head_dim
-    prepare_compile(job.compile, device=device.type, attention=kind, head_dim=head_dim)
+    prepare_compile(job.compile, device=device.type, head_dim=job.decoder.head_dim)
     model.to_empty(device="cpu" if job.training.enable_cpu_offload else device)
 
     def shard(parameter: Tensor) -> tuple[Tensor, list[tuple[int, int]]]:
