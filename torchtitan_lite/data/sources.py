@@ -95,7 +95,7 @@ class SourceFile:
     """Path relative to the dataset's folder, with forward slashes."""
     sha256: bytes
     stamp: tuple[int, int, int]
-    """Properties that change when something writes to the file; see `_stamp`."""
+    """Size, time of the last change and inode: they change when something writes to the file."""
 
     @property
     def size(self) -> int:
@@ -120,11 +120,9 @@ class FileSource:
 
     @property
     def n_bytes(self) -> int:
-        """Size of all files."""
         return sum(file.size for file in self.files)
 
     def documents(self) -> Iterator[Document]:
-        """All documents, file by file."""
         for file in self.files:
             if self.json_field is None:
                 yield Document(identity=os.fsencode(file.name), size=file.size, pieces=_file_pieces(file))
