@@ -36,7 +36,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.profiler import ProfilerActivity, profile
 
 from torchtitan_lite.attention import Flex, Sdpa, Varlen, positions_from_cu_seqlens, refusals
-from torchtitan_lite.attention.portable.native import compile_kernel, takes
+from torchtitan_lite.attention.portable.native import compile_kernel
+from torchtitan_lite.attention.portable.tiles import is_native
 
 BACKENDS: dict[str, Any] = {"sdpa": Sdpa(), "flex": Flex(), "varlen": Varlen()}
 BACKENDS["flex_flash"] = Flex(kernel_options={"BACKEND": "FLASH"})
@@ -133,8 +134,8 @@ def ways(case: Case, names: list[str]) -> Iterator[Way]:
 def ours(case: Case, name: str, change: str = "") -> Way:
     """A backend. `change` names what is done to the tensors before and after the backend."""
     inner, mask, qkv = BACKENDS[name].build(), case.mask(name), case.qkv()
-    calls = getattr(mask, "tiles", mask)  # the mask of varlen is its calls; flex has none on CUDA
-    own_kernel = calls is not None and calls.evaluator == "tiles" and takes(qkv[0], calls.table)
+    calls = getattr(mask, "tiles", mask)  # varlen's mask is its calls, as flex's is on a CPU
+    own_kernel = getattr(calls, "evaluator", "") == "tiles" and is_native(qkv[0], calls.table)
 
     def act(x_BSHK: Tensor) -> Tensor:
         if change == "layout copied":

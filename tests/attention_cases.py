@@ -6,7 +6,7 @@ import torch
 
 from torchtitan_lite.attention import reference_attention
 from torchtitan_lite.attention.packs import PackEvaluator
-from torchtitan_lite.attention.portable.kernels import PlainKernel
+from torchtitan_lite.attention.portable.kernels import OneTile, PlainKernel
 
 KEYS, HEAD_DIM = 53, 12  # S, H, G and K differ from each other, so a wrong axis shows
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
@@ -63,35 +63,32 @@ def compare(config, positions_BS, queries, window, heads, kv_heads, scale, toler
 class DocumentByDocument:
     """A kernel for packs: `PlainKernel` under an explicit mask, one document at a time."""
 
-    def forward(self, q, k, v, documents, scale, window):
-        found = [
-            PlainKernel().forward(q_, k_, v_, False, mask, scale)
-            for q_, k_, v_, mask in _parted(documents, window, q, k, v)
-        ]
+    def forward(self, q, k, v, how):
+        found = [PlainKernel().forward(q_, k_, v_, tile) for q_, k_, v_, tile in _parted(how, q, k, v)]
         outs, lses = zip(*found, strict=True)
         return torch.cat(outs, 2)[0].transpose(0, 1), torch.cat(lses, 2)[0]
 
-    def backward(self, dout, q, k, v, out, lse, documents, scale, window):
-        edges = pairwise(documents.cu_q_D.tolist())
+    def backward(self, dout, q, k, v, out, lse, how):
+        edges = pairwise(how.cu_q_D.tolist())
         parts = []
-        for (q_, k_, v_, mask), (q0, q1) in zip(_parted(documents, window, q, k, v), edges, strict=True):
+        for (q_, k_, v_, tile), (q0, q1) in zip(_parted(how, q, k, v), edges, strict=True):
             dout_, out_ = (_heads_first(x[q0:q1]) for x in (dout, out))
-            lse_ = lse[None, :, q0:q1]
-            parts.append(PlainKernel().backward(dout_, q_, k_, v_, out_, lse_, False, mask, scale))
+            parts.append(PlainKernel().backward(dout_, q_, k_, v_, out_, lse[None, :, q0:q1], tile))
         dq, dk, dv = (torch.cat(part, 2)[0].transpose(0, 1) for part in zip(*parts, strict=True))
         return dq, dk, dv
 
 
-def _parted(documents, window, q_THK, k_UGK, v_UGK):
-    """The queries, keys and values of each document, and its additive mask."""
+def _parted(documents, q_THK, k_UGK, v_UGK):
+    """The queries, keys and values of each document, and how to compute its attention."""
     edges = zip(*(pairwise(cu_D.tolist()) for cu_D in (documents.cu_q_D, documents.cu_k_D)), strict=True)
     for (q0, q1), (k0, k1) in edges:
         behind = (k1 - k0) - (q1 - q0)  # keys before the first query
         sees = q_THK.new_ones(q1 - q0, k1 - k0, dtype=torch.bool).tril(behind)
-        if window is not None:
-            sees = sees.triu(behind - window + 1)
+        if documents.window is not None:
+            sees = sees.triu(behind - documents.window + 1)
         mask = torch.zeros(sees.shape, device=sees.device).masked_fill(~sees, float("-inf"))
-        yield _heads_first(q_THK[q0:q1]), _heads_first(k_UGK[k0:k1]), _heads_first(v_UGK[k0:k1]), mask
+        tile = OneTile(False, mask, documents.scale)
+        yield _heads_first(q_THK[q0:q1]), _heads_first(k_UGK[k0:k1]), _heads_first(v_UGK[k0:k1]), tile
 
 
 def _heads_first(x_THK):

@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.utils._pytree import tree_leaves
 
-from torchtitan_lite.attention import AttentionConfig, Sdpa
+from torchtitan_lite.attention import AttentionConfig, Flex, Sdpa
 from torchtitan_lite.models import init, loss
 from torchtitan_lite.models.decoder import Decoder
 from torchtitan_lite.models.init import init_weights
@@ -112,9 +112,14 @@ def attention_bytes(method: str, n_ranks: int, n_tokens: int, heads: tuple[int, 
 
 def block_sizes_of_masks(argv: Sequence[str]) -> set[tuple[int, int]]:
     """The block sizes of the masks that the model gets in a step."""
-    trainer, found = new_trainer(argv), set()
-    trainer.state.model.register_forward_pre_hook(lambda _, args: found.add(args[2].block_mask.BLOCK_SIZE))
-    trainer.stepper.train_step()
+    trainer, found, make_mask = new_trainer(argv), set(), Flex.mask
+
+    def mask(config: Flex, *args: Any, **options: Any) -> Any:
+        found.add(config.blocks)
+        return make_mask(config, *args, **options)
+
+    with mock.patch.object(Flex, "mask", mask):
+        trainer.stepper.train_step()
     return found
 
 

@@ -26,7 +26,7 @@ WHOLE, LAST, PACKED, LOOP = (
     )
 )
 VARLEN = f"{ORACLE}::test_packs_give_the_numbers_of_the_reference[one document-all]"
-FLEX = f"{ORACLE}::test_the_block_mask_gives_the_numbers_of_the_reference[one document-all]"
+FLEX = f"{ORACLE}::test_the_block_mask_gives_the_numbers_of_the_reference"
 ONE_CALL = f"{ORACLE}::test_the_one_call_of_rows_of_one_document_equals_the_reference[6-6]"
 COPIES = "tests/attention/test_memory.py::test_the_fused_path_neither_copies_nor_repeats_forward_or_backward"
 DECODER = "tests/models/test_decoder.py"
@@ -43,7 +43,7 @@ FSDP_2, CP_2, TP_2 = (
 )
 
 PORTABLE_VARLEN = "        return attend(q_BQHK, k_BSGK, v_BSGK, mask, scale)\n"
-PACK_CALL = "call.documents, scale, window)\n\n        calls"
+HOW = "pack.max_q, pack.max_k, work.window, work.scale)"
 HEADS_FIRST = "(x.transpose(1, 2) for x in (q_BSHK, k_BSGK, v_BSGK))"
 REPEATED = HEADS_FIRST.replace(" for", ".repeat_interleave(q_BSHK.shape[2] // x.shape[2], 1) for")
 SUMMED_KEYS = "reduce_scatter(chunks.by_rank(x_BSGK), 0, group)"
@@ -68,12 +68,12 @@ MUTANTS = {
     ),
     "varlen: the scale does not reach the kernel": Mutant(
         ATTENTION + "packs.py",
-        PACK_CALL,
-        PACK_CALL.replace("scale", "q.shape[-1] ** -0.5"),
+        HOW,
+        HOW.replace("work.scale", "tensors[0].shape[-1] ** -0.5"),
         VARLEN,
     ),
     "varlen: the window does not reach the kernel": Mutant(
-        ATTENTION + "packs.py", PACK_CALL, PACK_CALL.replace("window", "None"), VARLEN
+        ATTENTION + "packs.py", HOW, HOW.replace("work.window", "None"), VARLEN
     ),
     "all backends: the scale that is given is dropped": Mutant(
         ATTENTION + "mask.py", "** -0.5 if scale is None else scale", "** -0.5", WHOLE
@@ -106,22 +106,25 @@ MUTANTS = {
         ATTENTION + "mask.py", "first_BS = index_S - positions_BS", "first_BS = positions_BS * 0", PACKED
     ),
     "a window one token too long, in the tiles": Mutant(
-        ATTENTION + "portable/tiles.py", "behind - self.window + 1)", "behind - self.window)", WHOLE
+        ATTENTION + "portable/tiles.py",
+        ".triu().tril(work.window - 1)",
+        ".triu(-1).tril(work.window - 1)",
+        WHOLE,
     ),
     "a window one token too long, in the intervals": Mutant(
         ATTENTION + "mask.py", "index_S - (sliding_window - 1)", "index_S - sliding_window", WHOLE
     ),
     "tiles of the same queries overwrite each other": Mutant(
-        ATTENTION + "portable/evaluate.py", "if not call.fresh_queries:", "if False:", LAST
+        ATTENTION + "portable/tiles.py", "if not tile.fresh_queries:", "if False:", LAST
     ),
     "gradients of shared keys overwrite each other": Mutant(
-        ATTENTION + "portable/evaluate.py", "                if first:\n", "                if True:\n", WHOLE
+        ATTENTION + "portable/tiles.py", "if is_first:", "if True:", WHOLE
     ),
     "block size of flex dropped on the way to the mask": Mutant(
         ATTENTION + "flex.py",
         "queries, sliding_window, self.blocks, device)",
         "queries, sliding_window, (128, 128), device)",
-        "tests/attention/test_capabilities.py::test_the_mask_and_the_tiles_of_flex_have_its_block_size",
+        "tests/attention/test_capabilities.py::test_the_mask_of_flex_has_its_block_size",
     ),
     "keys and values repeated to all heads": Mutant(ATTENTION + "sdpa.py", HEADS_FIRST, REPEATED, COPIES),
     "a copy into another layout before the kernel": Mutant(

@@ -1,13 +1,21 @@
 """The capabilities: every cell of the table either runs and is right, or is refused."""
 
-import dataclasses
 import itertools
 
 import pytest
 import torch
 from attention_cases import POSITIONS, compare, rows
 
-from torchtitan_lite.attention import Flex, Sdpa, Varlen, capabilities, reference_attention, refusals, varlen
+from torchtitan_lite.attention import (
+    Flex,
+    Sdpa,
+    Varlen,
+    capabilities,
+    flex,
+    reference_attention,
+    refusals,
+    varlen,
+)
 
 FLASH = {"BACKEND": "FLASH"}
 CONFIGS = {
@@ -83,7 +91,8 @@ def test_on_a_gpu_every_cell_runs_right_or_is_refused_with_a_remedy(name, dtype)
 def gpu_error(inner, mask, dtype, positions_BS, queries, window):
     """The largest relative error of the output and of the gradients of q, k and v; NaN if there is a NaN."""
     g = torch.Generator("cuda").manual_seed(0)
-    n_queries, n_keys = mask.shape[1:]
+    n_keys = positions_BS.shape[1]
+    n_queries = sum(stop - start for start, stop in queries or ((0, n_keys),))
     q, k, v = (
         torch.randn(2, n, heads, 64, generator=g, device="cuda", dtype=dtype).requires_grad_()
         for n, heads in ((n_queries, 4), (n_keys, 2), (n_keys, 2))
@@ -264,21 +273,17 @@ def test_building_a_named_kernel_without_a_gpu_is_an_error_that_says_so(kernel):
 
 
 def test_flex_warns_once_on_a_cpu(caplog):
-    from torchtitan_lite.attention import flex
-
-    flex._say_once_that_the_cpu_goes_block_row_by_block_row.cache_clear()
+    flex._warn_once_of_the_cpu.cache_clear()
     for _ in range(3):
         Flex().mask(torch.arange(8)[None])
-    assert len([record for record in caplog.records if "block row" in record.message]) == 1
+    assert len([record for record in caplog.records if "document by document" in record.message]) == 1
 
 
-def test_the_mask_and_the_tiles_of_flex_have_its_block_size():
-    positions_BS = torch.arange(256)[None]
-    for block_size, n_tiles in ((64, 1 + 2 * 3), (128, 1 + 2), ((64, 128), 1 + 1 + 2 + 2)):
-        mask = Flex(block_size=block_size).mask(positions_BS)
-        assert Flex(block_size=block_size).blocks == mask.block_mask.BLOCK_SIZE
-        assert mask.tiles is not None
-        assert len(mask.tiles.table) == n_tiles
+def test_the_mask_of_flex_has_its_block_size():
+    for block_size in (64, 128, (64, 128)):
+        config = Flex(block_size=block_size)
+        mask = config.mask(torch.arange(256)[None], device="meta")
+        assert isinstance(mask, flex.FlexMask) and config.blocks == mask.block_mask.BLOCK_SIZE
 
 
 @pytest.mark.parametrize(
@@ -318,7 +323,7 @@ def options_given(config, n_queries):
     """The options that FlexAttention's kernel gets."""
     inner, seen = config.build(), []
     inner.flex_attention = lambda q, *_, kernel_options, **__: seen.append(kernel_options) or q
-    mask = config.mask(torch.arange(300)[None], queries=((300 - n_queries, 300),))
+    mask = config.mask(torch.arange(300)[None], queries=((300 - n_queries, 300),), device="meta")
     q, k = (torch.zeros(1, n, 2, 16) for n in (n_queries, 300))
-    inner(q, k, k, dataclasses.replace(mask, tiles=None))
+    inner(q, k, k, mask)
     return seen[0]

@@ -6,8 +6,9 @@ from attention_cases import POSITIONS, QUERIES, REFERENCE, qkv, rows
 
 from torchtitan_lite.attention import Flex, Sdpa, Varlen, operator
 from torchtitan_lite.attention.packs import document_packs
-from torchtitan_lite.attention.portable import document_tiles, kernels
-from torchtitan_lite.attention.portable.kernels import CpuKernel, PlainKernel
+from torchtitan_lite.attention.portable import kernels
+from torchtitan_lite.attention.portable.kernels import CpuKernel, OneTile, PlainKernel
+from torchtitan_lite.attention.portable.tiles import document_tiles
 from torchtitan_lite.attention.varlen import VarlenAttention
 
 
@@ -72,16 +73,16 @@ def test_packed_batches_with_other_documents_are_not_compiled_again(backend, que
 def test_the_cpu_kernel_in_blocks_equals_one_call(dtype, n, monkeypatch):
     g = torch.Generator().manual_seed(0)
     q, k, v, dout = (torch.randn(2, n, h, 16, generator=g).to(dtype).transpose(1, 2) for h in (4, 2, 2, 4))
-    found = CpuKernel().forward(q, k, v, True, None, 0.37)
+    found = CpuKernel().forward(q, k, v, OneTile(True, None, 0.37))
     with monkeypatch.context() as patched:
         patched.setattr(kernels, "_is_medium", lambda q: False)
-        out, lse = CpuKernel().forward(q, k, v, True, None, 0.37)
-        theirs = CpuKernel().backward(dout, q, k, v, out, lse, True, None, 0.37)
+        out, lse = CpuKernel().forward(q, k, v, OneTile(True, None, 0.37))
+        theirs = CpuKernel().backward(dout, q, k, v, out, lse, OneTile(True, None, 0.37))
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(found, (out, lse), rtol=tolerance, atol=tolerance)
-    ours = CpuKernel().backward(dout, q, k, v, out, lse, True, None, 0.37)
+    ours = CpuKernel().backward(dout, q, k, v, out, lse, OneTile(True, None, 0.37))
     dout, q, k, v, out, lse = (x.double() for x in (dout, q, k, v, out, lse))
-    exact = PlainKernel().backward(dout, q, k, v, out, lse, True, None, 0.37)
+    exact = PlainKernel().backward(dout, q, k, v, out, lse, OneTile(True, None, 0.37))
     for found, other, truth in zip(ours, theirs, exact, strict=True):
         assert found.dtype == dtype and found.transpose(1, 2).is_contiguous()
         assert (found - truth).norm() <= 1.05 * (other - truth).norm() + 1e-6 * truth.norm()
@@ -93,7 +94,7 @@ def test_the_cpu_kernel_in_blocks_equals_one_call(dtype, n, monkeypatch):
 def test_the_operator_passes_torchs_checks(table, positions, queries):
     calls = TABLES[table](POSITIONS[positions], QUERIES[queries], 7)
     q, k, v = qkv(2, calls.shape[1], 53, 6, 2)
-    given = calls.table, calls.data, 0.37, calls.window, calls.evaluator
+    given = calls.evaluator, calls.table, calls.data, calls.window, 0.37
     torch.library.opcheck(operator.forward, (q, k, v, *given))
 
 
@@ -118,10 +119,10 @@ def test_the_cpu_kernel_equals_the_plain_one_forward_and_backward(causal, masked
     if mask is not None:
         mask[torch.rand(n, m, generator=g) < 0.5] = float("-inf")
         mask[:, 0] = 0
-    found = []
+    found, how = [], OneTile(causal, mask, 0.37)
     for kernel in (CpuKernel(), PlainKernel(block=7)):
-        out, lse = kernel.forward(q, k, v, causal, mask, 0.37)
-        grads = kernel.backward(torch.ones_like(out), q, k, v, out, lse, causal, mask, 0.37)
+        out, lse = kernel.forward(q, k, v, how)
+        grads = kernel.backward(torch.ones_like(out), q, k, v, out, lse, how)
         found.append((out, lse, *grads))
     torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
 
@@ -143,7 +144,7 @@ def test_the_fake_operator_has_the_layouts_of_the_real_one(table, layout, docume
         for x in (*qkv(2, sum(documents), sum(documents), 6, 2), *qkv(2, sum(documents), 1, 6, 2)[:1])
     )
     q, k, v, dout = map(change, (q, k, v, dout))
-    given = q, k, v, calls.table, calls.data, 0.37, None, calls.evaluator
+    given = q, k, v, calls.evaluator, calls.table, calls.data, None, 0.37
     with torch._subclasses.FakeTensorMode() as mode:
         fake = [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in given]
         fake_out = operator.forward(*fake)

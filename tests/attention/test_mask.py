@@ -1,11 +1,11 @@
-"""Positions, queries, windows and tensors that do not fit each other are refused."""
+"""Positions, queries, windows and tensors that do not fit each other are refused. And copies to a GPU."""
 
 import pytest
 import torch
 from attention_cases import rows
 
 from torchtitan_lite.attention import Flex, Sdpa, Varlen, positions_from_cu_seqlens
-from torchtitan_lite.attention.mask import explicit_mask, segments
+from torchtitan_lite.attention.mask import explicit_mask, segments, to_device
 
 CONFIGS = [Sdpa(), Flex(block_size=16), Varlen()]
 each_config = pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.kind)
@@ -94,3 +94,16 @@ def test_a_scale_that_is_not_positive_and_finite_is_refused(config, scale):
     q, k, v = (torch.randn(1, 8, heads, 4) for heads in (4, 2, 2))
     with pytest.raises(ValueError, match="scale"):
         config.build()(q, k, v, mask, scale=scale)
+
+
+def test_a_copy_to_a_gpu_is_made_from_pinned_memory_and_not_waited_for(monkeypatch):
+    x, pinned, calls = torch.ones(3), torch.zeros(3), []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: calls.append(self) or pinned)
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *args, **kwargs: (self, args, kwargs))
+    assert to_device(x, "cuda") == (pinned, (torch.device("cuda"),), {"non_blocking": True})
+    assert calls == [x]
+
+
+def test_what_stays_on_the_cpu_is_neither_pinned_nor_copied():
+    x = torch.ones(3)
+    assert to_device(x, "cpu") is x

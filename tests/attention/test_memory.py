@@ -126,6 +126,12 @@ def test_nothing_is_quadratic_and_no_tensor_of_query_heads_comes_from_keys(confi
         assert not [made for made in recorder.made if {4096, 8, 16} <= set(made[1])]
 
 
+def test_the_block_mask_of_flex_is_not_quadratic():
+    with Recorder() as recorder:
+        Flex().mask(PACKED, device="meta")
+    assert max(made[2] for made in recorder.made) <= 4 * PACKED.nbytes
+
+
 class Saved(torch.autograd.graph.saved_tensors_hooks):
     """Adds up the storages that autograd keeps."""
 

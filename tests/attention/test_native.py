@@ -9,7 +9,8 @@ import torch
 from attention_cases import rows
 
 from torchtitan_lite.attention import Sdpa, Varlen, WithLayout, operator, reference_attention
-from torchtitan_lite.attention.portable import document_tiles, native
+from torchtitan_lite.attention.portable import native
+from torchtitan_lite.attention.portable.tiles import document_tiles, is_native
 
 pytestmark = pytest.mark.compiler
 
@@ -58,7 +59,7 @@ def test_the_kernel_equals_the_reference_forward_and_backward(positions, heads, 
     native.compile_kernel(head_dim)
     q, k, v, upstream = tensors(positions_BS, heads, kv_heads, head_dim, dtype)
     mask = Sdpa().mask(positions_BS)
-    assert native.takes(q, mask.tiles.table)
+    assert is_native(q, mask.tiles.table)
     found = results(lambda q, k, v: Sdpa().build()(q, k, v, mask, scale=0.3), q, k, v, upstream)
     wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
     attend = partial(reference_attention, positions_BS=positions_BS, scale=0.3)
@@ -71,7 +72,7 @@ def test_the_kernel_equals_the_reference_forward_and_backward(positions, heads, 
 def test_the_log_sum_exp_is_that_of_torch_and_padding_is_exact_zeros():
     q, k, v, _ = tensors(POSITIONS["padded"], 4, 2, 48, torch.float32)
     tiles = document_tiles(POSITIONS["padded"])
-    given = q, k, v, tiles.table, tiles.data, 0.3, None, "tiles"
+    given = q, k, v, "tiles", tiles.table, tiles.data, None, 0.3
     out, lse = operator.forward(*given)
     native.forget_kernels()
     wanted, wanted_lse = operator.forward(*given)
@@ -196,7 +197,7 @@ def test_torchs_kernel_computes_what_the_compiled_one_cannot(case):
     positions_BS = POSITIONS["packed, equal rows"]
     q, *_ = tensors(positions_BS, 4, 2, case.get("head_dim", 48), case.get("dtype", torch.float32))
     tiles = document_tiles(positions_BS, case.get("queries"), case.get("sliding_window"))
-    assert not native.takes(q, tiles.table)
+    assert not is_native(q, tiles.table)
 
 
 def test_torchs_kernel_computes_bfloat16_on_a_processor_with_amx(monkeypatch):
@@ -204,7 +205,7 @@ def test_torchs_kernel_computes_bfloat16_on_a_processor_with_amx(monkeypatch):
     table = document_tiles(POSITIONS["packed"]).table
     for dtype, taken in ((torch.float32, True), (torch.bfloat16, False)):
         q, *_ = tensors(POSITIONS["packed"], 4, 2, 48, dtype)
-        assert native.takes(q, table) == taken
+        assert is_native(q, table) == taken
 
 
 @pytest.mark.parametrize(("head_dim", "damaged"), [(112, b""), (128, b"no library")])
@@ -217,7 +218,7 @@ def test_a_damaged_library_is_made_again(head_dim, damaged, caplog, monkeypatch)
     native.compile_kernel(head_dim)
     assert library.read_bytes() == whole and not caplog.text
     q, *_ = tensors(POSITIONS["packed"], 4, 2, head_dim, torch.float32)
-    assert native.takes(q, document_tiles(POSITIONS["packed"]).table)
+    assert is_native(q, document_tiles(POSITIONS["packed"]).table)
 
 
 def test_a_kernel_that_cannot_be_compiled_is_a_warning_and_torchs_is_used(monkeypatch, caplog):
@@ -227,7 +228,7 @@ def test_a_kernel_that_cannot_be_compiled_is_a_warning_and_torchs_is_used(monkey
     assert "torch's kernel" in caplog.text and "no-such-option" in caplog.text
     assert caplog.text.count("\n") == 1 and "b'" not in caplog.text
     q, *_ = tensors(POSITIONS["packed"], 4, 2, 96, torch.float32)
-    assert not native.takes(q, document_tiles(POSITIONS["packed"]).table)
+    assert not is_native(q, document_tiles(POSITIONS["packed"]).table)
 
 
 def test_the_kernel_is_compiled_once_for_all_runs(monkeypatch):

@@ -1,10 +1,12 @@
 """Every backend against the explicit-mask reference, on outputs and on every gradient."""
 
+import numpy as np
 import pytest
 import torch
 from attention_cases import EXACT, KEYS, POSITIONS, QUERIES, DocumentByDocument, compare, qkv, rows
 
 from torchtitan_lite.attention import Flex, Sdpa, Varlen, WithLayout, flex, operator, reference_attention
+from torchtitan_lite.attention.mask import explicit_mask
 from torchtitan_lite.attention.packs import PackEvaluator, document_packs
 from torchtitan_lite.attention.sdpa import attend_whole_rows
 from torchtitan_lite.attention.varlen import VarlenAttention
@@ -12,7 +14,6 @@ from torchtitan_lite.attention.varlen import VarlenAttention
 BACKENDS = {
     "sdpa": Sdpa(),
     "flex": Flex(block_size=16),
-    "flex_rectangular": Flex(block_size=(32, 16)),
     "varlen": Varlen(),
 }
 WINDOWS = (None, 1, 7, 60)
@@ -101,17 +102,17 @@ class Checked(DocumentByDocument):
     def __init__(self):
         self.seen = []
 
-    def forward(self, q, k, v, documents, scale, window):
-        self.check(q, k, documents)
+    def forward(self, q, k, v, how):
+        self.check(q, k, how)
         self.seen += [x.untyped_storage().data_ptr() for x in (q, k, v)]
-        return super().forward(q, k, v, documents, scale, window)
+        return super().forward(q, k, v, how)
 
-    def backward(self, dout, q, k, v, out, lse, documents, scale, window):
-        self.check(q, k, documents)
-        return super().backward(dout, q, k, v, out, lse, documents, scale, window)
+    def backward(self, dout, q, k, v, out, lse, how):
+        self.check(q, k, how)
+        return super().backward(dout, q, k, v, out, lse, how)
 
     def check(self, q, k, documents):
-        cu_q_D, cu_k_D, max_q, max_k = documents
+        cu_q_D, cu_k_D, max_q, max_k, *_ = documents
         for x, cu_D, longest in ((q, cu_q_D, max_q), (k, cu_k_D, max_k)):
             assert cu_D.dtype == torch.int32 and cu_D.is_contiguous()
             assert (cu_D[0], cu_D[-1]) == (0, len(x))
@@ -164,19 +165,46 @@ def test_a_batch_without_padding_is_one_varlen_call_and_a_chunk_of_a_row_is_one(
         assert len(checked.seen) == 3 * calls
 
 
-# torch evaluates a block mask on a CPU too, forward only and S x S, and warns of it.
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("queries", QUERIES)
 @pytest.mark.parametrize("positions", POSITIONS)
-def test_the_block_mask_gives_the_numbers_of_the_reference(monkeypatch, positions, queries):
-    positions_BS, chosen = POSITIONS[positions], QUERIES[queries]
-    n_queries = KEYS if chosen is None else sum(stop - start for start, stop in chosen)
+def test_the_block_mask_is_the_explicit_mask(positions, queries):
+    positions_BS = POSITIONS[positions]
+    for window in WINDOWS:
+        expected_BQS = explicit_mask(positions_BS, QUERIES[queries], window)
+        for blocks in ((16, 16), (32, 16), (16, 32), (64, 64)):
+            block_mask = flex.build_block_mask(
+                positions_BS, QUERIES[queries], window, blocks, torch.device("cpu")
+            )
+            assert torch.equal(seen_by_blocks(block_mask), expected_BQS)
+
+
+def seen_by_blocks(block_mask):
+    """The keys that each query sees [B, Q, S], from the lists of blocks: only partial blocks are masked."""
+    (batch, _, n_queries, seq_len), (size_q, size_k) = block_mask.shape, block_mask.BLOCK_SIZE
+    seen_BQS = torch.zeros(batch, n_queries, seq_len, dtype=torch.bool)
+    lists = (
+        (True, block_mask.full_kv_num_blocks, block_mask.full_kv_indices),
+        (False, block_mask.kv_num_blocks, block_mask.kv_indices),
+    )
+    for is_full, counts_B1M, indices_B1MN in lists:
+        for row, block_q in np.ndindex(batch, counts_B1M.shape[2]):
+            q = torch.arange(block_q * size_q, min((block_q + 1) * size_q, n_queries))
+            for block_k in indices_B1MN[row, 0, block_q, : counts_B1M[row, 0, block_q]].tolist():
+                k = torch.arange(block_k * size_k, min((block_k + 1) * size_k, seq_len))
+                block = seen_BQS[row, q[0] : q[-1] + 1, k[0] : k[-1] + 1]
+                assert not block.any(), "no block is listed twice"
+                block |= is_full or block_mask.mask_mod(torch.tensor(row), torch.tensor(0), q[:, None], k)
+    return seen_BQS
+
+
+# torch evaluates a block mask on a CPU too, forward only and S x S, and warns of it.
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_the_block_mask_gives_the_numbers_of_the_reference(monkeypatch):
+    positions_BS, chosen = POSITIONS["packed"], QUERIES["two chunks"]
     inner = Flex().build()
     monkeypatch.setattr(inner, "flex_attention", flex.flex_attention)
-    with torch.no_grad():
-        q, k, v = (x.detach() for x in qkv(len(positions_BS), n_queries, KEYS, 6, 2))
-        for window in WINDOWS:
-            block_mask = flex.build_block_mask(positions_BS, chosen, window, (16, 16), torch.device("cpu"))
-            out = inner(q, k, v, flex.FlexMask(block_mask, None, (len(q), n_queries, KEYS)), scale=0.37)
-            expected = reference_attention(q, k, v, positions_BS, chosen, window, 0.37)
-            torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
+    q, k, v = (x.detach() for x in qkv(2, 27, KEYS, 6, 2))
+    block_mask = flex.build_block_mask(positions_BS, chosen, 7, (16, 16), torch.device("cpu"))
+    out = inner(q, k, v, flex.FlexMask(block_mask, (2, 27, KEYS)), scale=0.37)
+    expected = reference_attention(q, k, v, positions_BS, chosen, 7, 0.37)
+    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from torchtitan_lite.data import Jsonl, PythonStdlib, Text, documents, heldout
+from torchtitan_lite.data import Jsonl, PythonStdlib, Text, heldout, sources
 from torchtitan_lite.data.datasets import open_source
-from torchtitan_lite.data.documents import Document
+from torchtitan_lite.data.sources import Document
 
 
 def of(texts: dict[str, bytes], n_pieces: int = 1) -> Iterator[Document]:
@@ -152,7 +152,7 @@ def test_identical_json_lines_are_in_the_same_split(write_jsonl):
 
 
 def test_a_file_of_many_pieces_is_cut_once(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(documents, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(sources, "PIECE_BYTES", 1000)
     (tmp_path / "a.txt").write_bytes(LINES)
     source = open_source(Text(path=str(tmp_path)))
     decided = heldout.choose(source.documents(), 0.1, source.n_bytes)

@@ -15,7 +15,7 @@ import pytest
 from programs import PIPE, Program
 
 from torchtitan_lite.config.load import ConfigError, Problem
-from torchtitan_lite.data import PythonStdlib, Samples, Shards, Split, cache, load_tokenizer, prepare, shards
+from torchtitan_lite.data import PythonStdlib, Samples, Shards, Split, load_tokenizer, prepare, shards
 
 FILES = ["metadata.json", "train.offsets", "train.tokens", "validation.offsets", "validation.tokens"]
 
@@ -151,7 +151,7 @@ def test_large_documents_are_the_same_in_however_many_pieces(tokenized, tmp_path
     text = "".join(f"line {i} héllo wörld\n" for i in range(4000))
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
     whole = tokenized(tmp_path / "a.txt")
-    monkeypatch.setattr("torchtitan_lite.data.documents.PIECE_BYTES", 5000)
+    monkeypatch.setattr("torchtitan_lite.data.sources.PIECE_BYTES", 5000)
     monkeypatch.setattr(shards, "_BATCH_BYTES", 12_000)
     parts = tokenized(tmp_path / "a.txt", cache_dir=str(tmp_path / "other"))
     assert parts.train.n_documents == parts.validation.n_documents == 1
@@ -295,7 +295,7 @@ def test_a_complete_cache_that_cannot_be_written_to_is_enough(tokenized, text_fo
     def refuse(*_: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(cache, "exclusive", refuse)
+    monkeypatch.setattr(shards, "_exclusive", refuse)
     assert same(built, tokenized(text_folder))
 
 
@@ -395,7 +395,7 @@ def test_leftovers_of_dead_builders_go_and_the_work_of_living_ones_stays(
     for place in places:
         place.mkdir()
         (place / "train.tokens").write_bytes(b"half")
-    with cache.exclusive(tmp_path / "cache" / alive):
+    with shards._exclusive(tmp_path / "cache" / alive):
         tokenized(text_folder)  # even if nothing is built
     assert [place.exists() for place in places] == [False, True, True]
     tokenized(text_folder)
@@ -411,7 +411,7 @@ def test_the_cache_may_be_within_the_folder_of_texts(tokenized, text_folder: Pat
 
 def test_a_second_builder_waits_for_the_first_and_says_so(tmp_path: Path, caplog):
     caplog.set_level(logging.INFO)
-    first = cache.exclusive(tmp_path / "x")
+    first = shards._exclusive(tmp_path / "x")
     threading.Timer(0.2, first.close).start()
-    cache.exclusive(tmp_path / "x").close()
+    shards._exclusive(tmp_path / "x").close()
     assert caplog.messages == [f"waiting for another process that has locked {tmp_path}/x.lock"]

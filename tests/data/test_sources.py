@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from torchtitan_lite.config.load import ConfigError
-from torchtitan_lite.data import Jsonl, PythonStdlib, Text, Texts, documents, sources
+from torchtitan_lite.data import Jsonl, PythonStdlib, Text, Texts, sources
 from torchtitan_lite.data.datasets import DataConfig, open_source
 from torchtitan_lite.data.sources import FileSource
 
@@ -206,7 +206,7 @@ def test_a_file_that_opens_but_cannot_be_read_is_named(tmp_path: Path, monkeypat
     file.write_text("a")
     opened = source(file)
     message = f'data.path = "{file}" cannot be read (Input/output error): change its permissions'
-    monkeypatch.setattr(documents, "_pieces", fail)
+    monkeypatch.setattr(sources, "_pieces", fail)
     assert message in error(texts, opened)
     monkeypatch.setattr(sources, "_decodes", fail)
     assert message in error(source, file)
@@ -280,7 +280,7 @@ def test_a_json_line_without_the_field_is_named(tmp_path: Path, content: dict, m
 
 @pytest.mark.parametrize("kind", ["lines", "words", "no break at all", "wide characters", "carriage returns"])
 def test_pieces_are_the_text_in_bounded_parts_that_split_no_character(tmp_path: Path, monkeypatch, kind: str):
-    monkeypatch.setattr(documents, "PIECE_BYTES", 100)
+    monkeypatch.setattr(sources, "PIECE_BYTES", 100)
     chance = random.Random(kind)
     alphabet = {
         "lines": "ab \n",
@@ -304,7 +304,7 @@ def test_pieces_of_a_long_document_encode_as_the_whole_does(monkeypatch, tokeniz
 
     tokenizer = load_tokenizer(str(tokenizer_folder))
     text = Path(random.__file__).read_bytes()
-    monkeypatch.setattr(documents, "PIECE_BYTES", 2000)
+    monkeypatch.setattr(sources, "PIECE_BYTES", 2000)
     pieces = pieces_of(random.__file__)
     assert len(pieces) > 10
     parts = [i for ids in tokenizer.encode_pieces(pieces) for i in ids.tolist()]

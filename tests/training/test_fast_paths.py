@@ -4,7 +4,7 @@ import pytest
 import torch
 from programs import words_of
 
-from torchtitan_lite.attention.portable import evaluate, kernels, native
+from torchtitan_lite.attention.portable import kernels, native, tiles
 from torchtitan_lite.attention.portable.kernels import PlainKernel
 from torchtitan_lite.config.job import load_job
 from torchtitan_lite.models import decoder, loss
@@ -94,5 +94,5 @@ def test_a_compiled_run_trains_as_the_slow_one(losses, slow_losses, dtype):
 def test_the_slow_path_is_the_one_that_torch_has_nothing_faster_for(losses, slow_losses, monkeypatch):
     """The reference itself against matrix products written out."""
     wanted = slow_losses("float32")
-    monkeypatch.setattr(evaluate, "kernel_for", lambda q: PlainKernel())
+    monkeypatch.setattr(tiles, "kernel_for", lambda q: PlainKernel())
     torch.testing.assert_close(losses("float32", None), wanted, rtol=0, atol=TOLERANCES["float32"])

@@ -316,7 +316,7 @@ def test_every_backend_gives_the_loss_curve_of_sdpa(small_run, attention: str, w
         ([], []),
         (["--compile.enable"], [8]),
         (["--compile.enable", "--model.attention", "varlen"], [8]),
-        (["--compile.enable", "--model.attention", "flex"], []),
+        (["--compile.enable", "--model.attention", "flex"], [8]),
         (["--compile.enable", "--compile.backend", "aot_eager"], []),
     ],
     ids=str,

@@ -4,7 +4,6 @@ from torchtitan_lite.attention.capabilities import (
     AttentionConfig,
     Capabilities,
     Refusal,
-    markdown_table,
     refusals,
 )
 from torchtitan_lite.attention.flex import Flex
@@ -29,7 +28,6 @@ __all__ = [
     "Sdpa",
     "Varlen",
     "WithLayout",
-    "markdown_table",
     "positions_from_cu_seqlens",
     "reference_attention",
     "refusals",

@@ -46,11 +46,6 @@ class Capabilities:
         parts = [f"compute capability {gpus}" * bool(gpus), self.install]
         return ", ".join(part for part in parts if part)
 
-    def head_dims_lacking_here(self) -> range:
-        """Head dims that the implementation does not support on this machine's GPU."""
-        major = torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else 0
-        return self.head_dims_lacking.get(major, range(0))
-
     def missing(self) -> str | None:
         """The needs that this machine or its GPU does not meet, in words; None if it meets all."""
         if "cuda" in self.devices and "cpu" not in self.devices and not torch.cuda.is_available():
@@ -60,6 +55,11 @@ class Capabilities:
             return f"this GPU's compute capability is {major}.{minor}"
         absent = [package for package in self.packages if not _importable(package)]
         return f"{', '.join(absent)} not installed" if absent else self.also_missing()
+
+    def unmet_here(self) -> str | None:
+        """The unmet need, as the rule of a Refusal; None if all are met, or if there is no GPU to check."""
+        lack = self.missing() if torch.cuda.is_available() else None
+        return lack and f"needs {self.needs}, and {lack}"
 
 
 def _importable(module: str) -> bool:
@@ -81,12 +81,6 @@ def table(rows: Iterable[Capabilities]) -> list[tuple[str, ...]]:
         devices, dtypes = ", ".join(can.devices), ", ".join(can.dtypes)
         lines.append((can.name, devices, dtypes, head_dim, window, deterministic, can.needs or "nothing"))
     return lines
-
-
-def markdown_table(rows: Iterable[Capabilities]) -> str:
-    """The capabilities as a Markdown table."""
-    header, *lines = table(rows)
-    return "\n".join(f"| {' | '.join(line)} |" for line in (header, ("---",) * len(header), *lines))
 
 
 class Refusal(NamedTuple):
@@ -169,8 +163,9 @@ def refusals(
     is_above = can.head_dim_max is not None and head_dim > can.head_dim_max
     refuse(is_above, "head_dim", head_dim, rule, "use sdpa, or a smaller head_dim")
     rule, remedy = f"is not for {name} on this GPU", "use another kernel, sdpa, or another head_dim"
-    lacks_it = bool(can.head_dims_lacking) and head_dim in can.head_dims_lacking_here()
-    refuse(lacks_it, "head_dim", head_dim, rule, remedy)
+    asks_gpu = bool(can.head_dims_lacking) and torch.cuda.is_available()
+    major = torch.cuda.get_device_capability()[0] if asks_gpu else 0
+    refuse(head_dim in can.head_dims_lacking.get(major, ()), "head_dim", head_dim, rule, remedy)
     divisors = [n for n in range(1, n_heads + 1) if n_heads % n == 0]
     remedy = f"use {n_kv_heads * (n_heads // n_kv_heads or 1)} heads, or n_kv_heads out of {divisors}"
     refuse(n_heads % n_kv_heads, "n_heads", n_heads, f"is no multiple of n_kv_heads = {n_kv_heads}", remedy)

@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, FlexKernelOptions, flex_attention
 
 from torchtitan_lite.attention.capabilities import FLOATS, HALVES, INSTALL_FA4, Capabilities, Refusal
-from torchtitan_lite.attention.mask import Ranges, check_inputs, check_positions, intervals
+from torchtitan_lite.attention.mask import Ranges, check_inputs, check_positions, intervals, to_device
 from torchtitan_lite.attention.operator import Calls, attend
-from torchtitan_lite.attention.portable import block_tiles
-from torchtitan_lite.attention.transfer import to_device
+from torchtitan_lite.attention.portable.tiles import document_tiles
 
 logger = logging.getLogger(__name__)
 
@@ -83,21 +82,16 @@ class Flex:
         return self.kernel_options.get("BACKEND") == "FLASH"
 
     def implementation(self, device: str) -> Capabilities:
-        """The implementation that runs on "cpu" or "cuda"."""
         cpu, triton, flash = self.supports
         return flash if self.flash else cpu if device == "cpu" else triton
 
     def option_refusals(self, device: str) -> list[Refusal]:
-        """The options that are wrong on "cpu" or "cuda"."""
         found = [*self._block_refusals(device), *self._kernel_refusals()]
         if device == "cpu" and self.kernel_options:
             rule = "is for CUDA kernels, and the device is cpu"
             remedy = 'set job.device = "cuda" where there is a GPU, or leave kernel_options empty'
             found.append(Refusal("kernel_options", self.kernel_options, rule, remedy))
-        is_here = device == "cuda" and torch.cuda.is_available()
-        flash = self.implementation("cuda")
-        if self.flash and is_here and (lack := flash.missing()):
-            rule = f"needs {flash.needs}, and {lack}"
+        if self.flash and device == "cuda" and (rule := self.implementation("cuda").unmet_here()):
             found.append(Refusal("kernel_options", self.kernel_options, rule, "use another BACKEND"))
         return found
 
@@ -131,7 +125,6 @@ class Flex:
                 yield Refusal(field, value, rule, "use true" if hint is bool else "use 64 or the like")
 
     def build(self) -> nn.Module:
-        """The inner attention."""
         tiles = {}
         if self.autotuned:
             # The forward tile may not exceed a block, and autotuning tries no small tiles.
@@ -145,28 +138,23 @@ class Flex:
         queries: Ranges | None = None,
         sliding_window: int | None = None,
         device: torch.device | str | None = None,
-    ) -> "FlexMask":
-        """The mask of a micro-batch: which keys each query sees, in all layers; see docs/attention.md."""
-        if positions_BS.device.type == "cpu":
-            check_positions(positions_BS)
+    ) -> "FlexMask | Calls":
         device = torch.device(positions_BS.device if device is None else device)
-        batch, seq_len = positions_BS.shape
-        if device.type == "cpu" and bool((positions_BS == positions_BS[:1]).all()):
-            positions_BS = positions_BS[:1]  # equal rows: one batch for every kernel call
+        if device.type == "cpu":
+            _warn_once_of_the_cpu()
+            return document_tiles(positions_BS, queries, sliding_window, device)
+        if positions_BS.is_cpu:
+            check_positions(positions_BS)
         block_mask = build_block_mask(positions_BS, queries, sliding_window, self.blocks, device)
-        shape = batch, block_mask.seq_lengths[0], seq_len
-        if device.type != "cpu":
-            return FlexMask(block_mask, None, shape)
-        _say_once_that_the_cpu_goes_block_row_by_block_row()
-        return FlexMask(block_mask, block_tiles(block_mask, shape), shape)
+        batch, seq_len = positions_BS.shape
+        return FlexMask(block_mask, (batch, block_mask.seq_lengths[0], seq_len))
 
 
 @dataclass(frozen=True)
 class FlexMask:
-    """A block mask for the kernel and, on a CPU, the tiles of the same mask."""
+    """A block mask for the CUDA kernel."""
 
     block_mask: BlockMask
-    tiles: Calls | None
     shape: tuple[int, int, int]
     """(B, Q, S) of the micro-batch."""
 
@@ -230,7 +218,7 @@ def _block_list(chosen_BMN: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class FlexAttention(nn.Module):
-    """FlexAttention on CUDA. On a CPU it has no backward, so block rows are evaluated one by one."""
+    """FlexAttention by a block mask on CUDA, and the tiles of the documents on a CPU."""
 
     def __init__(self, kernel_options: dict[str, Any], autotuned: bool) -> None:
         super().__init__()
@@ -243,11 +231,15 @@ class FlexAttention(nn.Module):
         self.flex_attention = _compiled(autotuned)
 
     def forward(
-        self, q_BQHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: FlexMask, scale: float | None = None
+        self,
+        q_BQHK: Tensor,
+        k_BSGK: Tensor,
+        v_BSGK: Tensor,
+        mask: FlexMask | Calls,
+        scale: float | None = None,
     ) -> Tensor:
-        """Attend; [B, Q, H, K]."""
-        if mask.tiles is not None:
-            return attend(q_BQHK, k_BSGK, v_BSGK, mask.tiles, scale)
+        if isinstance(mask, Calls):
+            return attend(q_BQHK, k_BSGK, v_BSGK, mask, scale)
         scale = check_inputs(q_BQHK, k_BSGK, v_BSGK, mask.shape, scale)
         q_BHQK, k_BGSK, v_BGSK = (x.transpose(1, 2) for x in (q_BQHK, k_BSGK, v_BSGK))
         out_BHQK = self.flex_attention(
@@ -269,8 +261,7 @@ def _compiled(autotuned: bool) -> Callable[..., Any]:
 
 
 @cache
-def _say_once_that_the_cpu_goes_block_row_by_block_row() -> None:
+def _warn_once_of_the_cpu() -> None:
     logger.warning(
-        "FlexAttention has no backward on a CPU: "
-        "the same block mask is evaluated block row by block row with SDPA"
+        "FlexAttention has no backward on a CPU: the mask is computed document by document, as sdpa does"
     )

@@ -7,17 +7,13 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-_TO_BSHK: dict[str, Callable[[Tensor], Tensor]] = {
-    "bshd": lambda x_BSHK: x_BSHK,
-    "sbhd": lambda x_SBHK: x_SBHK.transpose(0, 1),
-    "thd": lambda x_THK: x_THK.unsqueeze(0),
+_View = Callable[[Tensor], Tensor]
+LAYOUTS: dict[str, tuple[_View, _View]] = {
+    "bshd": (lambda x_BSHK: x_BSHK, lambda x_BSHK: x_BSHK),
+    "sbhd": (lambda x_SBHK: x_SBHK.transpose(0, 1), lambda x_BSHK: x_BSHK.transpose(0, 1)),
+    "thd": (lambda x_THK: x_THK.unsqueeze(0), lambda x_1THK: x_1THK.squeeze(0)),
 }
-_FROM_BSHK: dict[str, Callable[[Tensor], Tensor]] = {
-    "bshd": lambda x_BSHK: x_BSHK,
-    "sbhd": lambda x_BSHK: x_BSHK.transpose(0, 1),
-    "thd": lambda x_1THK: x_1THK.squeeze(0),
-}
-LAYOUTS = tuple(_TO_BSHK)
+"""Each layout by name: the view of it as [B, S, H, K], and back."""
 
 
 class WithLayout(nn.Module):
@@ -29,7 +25,7 @@ class WithLayout(nn.Module):
         if layout not in LAYOUTS:
             raise ValueError(f"layout {layout!r} is none of {', '.join(map(repr, LAYOUTS))}")
         self.inner = inner
-        self.to_bshk, self.from_bshk = _TO_BSHK[layout], _FROM_BSHK[layout]
+        self.to_bshk, self.from_bshk = LAYOUTS[layout]
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: object, scale: float | None = None) -> Tensor:
         """Attend; the output has q's layout and shape."""

@@ -9,35 +9,47 @@ with other documents needs no new compilation. Autograd keeps q, k, v, the outpu
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from torchtitan_lite.attention.mask import check_inputs
-from torchtitan_lite.attention.transfer import to_device
+from torchtitan_lite.attention.mask import check_inputs, to_device
 
 HALF = (torch.bfloat16, torch.float16)
 
 
-class Evaluator(Protocol):
-    """Evaluates tables of one kind. All tensors that it gets have stride 1 in their last dim."""
+class Kernel(Protocol):
+    """Attention and its gradient. `how` has the scale, and what else the kernel must know."""
 
-    def lse_shape(self, q_BQHK: Tensor) -> tuple[int, ...]:
-        """The shape of the log-sum-exp that `forward` returns."""
-        ...
-
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, table: Tensor, data: Tensor, scale: float, window: int | None
-    ) -> tuple[Tensor, Tensor]:
-        """The output [B, Q, H, K], with zeros for padding, and its log-sum-exp, contiguous."""
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, how: Any) -> tuple[Tensor, Tensor]:
+        """The output and its log-sum-exp."""
         ...
 
     def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-        table: Tensor, data: Tensor, scale: float, window: int | None,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
-        """The gradients of q, k and v, contiguous."""
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, how: Any
+    ) -> tuple[Tensor, ...]:
+        """The gradients of q, k and v."""
+        ...
+
+
+class Work(NamedTuple):
+    """The calls that an evaluator makes, and the scale; see Calls."""
+
+    table: Tensor
+    data: Tensor
+    window: int | None
+    scale: float
+
+
+class Evaluator(Kernel, Protocol):
+    """Evaluates tables of one kind: `how` is a Work. The output is 0 on padding.
+
+    All given tensors have stride 1 in their last dim. The log-sum-exp and the gradients are contiguous.
+    """
+
+    def lse_shape(self, q_BQHK: Tensor) -> tuple[int, ...]:
+        """The shape of the log-sum-exp that `forward` returns."""
         ...
 
 
@@ -54,7 +66,7 @@ class Calls:
     table: Tensor
     """[n, ...] int64 on the CPU: a call a row."""
     data: Tensor
-    """Data of the calls, on the device: explicit masks of tiles, or cumulative lengths of packs."""
+    """Data of the calls, on the device: an explicit mask of a tile, or cumulative lengths of packs."""
     shape: tuple[int, int, int]
     """(B, Q, S) of the micro-batch."""
     window: int | None = None
@@ -64,19 +76,19 @@ class Calls:
 def make_calls(
     evaluator: str,
     rows: Sequence[Sequence[int]],
-    data: Sequence[Tensor],
+    data: Tensor,
     shape: tuple[int, int, int],
     device: torch.device | str,
     window: int | None = None,
 ) -> Calls:
-    """Put `rows`, one for each call, into a table, and `data`, 1-D tensors of one dtype, on `device`.
+    """Put `rows`, one for each call, into a table, and `data`, which is 1-D, on `device`.
 
     A row of zeros is a call without tokens, which evaluators pass over.
     """
     # torch.compile would make a constant of a length of 0 or 1.
     table = torch.tensor([*rows, *[[0] * len(rows[0])] * (2 - len(rows))], dtype=torch.int64)
-    flat = torch.nn.functional.pad(torch.cat(list(data)), (0, 2))
-    return Calls(evaluator, _of_any_length(table), _of_any_length(to_device(flat, device)), shape, window)
+    data = to_device(torch.nn.functional.pad(data, (0, 2)), device)
+    return Calls(evaluator, _of_any_length(table), _of_any_length(data), shape, window)
 
 
 def _of_any_length(x: Tensor) -> Tensor:
@@ -93,16 +105,16 @@ def attend(q_BQHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, calls: Calls, scale: 
     # Autograd, torch.compile and recompute need the operator. Inference does without its overhead.
     is_plain = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
     act = _forward if is_plain else forward
-    return act(q_BQHK, k_BSGK, v_BSGK, calls.table, calls.data, scale, calls.window, calls.evaluator)[0]
+    return act(q_BQHK, k_BSGK, v_BSGK, calls.evaluator, calls.table, calls.data, calls.window, scale)[0]
 
 
 def _forward(
-    q_BQHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, table: Tensor, data: Tensor,
-    scale: float, window: int | None, evaluator: str,
+    q_BQHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor,
+    evaluator: str, table: Tensor, data: Tensor, window: int | None, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The output, in the layout of the queries, and its log-sum-exp."""
     q, k, v = (_unit_stride(x) for x in (q_BQHK, k_BSGK, v_BSGK))
-    out_BQHK, lse = EVALUATORS[evaluator].forward(q, k, v, table, data, scale, window)
+    out_BQHK, lse = EVALUATORS[evaluator].forward(q, k, v, Work(table, data, window, scale))
     layout = torch.empty_like(q_BQHK, device="meta").stride()  # as the fake below promises
     return out_BQHK if out_BQHK.stride() == layout else torch.empty_like(q_BQHK).copy_(out_BQHK), lse
 
@@ -111,7 +123,7 @@ forward = torch.library.custom_op("torchtitan_lite::attend", _forward, mutates_a
 
 
 @forward.register_fake
-def _(q_BQHK, k_BSGK, v_BSGK, table, data, scale, window, evaluator):
+def _(q_BQHK, k_BSGK, v_BSGK, evaluator, *work):
     lse_shape = EVALUATORS[evaluator].lse_shape(q_BQHK)
     return torch.empty_like(q_BQHK), q_BQHK.new_empty(lse_shape, dtype=sum_dtype(q_BQHK.dtype))
 
@@ -119,20 +131,18 @@ def _(q_BQHK, k_BSGK, v_BSGK, table, data, scale, window, evaluator):
 @torch.library.custom_op("torchtitan_lite::attend_backward", mutates_args=())
 def backward(
     dout_BQHK: Tensor, q_BQHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, out_BQHK: Tensor, lse: Tensor,
-    table: Tensor, data: Tensor, scale: float, window: int | None, evaluator: str,
+    evaluator: str, table: Tensor, data: Tensor, window: int | None, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of q, k and v, contiguous whatever the layouts of q, k and v."""
     dout, q, k, v, out = (_unit_stride(x) for x in (dout_BQHK, q_BQHK, k_BSGK, v_BSGK, out_BQHK))
-    grads = EVALUATORS[evaluator].backward(dout, q, k, v, out, lse, table, data, scale, window)
-    dq_BQHK, dk_BSGK, dv_BSGK = grads
+    work = Work(table, data, window, scale)
+    dq_BQHK, dk_BSGK, dv_BSGK = EVALUATORS[evaluator].backward(dout, q, k, v, out, lse, work)
     return dq_BQHK, dk_BSGK, dv_BSGK
 
 
 @backward.register_fake
-def _(dout_BQHK, q_BQHK, k_BSGK, v_BSGK, out_BQHK, lse, table, data, scale, window, evaluator):
-    dq, dk, dv = (
-        torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_BQHK, k_BSGK, v_BSGK)
-    )
+def _(dout_BQHK, q_BQHK, k_BSGK, v_BSGK, *_):
+    dq, dk, dv = (contiguous_like(x) for x in (q_BQHK, k_BSGK, v_BSGK))
     return dq, dk, dv
 
 
@@ -145,7 +155,7 @@ def _save(ctx, inputs, output) -> None:
 def _backward(ctx, dout_BQHK, dlse):
     if dout_BQHK is None:
         return (None,) * 8
-    return *backward(dout_BQHK, *ctx.saved_tensors, *ctx.calls), None, None, None, None, None
+    return *backward(dout_BQHK, *ctx.saved_tensors, *ctx.calls), *[None] * 5
 
 
 forward.register_autograd(_backward, setup_context=_save)
@@ -154,6 +164,11 @@ forward.register_autograd(_backward, setup_context=_save)
 def _unit_stride(x: Tensor) -> Tensor:
     """`x` with stride 1 in its last dim, copied if necessary: the kernels assume it without a check."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def contiguous_like(x: Tensor) -> Tensor:
+    """A contiguous tensor of the shape of `x`, for its gradient, with any content."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -14,7 +14,8 @@ from torchtitan_lite.attention.capabilities import FLOATS, Capabilities, Refusal
 from torchtitan_lite.attention.mask import Ranges, check_inputs, query_ranges
 from torchtitan_lite.attention.operator import Calls, attend
 from torchtitan_lite.attention.packs import document_packs
-from torchtitan_lite.attention.portable import document_tiles, has_cuda_flash
+from torchtitan_lite.attention.portable.kernels import has_cuda_flash
+from torchtitan_lite.attention.portable.tiles import document_tiles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,15 +29,12 @@ class Sdpa:
     )
 
     def implementation(self, device: str) -> Capabilities:
-        """The implementation that runs on "cpu" or "cuda"."""
         return self.supports[0]
 
     def option_refusals(self, device: str) -> list[Refusal]:
-        """An empty list: there are no options."""
         return []
 
     def build(self) -> nn.Module:
-        """The inner attention."""
         return SdpaAttention()
 
     def mask(
@@ -46,7 +44,6 @@ class Sdpa:
         sliding_window: int | None = None,
         device: torch.device | str | None = None,
     ) -> "SdpaMask":
-        """The mask of a micro-batch: which keys each query sees, in all layers; see docs/attention.md."""
         device = torch.device(positions_BS.device if device is None else device)
         positions_BS = positions_BS.cpu()  # once, for both tables
         tiles = document_tiles(positions_BS, queries, sliding_window, device)
@@ -69,11 +66,6 @@ class SdpaMask:
     one_document: bool = False
     """Whether every row is one document, and every query sees all of it up to itself."""
 
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(B, Q, S) of the micro-batch."""
-        return self.tiles.shape
-
 
 class SdpaAttention(nn.Module):
     """One kernel call if every row is one document, otherwise a loop over documents.
@@ -85,11 +77,10 @@ class SdpaAttention(nn.Module):
     def forward(
         self, q_BQHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: SdpaMask, scale: float | None = None
     ) -> Tensor:
-        """Attend; [B, Q, H, K]."""
         # On a CPU the tiles make the same kernel call, without a random state that torch.compile would keep
         # for the recompute.
         if q_BQHK.is_cuda and mask.one_document and not _only_quadratic(q_BQHK, k_BSGK, v_BSGK):
-            scale = check_inputs(q_BQHK, k_BSGK, v_BSGK, mask.shape, scale)
+            scale = check_inputs(q_BQHK, k_BSGK, v_BSGK, mask.tiles.shape, scale)
             return attend_whole_rows(q_BQHK, k_BSGK, v_BSGK, scale)
         if mask.packs is not None and has_cuda_flash(q_BQHK):
             return attend(q_BQHK, k_BSGK, v_BSGK, mask.packs, scale)

@@ -17,7 +17,7 @@ from torchtitan_lite.attention.capabilities import FLOATS, HALVES, INSTALL_FA4, 
 from torchtitan_lite.attention.mask import Ranges
 from torchtitan_lite.attention.operator import Calls, attend
 from torchtitan_lite.attention.packs import document_packs
-from torchtitan_lite.attention.portable import document_tiles
+from torchtitan_lite.attention.portable.tiles import document_tiles
 
 FA4_BEFORE = 19
 """The first beta of flash-attn-4 that torch cannot use: it returns four results, and torch expects two."""
@@ -114,28 +114,22 @@ class Varlen:
         return next(name for name, can in KERNELS.items() if can.missing() is None)
 
     def implementation(self, device: str) -> Capabilities:
-        """The implementation that runs on "cpu" or "cuda"."""
         return KERNELS[self.resolve(device)]
 
     def option_refusals(self, device: str) -> list[Refusal]:
-        """Why the kernel cannot run on "cpu" or "cuda"."""
-        can = KERNELS[self.resolve(device)]
+        can = self.implementation(device)
         if device not in can.devices:
             rule = f"needs a CUDA device with {can.needs}, and the device is {device}"
             return [Refusal("kernel", self.kernel, rule, 'use "auto" or "documents"')]
-        if device == "cuda" and torch.cuda.is_available() and (lack := can.missing()):
-            return [Refusal("kernel", self.kernel, f"needs {can.needs}, and {lack}", 'use "auto"')]
+        if device == "cuda" and (rule := can.unmet_here()):
+            return [Refusal("kernel", self.kernel, rule, 'use "auto"')]
         return []
 
     def build(self) -> nn.Module:
-        """The inner attention.
-
-        Raises ValueError if the kernel was named and cannot run here.
-        """
+        """The inner attention. Raises ValueError if the kernel was named and cannot run here."""
         if self.kernel != "auto" and (lack := KERNELS[self.kernel].missing()):
-            raise ValueError(
-                f"Varlen(kernel={self.kernel!r}) needs {KERNELS[self.kernel].needs or 'CUDA'}: {lack}"
-            )
+            needs = KERNELS[self.kernel].needs
+            raise ValueError(f"Varlen(kernel={self.kernel!r}) needs {needs}: {lack}")
         return VarlenAttention()
 
     def mask(
@@ -145,7 +139,6 @@ class Varlen:
         sliding_window: int | None = None,
         device: torch.device | str | None = None,
     ) -> Calls:
-        """The mask of a micro-batch: which keys each query sees, in all layers; see docs/attention.md."""
         device = torch.device(positions_BS.device if device is None else device)
         kernel = _ready(self, device.type)
         if kernel == "documents":
@@ -172,5 +165,4 @@ class VarlenAttention(nn.Module):
     def forward(
         self, q_BQHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: Calls, scale: float | None = None
     ) -> Tensor:
-        """Attend; [B, Q, H, K]."""
         return attend(q_BQHK, k_BSGK, v_BSGK, mask, scale)

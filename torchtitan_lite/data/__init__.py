@@ -1,15 +1,14 @@
 """Text to batches of token ids.
 
 files -> documents -> pieces --tokenizer--> shards on disk -> samples of fixed length -> batches in order
-sources  documents    heldout  tokenizer    shards, cache     batch                      order, loader
+sources               heldout  tokenizer    shards            batch                      order, loader
 """
 
 from torchtitan_lite.data.batch import IGNORE, Batch, Samples
 from torchtitan_lite.data.datasets import DataConfig, Jsonl, PythonStdlib, Text
-from torchtitan_lite.data.documents import Document
 from torchtitan_lite.data.loader import Loader, in_order
 from torchtitan_lite.data.shards import Shards, Split, prepare
-from torchtitan_lite.data.sources import Source, Texts
+from torchtitan_lite.data.sources import Document, Source, Texts
 from torchtitan_lite.data.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = [

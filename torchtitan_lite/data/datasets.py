@@ -106,7 +106,15 @@ class _Files(DataConfig):
 
     suffix: ClassVar[str] = ""
     """The ending of the names of files in a folder."""
-    is_json: ClassVar[bool] = False
+
+    @property
+    def json_field(self) -> str | None:
+        """The key of a line's document, if the files are JSON lines."""
+        return None
+
+    @property
+    def shard_options(self) -> object:
+        return self.json_field
 
     def no_text(self) -> Problem:
         remedy = "name a file or folder that has one"
@@ -120,7 +128,7 @@ class _Files(DataConfig):
         """A file or folder that holds no text, and folders that cannot be used."""
         found = super().problems(key)
         path = os.path.expanduser(self.path)
-        kind = ".jsonl file" if self.is_json else "text file"
+        kind = f"{self.suffix or 'text'} file"
         remedy = f"name a {kind} or a folder of them"
         if not path:
             rule = f'is needed by dataset "{self.dataset}"'
@@ -134,19 +142,19 @@ class _Files(DataConfig):
             return found
         return [Problem(f"{key}.path", self.path, rule, remedy), *found]
 
-    def _open(self, json_field: str | None) -> FileSource:
+    def open(self) -> FileSource:
         place = self._place
-        kept, n_empty, n_not_text = place.read(only_text=not self.is_json)
+        kept, n_empty, n_not_text = place.read(only_text=self.json_field is None)
         if kept and n_empty + n_not_text:
             message = "%s: left out %d empty files and %d that are not UTF-8 text"
             _LOG.warning(message, place.root, n_empty, n_not_text)
         if kept:
-            return FileSource(files=tuple(kept), json_field=json_field)
+            return FileSource(files=tuple(kept), json_field=self.json_field)
         if place.root.is_file():
             rule = "is empty" if n_empty else "is not UTF-8 text"
             remedy = "name a file that holds text, or convert it to UTF-8"
         else:
-            kind = ".jsonl file that is not empty" if self.is_json else "UTF-8 text file"
+            kind = f"{self.suffix} file that is not empty" if self.suffix else "UTF-8 text file"
             rule = f"holds no {kind} ({n_empty} empty, {n_not_text} not UTF-8, hidden ones not counted)"
             remedy = "name a folder that does, or a file"
         raise ConfigError([Problem("data.path", self.path, rule, remedy)])
@@ -159,13 +167,6 @@ class Text(_Files):
 
     dataset: Literal["text"] = "text"
 
-    @property
-    def shard_options(self) -> object:
-        return None
-
-    def open(self) -> FileSource:
-        return self._open(json_field=None)
-
 
 @datasets.register
 @dataclass(frozen=True, kw_only=True)
@@ -177,14 +178,10 @@ class Jsonl(_Files):
     """Key of a document's text in each JSON object."""
 
     suffix: ClassVar[str] = ".jsonl"
-    is_json: ClassVar[bool] = True
 
     @property
-    def shard_options(self) -> object:
+    def json_field(self) -> str:
         return self.field
-
-    def open(self) -> FileSource:
-        return self._open(json_field=self.field)
 
 
 def open_source(config: DataConfig) -> Source:

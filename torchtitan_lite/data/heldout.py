@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
-from torchtitan_lite.data.documents import Document, character_start
+from torchtitan_lite.data.sources import Document, character_start
 
 # If fewer documents are expected in a split, hashes would often leave it empty or far too small.
 _ENOUGH = 8

@@ -9,20 +9,22 @@ the end-of-text token last. Offsets are int64: the start of each document, then 
 import hashlib
 import json
 import logging
+import math
 import shutil
 import time
 from array import array
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import IO, Any, BinaryIO, Literal
 
 import numpy as np
 
 from torchtitan_lite import durable
 from torchtitan_lite.config.load import ConfigError, Problem
-from torchtitan_lite.data import cache, heldout
+from torchtitan_lite.data import heldout
 from torchtitan_lite.data.datasets import DataConfig, open_source
-from torchtitan_lite.data.sources import Source
+from torchtitan_lite.data.sources import CACHED, Source
 from torchtitan_lite.data.tokenizer import Tokenizer
 
 # Increased when the same text and tokenizer give other shards, or shards are stored in another way.
@@ -73,18 +75,34 @@ def prepare(config: DataConfig, tokenizer: Tokenizer) -> Shards:
     """
     source = open_source(config)
     key = _key(config, source, tokenizer)
-    folder = config.cache_folder / cache.name(config.dataset, key)
+    folder = config.cache_folder / f"{config.dataset}-{key[:24]}"
+    assert CACHED.fullmatch(folder.name), folder
     try:
-        cache.sweep(folder.parent)
+        _sweep(folder.parent)
         if shards := _load(folder, key):
             return shards
-        with cache.exclusive(folder):
+        with _exclusive(folder):
             # Another process may have built the shards while this one waited.
             return _load(folder, key) or _build(source, config, tokenizer, folder, key)
     except OSError as error:
         rule = f"cannot be written to ({error.strerror or error})"
         remedy = "name a folder that you can write to, on a disk with room"
         raise ConfigError([Problem("data.cache_dir", str(folder.parent), rule, remedy)]) from None
+
+
+def _exclusive(folder: Path, seconds: float = math.inf) -> IO[str]:
+    """Lock `folder`, to build it, until the returned file is closed; see `durable.lock`."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    return durable.lock(folder.with_name(f"{folder.name}.lock"), seconds)
+
+
+def _sweep(parent: Path) -> None:
+    """Remove unfinished folders of killed processes in `parent`, not those of living processes."""
+    for left in parent.glob("*.tmp-????????"):
+        if ours := CACHED.fullmatch(left.name):
+            # OSError: the folder may be read-only.
+            with suppress(OSError, durable.InUse), _exclusive(parent / ours[1], seconds=0):
+                shutil.rmtree(left)
 
 
 def _key(config: DataConfig, source: Source, tokenizer: Tokenizer) -> str:
@@ -106,11 +124,10 @@ def _build(source: Source, config: DataConfig, tokenizer: Tokenizer, folder: Pat
                     (validation if is_held_out else train).add(piece)
                 train.end_document()
                 validation.end_document()
-            splits = {"train": train.finish(), "validation": validation.finish()}
+            splits = {"train": train.finish(place / "train.offsets")}
+            splits["validation"] = validation.finish(place / "validation.offsets")
         if train.n_tokens == validation.n_tokens == 0:
             raise ConfigError([_no_tokens(config, sum(split["n_bytes"] for split in splits.values()))])
-        (place / "train.offsets").write_bytes(train.offsets)
-        (place / "validation.offsets").write_bytes(validation.offsets)
         _write_metadata(place, {"key": key, "dtype": dtype, "splits": splits})
     shards = _load(folder, key)
     assert shards, f"{folder} was built just now"
@@ -136,7 +153,6 @@ class _Writer:
         self._waiting: list[bytes | None] = []
         """Pieces to encode; None ends a document."""
         self._n_bytes_waiting = 0
-        self._within_document = False
         self._starts = array("q", [0])
         self.n_tokens = 0
         self._n_of_byte = np.zeros(256, np.int64)
@@ -145,38 +161,34 @@ class _Writer:
         """Add the next piece of the current document."""
         self._n_of_byte += np.bincount(np.frombuffer(piece, np.uint8), minlength=256)
         self._waiting.append(piece)
-        self._within_document = True
         self._n_bytes_waiting += len(piece)
         if self._n_bytes_waiting >= _BATCH_BYTES:
             self._flush()
 
     def end_document(self) -> None:
         """End the current document, if there is one."""
-        if self._within_document:
+        if self._waiting[-1:] != [None]:
             self._waiting.append(None)
-            self._within_document = False
 
-    def finish(self) -> dict[str, Any]:
-        """Write the waiting pieces, and return the split's part of the metadata."""
+    def finish(self, offsets_file: Path) -> dict[str, Any]:
+        """Write the waiting pieces and the offsets, and return the split's part of the metadata."""
         self._flush()
+        offsets = np.asarray(self._starts).astype("<i8").tobytes()
+        offsets_file.write_bytes(offsets)
         n_bytes = int(self._n_of_byte.sum())
         shares = self._n_of_byte[self._n_of_byte > 0] / max(n_bytes, 1)
         return {
             "n_bytes": n_bytes,
             "unigram_entropy": float(np.sum(-shares * np.log(shares))),
-            "sha256": {"tokens": self._hash.hexdigest(), "offsets": hashlib.sha256(self.offsets).hexdigest()},
+            "sha256": {"tokens": self._hash.hexdigest(), "offsets": hashlib.sha256(offsets).hexdigest()},
         }
-
-    @property
-    def offsets(self) -> bytes:
-        return np.asarray(self._starts).astype("<i8").tobytes()
 
     def _flush(self) -> None:
         encoded = iter(self._tokenizer.encode_pieces([piece for piece in self._waiting if piece is not None]))
         for piece in self._waiting:
             if piece is not None:
                 self._write(next(encoded))
-            elif self.n_tokens > self._starts[-1]:  # else the tokenizer has made no token of the document
+            elif self.n_tokens > self._starts[-1]:  # else there was no document, or it has no token
                 self._write(np.array([self._tokenizer.eos_id]))
                 self._starts.append(self.n_tokens)
         self._waiting, self._n_bytes_waiting = [], 0

@@ -1,28 +1,39 @@
-"""Sources of text: files, listed and hashed, or texts that a program yields."""
+"""Sources of text: documents of files and lines, or of a program, in pieces of UTF-8 that fit into memory."""
 
 import codecs
 import hashlib
+import io
+import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, NoReturn, Protocol
 
-from torchtitan_lite.config.load import ConfigError
-from torchtitan_lite.data import cache
-from torchtitan_lite.data.documents import (
-    PIECE_BYTES,
-    Document,
-    SourceFile,
-    Stamp,
-    json_documents,
-    text_document,
-    unreadable,
-    whole_file,
-)
+from torchtitan_lite.config.load import ConfigError, Problem, near
 
+PIECE_BYTES = 256 << 10
+# Cut before a single space between words, or after a single line break between lines. Common pre-tokenizers
+# split the text there anyway, so the pieces of a document encode to the ids of the whole document.
+_SAFE_CUTS = (re.compile(rb"(?<=\S)(?= \S)"), re.compile(rb"(?<=\S\n)(?=\S)"))
 _NOTHING = frozenset(hashlib.sha256(content).digest() for content in (b"", codecs.BOM_UTF8))
+CACHED = re.compile(r"([A-Za-z0-9_]+-[0-9a-f]{24})(\.tmp-[0-9a-f]{8}|\.lock)?")
+"""The names of folders and files in the cache of token shards. Other files may be beside them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Document:
+    """One text of a dataset."""
+
+    identity: bytes
+    """Decides whether the document is held out: a file's name, or the text itself."""
+    size: int
+    """Bytes of UTF-8."""
+    pieces: Iterator[bytes]
+    """The text in order, to be read once. No piece ends within a character."""
 
 
 class Source(Protocol):
@@ -63,7 +74,7 @@ class Texts:
 
     def documents(self) -> Iterator[Document]:
         texts = self._texts() if callable(self._texts) else self._texts
-        return (text_document(text.encode()) for text in texts)
+        return (_text_document(text.encode()) for text in texts)
 
     @cached_property
     def _measured(self) -> tuple[str, int]:
@@ -73,6 +84,22 @@ class Texts:
             whole.update(hashlib.sha256(document.identity).digest())
             n_bytes += document.size
         return whole.hexdigest(), n_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceFile:
+    """A file of a dataset, as it was when it was hashed."""
+
+    path: Path
+    name: str
+    """Path relative to the dataset's folder, with forward slashes."""
+    sha256: bytes
+    stamp: tuple[int, int, int]
+    """Size, time of the last change and inode: they change when something writes to the file."""
+
+    @property
+    def size(self) -> int:
+        return self.stamp[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,16 +120,14 @@ class FileSource:
 
     @property
     def n_bytes(self) -> int:
-        """Size of all files."""
-        return sum(file.stamp.size for file in self.files)
+        return sum(file.size for file in self.files)
 
     def documents(self) -> Iterator[Document]:
-        """All documents, file by file."""
         for file in self.files:
             if self.json_field is None:
-                yield whole_file(file)
+                yield Document(identity=os.fsencode(file.name), size=file.size, pieces=_file_pieces(file))
             else:
-                yield from json_documents(file, self.json_field)
+                yield from _json_documents(file, self.json_field)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +184,7 @@ class Place:
         if not self.root.is_dir():
             yield self.root
             return
-        for folder, subfolders, names in os.walk(self.root, onerror=unreadable):
+        for folder, subfolders, names in os.walk(self.root, onerror=_unreadable):
             subfolders[:] = [
                 name for name in subfolders if name not in self.left_out and not _is_hidden(name)
             ]
@@ -169,7 +194,7 @@ class Place:
 
 def _is_hidden(name: str) -> bool:
     # The cache is not part of the text, but may lie in the dataset's folder.
-    return name.startswith(".") or cache.is_ours(name)
+    return name.startswith(".") or CACHED.fullmatch(name) is not None
 
 
 def _inspect(path: Path, name: str) -> tuple[SourceFile, bool]:
@@ -177,14 +202,15 @@ def _inspect(path: Path, name: str) -> tuple[SourceFile, bool]:
     whole, decoder, is_text = hashlib.sha256(), codecs.getincrementaldecoder("utf-8")(), True
     try:
         with path.open("rb") as stream:
-            stamp = Stamp.of(stream)
+            stamp = _stamp(stream)
             while block := stream.read(PIECE_BYTES):
                 whole.update(block)
                 is_text = is_text and _decodes(decoder, block)
     except OSError as error:
-        unreadable(error, path)
+        _unreadable(error, path)
     is_text = is_text and _decodes(decoder, b"", final=True)
-    return SourceFile(path=path, name=name, stamp=stamp, sha256=whole.digest()), is_text
+    file = SourceFile(path=path, name=name, sha256=whole.digest(), stamp=stamp)
+    return file, is_text
 
 
 def _decodes(decoder: codecs.IncrementalDecoder, block: bytes, *, final: bool = False) -> bool:
@@ -193,3 +219,106 @@ def _decodes(decoder: codecs.IncrementalDecoder, block: bytes, *, final: bool = 
     except UnicodeDecodeError:
         return False
     return b"\0" not in block
+
+
+def _json_documents(file: SourceFile, field: str) -> Iterator[Document]:
+    """A document for each line of a JSON lines file. Raises ConfigError if a line holds no document."""
+    with _reading(file) as stream:
+        for number, line in enumerate(stream, start=1):
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
+            if line.strip():
+                yield _text_document(_field_of(line, field, f"{file.path}, line {number}"))
+
+
+def _text_document(text: bytes) -> Document:
+    """A UTF-8 text in memory as a document."""
+    return Document(identity=text, size=len(text), pieces=_pieces(io.BytesIO(text)))
+
+
+def _file_pieces(file: SourceFile) -> Iterator[bytes]:
+    with _reading(file) as stream:
+        if stream.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
+            stream.seek(0)
+        yield from _pieces(stream)
+
+
+def _pieces(stream: BinaryIO) -> Iterator[bytes]:
+    rest = stream.read(PIECE_BYTES)
+    while block := stream.read(PIECE_BYTES):
+        text = rest + block
+        cut = _last_cut(text)
+        yield text[:cut]
+        rest = text[cut:]
+    if rest:
+        yield rest
+
+
+def _last_cut(text: bytes) -> int:
+    """The best place to cut `text`: safe and late if possible, in its second half."""
+    half = len(text) // 2
+    for safe in _SAFE_CUTS:
+        for window in (1 << 10, half):
+            if found := list(safe.finditer(text, max(half, len(text) - window))):
+                return found[-1].end()
+    line_start = text.rfind(b"\n", half) + 1
+    return line_start or character_start(text, len(text) - 1)
+
+
+def character_start(text: bytes, place: int) -> int:
+    """The start of the UTF-8 character that covers `place`."""
+    while place > 0 and text[place] & 0xC0 == 0x80:
+        place -= 1
+    return place
+
+
+def _field_of(line: bytes, field: str, where: str) -> bytes:
+    """The UTF-8 of one field of a JSON line."""
+    try:
+        content = json.loads(line.decode())
+    except (ValueError, RecursionError) as error:
+        rule = f"is not JSON ({error})"
+        raise _error("data.path", where, rule, "write one JSON object a line") from None
+    if not isinstance(content, dict):
+        remedy = f'write {{"{field}": "..."}} on each line'
+        raise _error("data.path", where, "is not a JSON object", remedy)
+    if field not in content:
+        raise _error("data.field", field, f"is not a key of the object in {where}", near(field, content))
+    if not isinstance(content[field], str):
+        rule = f"is not the key of a string in {where}"
+        raise _error("data.field", field, rule, "name the key of a text, or correct the line")
+    try:
+        return content[field].encode()
+    except UnicodeEncodeError:
+        rule = "has half of a surrogate pair in its text"
+        raise _error("data.path", where, rule, "write all of it") from None
+
+
+def _stamp(stream: BinaryIO) -> tuple[int, int, int]:
+    status = os.fstat(stream.fileno())
+    return status.st_size, status.st_mtime_ns, status.st_ino
+
+
+@contextmanager
+def _reading(file: SourceFile) -> Iterator[BinaryIO]:
+    """The open file. ConfigError if it cannot be read, or has changed since it was hashed."""
+    try:
+        with file.path.open("rb") as stream:
+            yield stream
+            # The hash is part of the name of the shards.
+            if _stamp(stream) != file.stamp:
+                rule, remedy = "changed while it was read", "start again when nothing writes to it"
+                raise _error("data.path", str(file.path), rule, remedy)
+    except OSError as error:
+        _unreadable(error, file.path)
+
+
+def _unreadable(error: OSError, path: Path | None = None) -> NoReturn:
+    """Raise the ConfigError for a file or folder of the dataset that cannot be read."""
+    rule, remedy = f"cannot be read ({error.strerror or error})", "change its permissions, or name another"
+    # Unlike an error from open(), an error from read() does not name the file.
+    raise _error("data.path", str(path or error.filename), rule, remedy)
+
+
+def _error(key: str, value: str, rule: str, remedy: str) -> ConfigError:
+    return ConfigError([Problem(key, value, rule, remedy)])

@@ -17,8 +17,7 @@ from torch.nn import functional as F
 
 from torchtitan_lite import registry
 from torchtitan_lite.attention import AttentionConfig, Sdpa
-from torchtitan_lite.attention.mask import Ranges
-from torchtitan_lite.attention.transfer import to_device
+from torchtitan_lite.attention.mask import Ranges, to_device
 from torchtitan_lite.config.load import Problem
 from torchtitan_lite.config.problem import either
 from torchtitan_lite.models.init import init_weights

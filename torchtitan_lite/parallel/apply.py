@@ -115,7 +115,7 @@ def compile_attention(config: CompileConfig, model: DecoderConfig, device: str) 
     """Compile the attention kernel for CPUs, if inductor compiles the run; other runs use torch's kernel."""
     if device == "cpu":
         forget_kernels()  # kernels of an earlier trainer in this process
-        if config.uses_inductor and model.attention.kind != "flex":
+        if config.uses_inductor:
             compile_kernel(model.head_dim)
 
 

@@ -5,12 +5,12 @@ M = H / G * n: the queries of all heads that share a key head.
 """
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from torchtitan_lite.attention.operator import HALF, sum_dtype
+from torchtitan_lite.attention.operator import HALF, Kernel, contiguous_like, sum_dtype
 from torchtitan_lite.attention.portable import native
 
 aten = torch.ops.aten
@@ -24,20 +24,13 @@ MANY = 768
 (aten/src/ATen/native/cpu/FlashAttentionKernel.cpp)."""
 
 
-class Kernel(Protocol):
-    """Attention of a tile, [b, H, n, K] and [b, G, m, K], and its gradient.
+class OneTile(NamedTuple):
+    """How to compute a tile: q and out [b, H, n, K], k and v [b, G, m, K], log-sum-exp [b, H, n]."""
 
-    lse is [b, H, n]. `mask` is added to the scores. A tile is causal or has a mask, never both.
-    """
-
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, scale: float
-    ) -> tuple[Tensor, Tensor]: ...
-
-    def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-        causal: bool, mask: Tensor | None, scale: float,
-    ) -> tuple[Tensor, ...]: ...  # fmt: skip
+    causal: bool
+    mask: Tensor | None
+    """Is added to the scores. A tile is causal or has a mask, never both."""
+    scale: float
 
 
 class CpuKernel:
@@ -48,7 +41,8 @@ class CpuKernel:
     blocks of queries, each with the keys that it sees.
     """
 
-    def forward(self, q, k, v, causal, mask, scale):
+    def forward(self, q, k, v, how):
+        causal, mask, scale = how
         if not causal or not _is_medium(q):
             return _cpu_flash(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
         out_bnHK, lses = torch.empty_like(q.transpose(1, 2)), []
@@ -59,8 +53,8 @@ class CpuKernel:
             lses.append(lse)
         return out_bnHK.transpose(1, 2), torch.cat(lses, 2)
 
-    def backward(self, dout, q, k, v, out, lse, causal, mask, scale):
-        dtype = q.dtype
+    def backward(self, dout, q, k, v, out, lse, how):
+        (causal, mask, scale), dtype = how, q.dtype
         if dtype in HALF and q.shape[2] < MANY and not native.has_amx():
             # torch's products of halves are slow for so few queries: three times slower with 64.
             dout, q, k, v, out = (x.float() for x in (dout, q, k, v, out))
@@ -68,7 +62,7 @@ class CpuKernel:
         if not causal or not _is_medium(q):
             found = _cpu_flash_backward(dout, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale)
             return tuple(x.to(dtype) for x in found)
-        dq_bnHK = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format)
+        dq_bnHK = contiguous_like(q.transpose(1, 2))
         dk_bmGK, dv_bmGK = (native.zeros_for(x.transpose(1, 2), sum_dtype(x.dtype)) for x in (k, v))
         for rows, keys, hidden in _causal_blocks(q):
             part = dout[:, :, rows], q[:, :, rows], k[:, :, keys], v[:, :, keys]
@@ -97,21 +91,20 @@ def _causal_blocks(q: Tensor):
 class CudaKernel:
     """torch's FlashAttention-2 for CUDA: fp16 and bf16, grouped heads, no mask."""
 
-    def forward(self, q, k, v, causal, mask, scale):
-        if mask is not None:
-            return PlainKernel().forward(q, k, v, causal, mask, scale)
-        out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)
+    def forward(self, q, k, v, how):
+        if how.mask is not None:
+            return PlainKernel().forward(q, k, v, how)
+        out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, how.causal, scale=how.scale)
         return out, lse
 
-    def backward(self, dout, q, k, v, out, lse, causal, mask, scale):
-        if mask is not None:
-            return PlainKernel().backward(dout, q, k, v, out, lse, causal, mask, scale)
+    def backward(self, dout, q, k, v, out, lse, how):
+        if how.mask is not None:
+            return PlainKernel().backward(dout, q, k, v, out, lse, how)
         # There is no dropout, so the random state is never read.
-        seed = torch.empty(2, dtype=torch.uint64, device=q.device)
-        unused = torch.empty(0, dtype=torch.uint64, device=q.device)
+        seed, unused = (torch.empty(n, dtype=torch.uint64, device=q.device) for n in (2, 0))
         return aten._scaled_dot_product_flash_attention_backward(
             dout, q, k, v, out, lse.contiguous(), None, None, q.shape[2], k.shape[2],
-            0.0, causal, seed, unused, scale=scale,
+            0.0, how.causal, seed, unused, scale=how.scale,
         )  # fmt: skip
 
 
@@ -121,10 +114,10 @@ class PlainKernel:
     def __init__(self, block: int = 256) -> None:
         self.block = block
 
-    def forward(self, q, k, v, causal, mask, scale):
+    def forward(self, q, k, v, how):
         outs, lses = [], []
-        for rows, keys in self._blocks(q, k, causal):
-            scores_bGMm = self._scores(q, k, rows, keys, causal, mask, scale)
+        for rows, keys in self._blocks(q, k, how.causal):
+            scores_bGMm = self._scores(q, k, rows, keys, how)
             lse_bGM = scores_bGMm.logsumexp(-1)
             p_bGMm = (scores_bGMm - finite(lse_bGM)[..., None]).exp()
             n = rows.stop - rows.start
@@ -132,17 +125,17 @@ class PlainKernel:
             lses.append(_by_head(lse_bGM, n))
         return torch.cat(outs, 2).to(q.dtype), torch.cat(lses, 2)
 
-    def backward(self, dout, q, k, v, out, lse, causal, mask, scale):
+    def backward(self, dout, q, k, v, out, lse, how):
         wide, groups = sum_dtype(q.dtype), k.shape[1]
         dq, dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (q, k, v))
-        for rows, keys in self._blocks(q, k, causal):
+        for rows, keys in self._blocks(q, k, how.causal):
             q_bGMK, dout_bGMK, out_bGMK, lse_bGM = (
                 _by_group(x[:, :, rows].to(wide), groups) for x in (q, dout, out, lse)
             )
-            scores_bGMm = self._scores(q, k, rows, keys, causal, mask, scale)
+            scores_bGMm = self._scores(q, k, rows, keys, how)
             p_bGMm = (scores_bGMm - finite(lse_bGM)[..., None]).exp()
             delta_bGM = (dout_bGMK * out_bGMK).sum(-1)
-            ds_bGMm = p_bGMm * (dout_bGMK @ v[:, :, keys].to(wide).mT - delta_bGM[..., None]) * scale
+            ds_bGMm = p_bGMm * (dout_bGMK @ v[:, :, keys].to(wide).mT - delta_bGM[..., None]) * how.scale
             dq[:, :, rows] += _by_head(ds_bGMm @ k[:, :, keys].to(wide), rows.stop - rows.start)
             dk[:, :, keys] += ds_bGMm.mT @ q_bGMK
             dv[:, :, keys] += p_bGMm.mT @ dout_bGMK
@@ -155,14 +148,14 @@ class PlainKernel:
             stop = min(start + self.block, n)
             yield slice(start, stop), slice(0, stop if causal else k.shape[2])
 
-    def _scores(self, q, k, rows: slice, keys: slice, causal: bool, mask: Tensor | None, scale: float):
+    def _scores(self, q, k, rows: slice, keys: slice, how: OneTile) -> Tensor:
         """Scaled, masked scores of a block, [b, G, M, m]."""
         wide, n = sum_dtype(q.dtype), rows.stop - rows.start
-        scores = _by_group(q[:, :, rows].to(wide), k.shape[1]) @ k[:, :, keys].to(wide).mT * scale
-        if causal:
+        scores = _by_group(q[:, :, rows].to(wide), k.shape[1]) @ k[:, :, keys].to(wide).mT * how.scale
+        if how.causal:
             hidden = torch.full((n, keys.stop), float("-inf"), device=q.device).triu(rows.start + 1)
-        elif mask is not None:
-            hidden = mask[..., rows, keys].unsqueeze(-3)
+        elif how.mask is not None:
+            hidden = how.mask[..., rows, keys].unsqueeze(-3)
         else:
             return scores
         return (scores.unflatten(2, (-1, n)) + hidden).flatten(2, 3)

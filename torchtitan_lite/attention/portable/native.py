@@ -9,6 +9,7 @@ import ctypes
 import hashlib
 import logging
 import os
+import struct
 import subprocess
 import sys
 import tempfile
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from torchtitan_lite import durable
-from torchtitan_lite.attention.portable.tiles import CAUSAL, FULL
+from torchtitan_lite.attention.operator import Work
 
 # The compiler that torch uses: torch._inductor.config.cpp.cxx.
 CXX = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
@@ -44,14 +45,12 @@ def compile_kernel(head_dim: int) -> None:
     try:
         _KERNELS[head_dim] = _loaded(head_dim)
     except subprocess.CalledProcessError as error:
-        said = error.stderr.decode(errors="replace").strip().splitlines()
-        _warn(f"{CXX} cannot compile the kernel: {' / '.join(said[:3])}; name another GCC in CXX")
+        said = " / ".join(error.stderr.decode(errors="replace").strip().splitlines()[:3])
+        why = f"{CXX} cannot compile the kernel: {said}; name another GCC in CXX"
+        _LOG.warning("attention uses torch's kernel: %s", why)
     except OSError as error:
-        _warn(f"the kernel cannot be made or loaded: {error}; name another folder in TORCHINDUCTOR_CACHE_DIR")
-
-
-def _warn(why: str) -> None:
-    _LOG.warning("attention uses torch's kernel: %s", why)
+        why = f"the kernel cannot be made or loaded: {error}; name another folder in TORCHINDUCTOR_CACHE_DIR"
+        _LOG.warning("attention uses torch's kernel: %s", why)
 
 
 def forget_kernels() -> None:
@@ -64,36 +63,28 @@ def has_amx() -> bool:
     return getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
 
 
-def takes(q_BSHK: Tensor, table: Tensor) -> bool:
-    """True if the kernel has been compiled for these queries, and every tile is a whole document."""
+def takes(q_BSHK: Tensor) -> bool:
+    """True if the kernel has been compiled for these queries."""
     fits = q_BSHK.is_cpu and q_BSHK.dtype in _DTYPES and q_BSHK.shape[-1] in _KERNELS
-    if not fits or (q_BSHK.dtype == torch.bfloat16 and has_amx()):
-        return False
-    table = table[table[:, 0] < table[:, 1]]
-    q0, q1, k0, k1, kind = table[:, 2:7].unbind(1)
-    # The tile of a document of one token is FULL.
-    is_document = (kind == CAUSAL) | ((q1 - q0 == 1) & (k1 - k0 == 1) & (kind == FULL))
-    return bool(is_document.all() and table[:, 7:].all() and torch.equal(q0, k0))
+    return fits and not (q_BSHK.dtype == torch.bfloat16 and has_amx())
 
 
-def forward(
-    q_BSHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, table: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
+def forward(q_BSHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, work: Work) -> tuple[Tensor, Tensor]:
     """The output [B, S, H, K] and its log-sum-exp [B, S, H], both 0 on padding."""
     out_BSHK = torch.zeros_like(q_BSHK)
     lse_BSH = torch.zeros(q_BSHK.shape[:3], dtype=torch.float32, device=q_BSHK.device)
-    _call(table, scale, False, lse_BSH, q=q_BSHK, k=k_BSGK, v=v_BSGK, out=out_BSHK)
+    _call(work, False, lse_BSH, q=q_BSHK, k=k_BSGK, v=v_BSGK, out=out_BSHK)
     return out_BSHK, lse_BSH
 
 
 def backward(
     dout_BSHK: Tensor, q_BSHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, out_BSHK: Tensor, lse_BSH: Tensor,
-    table: Tensor, scale: float,
+    work: Work,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of q, k and v."""
     dq, dk, dv = (zeros_for(x, x.dtype) for x in (q_BSHK, k_BSGK, v_BSGK))
     tensors = {"q": q_BSHK, "k": k_BSGK, "v": v_BSGK, "out": out_BSHK, "dout": dout_BSHK}
-    _call(table, scale, True, lse_BSH, **tensors, dq=dq, dk=dk, dv=dv)
+    _call(work, True, lse_BSH, **tensors, dq=dq, dk=dk, dv=dv)
     return dq, dk, dv
 
 
@@ -102,40 +93,18 @@ def zeros_for(x: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
 
-class _View(ctypes.Structure):
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("row", ctypes.c_int64),
-        ("token", ctypes.c_int64),
-        ("head", ctypes.c_int64),
-    )
-
-
-_TENSORS = ("q", "k", "v", "out", "dout", "dq", "dk", "dv")
-_NUMBERS = ("n_tiles", "table_width", "n_tokens", "heads", "groups", "n_threads")
-
-
-class _Problem(ctypes.Structure):
-    _fields_ = (
-        *((name, _View) for name in _TENSORS),
-        ("lse", ctypes.c_void_p),
-        ("table", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in _NUMBERS),
-        ("scale", ctypes.c_float),
-    )
-
-
-def _call(table: Tensor, scale: float, is_backward: bool, lse: Tensor, **tensors: Tensor) -> None:
-    q, k = tensors["q"], tensors["k"]
+def _call(work: Work, is_backward: bool, lse: Tensor, **tensors: Tensor) -> None:
+    q, k, table = tensors["q"], tensors["k"], work.table
     assert lse.is_contiguous() and table.is_contiguous() and all(x.stride(-1) == 1 for x in tensors.values())
     assert lse.dtype == torch.float32 and all(x.is_cpu and x.dtype == q.dtype for x in tensors.values())
-    problem = _Problem(lse=lse.data_ptr(), table=table.data_ptr(), scale=scale)
-    for name, x in tensors.items():
-        setattr(problem, name, _View(x.data_ptr(), *x.stride()[:3]))
-    numbers = (*table.shape, q.shape[1], q.shape[2], k.shape[2], torch.get_num_threads())
-    for name, number in zip(_NUMBERS, numbers, strict=True):
-        setattr(problem, name, number)
-    _KERNELS[q.shape[-1]].attend(ctypes.byref(problem), int(q.dtype == torch.bfloat16), int(is_backward))
+    # The fields of `Problem` in causal_cpu.cpp.
+    fields = []
+    for name in ("q", "k", "v", "out", "dout", "dq", "dk", "dv"):
+        fields += [tensors[name].data_ptr(), *tensors[name].stride()[:3]] if name in tensors else [0] * 4
+    fields += [lse.data_ptr(), table.data_ptr(), *table.shape]
+    fields += [q.shape[1], q.shape[2], k.shape[2], torch.get_num_threads()]
+    problem = struct.pack(f"{len(fields)}qf", *fields, work.scale)
+    _KERNELS[q.shape[-1]].attend(problem, int(q.dtype == torch.bfloat16), int(is_backward))
 
 
 def _loaded(head_dim: int) -> ctypes.CDLL:

@@ -1,24 +1,29 @@
 """The mask as tiles: rectangles of (queries, keys) to compute, so that no tensor is S x S.
 
-B batch rows, S key tokens, Q query tokens.
+B batch rows, S key tokens, Q query tokens, H query heads, G key/value heads, K head dim;
+b, n, m: rows, queries and keys of a tile.
 
 A plain kernel computes a tile in one call: all of it, its causal half (as many queries as keys), or under a
-small explicit mask. Tiles of the same queries are merged by their log-sum-exp. `evaluate.py` does all this.
+small explicit mask. Tiles of the same queries are merged by their log-sum-exp. The backward of each tile with
+the merged output and log-sum-exp is exact (FlashAttention, https://arxiv.org/abs/2205.14135, section 3.1 and
+appendix B.4).
 """
 
-from collections.abc import Iterator, Sequence
-from itertools import groupby
+from collections.abc import Iterator
+from itertools import chain, groupby
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from torchtitan_lite.attention.mask import Ranges, check_window, count_queries, segments
-from torchtitan_lite.attention.operator import Calls, make_calls
+from torchtitan_lite.attention.operator import EVALUATORS, Calls, Work, make_calls, sum_dtype
+from torchtitan_lite.attention.portable import native
+from torchtitan_lite.attention.portable.kernels import OneTile, finite, kernel_for
 
-FULL, CAUSAL, ROWS = -1, -2, -3
-"""Values of Tile.kind. A value >= 0 is the index of the tile's mask in Calls.data. ROWS: Calls.data starts
-with a mask for each row of the tile."""
+FULL, CAUSAL, BAND, ROWS = range(4)
+"""Values of Tile.kind. BAND: query i sees the tile's keys [i, i + Calls.window). ROWS: each row has one
+query, and Calls.data starts with a mask [rows, keys], True where the row's query sees the key."""
 
 WINDOW_STEP = 128
 """Queries of a tile in a sliding window: fewer means more calls, more means larger masks."""
@@ -34,23 +39,17 @@ class Tile(NamedTuple):
     k0: int
     k1: int
     kind: int
+    fresh_queries: bool = True
+    """Whether this is the first tile with these queries: there is nothing to merge its results with."""
+    fresh_keys: bool = True
 
+    def q(self, x_BQHK: Tensor) -> Tensor:
+        """The tile's part [b, H, n, K] of q, the output, or the gradient of either; of lse [b, H, n]."""
+        return x_BQHK[self.row0 : self.row1, self.q0 : self.q1].transpose(1, 2)
 
-def tile_calls(
-    tiles: Sequence[Tile], masks: list[Tensor], shape: tuple[int, int, int], device: torch.device | str
-) -> Calls:
-    """A table of tiles. A row: a Tile, whether it is the first with its queries, and with its keys.
-
-    Tiles of the same rows follow each other. `masks` are True where a query sees a key.
-    """
-    rows, q_end, k_end, row = [], 0, 0, None
-    for tile in tiles:
-        if tile.row0 != row:
-            row, q_end, k_end = tile.row0, 0, 0
-        rows.append((*tile, tile.q0 >= q_end, tile.k0 >= k_end))
-        q_end, k_end = max(q_end, tile.q1), max(k_end, tile.k1)
-    flat = [torch.zeros(0, dtype=torch.bool), *(mask.flatten() for mask in masks)]
-    return make_calls("tiles", rows or [[0] * (len(Tile._fields) + 2)], flat, shape, device)
+    def k(self, x_BSGK: Tensor) -> Tensor:
+        """The tile's part [b, G, m, K] of k, v, or the gradient of either."""
+        return x_BSGK[self.row0 : self.row1, self.k0 : self.k1].transpose(1, 2)
 
 
 def document_tiles(
@@ -75,57 +74,41 @@ def document_tiles(
             for _, _, k0, k1 in spans:
                 seen_BS[row, k0 if sliding_window is None else max(k0, k1 - sliding_window) : k1] = True
         # One call under a mask of B x S. With one query for each row, a call for each row would cost more.
-        return tile_calls([Tile(0, batch, 0, 1, 0, seq_len, ROWS)], [seen_BS], shape, device)
-    masks = BandMasks(sliding_window)
+        return make_calls("tiles", [Tile(0, batch, 0, 1, 0, seq_len, ROWS)], seen_BS.flatten(), shape, device)
     tiles = []
     # Rows with the same documents are one batch for the kernel.
     for spans, same in groupby(by_row, key=lambda row: by_row[row]):
-        rows = list(same)
-        for span in spans:
-            tiles += [Tile(rows[0], rows[-1] + 1, *tile) for tile in _tiles_of(*span, masks)]
-    return tile_calls(tiles, masks.found, shape, device)
+        rows, q_end, k_end = list(same), 0, 0
+        for q0, q1, k0, k1, kind in chain(*(_tiles_of(*span, sliding_window) for span in spans)):
+            tiles.append(Tile(rows[0], rows[-1] + 1, q0, q1, k0, k1, kind, q0 >= q_end, k0 >= k_end))
+            q_end, k_end = max(q_end, q1), max(k_end, k1)
+    no_data = torch.zeros(0, dtype=torch.bool)
+    return make_calls(
+        "tiles", tiles or [Tile(0, 0, 0, 0, 0, 0, FULL)], no_data, shape, device, sliding_window
+    )
 
 
-class BandMasks:
-    """The masks that a sliding window needs, one for each shape of tile."""
-
-    def __init__(self, window: int | None) -> None:
-        self.window = window
-        self.found: list[Tensor] = []
-        self._starts: dict[tuple[int, int, int], int] = {}
-
-    def start(self, n_queries: int, n_keys: int, behind: int) -> int:
-        """The index of a tile's mask in Calls.data; `behind`: keys of the tile before its first query."""
-        assert self.window is not None
-        shape = n_queries, n_keys, behind
-        if shape not in self._starts:
-            self._starts[shape] = sum(mask.numel() for mask in self.found)
-            ones = torch.ones(n_queries, n_keys, dtype=torch.bool)
-            self.found.append(ones.tril(behind) & ones.triu(behind - self.window + 1))
-        return self._starts[shape]
-
-
-def _tiles_of(q0: int, q1: int, k0: int, k1: int, masks: BandMasks) -> Iterator[tuple[int, ...]]:
+def _tiles_of(q0: int, q1: int, k0: int, k1: int, sliding_window: int | None) -> Iterator[tuple[int, ...]]:
     """The tiles (q0, q1, k0, k1, kind) of one segment; see mask.segments."""
-    window = k1 - k0 if masks.window is None else masks.window
+    window = sliding_window or k1 - k0
     first = k1 - (q1 - q0)  # the first query, counted as a key
     unbanded = min(k1, max(first, k0 + window))  # queries before this one see their document from its start
     if first < unbanded:
         yield from _causal_tiles(q0, q0 + unbanded - first, k0, unbanded)
     for start in range(unbanded, k1, WINDOW_STEP):
         stop = min(start + WINDOW_STEP, k1)
-        for k_start, k_stop, kind in _band_tiles(start, stop, window, masks):
+        for k_start, k_stop, kind in _band_tiles(start, stop, window):
             yield q0 + start - first, q0 + stop - first, k_start, k_stop, kind
 
 
-def _band_tiles(start: int, stop: int, window: int, masks: BandMasks) -> Iterator[tuple[int, int, int]]:
+def _band_tiles(start: int, stop: int, window: int) -> Iterator[tuple[int, int, int]]:
     """The keys (k0, k1, kind) of queries [start, stop) whose whole window lies in their document."""
     n, edge = stop - start, start - window + 1
     if window <= n:
-        yield edge, stop, masks.start(n, stop - edge, window - 1)
+        yield edge, stop, BAND
         return
     if n > 1:
-        yield edge, stop - window, masks.start(n, n - 1, window - 1)
+        yield edge, stop - window, BAND
     yield stop - window, start, FULL
     yield start, stop, CAUSAL
 
@@ -139,3 +122,110 @@ def _causal_tiles(q0: int, q1: int, k0: int, k1: int) -> Iterator[tuple[int, ...
     if k0 < diagonal:
         yield q0, q1, k0, diagonal, FULL
     yield q0, q1, diagonal, k1, CAUSAL
+
+
+def is_native(q_BQHK: Tensor, table: Tensor) -> bool:
+    """True if the compiled kernel computes these tiles: it takes whole documents only."""
+    if not native.takes(q_BQHK):
+        return False
+    table = table[table[:, 0] < table[:, 1]]
+    q0, q1, k0, k1, kind = table[:, 2:7].unbind(1)
+    # The tile of a document of one token is FULL.
+    is_document = (kind == CAUSAL) | ((q1 - q0 == 1) & (k1 - k0 == 1) & (kind == FULL))
+    return bool(is_document.all() and table[:, 7:].all() and torch.equal(q0, k0))
+
+
+def _calls(work: Work, q_BQHK: Tensor) -> list[tuple[Tile, OneTile]]:
+    """The tiles, and how to compute each."""
+    calls, masks = [], {}
+    for tile in (Tile(*fields) for fields in work.table.tolist() if fields[0] < fields[1]):
+        shape = tile.q1 - tile.q0, tile.k1 - tile.k0, tile.kind
+        if shape not in masks:
+            masks[shape] = _additive_mask(tile, work, q_BQHK)
+        calls.append((tile, OneTile(tile.kind == CAUSAL, masks[shape], work.scale)))
+    return calls
+
+
+def _additive_mask(tile: Tile, work: Work, q_BQHK: Tensor) -> Tensor | None:
+    n, m = tile.q1 - tile.q0, tile.k1 - tile.k0
+    if tile.kind == BAND:
+        assert work.window is not None
+        seen = torch.ones(n, m, dtype=torch.bool, device=q_BQHK.device).triu().tril(work.window - 1)
+    elif tile.kind == ROWS:
+        n_rows = tile.row1 - tile.row0
+        seen = work.data[: n_rows * m].view(n_rows, 1, n, m)
+    else:
+        return None
+    # In q's dtype: torch's CPU kernel takes a float32 mask beside float64 queries and misreads it.
+    return torch.where(seen, 0.0, float("-inf")).to(q_BQHK.dtype)
+
+
+def _is_whole(calls: list[tuple[Tile, OneTile]], q_BQHK: Tensor, k_BSGK: Tensor) -> bool:
+    """True if one call computes everything on a CPU, so that no results must be put together.
+
+    The CPU kernel gives 0 for a query that sees nothing, and 0 for its log-sum-exp.
+    """
+    (batch, n_queries), n_keys = q_BQHK.shape[:2], k_BSGK.shape[1]
+    return q_BQHK.is_cpu and len(calls) == 1 and calls[0][0][:6] == (0, batch, 0, n_queries, 0, n_keys)
+
+
+def _merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over two sets of keys, from the attention over each."""
+    lse = torch.logaddexp(lse_a, lse_b)
+    weight_a, weight_b = ((x - finite(lse)).exp()[..., None] for x in (lse_a, lse_b))
+    return (out_a * weight_a + out_b * weight_b).to(out_a.dtype), lse
+
+
+class TileEvaluator:
+    """Attention by tiles. The log-sum-exp is [B, Q, H]."""
+
+    def lse_shape(self, q_BQHK):
+        return q_BQHK.shape[:3]
+
+    def forward(self, q, k, v, how):
+        if is_native(q, how.table):
+            return native.forward(q, k, v, how)
+        kernel, calls = kernel_for(q), _calls(how, q)
+        found = (kernel.forward(tile.q(q), tile.k(k), tile.k(v), one) for tile, one in calls)
+        if _is_whole(calls, q, k):
+            out, lse = next(found)
+            return out.transpose(1, 2), lse.transpose(1, 2).contiguous()
+        out_BQHK = torch.zeros_like(q)
+        lse_BQH = torch.zeros(q.shape[:3], dtype=sum_dtype(q.dtype), device=q.device)
+        for (tile, one), (out, lse) in zip(calls, found, strict=True):
+            if one.mask is not None:  # the CPU kernel reports 0 for a query that sees nothing in this tile
+                lse = lse.masked_fill(one.mask.isneginf().all(-1), float("-inf"))
+            out_bHnK, lse_bHn = tile.q(out_BQHK), tile.q(lse_BQH)
+            if not tile.fresh_queries:
+                out, lse = _merge(out_bHnK, lse_bHn, out, lse)
+            out_bHnK.copy_(out)
+            lse_bHn.copy_(lse)
+        # A query that sees nothing at all: any finite value gives it weights of 0 in the backward.
+        return out_BQHK, lse_BQH.masked_fill_(lse_BQH.isneginf(), 0)
+
+    def backward(self, dout, q, k, v, out, lse, how):
+        if is_native(q, how.table):
+            return native.backward(dout, q, k, v, out, lse, how)
+        kernel, calls = kernel_for(q), _calls(how, q)
+
+        def gradients(tile: Tile, one: OneTile) -> tuple[Tensor, ...]:
+            given = tile.q(dout), tile.q(q), tile.k(k), tile.k(v), tile.q(out), tile.q(lse)
+            return kernel.backward(*given, one)
+
+        if _is_whole(calls, q, k):
+            return tuple(grad.transpose(1, 2) for grad in gradients(*calls[0]))
+        # Tiles that share keys or queries are summed in full precision.
+        once = all(tile.fresh_queries and tile.fresh_keys for tile, _ in calls)
+        dq, dk, dv = (native.zeros_for(x, x.dtype if once else sum_dtype(x.dtype)) for x in (q, k, v))
+        for tile, one in calls:
+            places = tile.q(dq), tile.k(dk), tile.k(dv)
+            fresh = tile.fresh_queries, tile.fresh_keys, tile.fresh_keys
+            for place, part, is_first in zip(places, gradients(tile, one), fresh, strict=True):
+                if is_first:
+                    place.copy_(part)
+                else:
+                    place += part
+        return tuple(grad.to(q.dtype) for grad in (dq, dk, dv))
+
+
+EVALUATORS["tiles"] = TileEvaluator()
