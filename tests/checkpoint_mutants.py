@@ -142,8 +142,8 @@ MUTANTS = {
         f"{TESTS}damage.py::test_a_file_that_cannot_be_read_refuses_the_start_and_nothing_else_is_taken",
     ),
     "checkpoints: a rank that writes for long is silent": Mutant(
-        "torchtitan_lite/launch/background.py",
-        "        alive()\n",
+        "torchtitan_lite/launch/world.py",
+        "            self.alive()\n",
         "        pass\n",
         f"{TESTS}saver.py::test_a_rank_gives_signs_of_life_while_one_write_takes_long",
     ),

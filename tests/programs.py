@@ -345,6 +345,6 @@ def _run(words: list[str]) -> None:
 
 def _tell_launcher() -> None:
     """Set the launcher's process id: the package was imported in the server, which has another parent."""
-    from torchtitan_lite import train
+    from torchtitan_lite.launch import process
 
-    train._LAUNCHER = os.getppid()
+    process._LAUNCHER = os.getppid()

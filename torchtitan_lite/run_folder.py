@@ -5,7 +5,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, TypeVar, cast
+from typing import IO, TypeVar
 
 from torchtitan_lite import registry
 from torchtitan_lite.checkpoint import CheckpointConfig
@@ -14,7 +14,6 @@ from torchtitan_lite.checkpoint.steps import Steps
 from torchtitan_lite.config.job import JobConfig
 from torchtitan_lite.config.load import ConfigError, Problem
 from torchtitan_lite.durable import new_folder
-from torchtitan_lite.launch.background import patiently
 from torchtitan_lite.launch.end import End
 from torchtitan_lite.launch.torchrun import SAVED
 from torchtitan_lite.launch.world import World
@@ -25,8 +24,6 @@ from torchtitan_lite.training.trainer import Trainer
 _SECONDS_TO_DIE = 10
 """How long the processes of a run whose launcher was killed may keep the folder locked."""
 
-Alive = Callable[[], None]
-"""Reports progress of the main thread, which waits meanwhile."""
 T = TypeVar("T")
 
 
@@ -43,23 +40,23 @@ class RunFolder:
         self._lock: IO[str] | None = None
         """Held by rank 0 as long as the process lives."""
 
-    def claim(self, alive: Alive) -> Path:
+    def claim(self) -> Path:
         """Make and lock the folder, move aside what the run does not go on with, and return the path."""
-        self.path = self._on_first(self._claim, alive)
+        self.path = self._on_first(self._claim)
         return self.path
 
-    def settle(self, trainer: Trainer, resumed: Found | None, alive: Alive) -> None:
+    def settle(self, trainer: Trainer, resumed: Found | None) -> None:
         """Set aside what is later than the `resumed` step, and write config.toml: the start is accepted."""
         self.trainer = trainer
-        self._on_first(lambda: self._settle(trainer, resumed), alive)
+        self._on_first(lambda: self._settle(trainer, resumed))
 
-    def export(self, alive: Alive) -> None:
+    def export(self) -> None:
         """Write the model of the last step for Hugging Face, if the run is to do that and is done."""
         path, trainer = self._begun()
         checkpoint = self.job.checkpoint
         if checkpoint.last_save_in_hf and trainer.is_done:
             tokenizer = trainer.corpus.tokenizer
-            self._on_first(lambda: hub.export_last(path, checkpoint, trainer.state.step, tokenizer), alive)
+            self._on_first(lambda: hub.export_last(path, checkpoint, trainer.state.step, tokenizer))
 
     def finish(self, signal_name: str) -> int:
         """Write exit.json, say where the files are, and return the exit status.
@@ -96,7 +93,7 @@ class RunFolder:
         assert self.path is not None and self.trainer is not None
         return self.path, self.trainer
 
-    def _on_first(self, act: Callable[[], T], alive: Alive) -> T:
+    def _on_first(self, act: Callable[[], T]) -> T:
         """Run `act` on rank 0, however long it takes, and return the result on every rank."""
 
         def written() -> T:
@@ -109,11 +106,7 @@ class RunFolder:
                 problem = Problem("job.dump_folder", self.job.job.dump_folder, rule, remedy)
                 raise ConfigError([problem]) from None
 
-        ranks = self.world.saving
-        made = patiently(
-            lambda: ranks.share(ranks.together(written if ranks.is_first else lambda: None)), alive
-        )
-        return cast(T, made)
+        return self.world.patiently(lambda ranks: ranks.on_first(written))
 
     def _claim(self) -> Path:
         job, checkpoint = self.job, self.job.checkpoint

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ from torchtitan_lite.config.job import JobConfig
 from torchtitan_lite.config.load import ConfigError, Problem
 from torchtitan_lite.config.problem import printable
 from torchtitan_lite.data import Shards, Tokenizer
-from torchtitan_lite.launch.background import patiently
 from torchtitan_lite.launch.world import World
 from torchtitan_lite.models.decoder import DecoderConfig
 from torchtitan_lite.parallel.fsdp import own_shard
@@ -32,26 +31,24 @@ _NOT_NOTED = ("job.", "checkpoint.", "metrics.", "debug.log_sample_ids")
 """Settings whose changes are not reported, by prefix."""
 
 
-def find_start(
-    job: JobConfig, folder: Path, world: World, alive: Callable[[], None]
-) -> tuple[Found | None, Found | Path | None]:
+def find_start(job: JobConfig, folder: Path, world: World) -> tuple[Found | None, Found | Path | None]:
     """Return the verified step that the run in `folder` resumes from, and the weights of a new run.
 
     At most one of the two is not None. The weights are a verified step or the folder of a Hugging Face
     model. Raises ConfigError on all ranks if none is good, or if no step can be saved.
     """
-    checkpoint, ranks = job.checkpoint, world.saving
+    checkpoint = job.checkpoint
     if checkpoint.enable:
         steps = Steps(folder / checkpoint.folder)
-        patiently(lambda: probe(steps, ranks), alive)
-        if found := patiently(lambda: find(steps, checkpoint.load_step, ranks), alive):
+        world.patiently(lambda ranks: probe(steps, ranks))
+        if found := world.patiently(lambda ranks: find(steps, checkpoint.load_step, ranks)):
             return found, None
     if checkpoint.initial_load_in_hf:
         path = Path(os.path.expanduser(checkpoint.initial_load_path)).absolute()
-        patiently(lambda: hub.check(path, job.decoder, ranks, INITIAL), alive)
+        world.patiently(lambda ranks: hub.check(path, job.decoder, ranks, INITIAL))
         return None, path
     if checkpoint.initial_load_path:
-        return None, patiently(lambda: find_initial(checkpoint.initial_load_path, ranks), alive)
+        return None, world.patiently(lambda ranks: find_initial(checkpoint.initial_load_path, ranks))
     return None, None
 
 

@@ -1,6 +1,5 @@
 """The state of a run, which checkpoints save: model, optimizer, and position in steps, tokens and data."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,7 +11,6 @@ from torchtitan_lite.checkpoint.save import Snapshot
 from torchtitan_lite.config.job import JobConfig
 from torchtitan_lite.config.load import ConfigError, Problem
 from torchtitan_lite.data import Loader
-from torchtitan_lite.launch.background import patiently
 from torchtitan_lite.launch.world import World
 from torchtitan_lite.models.decoder import Decoder
 from torchtitan_lite.models.init import init_weights
@@ -31,7 +29,6 @@ class TrainState:
     Raises ConfigError, before the model is built, if `resumed` is a step of another run.
 
     Args:
-        alive: called often, to show that this rank does not hang.
         resumed: the step to resume from.
         initial: a step whose model a new run starts with, or the folder of a Hugging Face model.
     """
@@ -41,7 +38,6 @@ class TrainState:
         job: JobConfig,
         world: World,
         corpus: Corpus,
-        alive: Callable[[], None] = lambda: None,
         *,
         resumed: Found | None = None,
         initial: Found | Path | None = None,
@@ -60,7 +56,7 @@ class TrainState:
         self.notes = self.record.check(resumed) if resumed else []
         """Lines to print about the step or the weights that the run begins with."""
         self.notes += self.record.check_initial(initial) if initial else []
-        self.model, self.context = build_model(job, world, alive, draw=resumed is None and initial is None)
+        self.model, self.context = build_model(job, world, draw=resumed is None and initial is None)
         # The shards. While FSDP has gathered a module's weights, its parameters are the whole weights.
         self.parameters = dict(self.model.named_parameters())
         groups = {name: row.group for name, row in self.model.config.rows.items()}
@@ -70,23 +66,23 @@ class TrainState:
         self.validated = -1
         """The step that was last validated."""
         if resumed is not None:
-            self._resume(resumed, world.saving, alive)
+            self._resume(resumed, world)
         elif initial is not None:
-            patiently(lambda: load_initial(initial, job.decoder, self.parameters, world.saving), alive)
+            world.patiently(lambda ranks: load_initial(initial, job.decoder, self.parameters, ranks))
 
     @property
     def began(self) -> int:
         """Steps done before this start."""
         return self.resumed_step or 0
 
-    def _resume(self, found: Found, ranks: World, alive: Callable[[], None]) -> None:
+    def _resume(self, found: Found, world: World) -> None:
         """Continue from a saved step. A step that holds only the model ends a run: nothing is loaded."""
         state = found.state
         if not state.model_only:
             if state.step > 0:  # before the first step an optimizer has no state
                 create_state(self.optimizer)
             own = pieces(self.parameters, self.optimizer if state.step > 0 else None)
-            patiently(lambda: load(found, own, ranks, "checkpoint.folder"), alive)
+            world.patiently(lambda ranks: load(found, own, ranks))
         self.step, self.n_tokens_seen, self.validated = state.step, state.n_tokens_seen, state.validated
         if self.record.has_order_of(state):
             self.batches.consumed_samples = state.consumed_samples
@@ -112,9 +108,7 @@ class TrainState:
         )
 
 
-def build_model(
-    job: JobConfig, world: World, alive: Callable[[], None], *, draw: bool
-) -> tuple[Decoder, ContextParallel]:
+def build_model(job: JobConfig, world: World, *, draw: bool) -> tuple[Decoder, ContextParallel]:
     """A decoder with float32 weights, and how its sequences are split. A rank holds only its own shards.
 
     `draw`: draw the initial weights; otherwise the weights have no values yet.
@@ -136,7 +130,7 @@ def build_model(
     model.to_empty(device="cpu" if job.training.enable_cpu_offload else device)
 
     def shard(parameter: Tensor) -> tuple[Tensor, list[tuple[int, int]]]:
-        alive()
+        world.alive()
         return own_shard(parameter)
 
     if draw:

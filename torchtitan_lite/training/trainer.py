@@ -35,7 +35,6 @@ class Trainer:
     another run.
 
     Args:
-        alive: called often, to show that this rank does not hang.
         folder: the run's own folder. Without a folder nothing is saved, and no hook is called.
         is_asked: whether this rank has been asked to stop.
         resumed: the step to resume from.
@@ -47,7 +46,6 @@ class Trainer:
         self,
         job: JobConfig,
         world: World | None = None,
-        alive: Callable[[], None] = lambda: None,
         *,
         folder: Path | None = None,
         is_asked: Callable[[], bool] = lambda: False,
@@ -55,18 +53,16 @@ class Trainer:
         initial: Found | Path | None = None,
         shards: Shards | None = None,
     ) -> None:
-        self.job, self.world, self.alive = job, world or World(), alive
+        self.job, self.world = job, world or World()
         set_up_process(job.debug, job.device)
         self.corpus = load_corpus(job, self.world, shards)
-        self.state = TrainState(job, self.world, self.corpus, alive, resumed=resumed, initial=initial)
-        self.stepper = Stepper(job, self.world, self.state, alive)
+        self.state = TrainState(job, self.world, self.corpus, resumed=resumed, initial=initial)
+        self.stepper = Stepper(job, self.world, self.state)
         self.hooks = Hooks(job.hook_configs, self._run_info(folder)) if folder else Hooks({})
         self.saver = self._build_saver(folder) if folder and job.checkpoint.enable else None
         self.is_asked = is_asked if self.saver else lambda: False  # a run without saves does not stop early
         self.stop_asked = False
         """Whether all ranks know that a rank was asked to stop."""
-        self.is_steady = False
-        """Whether the slow first step is done, and nothing is being saved."""
         self.validations: list[Validation] = []
 
     def _run_info(self, folder: Path) -> RunInfo:
@@ -89,7 +85,6 @@ class Trainer:
             Steps(folder / config.folder),
             self.world.saving,
             say=self.say,
-            alive=self.alive,
             saved=self.state.resumed_step,
             on_published=self.hooks.saved,
         )
@@ -141,8 +136,7 @@ class Trainer:
                 if self.saver:
                     self.state.check_optimizer(self.job.optimizer.name)
                 self.world.steady(self.job.comm.train_timeout_seconds)
-                self.is_steady = True
-            self.alive()
+            self.world.alive()
             seconds = self.hooks.take_seconds()
             self.hooks.step(replace(stats, seconds=stats.seconds + seconds, hook_seconds=seconds))
             self.validate()
@@ -161,10 +155,11 @@ class Trainer:
             self.saver.report()
         step = self.state.step
         if last or (step % self.job.checkpoint.interval == 0 and step < self.job.training.steps):
-            steady, self.is_steady = self.is_steady, False
+            progress = self.world.progress
+            seconds, progress.seconds = progress.seconds, self.job.comm.init_timeout_seconds
             self.saver.save(step, partial(self.state.snapshot, is_done=self.is_done), last=last)
-            self.is_steady = steady
-            self.alive()
+            self.world.alive()
+            progress.seconds = seconds
             self.stop_asked = self.stop_asked or self.world.any(self.is_asked())
 
     def validate(self) -> None:
@@ -190,7 +185,7 @@ class Trainer:
         self.hooks.validated(result)
 
     def _validation_loss_of(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        self.alive()
+        self.world.alive()
         if self.job.checkpoint.enable and self.world.any(self.is_asked()):
             self.stop_asked = True
             raise _Stopped
