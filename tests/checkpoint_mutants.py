@@ -149,7 +149,7 @@ MUTANTS = {
     ),
     "checkpoints: a failure reported instead of a last save": Mutant(
         "torchtitan_lite/training/trainer.py",
-        "if after_failure and not self.stop_asked:",
+        "if after_failure and not self.is_stopping:",
         "if after_failure:",
         f"{TESTS}saver.py::test_a_stop_saves_the_present_step_although_the_one_before_failed",
     ),
@@ -215,13 +215,13 @@ MUTANTS = {
     ),
     "checkpoints: a stop request in a save is not seen": Mutant(
         "torchtitan_lite/training/trainer.py",
-        "            self.stop_asked = self.stop_asked or self.world.any(self.is_asked())\n",
+        "            self.is_stopping = self.is_stopping or self.world.any(self.is_asked())\n",
         "",
         STOP_SAVE,
     ),
     "checkpoints: a stopped run ends with 0": Mutant(
         "torchtitan_lite/run_folder.py",
-        "        return status\n",
+        "        return end.status\n",
         "        return 0\n",
         STOP_STEP,
     ),

@@ -64,30 +64,22 @@ class RunFolder:
         `signal_name` is the signal that asked this rank to stop, if one did.
         """
         path, trainer = self._begun()
-        stopped = trainer.stop_asked and not trainer.is_done
-        status, outcome = (SAVED, "stopped") if stopped else (0, "done")
+        stopped, end = trainer.is_stopping and not trainer.is_done, End(rank=0, status=0, outcome="done")
+        if stopped:
+            message = f"asked to stop by {signal_name or 'a signal to another rank'}"
+            end = End(rank=0, status=SAVED, outcome="stopped", message=message)
         if self.world.is_first:
-            message = f"asked to stop by {signal_name or 'a signal to another rank'}" if stopped else ""
-            self._write_exit(path, status, outcome, message)
+            self.write_exit(end)
             if stopped:
                 step = trainer.state.step
-                print(f"{message}: saved step {step}; the same command goes on from there")
+                print(f"{end.message}: saved step {step}; the same command goes on from there")
             _summarize(trainer, path)
-        return status
+        return end.status
 
     def write_exit(self, end: End) -> None:
-        """Write in exit.json how the run ended before it was done."""
+        """Write in exit.json how the run ended, if the run has come to have a folder."""
         if self.path is not None:
-            if end.outcome == "refused":
-                outputs.keep_exit(self.path)
-            self._write_exit(self.path, end.status, end.outcome, end.message)
-
-    def _write_exit(self, path: Path, status: int, outcome: str, message: str) -> None:
-        step = self.trainer.state.step if self.trainer else 0
-        try:
-            outputs.write_exit(path, status, outcome, step=step, message=message)
-        except OSError as error:  # the run ended as it did all the same
-            print(f"exit.json in {path} cannot be written ({error.strerror})", file=sys.stderr)
+            outputs.write_exit(self.path, end, self.trainer.state.step if self.trainer else 0)
 
     def _begun(self) -> tuple[Path, Trainer]:
         assert self.path is not None and self.trainer is not None

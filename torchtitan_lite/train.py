@@ -95,13 +95,13 @@ def _write_refusal(error: BaseException) -> None:
     """Write a ConfigError in exit.json, if the configuration is good enough to tell the folder."""
     from torchtitan_lite.config.job import JobConfig
     from torchtitan_lite.config.load import ConfigError
-    from torchtitan_lite.launch.end import is_first_here
+    from torchtitan_lite.launch.end import end_of, is_first_here
     from torchtitan_lite.training.outputs import write_refusal
 
     job = error.config if isinstance(error, ConfigError) else None
     if is_first_here() and isinstance(job, JobConfig) and job.job.dump_folder:
         with contextlib.suppress(OSError, RuntimeError):  # the folder itself may be what is wrong
-            write_refusal(Path(job.job.dump_folder).expanduser(), str(error))
+            write_refusal(Path(job.job.dump_folder).expanduser(), end_of(error))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,6 @@ from torchtitan_lite.checkpoint.save import Saver, Snapshot
 from torchtitan_lite.checkpoint.steps import Steps
 from torchtitan_lite.launch import world
 from torchtitan_lite.launch.world import World
-from torchtitan_lite.training import outputs
 from torchtitan_lite.training.step import Stepper
 
 MODES = pytest.mark.parametrize("mode", ["disabled", "async"])
@@ -136,7 +135,14 @@ def test_where_not_even_the_outcome_can_be_written_it_is_said(
     go, full_at, tmp_path: Path, monkeypatch, capsys
 ) -> None:
     full_at(4)
-    monkeypatch.setattr(outputs, "write_exit", mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left")))
+    replaced = durable.replaced
+
+    def full(path: Path) -> Any:
+        if path.name == "exit.json":
+            raise OSError(errno.ENOSPC, "No space left")
+        return replaced(path)
+
+    monkeypatch.setattr(durable, "replaced", full)
     assert go() == 1
     first, second = capsys.readouterr().err.splitlines()
     assert first == f"exit.json in {tmp_path / 'run'} cannot be written (No space left)"

@@ -61,8 +61,8 @@ class Trainer:
         self.hooks = Hooks(job.hook_configs, self._run_info(folder)) if folder else Hooks({})
         self.saver = self._build_saver(folder) if folder and job.checkpoint.enable else None
         self.is_asked = is_asked if self.saver else lambda: False  # a run without saves does not stop early
-        self.stop_asked = False
-        """Whether all ranks know that a rank was asked to stop."""
+        self.is_stopping = False
+        """Whether the ranks have agreed to stop early: one of them was asked to."""
         self.validations: list[Validation] = []
 
     def _run_info(self, folder: Path) -> RunInfo:
@@ -125,13 +125,13 @@ class Trainer:
                 _LOG.error("%s", failure)
 
     def _train(self) -> None:
-        self.stop_asked = self.world.any(self.is_asked())
+        self.is_stopping = self.world.any(self.is_asked())
         self.validate()
-        while self.state.step < self.job.training.steps and not self.stop_asked:
+        while self.state.step < self.job.training.steps and not self.is_stopping:
             stats = self.stepper.train_step(
                 lambda: (self.is_asked(), bool(self.saver and self.saver.has_failed))
             )
-            self.stop_asked, save_failed = stats.flags
+            self.is_stopping, save_failed = stats.flags
             if self.state.step == self.state.began + 1:
                 if self.saver:
                     self.state.check_optimizer(self.job.optimizer.name)
@@ -151,7 +151,7 @@ class Trainer:
         """
         if self.saver is None:
             return
-        if after_failure and not self.stop_asked:  # after a stop the current step is saved instead
+        if after_failure and not self.is_stopping:  # after a stop the current step is saved instead
             self.saver.report()
         step = self.state.step
         if last or (step % self.job.checkpoint.interval == 0 and step < self.job.training.steps):
@@ -160,13 +160,13 @@ class Trainer:
             self.saver.save(step, partial(self.state.snapshot, is_done=self.is_done), last=last)
             self.world.alive()
             progress.seconds = seconds
-            self.stop_asked = self.stop_asked or self.world.any(self.is_asked())
+            self.is_stopping = self.is_stopping or self.world.any(self.is_asked())
 
     def validate(self) -> None:
         """Measure and report the loss on held-out text if it is due. A request to stop cuts it short."""
         step, last, freq = self.state.step, self.job.training.steps, self.job.validation.freq
         is_due = step % freq == 0 or step >= last
-        if self.corpus.held_out is None or not is_due or self.state.validated == step or self.stop_asked:
+        if self.corpus.held_out is None or not is_due or self.state.validated == step or self.is_stopping:
             return
         size, steps = self.job.training.local_batch_size, self.job.validation.steps
         n_batches = steps if steps < 0 else steps * self.stepper.accumulation
@@ -187,7 +187,7 @@ class Trainer:
     def _validation_loss_of(self, batch: Batch) -> tuple[Tensor, Tensor]:
         self.world.alive()
         if self.job.checkpoint.enable and self.world.any(self.is_asked()):
-            self.stop_asked = True
+            self.is_stopping = True
             raise _Stopped
         return self.stepper.loss_of(batch)
 
