@@ -68,19 +68,12 @@ def run(argv: Sequence[str], prog: str) -> int:
     # Only now: a rank that waits for others that never come can do no better than end at the first signal.
     with Guard(world, saves=job.checkpoint.enable, on_end=folder.write_exit) as guard:
         path = folder.claim()
-        resumed, initial = find_start(job, path, world)
-        trainer = Trainer(
-            job,
-            world,
-            folder=path,
-            is_asked=lambda: guard.stop.asked,
-            resumed=resumed,
-            initial=initial,
-        )
-        folder.settle(trainer, resumed)
+        start = find_start(job, path, world)
+        trainer = Trainer(job, world, start, folder=path, is_asked=lambda: guard.stop.asked)
+        folder.settle(trainer, start.resumed)
         started()
-        if resumed is not None and resumed.state.model_only:
-            step = resumed.state.step
+        if start.resumed is not None and start.resumed.state.model_only:
+            step = start.resumed.state.step
             trainer.say(f"nothing to do: step {step} is the last one, and holds the model alone")
         else:
             trainer.run()

@@ -3,7 +3,6 @@
 import errno
 import fcntl
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -12,7 +11,6 @@ import pytest
 
 from torchtitan_lite.launch.end import End
 from torchtitan_lite.training.outputs import (
-    InUse,
     Lines,
     keep_lines,
     lock,
@@ -92,12 +90,6 @@ def test_a_refusal_after_a_refusal_keeps_nothing(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["earlier", "exit.json", "lock"]
     assert json.loads((tmp_path / "earlier" / "exit.json").read_text())["outcome"] == "done"
     assert json.loads((tmp_path / "exit.json").read_text())["message"] == "refusal 2"
-
-
-def test_a_folder_is_one_runs_until_that_lets_go_of_it(tmp_path: Path) -> None:
-    with lock(tmp_path), pytest.raises(InUse, match=f"^process {os.getpid()} on "):
-        lock(tmp_path)
-    lock(tmp_path).close()
 
 
 def test_a_refusal_is_not_left_in_the_folder_of_a_run_that_goes_on(tmp_path: Path) -> None:

@@ -113,9 +113,7 @@ class World:
         if self.size == 1:
             return flag
         device = "cuda" if dist.get_backend(self.group) == "nccl" else "cpu"
-        found = torch.tensor(int(flag), device=device)
-        dist.all_reduce(found, dist.ReduceOp.MAX, group=self.group)
-        return bool(found)
+        return bool(self.sum(torch.tensor(int(flag), device=device)))
 
     def gather(self, value: T) -> list[T]:
         """The values of all ranks, on every rank."""
@@ -158,8 +156,6 @@ class World:
 
         Errors as in `together`.
         """
-        if self.size == 1:
-            return build()
         is_first_here = self.local_rank == 0
         first = self.together(lambda: build() if is_first_here else None)
         second = self.together(lambda: None if is_first_here else build())

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,25 +31,34 @@ _NOT_NOTED = ("job.", "checkpoint.", "metrics.", "debug.log_sample_ids")
 """Settings whose changes are not reported, by prefix."""
 
 
-def find_start(job: JobConfig, folder: Path, world: World) -> tuple[Found | None, Found | Path | None]:
-    """Return the verified step that the run in `folder` resumes from, and the weights of a new run.
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """Where a run starts from, at most one of these; otherwise it draws its weights."""
 
-    At most one of the two is not None. The weights are a verified step or the folder of a Hugging Face
-    model. Raises ConfigError on all ranks if none is good, or if no step can be saved.
+    resumed: Found | None = None
+    """The step to resume from."""
+    initial: Found | Path | None = None
+    """The weights of a new run: a step, or the folder of a Hugging Face model."""
+
+
+def find_start(job: JobConfig, folder: Path, world: World) -> Start:
+    """Find where the run in `folder` starts from, and verify the step.
+
+    Raises ConfigError on all ranks if no step is good, or if no step can be saved.
     """
     checkpoint = job.checkpoint
     if checkpoint.enable:
         steps = Steps(folder / checkpoint.folder)
         world.patiently(lambda ranks: probe(steps, ranks))
         if found := world.patiently(lambda ranks: find(steps, checkpoint.load_step, ranks)):
-            return found, None
+            return Start(resumed=found)
     if checkpoint.initial_load_in_hf:
         path = Path(os.path.expanduser(checkpoint.initial_load_path)).absolute()
         world.patiently(lambda ranks: hub.check(path, job.decoder, ranks, INITIAL))
-        return None, path
+        return Start(initial=path)
     if checkpoint.initial_load_path:
-        return None, world.patiently(lambda ranks: find_initial(checkpoint.initial_load_path, ranks))
-    return None, None
+        return Start(initial=world.patiently(lambda ranks: find_initial(checkpoint.initial_load_path, ranks)))
+    return Start()
 
 
 class Record:
@@ -168,19 +177,15 @@ class Record:
             schedule=self.schedule,
             config=self.config,
         )
-        return Snapshot(pieces=found, state=state, made=self._made())
-
-    def _made(self) -> dict[str, Any]:
-        return {
-            "torch": torch.__version__,
-            "mesh": {"ranks": self.n_ranks, **asdict(self.degrees)},
-            "fingerprints": {
-                "config": fingerprint(self.config),
-                "model": fingerprint(self.identity["model"]),
-                "tokenizer": self.identity["data.tokenizer_fingerprint"],
-                "data": self.identity["data.fingerprint"],
-            },
+        fingerprints = {
+            "config": fingerprint(self.config),
+            "model": fingerprint(self.identity["model"]),
+            "tokenizer": self.identity["data.tokenizer_fingerprint"],
+            "data": self.identity["data.fingerprint"],
         }
+        mesh = {"ranks": self.n_ranks, **asdict(self.degrees)}
+        made = {"torch": torch.__version__, "mesh": mesh, "fingerprints": fingerprints}
+        return Snapshot(pieces=found, state=state, made=made)
 
 
 def pieces(

@@ -1,7 +1,5 @@
 """The state of a run, which checkpoints save: model, optimizer, and position in steps, tokens and data."""
 
-from pathlib import Path
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -20,28 +18,17 @@ from torchtitan_lite.parallel.fsdp import own_shard
 from torchtitan_lite.parallel.mesh import build_mesh
 from torchtitan_lite.training.corpus import Corpus
 from torchtitan_lite.training.optimizer import build_optimizer, create_state
-from torchtitan_lite.training.record import Record, load_initial, pieces
+from torchtitan_lite.training.record import Record, Start, load_initial, pieces
 
 
 class TrainState:
     """The model, the optimizer, the loader with its position, and the counts of steps and tokens.
 
-    Raises ConfigError, before the model is built, if `resumed` is a step of another run.
-
-    Args:
-        resumed: the step to resume from.
-        initial: a step whose model a new run starts with, or the folder of a Hugging Face model.
+    Raises ConfigError, before the model is built, if `start` does not fit the run.
     """
 
-    def __init__(
-        self,
-        job: JobConfig,
-        world: World,
-        corpus: Corpus,
-        *,
-        resumed: Found | None = None,
-        initial: Found | Path | None = None,
-    ) -> None:
+    def __init__(self, job: JobConfig, world: World, corpus: Corpus, start: Start) -> None:
+        resumed, initial = start.resumed, start.initial
         degrees, size = job.parallelism.degrees(world.size), job.training.local_batch_size
         self.batches = Loader(
             corpus.samples,
@@ -56,7 +43,7 @@ class TrainState:
         self.notes = self.record.check(resumed) if resumed else []
         """Lines to print about the step or the weights that the run begins with."""
         self.notes += self.record.check_initial(initial) if initial else []
-        self.model, self.context = build_model(job, world, draw=resumed is None and initial is None)
+        self.model, self.context = build_model(job, world, draw=start == Start())
         # The shards. While FSDP has gathered a module's weights, its parameters are the whole weights.
         self.parameters = dict(self.model.named_parameters())
         groups = {name: row.group for name, row in self.model.config.rows.items()}

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from torchtitan_lite.checkpoint.restore import Found
 from torchtitan_lite.checkpoint.save import Saver
 from torchtitan_lite.checkpoint.steps import Steps
 from torchtitan_lite.config.job import JobConfig
@@ -21,6 +20,7 @@ from torchtitan_lite.training.finite import NonFinite
 from torchtitan_lite.training.hooks import HookFailed, Hooks, Outcome, RunInfo
 from torchtitan_lite.training.hooks.console import say
 from torchtitan_lite.training.process import set_up_process
+from torchtitan_lite.training.record import Start
 from torchtitan_lite.training.state import TrainState
 from torchtitan_lite.training.step import Stepper
 from torchtitan_lite.training.validation import Validation, mean_loss
@@ -31,14 +31,11 @@ _LOG = logging.getLogger(__name__)
 class Trainer:
     """The loop around the state and the step.
 
-    Raises ConfigError, before the model is built, if the data cannot be used or `resumed` is a step of
-    another run.
+    Raises ConfigError, before the model is built, if the data cannot be used or `start` does not fit the run.
 
     Args:
         folder: the run's own folder. Without a folder nothing is saved, and no hook is called.
         is_asked: whether this rank has been asked to stop.
-        resumed: the step to resume from.
-        initial: a step whose model a new run starts with, or the folder of a Hugging Face model.
         shards: tokens to train on instead of the tokens of the text that the config names.
     """
 
@@ -46,17 +43,16 @@ class Trainer:
         self,
         job: JobConfig,
         world: World | None = None,
+        start: Start | None = None,
         *,
         folder: Path | None = None,
         is_asked: Callable[[], bool] = lambda: False,
-        resumed: Found | None = None,
-        initial: Found | Path | None = None,
         shards: Shards | None = None,
     ) -> None:
         self.job, self.world = job, world or World()
         set_up_process(job.debug, job.device)
         self.corpus = load_corpus(job, self.world, shards)
-        self.state = TrainState(job, self.world, self.corpus, resumed=resumed, initial=initial)
+        self.state = TrainState(job, self.world, self.corpus, start or Start())
         self.stepper = Stepper(job, self.world, self.state)
         self.hooks = Hooks(job.hook_configs, self._run_info(folder)) if folder else Hooks({})
         self.saver = self._build_saver(folder) if folder and job.checkpoint.enable else None
