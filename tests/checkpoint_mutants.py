@@ -144,7 +144,7 @@ MUTANTS = {
     "checkpoints: a rank that writes for long is silent": Mutant(
         "torchtitan_lite/launch/world.py",
         "            self.alive()\n",
-        "        pass\n",
+        "            pass\n",
         f"{TESTS}saver.py::test_a_rank_gives_signs_of_life_while_one_write_takes_long",
     ),
     "checkpoints: a failure reported instead of a last save": Mutant(
@@ -160,9 +160,9 @@ MUTANTS = {
         PARTS,
     ),
     "checkpoints: a save draws from a generator": Mutant(
-        "torchtitan_lite/training/record.py",
-        "        config = self.job.checkpoint\n",
-        "        config, _ = self.job.checkpoint, torch.rand(1)\n",
+        "torchtitan_lite/training/state.py",
+        "        found = pieces(self.parameters, optimizer)\n",
+        "        found, _ = pieces(self.parameters, optimizer), torch.rand(1)\n",
         PARTS,
     ),
     "checkpoints: the optimizer begins anew": Mutant(

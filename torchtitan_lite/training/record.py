@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from torchtitan_lite.checkpoint.restore import Found, check_same, check_same_run, find, find_initial, load
-from torchtitan_lite.checkpoint.save import Snapshot, probe
+from torchtitan_lite.checkpoint.save import probe
 from torchtitan_lite.checkpoint.state import State, changed, fingerprint, flat
 from torchtitan_lite.checkpoint.steps import Steps
 from torchtitan_lite.checkpoint.tensors import Piece
@@ -147,36 +147,9 @@ class Record:
         """Return whether the order of the samples is the order in the run that saved `state`."""
         return all(state.identity.get(key) == self.identity[key] for key in _ORDER)
 
-    def snapshot(
-        self,
-        parameters: Mapping[str, Tensor],
-        optimizer: torch.optim.Optimizer,
-        *,
-        is_done: bool,
-        **position: int,
-    ) -> Snapshot:
-        """Return the snapshot of a step, with only the weights if the run `is_done` and so configured.
-
-        `position`: the step, n_tokens_seen, consumed_samples and validated of its `State`.
-        """
-        config = self.job.checkpoint
-        model_only = config.last_save_model_only and is_done
-        if model_only:
-            dtype = getattr(torch, config.export_dtype)
-            found = {
-                name: replace(piece, local=piece.local.cpu().to(dtype))
-                for name, piece in pieces(parameters).items()
-            }
-        else:
-            # Before its first step an optimizer has no state, and it alone knows how its state begins.
-            found = pieces(parameters, optimizer if optimizer.state else None)
-        state = State(
-            **position,
-            model_only=model_only,
-            identity=self.identity,
-            schedule=self.schedule,
-            config=self.config,
-        )
+    @property
+    def made(self) -> dict[str, Any]:
+        """See `Manifest.made`."""
         fingerprints = {
             "config": fingerprint(self.config),
             "model": fingerprint(self.identity["model"]),
@@ -184,8 +157,7 @@ class Record:
             "data": self.identity["data.fingerprint"],
         }
         mesh = {"ranks": self.n_ranks, **asdict(self.degrees)}
-        made = {"torch": torch.__version__, "mesh": mesh, "fingerprints": fingerprints}
-        return Snapshot(pieces=found, state=state, made=made)
+        return {"torch": torch.__version__, "mesh": mesh, "fingerprints": fingerprints}
 
 
 def pieces(

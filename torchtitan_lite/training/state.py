@@ -1,11 +1,14 @@
 """The state of a run, which checkpoints save: model, optimizer, and position in steps, tokens and data."""
 
+from dataclasses import replace
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from torchtitan_lite.checkpoint.restore import Found, load
 from torchtitan_lite.checkpoint.save import Snapshot
+from torchtitan_lite.checkpoint.state import State
 from torchtitan_lite.config.job import JobConfig
 from torchtitan_lite.config.load import ConfigError, Problem
 from torchtitan_lite.data import Loader
@@ -83,16 +86,26 @@ class TrainState:
                 raise ConfigError([Problem("optimizer.name", name, rule, remedy)])
 
     def snapshot(self, *, is_done: bool) -> Snapshot:
-        """Return the content of a checkpoint after the last step. `is_done`: the run is complete."""
-        return self.record.snapshot(
-            self.parameters,
-            self.optimizer,
-            is_done=is_done,
+        """Return the content of a checkpoint now: only the weights if the run `is_done` and so configured."""
+        record, config = self.record, self.record.job.checkpoint
+        model_only = config.last_save_model_only and is_done
+        # Before its first step an optimizer has no state, and it alone knows how its state begins.
+        optimizer = self.optimizer if self.optimizer.state and not model_only else None
+        found = pieces(self.parameters, optimizer)
+        if model_only:
+            dtype = getattr(torch, config.export_dtype)
+            found = {name: replace(piece, local=piece.local.cpu().to(dtype)) for name, piece in found.items()}
+        state = State(
             step=self.step,
             n_tokens_seen=self.n_tokens_seen,
             consumed_samples=self.batches.consumed_samples,
             validated=self.validated,
+            model_only=model_only,
+            identity=record.identity,
+            schedule=record.schedule,
+            config=record.config,
         )
+        return Snapshot(pieces=found, state=state, made=record.made)
 
 
 def build_model(job: JobConfig, world: World, *, draw: bool) -> tuple[Decoder, ContextParallel]:
