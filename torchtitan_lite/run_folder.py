@@ -64,13 +64,13 @@ class RunFolder:
         `signal_name` is the signal that asked this rank to stop, if one did.
         """
         path, trainer = self._begun()
-        stopped, end = trainer.is_stopping and not trainer.is_done, End(rank=0, status=0, outcome="done")
-        if stopped:
+        end = End(rank=0, status=0, outcome="done")
+        if trainer.is_stopping and not trainer.is_done:
             message = f"asked to stop by {signal_name or 'a signal to another rank'}"
             end = End(rank=0, status=SAVED, outcome="stopped", message=message)
         if self.world.is_first:
             self.write_exit(end)
-            if stopped:
+            if end.status == SAVED:
                 step = trainer.state.step
                 print(f"{end.message}: saved step {step}; the same command goes on from there")
             _summarize(trainer, path)
@@ -117,14 +117,11 @@ class RunFolder:
         steps.clean()
         if not published and checkpoint.load_step < 0:
             subfolders = (job.metrics.save_tb_folder, job.profiling.save_traces_folder)
-            outputs.set_aside(folder, subfolders, self._used())
+            # What the run reads may lie in its folder.
+            paths = (job.data.tokenizer, checkpoint.initial_load_path, job.model.flavor)
+            used = [os.path.abspath(os.path.expanduser(path)) for path in paths if path]
+            outputs.set_aside(folder, subfolders, used)
         return folder
-
-    def _used(self) -> list[str]:
-        """Paths that the run reads and that may lie in its folder."""
-        job = self.job
-        paths = (job.data.tokenizer, job.checkpoint.initial_load_path, job.model.flavor)
-        return [os.path.abspath(os.path.expanduser(path)) for path in paths if path]
 
     def _settle(self, trainer: Trainer, resumed: Found | None) -> None:
         path, _ = self._begun()
