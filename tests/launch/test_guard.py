@@ -59,16 +59,6 @@ class Rank(Program):
         code = PROGRAM.format(after=after, saves=saves, is_deaf=DEEP in after)
         super().__init__(["-c", code, rank, size, port], stdin=PIPE, env=environment(RANK=str(rank)))
 
-    def read(self, line: str) -> None:
-        """Wait until the process has printed `line`."""
-        assert self.stdout is not None
-        assert self.stdout.readline() == f"{line}\n"
-
-    def end(self) -> tuple[int, str, str]:
-        """The exit status and what was printed."""
-        out, err = self.communicate(timeout=60)
-        return self.returncode, out, err
-
 
 @pytest.fixture
 def start() -> Iterator:

@@ -128,22 +128,22 @@ class Guard:
                 with contextlib.suppress(ValueError):  # not in the main thread, and no exception comes here
                     signal.signal(number, signal.SIG_IGN)
             end, rank = self._agree(own), self.world.rank
-            is_own = end.rank == rank
+            is_cause = end.rank == rank
             line = end.line_on(rank)
             if end.is_dead and own.reason == "error":  # which may be the reason, and would be lost
                 line += f" ({own.message})"
             with contextlib.suppress(RuntimeError):  # no store any more
-                if is_own:
+                if is_cause:
                     say(end.words)
                     self._store.set(_TOLD, "")
                 elif not end.is_dead:
                     self._store.wait([_TOLD])
-            if not is_own:
+            if not is_cause:
                 say(line)
             if rank == end.writer:
                 with contextlib.suppress(OSError):
                     self.on_end(end)
-            tell_launcher(end.message if is_own else line or end.message, late=not is_own)
+            tell_launcher(end.message if is_cause else line or end.message, late=not is_cause)
             with contextlib.suppress(OSError, ValueError):
                 sys.stdout.flush()
             os._exit(end.status)
