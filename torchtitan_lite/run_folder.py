@@ -41,17 +41,17 @@ class RunFolder:
         """Held by rank 0 as long as the process lives."""
 
     def claim(self) -> Path:
-        """Make and lock the folder, move aside what the run does not go on with, and return the path."""
+        """Make and lock the folder, move aside what this run does not continue, and return the path."""
         self.path = self._on_first(self._claim)
         return self.path
 
     def settle(self, trainer: Trainer, resumed: Found | None) -> None:
-        """Set aside what is later than the `resumed` step, and write config.toml: the start is accepted."""
+        """Accept the start: move aside the steps after `resumed`, and write config.toml."""
         self.trainer = trainer
         self._on_first(lambda: self._settle(trainer, resumed))
 
     def export(self) -> None:
-        """Write the model of the last step for Hugging Face, if the run is to do that and is done."""
+        """If the run is done and so configured, write the model of the last step for Hugging Face."""
         path, trainer = self._begun()
         checkpoint = self.job.checkpoint
         if checkpoint.last_save_in_hf and trainer.is_done:
@@ -77,7 +77,7 @@ class RunFolder:
         return end.status
 
     def write_exit(self, end: End) -> None:
-        """Write in exit.json how the run ended, if the run has come to have a folder."""
+        """Write in exit.json how the run ended, once the run has claimed its folder."""
         if self.path is not None:
             outputs.write_exit(self.path, end, self.trainer.state.step if self.trainer else 0)
 

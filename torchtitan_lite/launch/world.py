@@ -162,7 +162,7 @@ class World:
         return cast(T, first if is_first_here else second)
 
     def steady(self, seconds: int) -> None:
-        """Wait at most `seconds` for other ranks, but longer in the saving group: the slow start is over."""
+        """The slow start is over: from now on a rank may go `seconds` without progress, or longer to save."""
         if dist.is_initialized():
             self.progress.seconds = seconds
             timeout = _timeout(seconds, dist.get_backend())
