@@ -153,7 +153,7 @@ def test_another_ranks_failure_is_printed_although_the_launcher_then_sends_a_sig
 
 
 def test_a_rank_that_hangs_is_named_with_its_stack(start) -> None:
-    ranks = start(f"{PATIENT}world.progress.seconds = 0.2\n{FOREVER}", f"{PATIENT}{FOREVER}")
+    ranks = start(f"{PATIENT}world.alive(0.2)\n{FOREVER}", f"{PATIENT}{FOREVER}")
     status, _, err = ranks[0].end()
     assert status == 1
     assert err.startswith("rank 0 hangs: no progress for ")
@@ -169,7 +169,7 @@ def test_a_rank_that_dies_after_it_announced_trouble_is_named(start) -> None:
 
 
 def test_a_process_ends_even_if_writing_the_outcome_hangs(start) -> None:
-    hang = "guard.on_end = lambda end: threading.Event().wait(); world.progress.seconds = 0.1"
+    hang = "guard.on_end = lambda end: threading.Event().wait(); world.alive(0.1)"
     rank, _ = start(f"module._AT_MOST = 0.1; {hang}\n{FOREVER}", FOREVER)
     assert rank.end()[0] == 1
 

@@ -48,17 +48,21 @@ class SameOnAllRanks(Exception):
     """An error that `World.together` raises unchanged on every rank, as it does with ConfigError."""
 
 
-@dataclass(kw_only=True)
 class Progress:
-    """When the main thread last reported progress, and how long it may take until the next report."""
+    """When the main thread last reported progress, and when its next report is due."""
 
-    last: float = field(default_factory=time.monotonic)
-    seconds: float = math.inf
+    def __init__(self, seconds: float = math.inf) -> None:
+        self.report(seconds)
+
+    def report(self, seconds: float) -> None:
+        """Report progress: the next report is due in `seconds`."""
+        self.seconds, self.last = seconds, time.monotonic()
+        self.due = self.last + seconds
 
     @property
     def is_late(self) -> bool:
-        """Whether the main thread has taken longer than it may."""
-        return time.monotonic() > self.last + self.seconds
+        """Whether a report is overdue. May be asked in any thread: it reads one number."""
+        return time.monotonic() > self.due
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,9 +92,9 @@ class World:
         """The same ranks over the group that waits long, for the one thread that saves or loads."""
         return self if self.saving_group is None else replace(self, group=self.saving_group)
 
-    def alive(self) -> None:
-        """Report progress of the main thread."""
-        self.progress.last = time.monotonic()
+    def alive(self, seconds: float | None = None) -> None:
+        """Report progress of the main thread, which from now on may take `seconds` between two reports."""
+        self.progress.report(self.progress.seconds if seconds is None else seconds)
 
     def wait_for(self, working: Future[T]) -> T:
         """Wait for work in a thread, report progress meanwhile, and return or raise the work's result."""
@@ -164,7 +168,7 @@ class World:
     def steady(self, seconds: int) -> None:
         """The slow start is over: from now on a rank may go `seconds` without progress, or longer to save."""
         if dist.is_initialized():
-            self.progress.seconds = seconds
+            self.alive(seconds)
             timeout = _timeout(seconds, dist.get_backend())
             for group in set(distributed_c10d._world.pg_map) - {self.saving_group}:
                 distributed_c10d._set_pg_timeout(timeout, group)

@@ -151,11 +151,10 @@ class Trainer:
             self.saver.report()
         step = self.state.step
         if last or (step % self.job.checkpoint.interval == 0 and step < self.job.training.steps):
-            progress = self.world.progress
-            seconds, progress.seconds = progress.seconds, self.job.comm.init_timeout_seconds
+            seconds = self.world.progress.seconds
+            self.world.alive(self.job.comm.init_timeout_seconds)
             self.saver.save(step, partial(self.state.snapshot, is_done=self.is_done), last=last)
-            self.world.alive()
-            progress.seconds = seconds
+            self.world.alive(seconds)
             self.is_stopping = self.is_stopping or self.world.any(self.is_asked())
 
     def validate(self) -> None:
