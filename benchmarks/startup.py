@@ -115,8 +115,7 @@ def save_and_load(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     assert saver is not None
 
     def load() -> Trainer:
-        found, _ = find_start(job, folder, World(), lambda: None)
-        return Trainer(job, shards=shards, resumed=found)
+        return Trainer(job, World(), find_start(job, folder, World()), shards=shards)
 
     saving, _ = clocked(lambda: saver.save(state.step, lambda: state.snapshot(is_done=False), last=True))
     building, _ = clocked(lambda: Trainer(job, shards=shards))

@@ -176,7 +176,7 @@ def save_without_space(folder: Path, full: list[int], async_mode: Any, on_failur
     """Save three steps, the second without space on the ranks `full`; return what came of each."""
     config = CheckpointConfig(enable=True, async_mode=async_mode, on_failure=on_failure)
     ranks = here() if dist.is_initialized() else World()
-    saver = Saver(config, Steps(folder), ranks, say=lambda _: None, alive=lambda: None)
+    saver = Saver(config, Steps(folder), ranks, say=lambda _: None)
     said = []
     for step in (1, 2, 3):
         with no_space() if step == 2 and ranks.rank in full else contextlib.nullcontext():

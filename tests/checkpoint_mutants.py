@@ -142,14 +142,14 @@ MUTANTS = {
         f"{TESTS}damage.py::test_a_file_that_cannot_be_read_refuses_the_start_and_nothing_else_is_taken",
     ),
     "checkpoints: a rank that writes for long is silent": Mutant(
-        "torchtitan_lite/launch/background.py",
-        "        alive()\n",
-        "        pass\n",
+        "torchtitan_lite/launch/world.py",
+        "            self.alive()\n",
+        "            pass\n",
         f"{TESTS}saver.py::test_a_rank_gives_signs_of_life_while_one_write_takes_long",
     ),
     "checkpoints: a failure reported instead of a last save": Mutant(
         "torchtitan_lite/training/trainer.py",
-        "if after_failure and not self.stop_asked:",
+        "if after_failure and not self.is_stopping:",
         "if after_failure:",
         f"{TESTS}saver.py::test_a_stop_saves_the_present_step_although_the_one_before_failed",
     ),
@@ -160,9 +160,9 @@ MUTANTS = {
         PARTS,
     ),
     "checkpoints: a save draws from a generator": Mutant(
-        "torchtitan_lite/training/record.py",
-        "        config = self.job.checkpoint\n",
-        "        config, _ = self.job.checkpoint, torch.rand(1)\n",
+        "torchtitan_lite/training/state.py",
+        "        found = pieces(self.parameters, optimizer)\n",
+        "        found, _ = pieces(self.parameters, optimizer), torch.rand(1)\n",
         PARTS,
     ),
     "checkpoints: the optimizer begins anew": Mutant(
@@ -215,13 +215,13 @@ MUTANTS = {
     ),
     "checkpoints: a stop request in a save is not seen": Mutant(
         "torchtitan_lite/training/trainer.py",
-        "            self.stop_asked = self.stop_asked or self.world.any(self.is_asked())\n",
+        "            self.is_stopping = self.is_stopping or self.world.any(self.is_asked())\n",
         "",
         STOP_SAVE,
     ),
     "checkpoints: a stopped run ends with 0": Mutant(
         "torchtitan_lite/run_folder.py",
-        "        return status\n",
+        "        return end.status\n",
         "        return 0\n",
         STOP_STEP,
     ),

@@ -121,6 +121,15 @@ class Program(_Forked):
         streams = {"stdout": PIPE, "stderr": PIPE, "text": True, **options}
         super().__init__([str(word) for word in words], env=environment() if env is None else env, **streams)
 
+    def read(self, line: str) -> None:
+        """Wait until the process prints `line`, which must be the next one."""
+        assert self.stdout is not None and self.stdout.readline() == f"{line}\n"
+
+    def end(self) -> tuple[int, str, str]:
+        """Wait for the end, and return the exit status and what the process has printed since."""
+        out, err = self.communicate(timeout=200)
+        return self.returncode, out, err
+
     def _fork(
         self, words: list[str], cwd: object, env: Mapping[str, str], streams: list[int], new_session: bool
     ) -> None:
@@ -345,6 +354,6 @@ def _run(words: list[str]) -> None:
 
 def _tell_launcher() -> None:
     """Set the launcher's process id: the package was imported in the server, which has another parent."""
-    from torchtitan_lite import train
+    from torchtitan_lite.launch import process
 
-    train._LAUNCHER = os.getppid()
+    process._LAUNCHER = os.getppid()

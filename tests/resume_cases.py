@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -95,7 +96,7 @@ class _Seen:
 
     def __init__(self, stop_at: int, crash_at: int) -> None:
         self.stop_at, self.crash_at = stop_at, crash_at
-        self.stop = StopRequest(is_first=False, launched=False)
+        self.stop = SimpleNamespace(asked=False, signal_name="", ignore_signals=lambda: None)
         if stop_at == 0:
             self._ask()
         self.batches: list[tuple[str, int, tuple[int, ...], str]] = []
@@ -133,7 +134,6 @@ class _Seen:
             mock.patch.object(Trainer, "run", seen_run),
             mock.patch.object(Stepper, "train_step", seen_step),
             mock.patch.object(Stepper, "loss_of", seen_loss),
-            mock.patch.object(self.stop, "done"),
         ):
             yield
 
@@ -181,12 +181,9 @@ def hashes(state: TrainState) -> dict[str, str]:
 class Unguarded(nullcontext[Any]):
     """Stands in for the Guard of a start: the tests watch over the ranks."""
 
-    def __init__(self, folder: RunFolder, stop: StopRequest) -> None:
+    def __init__(self, folder: RunFolder, stop: SimpleNamespace) -> None:
         super().__init__(self)
         self.folder, self.stop = folder, stop
-
-    def alive(self) -> None:
-        pass
 
 
 def start(argv: Sequence[str], stop_at: int = -1, crash_at: int = -1, double: bool = False) -> Start:
@@ -209,7 +206,6 @@ def start(argv: Sequence[str], stop_at: int = -1, crash_at: int = -1, double: bo
             mock.patch("torchtitan_lite.launch.world.leave"),
             mock.patch("torchtitan_lite.launch.guard.Guard", guard),
             mock.patch("torchtitan_lite.launch.process.show_log"),
-            mock.patch.object(StopRequest, "done"),  # this process goes on, and signals must count
         ):
             try:
                 status = train.run(argv, "train")
@@ -277,7 +273,11 @@ def main(*words: object) -> int:
         return locks[-1]
 
     with ExitStack() as stack:
-        for target, name in ((StopRequest, "install"), (StopRequest, "done"), (process, "show_log")):
+        for target, name in (
+            (StopRequest, "install"),
+            (StopRequest, "ignore_signals"),
+            (process, "show_log"),
+        ):
             stack.enter_context(mock.patch.object(target, name))
         stack.enter_context(mock.patch.object(outputs, "lock", kept))
         try:

@@ -18,7 +18,7 @@ WRONG = """\
 import ctypes, os, signal, sys, time
 from torchtitan_lite import train
 from torchtitan_lite.config.load import ConfigError, Problem
-from torchtitan_lite.launch import guard, watch
+from torchtitan_lite.launch import guard
 from torchtitan_lite.training.step import Stepper
 from torchtitan_lite.training.trainer import Trainer
 
@@ -41,7 +41,7 @@ def wrong(self, *args, **words):
     return sound(self, *args, **words)
 
 setattr(place, sys.argv[1], wrong)
-watch._SILENCE, watch._GRACE = 2.0, 3.0  # instead of 3 and 6 seconds
+guard._SILENCE, guard._GRACE = 2.0, 3.0  # instead of 3 and 6 seconds
 sys.exit(train.main(sys.argv[3:]))
 """
 SAY = "os.write(1, b'\\n%d\\n' % os.getpid())"

@@ -25,6 +25,7 @@ STANDALONE = ("--standalone", "--nproc_per_node", 2)
 # Handles signals like a run, but without a model.
 RANK = """\
 import os, signal, sys, time
+from types import SimpleNamespace
 from torchtitan_lite.launch import signals
 from torchtitan_lite.launch.signals import StopRequest
 
@@ -32,14 +33,15 @@ signals._ECHO = 60.0  # instead of 1 second: a busy machine may be slower
 rank = int(os.environ["RANK"])
 if len(sys.argv) > 2:
     exec(sys.argv[2])
-request = StopRequest(is_first=rank == 0, launched=True)
-request.install(saves=True)
+world = SimpleNamespace(is_first=rank == 0)
+request = StopRequest(SimpleNamespace(world=world, is_ending=False), saves=True)
+request.install()
 sys.stdout.write("ready\\n")  # at once, as the other rank writes too
 while not request.asked:
     time.sleep(0.01)
 time.sleep(float(sys.argv[1]))
 sys.stdout.write("saved\\n")
-request.done()
+request.ignore_signals()
 time.sleep(0.3 * rank)  # the launcher finds that the other one has ended
 sys.exit(75)
 """

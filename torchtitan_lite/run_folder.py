@@ -5,7 +5,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, TypeVar, cast
+from typing import IO, TypeVar
 
 from torchtitan_lite import registry
 from torchtitan_lite.checkpoint import CheckpointConfig
@@ -14,7 +14,6 @@ from torchtitan_lite.checkpoint.steps import Steps
 from torchtitan_lite.config.job import JobConfig
 from torchtitan_lite.config.load import ConfigError, Problem
 from torchtitan_lite.durable import new_folder
-from torchtitan_lite.launch.background import patiently
 from torchtitan_lite.launch.end import End
 from torchtitan_lite.launch.torchrun import SAVED
 from torchtitan_lite.launch.world import World
@@ -25,8 +24,6 @@ from torchtitan_lite.training.trainer import Trainer
 _SECONDS_TO_DIE = 10
 """How long the processes of a run whose launcher was killed may keep the folder locked."""
 
-Alive = Callable[[], None]
-"""Reports progress of the main thread, which waits meanwhile."""
 T = TypeVar("T")
 
 
@@ -43,23 +40,23 @@ class RunFolder:
         self._lock: IO[str] | None = None
         """Held by rank 0 as long as the process lives."""
 
-    def claim(self, alive: Alive) -> Path:
-        """Make and lock the folder, move aside what the run does not go on with, and return the path."""
-        self.path = self._on_first(self._claim, alive)
+    def claim(self) -> Path:
+        """Make and lock the folder, move aside what this run does not continue, and return the path."""
+        self.path = self._on_first(self._claim)
         return self.path
 
-    def settle(self, trainer: Trainer, resumed: Found | None, alive: Alive) -> None:
-        """Set aside what is later than the `resumed` step, and write config.toml: the start is accepted."""
+    def settle(self, trainer: Trainer, resumed: Found | None) -> None:
+        """Accept the start: move aside the steps after `resumed`, and write config.toml."""
         self.trainer = trainer
-        self._on_first(lambda: self._settle(trainer, resumed), alive)
+        self._on_first(lambda: self._settle(trainer, resumed))
 
-    def export(self, alive: Alive) -> None:
-        """Write the model of the last step for Hugging Face, if the run is to do that and is done."""
+    def export(self) -> None:
+        """If the run is done and so configured, write the model of the last step for Hugging Face."""
         path, trainer = self._begun()
         checkpoint = self.job.checkpoint
         if checkpoint.last_save_in_hf and trainer.is_done:
             tokenizer = trainer.corpus.tokenizer
-            self._on_first(lambda: hub.export_last(path, checkpoint, trainer.state.step, tokenizer), alive)
+            self._on_first(lambda: hub.export_last(path, checkpoint, trainer.state.step, tokenizer))
 
     def finish(self, signal_name: str) -> int:
         """Write exit.json, say where the files are, and return the exit status.
@@ -67,36 +64,28 @@ class RunFolder:
         `signal_name` is the signal that asked this rank to stop, if one did.
         """
         path, trainer = self._begun()
-        stopped = trainer.stop_asked and not trainer.is_done
-        status, outcome = (SAVED, "stopped") if stopped else (0, "done")
+        end = End(rank=0, status=0, outcome="done")
+        if trainer.is_stopping and not trainer.is_done:
+            message = f"asked to stop by {signal_name or 'a signal to another rank'}"
+            end = End(rank=0, status=SAVED, outcome="stopped", message=message)
         if self.world.is_first:
-            message = f"asked to stop by {signal_name or 'a signal to another rank'}" if stopped else ""
-            self._write_exit(path, status, outcome, message)
-            if stopped:
+            self.write_exit(end)
+            if end.status == SAVED:
                 step = trainer.state.step
-                print(f"{message}: saved step {step}; the same command goes on from there")
+                print(f"{end.message}: saved step {step}; the same command goes on from there")
             _summarize(trainer, path)
-        return status
+        return end.status
 
     def write_exit(self, end: End) -> None:
-        """Write in exit.json how the run ended before it was done."""
+        """Write in exit.json how the run ended, once the run has claimed its folder."""
         if self.path is not None:
-            if end.outcome == "refused":
-                outputs.keep_exit(self.path)
-            self._write_exit(self.path, end.status, end.outcome, end.message)
-
-    def _write_exit(self, path: Path, status: int, outcome: str, message: str) -> None:
-        step = self.trainer.state.step if self.trainer else 0
-        try:
-            outputs.write_exit(path, status, outcome, step=step, message=message)
-        except OSError as error:  # the run ended as it did all the same
-            print(f"exit.json in {path} cannot be written ({error.strerror})", file=sys.stderr)
+            outputs.write_exit(self.path, end, self.trainer.state.step if self.trainer else 0)
 
     def _begun(self) -> tuple[Path, Trainer]:
         assert self.path is not None and self.trainer is not None
         return self.path, self.trainer
 
-    def _on_first(self, act: Callable[[], T], alive: Alive) -> T:
+    def _on_first(self, act: Callable[[], T]) -> T:
         """Run `act` on rank 0, however long it takes, and return the result on every rank."""
 
         def written() -> T:
@@ -109,11 +98,7 @@ class RunFolder:
                 problem = Problem("job.dump_folder", self.job.job.dump_folder, rule, remedy)
                 raise ConfigError([problem]) from None
 
-        ranks = self.world.saving
-        made = patiently(
-            lambda: ranks.share(ranks.together(written if ranks.is_first else lambda: None)), alive
-        )
-        return cast(T, made)
+        return self.world.patiently(lambda ranks: ranks.on_first(written))
 
     def _claim(self) -> Path:
         job, checkpoint = self.job, self.job.checkpoint
@@ -132,14 +117,11 @@ class RunFolder:
         steps.clean()
         if not published and checkpoint.load_step < 0:
             subfolders = (job.metrics.save_tb_folder, job.profiling.save_traces_folder)
-            outputs.set_aside(folder, subfolders, self._used())
+            # What the run reads may lie in its folder.
+            paths = (job.data.tokenizer, checkpoint.initial_load_path, job.model.flavor)
+            used = [os.path.abspath(os.path.expanduser(path)) for path in paths if path]
+            outputs.set_aside(folder, subfolders, used)
         return folder
-
-    def _used(self) -> list[str]:
-        """Paths that the run reads and that may lie in its folder."""
-        job = self.job
-        paths = (job.data.tokenizer, job.checkpoint.initial_load_path, job.model.flavor)
-        return [os.path.abspath(os.path.expanduser(path)) for path in paths if path]
 
     def _settle(self, trainer: Trainer, resumed: Found | None) -> None:
         path, _ = self._begun()

@@ -6,7 +6,6 @@ these into 1, so exit.json has the status too.
 """
 
 import contextlib
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,9 +14,6 @@ if not __package__:
     # Started by path, Python has put this file's folder first, and nothing is to be imported from there.
     here = Path(__file__).resolve().parent
     sys.path[:] = [str(here.parent), *(entry for entry in sys.path if Path(entry).resolve() != here)]
-
-_LAUNCHER = os.getppid()
-"""The process that started this one."""
 
 # Our imports stay inside the functions, so that --dry-run and wrong input are answered without the slow ones.
 
@@ -52,15 +48,14 @@ def run(argv: Sequence[str], prog: str) -> int:
         print(job.to_toml(loaded.world_size), end="", flush=True)
         return 0
 
-    from torchtitan_lite.launch.guard import Guard
+    from torchtitan_lite.launch.guard import Guard, while_launched
     from torchtitan_lite.launch.process import show_log, started
-    from torchtitan_lite.launch.watch import while_launched
     from torchtitan_lite.launch.world import join, leave
     from torchtitan_lite.run_folder import RunFolder
     from torchtitan_lite.training.record import find_start
     from torchtitan_lite.training.trainer import Trainer
 
-    with while_launched(_LAUNCHER):
+    with while_launched():
         world = join(
             job.device,
             init_seconds=job.comm.init_timeout_seconds,
@@ -69,29 +64,19 @@ def run(argv: Sequence[str], prog: str) -> int:
     show_log(world.is_first)
     folder = RunFolder(job, world)
     # Only now: a rank that waits for others that never come can do no better than end at the first signal.
-    saves = job.checkpoint.enable
-    with Guard(world, job.comm, saves=saves, launcher=_LAUNCHER, on_end=folder.write_exit) as guard:
-        path = folder.claim(guard.alive)
-        resumed, initial = find_start(job, path, world, guard.alive)
-        trainer = Trainer(
-            job,
-            world,
-            guard.alive,
-            folder=path,
-            is_asked=lambda: guard.stop.asked,
-            resumed=resumed,
-            initial=initial,
-        )
-        guard.is_steady = lambda: trainer.is_steady
-        folder.settle(trainer, resumed, guard.alive)
+    with Guard(world, saves=job.checkpoint.enable, on_end=folder.write_exit) as guard:
+        path = folder.claim()
+        start = find_start(job, path, world)
+        trainer = Trainer(job, world, start, folder=path, is_asked=lambda: guard.stop.asked)
+        folder.settle(trainer, start.resumed)
         started()
-        if resumed is not None and resumed.state.model_only:
-            step = resumed.state.step
+        if start.resumed is not None and start.resumed.state.model_only:
+            step = start.resumed.state.step
             trainer.say(f"nothing to do: step {step} is the last one, and holds the model alone")
         else:
             trainer.run()
-        folder.export(guard.alive)
-        guard.stop.done()
+        folder.export()
+        guard.stop.ignore_signals()
         status = folder.finish(guard.stop.signal_name)
         leave()
     return status
@@ -101,13 +86,13 @@ def _write_refusal(error: BaseException) -> None:
     """Write a ConfigError in exit.json, if the configuration is good enough to tell the folder."""
     from torchtitan_lite.config.job import JobConfig
     from torchtitan_lite.config.load import ConfigError
-    from torchtitan_lite.launch.end import is_first_here
+    from torchtitan_lite.launch.end import end_of, is_first_here
     from torchtitan_lite.training.outputs import write_refusal
 
     job = error.config if isinstance(error, ConfigError) else None
     if is_first_here() and isinstance(job, JobConfig) and job.job.dump_folder:
         with contextlib.suppress(OSError, RuntimeError):  # the folder itself may be what is wrong
-            write_refusal(Path(job.job.dump_folder).expanduser(), str(error))
+            write_refusal(Path(job.job.dump_folder).expanduser(), end_of(error))
 
 
 if __name__ == "__main__":

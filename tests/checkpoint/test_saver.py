@@ -25,9 +25,8 @@ from torchtitan_lite.checkpoint import CheckpointConfig, SaveFailed, save
 from torchtitan_lite.checkpoint.restore import load, verify
 from torchtitan_lite.checkpoint.save import Saver, Snapshot
 from torchtitan_lite.checkpoint.steps import Steps
-from torchtitan_lite.launch import background
+from torchtitan_lite.launch import world
 from torchtitan_lite.launch.world import World
-from torchtitan_lite.training import outputs
 from torchtitan_lite.training.step import Stepper
 
 MODES = pytest.mark.parametrize("mode", ["disabled", "async"])
@@ -136,7 +135,14 @@ def test_where_not_even_the_outcome_can_be_written_it_is_said(
     go, full_at, tmp_path: Path, monkeypatch, capsys
 ) -> None:
     full_at(4)
-    monkeypatch.setattr(outputs, "write_exit", mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left")))
+    replaced = durable.replaced
+
+    def full(path: Path) -> Any:
+        if path.name == "exit.json":
+            raise OSError(errno.ENOSPC, "No space left")
+        return replaced(path)
+
+    monkeypatch.setattr(durable, "replaced", full)
     assert go() == 1
     first, second = capsys.readouterr().err.splitlines()
     assert first == f"exit.json in {tmp_path / 'run'} cannot be written (No space left)"
@@ -344,7 +350,7 @@ def snapshot(step: int, value: float = 0.0) -> Snapshot:
 def saver(folder: Path, said: list[str] | None = None, **changes: Any) -> Saver:
     words: list[str] = [] if said is None else said
     config = CheckpointConfig(enable=True, **changes)
-    return Saver(config, Steps(folder), World(), say=words.append, alive=lambda: None)
+    return Saver(config, Steps(folder), World(), say=words.append)
 
 
 def test_a_step_is_saved_once(tmp_path: Path) -> None:
@@ -418,9 +424,9 @@ def test_a_rank_gives_signs_of_life_while_one_write_takes_long(tmp_path: Path, m
         sync(descriptor)
 
     monkeypatch.setattr(os, "fsync", slow_sync)
-    monkeypatch.setattr(background, "_PERIOD", 0.02)
+    monkeypatch.setattr(world, "_PERIOD", 0.02)
+    monkeypatch.setattr(World, "alive", lambda ranks: alive.append(1))
     own = saver(tmp_path)
-    own.alive = lambda: alive.append(1)
     own.save(1, lambda: snapshot(1))
     assert len(alive) >= 2 and Steps(tmp_path).published() == [1]
 
@@ -451,7 +457,7 @@ def failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Saver:
     """A saver whose save of step 1 has failed in the background, which is not reported yet."""
     own = saver(tmp_path, async_mode="async")
     with monkeypatch.context() as patch:
-        patch.setattr(background.threading, "Thread", AtOnce)
+        patch.setattr(world.threading, "Thread", AtOnce)
         patch.setattr(save, "write_step", lambda *_: (_ for _ in ()).throw(OSError(28, "no room")))
         own.save(1, lambda: snapshot(1))  # must not raise: another rank may not know yet
     assert own.has_failed

@@ -19,7 +19,7 @@ from torchtitan_lite import run_folder
 from torchtitan_lite.checkpoint import CheckpointConfig
 from torchtitan_lite.checkpoint.restore import verify
 from torchtitan_lite.config.job import load_job
-from torchtitan_lite.launch import background
+from torchtitan_lite.launch import world
 from torchtitan_lite.launch.world import World
 from torchtitan_lite.run_folder import RunFolder
 from torchtitan_lite.training.outputs import lock
@@ -221,7 +221,8 @@ def test_another_folder_for_the_steps_of_an_earlier_run_is_refused(go: Go, folde
 
 def test_what_takes_long_on_the_first_rank_is_no_hang(monkeypatch) -> None:
     alive: list[int] = []
-    monkeypatch.setattr(background, "_PERIOD", 0.01)
+    monkeypatch.setattr(world, "_PERIOD", 0.01)
+    monkeypatch.setattr(World, "alive", lambda ranks: alive.append(1))
     folder = RunFolder(load_job([]).config, World())
 
     def slow() -> str:
@@ -230,7 +231,7 @@ def test_what_takes_long_on_the_first_rank_is_no_hang(monkeypatch) -> None:
             time.sleep(0.01)
         return "done"
 
-    assert folder._on_first(slow, lambda: alive.append(1)) == "done" and len(alive) >= 3
+    assert folder._on_first(slow) == "done" and len(alive) >= 3
 
 
 def test_ctrl_c_while_a_step_is_loaded_ends_with_130(texts: Path, folder: Path) -> None:

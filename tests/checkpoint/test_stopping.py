@@ -169,35 +169,27 @@ def test_a_signal_to_the_launcher_stops_both_ranks_and_its_status_is_75(
     assert outcome(tmp_path / "run")["message"] == f"asked to stop by {name(number)}"
 
 
-class Alone:
-    """A run of one process, in a process group of its own."""
-
-    def __init__(self, folder: Path, words: list[object]) -> None:
-        variables = environment(PYTHONUNBUFFERED="1")
-        self.process = Program(words, cwd=folder, env=variables, start_new_session=True)
-
-    def end(self) -> tuple[int, str, str]:
-        out, err = self.process.communicate(timeout=200)
-        return self.process.returncode, out, err
-
-
-Start = Callable[..., Alone]
+Start = Callable[..., Program]
 
 
 @pytest.fixture
 def start(tmp_path: Path, small_run) -> Iterator[Start]:
-    """`start("step", action, ...)` starts a run and kills it at the end of the test."""
-    started: list[Alone] = []
+    """`start("step", action, ...)` starts a run of one process, and kills it at the end of the test.
 
-    def start(phase: str, action: str, *more: object) -> Alone:
+    The process is in a process group of its own.
+    """
+    started: list[Program] = []
+
+    def start(phase: str, action: str, *more: object) -> Program:
         words = [*drive(tmp_path, phase, action, small_run, (0,)), "--training.local-batch-size", 8, *more]
-        started.append(Alone(tmp_path, words))
+        variables = environment(PYTHONUNBUFFERED="1")
+        started.append(Program(words, cwd=tmp_path, env=variables, start_new_session=True))
         return started[-1]
 
     yield start
     for one in started:
-        one.process.kill()
-        one.process.communicate()
+        one.kill()
+        one.communicate()
 
 
 @pytest.mark.parametrize(

@@ -7,38 +7,34 @@ from collections.abc import Iterator
 
 import pytest
 from launch import DEEP
-from programs import Program
+from programs import Program, environment
 
 PROGRAM = """\
 import ctypes, os, signal, subprocess, sys, threading, time
+from types import SimpleNamespace
 from torchtitan_lite.launch import signals
 from torchtitan_lite.launch.signals import StopRequest
 
 ending = threading.Event()
 
-def on_ending(number):
-    os.write(1, b"ending %d\\n" % number)
-    ending.set()
+class Guard:
+    world = SimpleNamespace(rank=0, is_first={is_first})
+    is_ending = False
 
-def on_second(number):
-    print("second", number)
+    def hurry(self, number):
+        os.write(1, b"hurry %d\\n" % number)
+        ending.set()
 
-def is_ending():
-    return False
+    def end(self, end):
+        print(end.outcome, end.status)
 
 def tell():
     while not request.asked: time.sleep(0.01)
     print("asked", flush=True)
 
 {before}
-request = StopRequest(
-    is_first={is_first},
-    launched={launched},
-    on_second=on_second,
-    on_ending=on_ending,
-    is_ending=lambda: is_ending(),
-)
-request.install(saves={saves})
+request = StopRequest(Guard(), saves={saves})
+request.install()
 print("ready", flush=True)
 {after}
 """
@@ -50,7 +46,7 @@ AGAIN = "asked again: ending at once\n"
 SHORT_LAST_WORDS = "signals._LAST_WORDS = 1.0"  # instead of 5 seconds
 
 
-class Process:
+class Process(Program):
     """A process that installs a StopRequest and then runs the code `after`."""
 
     def __init__(
@@ -62,28 +58,15 @@ class Process:
         launched: bool = False,
         saves: bool = True,
     ) -> None:
-        settings = {"is_first": is_first, "launched": launched, "saves": saves}
-        code = PROGRAM.format(before=before, after=after, **settings)
-        self.process = Program(["-c", code], start_new_session=True)
+        code = PROGRAM.format(before=before, after=after, is_first=is_first, saves=saves)
+        variables = {"RANK": "0"} if launched else {}
+        super().__init__(["-c", code], env=environment(**variables), start_new_session=True)
         self.read("ready")
-
-    def read(self, line: str) -> None:
-        """Wait until the process prints `line`, which must be the next one."""
-        assert self.process.stdout is not None
-        assert self.process.stdout.readline() == f"{line}\n"
-
-    def send(self, number: int) -> None:
-        self.process.send_signal(number)
 
     def ask(self, number: int) -> None:
         """Send the first signal, and wait until the process has noticed the request. `after` must TELL."""
-        self.send(number)
+        self.send_signal(number)
         self.read("asked")
-
-    def end(self) -> tuple[int, str, str]:
-        """Wait for the end. Returns the exit status and what the process has printed since."""
-        out, err = self.process.communicate(timeout=60)
-        return self.process.returncode, out, err
 
 
 @pytest.fixture
@@ -98,8 +81,8 @@ def start() -> Iterator[type[Process]]:
 
     yield Started
     for one in started:
-        one.process.kill()
-        one.process.communicate()
+        one.kill()
+        one.communicate()
 
 
 STOPS = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=["SIGTERM", "SIGUSR1"])
@@ -110,8 +93,8 @@ STOPS = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=
 def test_the_first_signal_asks_to_stop_and_the_process_says_so_once(
     number: int, launched: bool, start
 ) -> None:
-    process = start(WAIT + "print(request.signal_name); request.done()", launched=launched)
-    process.send(number)
+    process = start(WAIT + "print(request.signal_name); request.ignore_signals()", launched=launched)
+    process.send_signal(number)
     name = signal.Signals(number).name
     assert process.end() == (0, f"{name}\n", ASKED.format(name))
 
@@ -121,26 +104,24 @@ def test_the_first_signal_asks_to_stop_and_the_process_says_so_once(
 def test_a_second_signal_ends_the_process_at_once(number: int, code: str, start) -> None:
     process = start(TELL + code, before="signals._LAST_WORDS = 1000.0")
     process.ask(number)
-    process.send(number)
+    process.send_signal(number)
     status, out, err = process.end()
-    assert (status, out) == (128 + number, f"second {int(number)}\n")
+    assert (status, out) == (128 + number, f"terminated {status}\n")
     assert err == ASKED.format(signal.Signals(number).name) + AGAIN
 
 
 def test_only_the_first_rank_prints(start) -> None:
     process = start(TELL + FOREVER, is_first=False)
     process.ask(signal.SIGTERM)
-    process.send(signal.SIGTERM)
-    assert process.end() == (143, "second 15\n", "")
+    process.send_signal(signal.SIGTERM)
+    assert process.end() == (143, "terminated 143\n", "")
 
 
-@pytest.mark.parametrize("on_second", ["1 / 0", "sys.exit(3)", "threading.Event().wait()"])
-def test_a_second_signal_ends_the_process_even_if_on_second_raises_exits_or_hangs(
-    on_second: str, start
-) -> None:
-    process = start(TELL + FOREVER, before=f"on_second = lambda number: {on_second}\n{SHORT_LAST_WORDS}")
+@pytest.mark.parametrize("end", ["1 / 0", "sys.exit(3)", "threading.Event().wait()"])
+def test_a_second_signal_ends_the_process_even_if_the_guard_raises_exits_or_hangs(end: str, start) -> None:
+    process = start(TELL + FOREVER, before=f"Guard.end = lambda guard, end: {end}\n{SHORT_LAST_WORDS}")
     process.ask(signal.SIGTERM)
-    process.send(signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)
     assert process.end() == (143, "", ASKED.format("SIGTERM") + AGAIN)
 
 
@@ -148,17 +129,17 @@ def test_a_second_signal_ends_the_process_even_if_nobody_reads_the_output(start)
     fill_the_pipe = "sys.stderr.write('x' * 2**20)"
     process = start(TELL + fill_the_pipe, before=SHORT_LAST_WORDS)
     process.ask(signal.SIGTERM)
-    process.send(signal.SIGTERM)
-    assert process.process.wait(timeout=60) == 143
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 143
 
 
 def test_under_a_launcher_the_same_signal_within_a_second_is_ignored(start) -> None:
     # A busy machine may deliver the signals later than that: wait longer here.
     before = "signals._ECHO = 1000.0"
-    process = start(TELL + WAIT + "time.sleep(1); request.done()", launched=True, before=before)
+    process = start(TELL + WAIT + "time.sleep(1); request.ignore_signals()", launched=True, before=before)
     process.ask(signal.SIGUSR1)
     for _ in range(2):
-        process.send(signal.SIGUSR1)
+        process.send_signal(signal.SIGUSR1)
         time.sleep(0.1)
     assert process.end() == (0, "", ASKED.format("SIGUSR1"))
 
@@ -169,24 +150,26 @@ def test_under_a_launcher_the_same_signal_within_a_second_is_ignored(start) -> N
 def test_under_a_launcher_any_other_signal_is_a_second_request(first: int, echo: float, start) -> None:
     process = start(TELL + FOREVER, launched=True, before=f"signals._ECHO = {echo}")
     process.ask(first)
-    process.send(signal.SIGTERM)
-    assert process.end() == (143, "second 15\n", AGAIN)
+    process.send_signal(signal.SIGTERM)
+    assert process.end() == (143, "terminated 143\n", AGAIN)
 
 
-def test_after_done_signals_are_ignored(start) -> None:
-    process = start(WAIT + "request.done(); print('done', flush=True); time.sleep(0.5); sys.exit(75)")
-    process.send(signal.SIGTERM)
+def test_after_the_save_signals_are_ignored(start) -> None:
+    process = start(
+        WAIT + "request.ignore_signals(); print('done', flush=True); time.sleep(0.5); sys.exit(75)"
+    )
+    process.send_signal(signal.SIGTERM)
     process.read("done")
     for number in (signal.SIGTERM, signal.SIGUSR1):
-        process.send(number)
+        process.send_signal(number)
         time.sleep(0.05)
     assert process.end() == (75, "", ASKED.format("SIGTERM"))
 
 
 def test_the_request_is_not_announced_when_the_run_is_about_to_fail(start) -> None:
     # A launcher sends SIGTERM to the other ranks when a rank has failed.
-    process = start(WAIT + "time.sleep(0.3); is_ending = lambda: True; time.sleep(1.5)", launched=True)
-    process.send(signal.SIGTERM)
+    process = start(WAIT + "time.sleep(0.3); Guard.is_ending = True; time.sleep(1.5)", launched=True)
+    process.send_signal(signal.SIGTERM)
     assert process.end() == (0, "", "")
 
 
@@ -194,9 +177,9 @@ def test_a_signal_to_the_process_group_does_not_end_child_processes(start) -> No
     # Such as a compiler.
     child = "import time; print('started', flush=True); time.sleep(1); print('compiled')"
     run = f"subprocess.run([sys.executable, '-c', {child!r}], check=True)\n"
-    process = start(run + "print(request.asked); request.done()", launched=True)
+    process = start(run + "print(request.asked); request.ignore_signals()", launched=True)
     process.read("started")
-    os.killpg(process.process.pid, signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)
     assert process.end() == (0, "compiled\nTrue\n", ASKED.format("SIGTERM"))
 
 
@@ -209,7 +192,7 @@ def test_a_signal_to_the_process_group_does_not_end_child_processes(start) -> No
         (signal.SIGUSR1, False, "SystemExit(138)"),
     ],
 )
-def test_a_signal_that_is_not_a_request_raises_in_the_main_thread_and_calls_on_ending(
+def test_a_signal_that_is_not_a_request_raises_in_the_main_thread_and_calls_hurry(
     number: int, saves: bool, error: str, start
 ) -> None:
     code = (
@@ -218,12 +201,12 @@ def test_a_signal_that_is_not_a_request_raises_in_the_main_thread_and_calls_on_e
     )
     process = start(code, saves=saves)
     process.read("in")
-    process.send(number)
-    assert process.end() == (0, f"ending {int(number)}\n{error}\n", "")
+    process.send_signal(number)
+    assert process.end() == (0, f"hurry {int(number)}\n{error}\n", "")
 
 
-def test_on_ending_is_called_even_while_the_main_thread_is_in_c(start) -> None:
+def test_hurry_is_called_even_while_the_main_thread_is_in_c(start) -> None:
     process = start(f"while True:\n    try: {DEEP}\n    except SystemExit: pass", saves=False)
     time.sleep(0.3)
-    process.send(signal.SIGTERM)
-    process.read("ending 15")
+    process.send_signal(signal.SIGTERM)
+    process.read("hurry 15")

@@ -1,6 +1,7 @@
 """Ranks that meet, and what they settle between them."""
 
 import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,18 @@ def test_ranks_that_never_come_are_a_line(environment) -> None:
     ):
         join("cpu", init_seconds=1)
     assert not torch.distributed.is_initialized()
+
+
+def test_a_report_of_progress_is_due_after_the_seconds_that_were_named_last() -> None:
+    world = World()
+    assert not world.progress.is_late
+    for _ in range(2):
+        world.alive(-1)
+        assert world.progress.is_late and world.saving.progress.is_late
+        world.alive(60)
+        assert not world.progress.is_late
+    world.alive()
+    assert 59 < world.progress.due - time.monotonic() <= 60
 
 
 def test_all_ranks_get_the_sum_and_what_rank_0_has(ranks) -> None:

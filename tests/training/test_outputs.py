@@ -3,14 +3,14 @@
 import errno
 import fcntl
 import json
-import os
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
 import pytest
 
+from torchtitan_lite.launch.end import End
 from torchtitan_lite.training.outputs import (
-    InUse,
     Lines,
     keep_lines,
     lock,
@@ -19,6 +19,9 @@ from torchtitan_lite.training.outputs import (
     write_exit,
     write_refusal,
 )
+
+DONE = End(rank=0, status=0, outcome="done")
+REFUSED = End(rank=0, status=2, outcome="refused")
 
 
 def test_a_given_folder_is_used_as_given(tmp_path: Path) -> None:
@@ -46,7 +49,7 @@ def test_an_earlier_run_in_the_same_folder_is_moved_aside_whole(tmp_path: Path) 
         assert not (folder / "metrics.jsonl").exists()
         (folder / "metrics.jsonl").write_text(run)
         (folder / "logs" / "tb").mkdir(parents=True)
-        write_exit(folder, 0, "done")
+        write_exit(folder, DONE)
     assert (tmp_path / "earlier" / "metrics.jsonl").read_text() == "one"
     assert (tmp_path / "earlier-2" / "metrics.jsonl").read_text() == "two"
     assert (tmp_path / "earlier" / "logs" / "tb").is_dir()
@@ -61,7 +64,7 @@ def test_what_no_run_has_made_stays_where_it_is(tmp_path: Path) -> None:
 
 
 def test_the_outcome_is_one_json_object(tmp_path: Path) -> None:
-    write_exit(tmp_path, 1, "non-finite", step=3, message="the loss is nan")
+    write_exit(tmp_path, End(rank=1, outcome="non-finite", message="the loss is nan"), step=3)
     assert json.loads((tmp_path / "exit.json").read_text()) == {
         "status": 1,
         "outcome": "non-finite",
@@ -81,25 +84,19 @@ def test_lines_that_a_full_disk_does_not_take_are_told_once_and_no_more(caplog) 
 
 
 def test_a_refusal_after_a_refusal_keeps_nothing(tmp_path: Path) -> None:
-    write_exit(tmp_path, 0, "done")
+    write_exit(tmp_path, DONE)
     for number in range(3):
-        write_refusal(tmp_path, f"refusal {number}")
+        write_refusal(tmp_path, replace(REFUSED, message=f"refusal {number}"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["earlier", "exit.json", "lock"]
     assert json.loads((tmp_path / "earlier" / "exit.json").read_text())["outcome"] == "done"
     assert json.loads((tmp_path / "exit.json").read_text())["message"] == "refusal 2"
 
 
-def test_a_folder_is_one_runs_until_that_lets_go_of_it(tmp_path: Path) -> None:
-    with lock(tmp_path), pytest.raises(InUse, match=f"^process {os.getpid()} on "):
-        lock(tmp_path)
-    lock(tmp_path).close()
-
-
 def test_a_refusal_is_not_left_in_the_folder_of_a_run_that_goes_on(tmp_path: Path) -> None:
     with lock(tmp_path):
-        write_refusal(tmp_path, "no")
+        write_refusal(tmp_path, REFUSED)
     assert [path.name for path in tmp_path.iterdir()] == ["lock"]
-    write_refusal(tmp_path, "no")
+    write_refusal(tmp_path, REFUSED)
     assert json.loads((tmp_path / "exit.json").read_text())["outcome"] == "refused"
 
 
@@ -107,10 +104,10 @@ def test_where_there_are_no_locks_a_run_goes_on_and_a_refusal_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(fcntl, "flock", mock.Mock(side_effect=OSError(errno.ENOSYS, "no locks")))
-    write_exit(tmp_path, 0, "done")
+    write_exit(tmp_path, DONE)
     lock(tmp_path).close()
     assert "this file system has no locks" in caplog.text
-    write_refusal(tmp_path, "no")
+    write_refusal(tmp_path, REFUSED)
     assert json.loads((tmp_path / "exit.json").read_text())["outcome"] == "refused"
     assert json.loads((tmp_path / "earlier" / "exit.json").read_text())["outcome"] == "done"
 

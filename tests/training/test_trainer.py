@@ -11,9 +11,11 @@ from parallel_cases import precision
 from programs import words_of
 
 from torchtitan_lite.attention.portable import native
+from torchtitan_lite.checkpoint.save import Saver
 from torchtitan_lite.config.job import JobConfig, load_job
 from torchtitan_lite.config.load import ConfigError
 from torchtitan_lite.data import IGNORE, Batch, Loader
+from torchtitan_lite.launch.world import Progress, World
 from torchtitan_lite.parallel import apply
 from torchtitan_lite.training import state
 from torchtitan_lite.training.step import NonFinite
@@ -96,6 +98,15 @@ def test_a_run_on_a_cpu_does_not_touch_a_gpu(small_run, monkeypatch, tmp_path, a
     (tmp_path / "run").mkdir()
     trainer.run()
     assert (tmp_path / "run/checkpoint/step-1").is_dir()
+
+
+def test_a_save_may_take_as_long_as_the_start(small_run, monkeypatch, tmp_path: Path) -> None:
+    allowed = []
+    monkeypatch.setattr(Saver, "save", lambda saver, *_, **__: allowed.append(saver.ranks.progress.seconds))
+    world = World(progress=Progress(seconds=7))
+    words = ("--checkpoint.enable", "--training.steps", 1, "--comm.init-timeout-seconds", 300)
+    Trainer(job(*small_run, *words), world, folder=tmp_path).run()
+    assert allowed == [300] and world.progress.seconds == 7
 
 
 def gradients(trainer: Trainer) -> dict[str, torch.Tensor]:

@@ -27,9 +27,8 @@ from torchtitan_lite.checkpoint.state import STATE, State
 from torchtitan_lite.checkpoint.steps import Steps
 from torchtitan_lite.checkpoint.tensors import Piece, read_index, read_tensors, write_tensors
 from torchtitan_lite.config.load import ConfigError, Problem
-from torchtitan_lite.launch.background import in_thread, result
 from torchtitan_lite.launch.end import OnAnotherRank
-from torchtitan_lite.launch.world import World
+from torchtitan_lite.launch.world import World, in_thread
 
 _LOG = logging.getLogger(__name__)
 
@@ -54,11 +53,10 @@ class Saver:
         ranks: World,
         *,
         say: Callable[[str], None],
-        alive: Callable[[], None],
         saved: int | None = None,
         on_published: Callable[[int], None] = lambda step: None,
     ) -> None:
-        self.config, self.steps, self.ranks, self.say, self.alive = config, steps, ranks, say, alive
+        self.config, self.steps, self.ranks, self.say = config, steps, ranks, say
         self.on_published = on_published
         """Called with each published step, on all ranks, once this rank has waited for the save."""
         self.saved = saved
@@ -101,7 +99,7 @@ class Saver:
     def wait(self) -> None:
         """Wait until the save that is under way has published its step or has failed."""
         if self._writing is not None:
-            result(self._writing, self.alive)
+            self.ranks.wait_for(self._writing)
             self._writing = None
             if self._failure is None and self.saved is not None:
                 self.on_published(self.saved)

@@ -1,4 +1,4 @@
-"""How a run ends before it is done: the exit status, the outcome in exit.json, and what is printed.
+"""How a run ends: the exit status, the outcome in exit.json, and what is printed.
 
 Imports no torch: train.main also reports an interrupt that arrives while torch is imported.
 """
@@ -29,11 +29,11 @@ class OnAnotherRank(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class End:
-    """How a run ends before it is done."""
+    """How a run ends."""
 
     rank: int
     """The rank that is the cause."""
-    message: str
+    message: str = ""
     words: str = ""
     """The text that this rank prints."""
     status: int = 1

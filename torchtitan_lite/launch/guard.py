@@ -1,75 +1,279 @@
-"""One process of a run while it works: its signals, its watch, and what an exception makes of the run."""
+"""One process of a run while it works: its signals, its watch, and what an exception makes of the run.
+
+A run of several ranks ends as a whole when one rank fails: soon, and with that rank's error first. Each rank
+is watched by two threads of its own. One blocks at the store where the ranks met until some rank announces
+trouble, so a healthy run asks nothing of the store. The other looks, in this process alone, whether the
+launcher lives and whether the main thread makes progress.
+
+When trouble is announced, by a rank with an error or by one without progress, every rank answers with what
+it knows (cause.Answer). The announcing rank picks the cause and writes the verdict. The rank that is the
+cause prints first, the others print a line each, and all processes end. A rank that does not answer is dead.
+"""
 
 import contextlib
+import math
 import os
-from collections.abc import Callable
-from types import TracebackType
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from datetime import timedelta
 from typing import Self
 
-from torchtitan_lite.launch.end import End, end_of, signalled
-from torchtitan_lite.launch.signals import StopRequest
-from torchtitan_lite.launch.watch import Watch
-from torchtitan_lite.launch.world import CommConfig, World, leave
+import torch.distributed as dist
+from pydantic import TypeAdapter
+from torch.distributed.distributed_c10d import PrefixStore, Store
+
+from torchtitan_lite.launch.cause import Answer, collectives, find_cause, is_settled
+from torchtitan_lite.launch.end import End, end_of, say, signalled, tell_launcher
+from torchtitan_lite.launch.process import is_orphan
+from torchtitan_lite.launch.signals import STOPS, StopRequest
+from torchtitan_lite.launch.world import World, leave
+
+_TICK = 0.5
+"""Seconds between two looks at the main thread and the launcher."""
+_SILENCE = 3.0
+"""Seconds without an answer after which a rank is dead."""
+_GRACE = 6.0
+"""Seconds that the main thread has to end the process by itself; more than a `_SILENCE`."""
+_AT_MOST = 60.0
+"""Seconds that ending may take: a disk or a terminal that does not answer keeps no process."""
+_FOREVER = timedelta(days=20)
+"""More than this is more milliseconds than poll() can count."""
+
+# Keys in the store, beside answer/RANK. "trouble" holds the rank that announced it, or _OVER.
+_TROUBLE, _VERDICT, _TOLD = "trouble", "verdict", "told"
+_OVER = "over"
+_ANSWER, _END = TypeAdapter(Answer), TypeAdapter(End)
 
 
 class Guard:
     """Guards the work in its `with` statement, which runs in the main thread.
 
-    If the work raises in a run of several ranks, all processes of the run end, this one included. In a run of
-    one process `on_end` is called and the error goes on. A second stop signal ends the run in the same ways.
+    If the work raises in a run of several ranks, or a rank makes no progress, all processes of the run end,
+    this one included. In a run of one process `on_end` is called and the error goes on. A second stop signal
+    ends the run in the same ways.
 
     Args:
         saves: whether the run saves checkpoints, so that a signal asks to stop. Otherwise it ends the run.
-        launcher: the process that started this one.
-        on_end: called on one rank with how the run ends, unless the work returns.
+        on_end: called with how the run ends, unless the work returns: on rank 0, or for a dead rank 0 on the
+            rank that announced the trouble.
     """
 
-    def __init__(
-        self, world: World, comm: CommConfig, *, saves: bool, launcher: int, on_end: Callable[[End], None]
-    ) -> None:
-        self.is_steady: Callable[[], bool] = lambda: False
-        """Whether the slow start is over and nothing is being saved. The run replaces this function."""
-        self._world, self._comm, self._saves, self._on_end = world, comm, saves, on_end
-        self._watch: Watch | None = None
-        if world.size > 1:
-            seconds = comm.init_timeout_seconds
-            self._watch = Watch(world, seconds=seconds, launcher=launcher, on_end=on_end)
-        watch = self._watch
-        self.stop = StopRequest(
-            is_first=world.is_first,
-            launched="RANK" in os.environ,
-            on_second=lambda number: self._end(signalled(world.rank, number)),
-            on_ending=watch.hurry if watch else lambda number: None,
-            is_ending=lambda: bool(watch and watch.is_ending),
-        )
+    def __init__(self, world: World, *, saves: bool, on_end: Callable[[End], None]) -> None:
+        self.world, self.on_end = world, on_end
+        self.stop = StopRequest(self, saves=saves)
         """The request of a signal to stop."""
-
-    def alive(self) -> None:
-        """Report progress of the main thread."""
-        if self._watch:
-            comm = self._comm
-            self._watch.alive(comm.train_timeout_seconds if self.is_steady() else comm.init_timeout_seconds)
+        self._signal, self._must_end_at = int(signal.SIGTERM), math.inf
+        self._ending = threading.Lock()
+        self._is_announced, self._is_over = threading.Event(), threading.Event()
+        self._threads: list[threading.Thread] = []
+        if world.size > 1:
+            self._store, self._waiting = _connect(world), _connect(world)
+            self._threads = [
+                threading.Thread(target=target, name="watch", daemon=True)
+                for target in (self._look_at_store, self._look_at_process)
+            ]
 
     def __enter__(self) -> Self:
-        self.stop.install(saves=self._saves)
-        if self._watch:
-            self._watch.start()
+        self.stop.install()
+        for thread in self._threads:
+            thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is None:
-            if self._watch:
-                self._watch.stop()
+            self._is_over.set()
+            if self._threads:
+                with contextlib.suppress(RuntimeError):  # the store is gone already
+                    self._store.compare_set(_TROUBLE, "", _OVER)
+            for thread in self._threads:
+                thread.join()
             return
         while True:  # from the beginning again whenever a signal raises in it
             with contextlib.suppress(KeyboardInterrupt, SystemExit):
-                self._end(end_of(error, self._world.rank, self._world.size))
+                self.end(end_of(error, self.world.rank, self.world.size))
                 leave(wait=False)
                 return
 
-    def _end(self, end: End) -> None:
-        if self._watch:
-            self._watch.end(end)
-        self._on_end(end)
+    @property
+    def is_ending(self) -> bool:
+        """Whether the run is about to end because of trouble, as far as this rank knows."""
+        return self._is_announced.is_set() or self._ending.locked() or self._is_late
+
+    @property
+    def _is_late(self) -> bool:
+        return self.world.size > 1 and self.world.progress.is_late
+
+    def hurry(self, number: int = signal.SIGTERM) -> None:
+        """Let the main thread end the process within `_GRACE` seconds; then end it as on signal `number`."""
+        if self._must_end_at == math.inf:
+            self._signal, self._must_end_at = number, time.monotonic() + _GRACE
+
+    def end(self, own: End) -> None:
+        """Agree with the other ranks on how the run ends, print that, and end this process.
+
+        `own` is how the run ends if this rank is the cause. With one rank, only `on_end` is called.
+        """
+        if self.world.size == 1:
+            return self.on_end(own)
+        with self._ending:  # never released: the first thread that comes here ends the process
+            limit = threading.Timer(_AT_MOST, os._exit, [own.status])
+            limit.daemon = True
+            limit.start()
+            for number in (*STOPS, signal.SIGINT):
+                with contextlib.suppress(ValueError):  # not in the main thread, and no exception comes here
+                    signal.signal(number, signal.SIG_IGN)
+            end, rank = self._agree(own), self.world.rank
+            is_cause = end.rank == rank
+            line = end.line_on(rank)
+            if end.is_dead and own.reason == "error":  # which may be the reason, and would be lost
+                line += f" ({own.message})"
+            with contextlib.suppress(RuntimeError):  # no store any more
+                if is_cause:
+                    say(end.words)
+                    self._store.set(_TOLD, "")
+                elif not end.is_dead:
+                    self._store.wait([_TOLD])
+            if not is_cause:
+                say(line)
+            if rank == end.writer:
+                with contextlib.suppress(OSError):
+                    self.on_end(end)
+            tell_launcher(end.message if is_cause else line or end.message, late=not is_cause)
+            with contextlib.suppress(OSError, ValueError):
+                sys.stdout.flush()
+            os._exit(end.status)
+
+    def _agree(self, own: End) -> End:
+        """How all ranks end the run; `own` if the others cannot be asked."""
+        if is_orphan():
+            return self._orphaned()  # the store has most likely ended with the launcher
+        rank = self.world.rank
+        try:
+            found = self._store.compare_set(_TROUBLE, "", str(rank)).decode()
+            if found == _OVER:
+                return own
+            announcer = int(found)
+            self._store.set(f"answer/{rank}", self._answer(own))
+            if announcer == rank:
+                self._store.set(_VERDICT, _END.dump_json(self._judge()).decode())
+            return _verdict(self._store, announcer)
+        except RuntimeError:
+            return own
+
+    def _judge(self) -> End:
+        """Collect the answers of all ranks and find the cause."""
+        deadline = time.monotonic() + _SILENCE
+        keys = [f"answer/{rank}" for rank in range(self.world.size)]
+        while True:
+            is_over = time.monotonic() > deadline
+            # All of them anew: the error that a rank reports later replaces its first answer.
+            there = {rank: self._store.get(key) for rank, key in enumerate(keys) if self._store.check([key])}
+            answers = {rank: _ANSWER.validate_json(text) for rank, text in there.items()}
+            if is_over or (len(answers) == len(keys) and is_settled(answers)):
+                break
+            time.sleep(0.05)
+        if dead := [rank for rank in range(len(keys)) if rank not in answers]:
+            # A rank with an error of its own may have ended before a rank died.
+            end = next((one.end for one in answers.values() if one.end.is_own), _no_answer(dead))
+            return replace(end, writer=self.world.rank) if 0 in dead else end
+        return answers[find_cause(answers, self.world.rank)].end
+
+    def _answer(self, own: End) -> str:
+        answer = Answer(end=own, is_late=self._is_late, counts=collectives())
+        return _ANSWER.dump_json(answer).decode()
+
+    def _look_at_store(self) -> None:
+        """Wait until a rank announces trouble, answer, and see to it that this process ends."""
+        rank = self.world.rank
+        try:
+            self._wait_for_trouble()
+            announcer = self._waiting.get(_TROUBLE).decode()
+            if announcer == _OVER:
+                return
+            self._is_announced.set()
+            # The main thread answers too if it meets an error: that answer counts.
+            self._waiting.compare_set(f"answer/{rank}", "", self._answer(self._hang()))
+            end = _verdict(self._waiting, int(announcer))
+        except RuntimeError:
+            # At the end of a run the store may go a moment before this thread is told to stop.
+            if not self._is_over.wait(2):
+                self.end(self._orphaned())
+            return
+        if end.rank == rank:  # and the main thread hangs, or is about to end the process
+            self.end(end)
+        self.hurry()
+
+    def _wait_for_trouble(self) -> None:
+        while True:
+            with contextlib.suppress(dist.DistStoreError):  # the time is up, and the run goes on
+                return self._waiting.wait([_TROUBLE], _FOREVER)
+
+    def _look_at_process(self) -> None:
+        """End the process when its launcher is gone, when it is late, and when it does not end in time."""
+        while not self._is_over.wait(_TICK):
+            if self._ending.locked():
+                return
+            if is_orphan() and not self._is_over.wait(2):
+                self.end(self._orphaned())
+            elif self._is_late:
+                self.end(self._hang())
+            elif time.monotonic() > self._must_end_at:
+                self.end(signalled(self.world.rank, self._signal))
+
+    def _orphaned(self) -> End:
+        end = End(rank=self.world.rank, message="the launcher no longer answers")
+        return replace(end, words=end.line_on(end.rank))
+
+    def _hang(self) -> End:
+        rank, seconds = self.world.rank, time.monotonic() - self.world.progress.last
+        message = f"rank {rank} hangs: no progress for {seconds:.0f} s"
+        main = sys._current_frames()[threading.main_thread().ident or 0]
+        stack = "".join(traceback.format_stack(main)).rstrip()
+        words = f"{message} (the timeouts of [comm] say how long that may be)\n{stack}"
+        return End(rank=rank, message=message, words=words, reason="none")
+
+
+def _connect(world: World) -> Store:
+    """A connection of its own to the store: a request keeps a connection busy until it is answered."""
+    assert world.store is not None
+    own = world.store.clone()  # pyright: ignore[reportAttributeAccessIssue]
+    own.set_timeout(timedelta(seconds=_GRACE))
+    return PrefixStore("watch", own)
+
+
+def _verdict(store: Store, announcer: int) -> End:
+    """Wait for the verdict; if none comes, the rank that was to write it is dead."""
+    try:
+        return _END.validate_json(store.get(_VERDICT))
+    except dist.DistStoreError:
+        return _no_answer([announcer])
+
+
+def _no_answer(ranks: list[int]) -> End:
+    answers = "answer" if len(ranks) > 1 else "answers"
+    message = f"rank {', '.join(map(str, ranks))} no longer {answers}"
+    return End(rank=ranks[0], message=message, is_dead=True)
+
+
+@contextlib.contextmanager
+def while_launched() -> Iterator[None]:
+    """End this process when its launcher ends in this context. For the time before there is a Guard."""
+    is_over = threading.Event()
+
+    def look() -> None:
+        while not is_over.wait(_TICK):
+            if is_orphan():
+                say("stopped: the launcher no longer answers")
+                os._exit(1)
+
+    if "RANK" in os.environ:  # otherwise there is no launcher
+        threading.Thread(target=look, name="launcher", daemon=True).start()
+    try:
+        yield
+    finally:
+        is_over.set()

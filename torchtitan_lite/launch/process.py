@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from typing import NoReturn
 
 _GC_THRESHOLDS = gc.get_threshold()
+_LAUNCHER = os.getppid()
+"""The process that started this one."""
 
 
 @contextlib.contextmanager
@@ -33,7 +35,6 @@ def started() -> None:
     """Collect garbage as often as usual, but not among the objects that exist now: they stay."""
     gc.freeze()
     gc.set_threshold(*_GC_THRESHOLDS)
-    gc.set_threshold(*_GC_THRESHOLDS)
 
 
 def show_log(is_first: bool) -> None:
@@ -46,6 +47,11 @@ def show_log(is_first: bool) -> None:
         handler.setFormatter(logging.Formatter("%(message)s"))
         log.addHandler(handler)
         log.setLevel(logging.INFO if is_first else logging.CRITICAL)
+
+
+def is_orphan() -> bool:
+    """Whether the process that started this one, such as a launcher, has ended."""
+    return os.getppid() != _LAUNCHER
 
 
 def end_process(status: int) -> NoReturn:

@@ -4,8 +4,8 @@ A thread reads the signals from a pipe (signal.set_wakeup_fd), so they count eve
 a library, where no Python handler runs.
 
 From the signal to exit status 75: `StopRequest.asked` is set here. At its next exchange the Trainer agrees
-with the other ranks on one step to stop at, and saves that step. Then train.run calls `done` and returns
-the status of RunFolder.finish.
+with the other ranks on one step to stop at, and saves that step. Then train.run calls `ignore_signals` and
+returns the status of RunFolder.finish.
 """
 
 import os
@@ -13,11 +13,14 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from torchtitan_lite.launch.end import say
+from torchtitan_lite.launch.end import say, signalled
 
-_STOPS = frozenset({signal.SIGTERM, signal.SIGUSR1})
+if TYPE_CHECKING:
+    from torchtitan_lite.launch.guard import Guard
+
+STOPS = frozenset({signal.SIGTERM, signal.SIGUSR1})
 _ECHO = 1.0
 """Seconds in which a launcher may pass on the same signal that this process has received directly."""
 _PAUSE = 1.0
@@ -33,54 +36,39 @@ class StopRequest:
     request: a scheduler may signal the launcher and the ranks, and the launcher passes its signal on.
 
     Args:
-        is_first: whether this rank prints for all.
-        launched: whether a launcher started this process.
-        on_second: called from a thread with the number of a second signal; then the process ends.
-        on_ending: called from a thread with the number of a signal on which the main thread is to end.
-        is_ending: whether the run is about to end because of a failure.
+        guard: ends the process on a second signal.
+        saves: whether the run saves checkpoints. Otherwise a signal raises SystemExit in the main thread.
     """
 
-    def __init__(
-        self,
-        *,
-        is_first: bool,
-        launched: bool,
-        on_second: Callable[[int], None] = lambda number: None,
-        on_ending: Callable[[int], None] = lambda number: None,
-        is_ending: Callable[[], bool] = lambda: False,
-    ) -> None:
+    def __init__(self, guard: "Guard", *, saves: bool) -> None:
         self.asked = False
         self.signal_name = ""
         """The signal that asked."""
-        self.on_second, self.on_ending, self.is_ending = on_second, on_ending, is_ending
-        self._is_first, self._launched = is_first, launched
-        self._saves, self._asked_at = False, 0.0
+        self._guard, self._saves = guard, saves
+        self._launched, self._asked_at = "RANK" in os.environ, 0.0
         self._is_done = threading.Event()
         self._telling = threading.Thread(target=self._tell, daemon=True)
 
-    def install(self, *, saves: bool) -> None:
+    def install(self) -> None:
         """Handle the signals. Called from the main thread.
 
-        Without `saves` a signal raises SystemExit in the main thread.
-
-        With `saves`, all other threads and all processes that start later block the signals, so that a
+        If the run saves, all other threads and all processes that start later block the signals, so that a
         compiler goes on when a whole process group is signalled.
         """
-        self._saves = saves
-        for number in _STOPS:
-            signal.signal(number, _pass if saves else _exit)
-            if saves:
+        for number in STOPS:
+            signal.signal(number, _pass if self._saves else _exit)
+            if self._saves:
                 signal.siginterrupt(number, False)
         reading, writing = os.pipe()
         os.set_blocking(writing, False)
         signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
         threading.Thread(target=self._listen, args=(reading,), name="signals", daemon=True).start()
-        if saves:
-            signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
+        if self._saves:
+            signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
 
-    def done(self) -> None:
+    def ignore_signals(self) -> None:
         """Ignore SIGTERM and SIGUSR1 from now on. A launcher signals all ranks once one of them has ended."""
-        for number in _STOPS:
+        for number in STOPS:
             signal.signal(number, signal.SIG_IGN)
         self._is_done.set()
         if self.asked:
@@ -88,15 +76,15 @@ class StopRequest:
 
     def _listen(self, reading: int) -> None:
         if self._saves:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
         while True:
             for number in os.read(reading, 64):
                 self._take(number)
 
     def _take(self, number: int) -> None:
-        if number == signal.SIGINT or (number in _STOPS and not self._saves):
-            self.on_ending(number)
-        elif number not in _STOPS or self._is_done.is_set():
+        if number == signal.SIGINT or (number in STOPS and not self._saves):
+            self._guard.hurry(number)
+        elif number not in STOPS or self._is_done.is_set():
             return
         elif not self.asked:
             self.signal_name, self._asked_at = signal.Signals(number).name, time.monotonic()
@@ -113,7 +101,7 @@ class StopRequest:
         """Say what the signal does. In a thread of its own: printing blocks while nobody reads the output."""
         if self._launched:
             self._is_done.wait(_PAUSE)
-        if not self.is_ending():
+        if not self._guard.is_ending:
             self._say(f"asked to stop by {self.signal_name}: saves and stops as soon as it can")
 
     def _end(self, number: int) -> None:
@@ -121,12 +109,12 @@ class StopRequest:
             threading.Timer(_LAST_WORDS, os._exit, [128 + number]).start()
             self._say("asked again: ending at once")
             sys.stdout.flush()
-            self.on_second(number)
+            self._guard.end(signalled(self._guard.world.rank, number))
         finally:
             os._exit(128 + number)
 
     def _say(self, text: str) -> None:
-        if self._is_first:
+        if self._guard.world.is_first:
             say(text)
 
 

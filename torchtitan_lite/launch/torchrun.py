@@ -20,23 +20,6 @@ SAVED = 75
 """Exit status of a process that was asked to stop and has saved: EX_TEMPFAIL of sysexits.h, "try again"."""
 
 
-class PassOn:
-    """A signal handler that passes the signal on to the ranks, or ends this process while there are none."""
-
-    def __init__(self) -> None:
-        self.has_passed_on = False
-
-    def __call__(self, number: int, _: object) -> None:
-        found = children()
-        if not found and not self.has_passed_on:
-            # At once: an exception in the middle of torch's import would abort the process.
-            os._exit(128 + number)
-        self.has_passed_on = True
-        for pid in found:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)
-
-
 def children() -> list[int]:
     """The processes that this one has started: the ranks."""
     found = []
@@ -89,7 +72,20 @@ def outlive_the_store() -> None:
 
 def main(argv: Sequence[str]) -> int:
     """Handle the signals, run torchrun with `argv`, and return the exit status."""
-    pass_on, words = PassOn(), list(argv)
+    words, passed_on = list(argv), False
+
+    def pass_on(number: int, _: object) -> None:
+        """Pass a signal on to the ranks; end this process if none has started."""
+        nonlocal passed_on
+        found = children()
+        if not found and not passed_on:
+            # At once: an exception in the middle of torch's import would abort the process.
+            os._exit(128 + number)
+        passed_on = True
+        for pid in found:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, pass_on)
 

@@ -1,8 +1,12 @@
 """The ranks of a run: who this one is, how they meet, and what they exchange."""
 
+import math
 import os
+import threading
+import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from concurrent.futures import Future, wait
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Annotated, TypeVar, cast
 
@@ -26,6 +30,8 @@ SAVING = "saving"
 """Name of the process group of the thread that saves."""
 _SAVING_TIMEOUT = timedelta(minutes=30)
 """How long a rank may save or load while the others wait for it."""
+_PERIOD = 0.5
+"""Seconds between two reports of progress while the main thread waits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +48,23 @@ class SameOnAllRanks(Exception):
     """An error that `World.together` raises unchanged on every rank, as it does with ConfigError."""
 
 
+class Progress:
+    """When the main thread last reported progress, and when its next report is due."""
+
+    def __init__(self, seconds: float = math.inf) -> None:
+        self.report(seconds)
+
+    def report(self, seconds: float) -> None:
+        """Report progress: the next report is due in `seconds`."""
+        self.seconds, self.last = seconds, time.monotonic()
+        self.due = self.last + seconds
+
+    @property
+    def is_late(self) -> bool:
+        """Whether a report is overdue. May be asked in any thread: it reads one number."""
+        return time.monotonic() > self.due
+
+
 @dataclass(frozen=True, kw_only=True)
 class World:
     """All ranks of a run, as one of them sees them. Without arguments: a run of one process."""
@@ -56,6 +79,8 @@ class World:
     """The process group that the methods use; None for the default one."""
     saving_group: ProcessGroup | None = None
     """A gloo group of all ranks, with long timeouts; None where there is one rank."""
+    progress: Progress = field(default_factory=Progress, compare=False)
+    """Of the main thread; the guard of a run of several ranks ends a rank that is late."""
 
     @property
     def is_first(self) -> bool:
@@ -66,6 +91,20 @@ class World:
     def saving(self) -> "World":
         """The same ranks over the group that waits long, for the one thread that saves or loads."""
         return self if self.saving_group is None else replace(self, group=self.saving_group)
+
+    def alive(self, seconds: float | None = None) -> None:
+        """Report progress of the main thread, which from now on may take `seconds` between two reports."""
+        self.progress.report(self.progress.seconds if seconds is None else seconds)
+
+    def wait_for(self, working: Future[T]) -> T:
+        """Wait for work in a thread, report progress meanwhile, and return or raise the work's result."""
+        while not wait([working], _PERIOD).done:
+            self.alive()
+        return working.result()
+
+    def patiently(self, act: Callable[["World"], T]) -> T:
+        """Run `act(self.saving)` in a thread, however long it takes, and return or raise its result."""
+        return self.wait_for(in_thread(lambda: act(self.saving)))
 
     def sum(self, x: Tensor) -> Tensor:
         """Sum `x` over all ranks, in place."""
@@ -78,9 +117,7 @@ class World:
         if self.size == 1:
             return flag
         device = "cuda" if dist.get_backend(self.group) == "nccl" else "cpu"
-        found = torch.tensor(int(flag), device=device)
-        dist.all_reduce(found, dist.ReduceOp.MAX, group=self.group)
-        return bool(found)
+        return bool(self.sum(torch.tensor(int(flag), device=device)))
 
     def gather(self, value: T) -> list[T]:
         """The values of all ranks, on every rank."""
@@ -114,24 +151,45 @@ class World:
             raise first if is_shared or error is None else error
         return cast(T, done)
 
+    def on_first(self, act: Callable[[], T]) -> T:
+        """Run `act` on rank 0, and return its result on every rank. Errors as in `together`."""
+        return cast(T, self.share(self.together(act if self.is_first else lambda: None)))
+
     def in_turn(self, build: Callable[[], T]) -> T:
         """Run `build` on one rank of each machine, then on the others, which find what that rank has cached.
 
         Errors as in `together`.
         """
-        if self.size == 1:
-            return build()
         is_first_here = self.local_rank == 0
         first = self.together(lambda: build() if is_first_here else None)
         second = self.together(lambda: None if is_first_here else build())
         return cast(T, first if is_first_here else second)
 
     def steady(self, seconds: int) -> None:
-        """Set the timeout of all groups but the saving group to `seconds`: the slow start is over."""
+        """The slow start is over: from now on a rank may go `seconds` without progress, or longer to save."""
         if dist.is_initialized():
+            self.alive(seconds)
             timeout = _timeout(seconds, dist.get_backend())
             for group in set(distributed_c10d._world.pg_map) - {self.saving_group}:
                 distributed_c10d._set_pg_timeout(timeout, group)
+
+
+def in_thread(act: Callable[[], T]) -> Future[T]:
+    """Run `act` in a thread of its own, on this thread's GPU. The end of the process does not wait for it."""
+    done: Future[T] = Future()
+    # A new thread has GPU 0 as its current device, and would take memory there.
+    gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+
+    def run() -> None:
+        try:
+            if gpu is not None:
+                torch.cuda.set_device(gpu)
+            done.set_result(act())
+        except BaseException as error:  # noqa: BLE001 - raised again by `result`
+            done.set_exception(error)
+
+    threading.Thread(target=run, name="background", daemon=True).start()
+    return done
 
 
 def _timeout(seconds: int, backend: str) -> timedelta:
@@ -176,7 +234,14 @@ def join(device_type: str, *, init_seconds: int = 300, offload: bool = False) ->
         rule = f"did not bring the {size} ranks together ({str(error).splitlines()[0]})"
         remedy = "see what became of the others, or raise comm.init_timeout_seconds"
         raise ConfigError([Problem("MASTER_ADDR", address, rule, remedy)]) from None
-    return World(rank=rank, local_rank=local_rank, size=size, store=store, saving_group=saving_group)
+    return World(
+        rank=rank,
+        local_rank=local_rank,
+        size=size,
+        store=store,
+        saving_group=saving_group,
+        progress=Progress(seconds=init_seconds),
+    )
 
 
 def _build_saving_group(timeout: timedelta) -> ProcessGroup:

@@ -1,7 +1,9 @@
 """The run's own folder: config.toml, metrics.jsonl, the TensorBoard and trace folders, and exit.json."""
 
+import contextlib
 import json
 import logging
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import IO, Any
 
 from torchtitan_lite import durable
 from torchtitan_lite.durable import InUse
+from torchtitan_lite.launch.end import End
 
 _LOG = logging.getLogger(__name__)
 
@@ -58,39 +61,28 @@ def set_aside(folder: Path, subfolders: tuple[str, ...] = (), used: Sequence[str
             path.rename(earlier / path.name)
 
 
-def write_exit(
-    folder: Path, status: int, outcome: str, *, step: int | None = None, message: str = ""
-) -> None:
+def write_exit(folder: Path, end: End, step: int = 0) -> None:
     """Write to `exit.json` how the run ended, for programs that get only 0 or 1 from torchrun.
 
-    Raises OSError if the disk is full; an earlier `exit.json` then stays.
+    If the start was refused, the `exit.json` of an earlier run moves to `earlier`. If the disk is full, a
+    line says so and the `exit.json` stays.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    record = {"status": status, "outcome": outcome, "step": step, "message": message}
-    with durable.replaced(folder / "exit.json") as stream:
-        stream.write((json.dumps(record, indent=2) + "\n").encode())
-
-
-def write_refusal(folder: Path, message: str) -> None:
-    """Write to `exit.json` that a start was refused; the outcome of an earlier run moves to `earlier`.
-
-    If another run has the folder, nothing is written.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        own = lock(folder)
-    except InUse:
-        return
-    with own:
-        keep_exit(folder)
-        write_exit(folder, 2, "refused", step=0, message=message)
-
-
-def keep_exit(folder: Path) -> None:
-    """Move the `exit.json` of an earlier run to `earlier`, unless it tells of a refusal."""
     path = folder / "exit.json"
-    if path.exists() and _outcome(path) != "refused":
-        path.rename(free_folder(folder, _EARLIER) / "exit.json")
+    record = {"status": end.status, "outcome": end.outcome, "step": step, "message": end.message}
+    try:
+        if end.outcome == "refused" and path.exists() and _outcome(path) != "refused":
+            path.rename(free_folder(folder, _EARLIER) / path.name)
+        with durable.replaced(path) as stream:
+            stream.write((json.dumps(record, indent=2) + "\n").encode())
+    except OSError as error:  # the run ended as it did all the same
+        print(f"exit.json in {folder} cannot be written ({error.strerror})", file=sys.stderr)
+
+
+def write_refusal(folder: Path, end: End) -> None:
+    """Write to `exit.json` that a start was refused, unless another run has the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(InUse), lock(folder):
+        write_exit(folder, end)
 
 
 def _outcome(path: Path) -> object:

@@ -2,8 +2,8 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from torchtitan_lite.checkpoint.restore import Found, check_same, check_same_run, find, find_initial, load
-from torchtitan_lite.checkpoint.save import Snapshot, probe
+from torchtitan_lite.checkpoint.save import probe
 from torchtitan_lite.checkpoint.state import State, changed, fingerprint, flat
 from torchtitan_lite.checkpoint.steps import Steps
 from torchtitan_lite.checkpoint.tensors import Piece
@@ -19,7 +19,6 @@ from torchtitan_lite.config.job import JobConfig
 from torchtitan_lite.config.load import ConfigError, Problem
 from torchtitan_lite.config.problem import printable
 from torchtitan_lite.data import Shards, Tokenizer
-from torchtitan_lite.launch.background import patiently
 from torchtitan_lite.launch.world import World
 from torchtitan_lite.models.decoder import DecoderConfig
 from torchtitan_lite.parallel.fsdp import own_shard
@@ -32,27 +31,34 @@ _NOT_NOTED = ("job.", "checkpoint.", "metrics.", "debug.log_sample_ids")
 """Settings whose changes are not reported, by prefix."""
 
 
-def find_start(
-    job: JobConfig, folder: Path, world: World, alive: Callable[[], None]
-) -> tuple[Found | None, Found | Path | None]:
-    """Return the verified step that the run in `folder` resumes from, and the weights of a new run.
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """Where a run starts from, at most one of these; otherwise it draws its weights."""
 
-    At most one of the two is not None. The weights are a verified step or the folder of a Hugging Face
-    model. Raises ConfigError on all ranks if none is good, or if no step can be saved.
+    resumed: Found | None = None
+    """The step to resume from."""
+    initial: Found | Path | None = None
+    """The weights of a new run: a step, or the folder of a Hugging Face model."""
+
+
+def find_start(job: JobConfig, folder: Path, world: World) -> Start:
+    """Find where the run in `folder` starts from, and verify the step.
+
+    Raises ConfigError on all ranks if no step is good, or if no step can be saved.
     """
-    checkpoint, ranks = job.checkpoint, world.saving
+    checkpoint = job.checkpoint
     if checkpoint.enable:
         steps = Steps(folder / checkpoint.folder)
-        patiently(lambda: probe(steps, ranks), alive)
-        if found := patiently(lambda: find(steps, checkpoint.load_step, ranks), alive):
-            return found, None
+        world.patiently(lambda ranks: probe(steps, ranks))
+        if found := world.patiently(lambda ranks: find(steps, checkpoint.load_step, ranks)):
+            return Start(resumed=found)
     if checkpoint.initial_load_in_hf:
         path = Path(os.path.expanduser(checkpoint.initial_load_path)).absolute()
-        patiently(lambda: hub.check(path, job.decoder, ranks, INITIAL), alive)
-        return None, path
+        world.patiently(lambda ranks: hub.check(path, job.decoder, ranks, INITIAL))
+        return Start(initial=path)
     if checkpoint.initial_load_path:
-        return None, patiently(lambda: find_initial(checkpoint.initial_load_path, ranks), alive)
-    return None, None
+        return Start(initial=world.patiently(lambda ranks: find_initial(checkpoint.initial_load_path, ranks)))
+    return Start()
 
 
 class Record:
@@ -141,49 +147,17 @@ class Record:
         """Return whether the order of the samples is the order in the run that saved `state`."""
         return all(state.identity.get(key) == self.identity[key] for key in _ORDER)
 
-    def snapshot(
-        self,
-        parameters: Mapping[str, Tensor],
-        optimizer: torch.optim.Optimizer,
-        *,
-        is_done: bool,
-        **position: int,
-    ) -> Snapshot:
-        """Return the snapshot of a step, with only the weights if the run `is_done` and so configured.
-
-        `position`: the step, n_tokens_seen, consumed_samples and validated of its `State`.
-        """
-        config = self.job.checkpoint
-        model_only = config.last_save_model_only and is_done
-        if model_only:
-            dtype = getattr(torch, config.export_dtype)
-            found = {
-                name: replace(piece, local=piece.local.cpu().to(dtype))
-                for name, piece in pieces(parameters).items()
-            }
-        else:
-            # Before its first step an optimizer has no state, and it alone knows how its state begins.
-            found = pieces(parameters, optimizer if optimizer.state else None)
-        state = State(
-            **position,
-            model_only=model_only,
-            identity=self.identity,
-            schedule=self.schedule,
-            config=self.config,
-        )
-        return Snapshot(pieces=found, state=state, made=self._made())
-
-    def _made(self) -> dict[str, Any]:
-        return {
-            "torch": torch.__version__,
-            "mesh": {"ranks": self.n_ranks, **asdict(self.degrees)},
-            "fingerprints": {
-                "config": fingerprint(self.config),
-                "model": fingerprint(self.identity["model"]),
-                "tokenizer": self.identity["data.tokenizer_fingerprint"],
-                "data": self.identity["data.fingerprint"],
-            },
+    @property
+    def made(self) -> dict[str, Any]:
+        """See `Manifest.made`."""
+        fingerprints = {
+            "config": fingerprint(self.config),
+            "model": fingerprint(self.identity["model"]),
+            "tokenizer": self.identity["data.tokenizer_fingerprint"],
+            "data": self.identity["data.fingerprint"],
         }
+        mesh = {"ranks": self.n_ranks, **asdict(self.degrees)}
+        return {"torch": torch.__version__, "mesh": mesh, "fingerprints": fingerprints}
 
 
 def pieces(

@@ -1,7 +1,6 @@
 """The state of a run, which checkpoints save: model, optimizer, and position in steps, tokens and data."""
 
-from collections.abc import Callable
-from pathlib import Path
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -9,10 +8,10 @@ from torch import Tensor
 
 from torchtitan_lite.checkpoint.restore import Found, load
 from torchtitan_lite.checkpoint.save import Snapshot
+from torchtitan_lite.checkpoint.state import State
 from torchtitan_lite.config.job import JobConfig
 from torchtitan_lite.config.load import ConfigError, Problem
 from torchtitan_lite.data import Loader
-from torchtitan_lite.launch.background import patiently
 from torchtitan_lite.launch.world import World
 from torchtitan_lite.models.decoder import Decoder
 from torchtitan_lite.models.init import init_weights
@@ -22,30 +21,17 @@ from torchtitan_lite.parallel.fsdp import own_shard
 from torchtitan_lite.parallel.mesh import build_mesh
 from torchtitan_lite.training.corpus import Corpus
 from torchtitan_lite.training.optimizer import build_optimizer, create_state
-from torchtitan_lite.training.record import Record, load_initial, pieces
+from torchtitan_lite.training.record import Record, Start, load_initial, pieces
 
 
 class TrainState:
     """The model, the optimizer, the loader with its position, and the counts of steps and tokens.
 
-    Raises ConfigError, before the model is built, if `resumed` is a step of another run.
-
-    Args:
-        alive: called often, to show that this rank does not hang.
-        resumed: the step to resume from.
-        initial: a step whose model a new run starts with, or the folder of a Hugging Face model.
+    Raises ConfigError, before the model is built, if `start` does not fit the run.
     """
 
-    def __init__(
-        self,
-        job: JobConfig,
-        world: World,
-        corpus: Corpus,
-        alive: Callable[[], None] = lambda: None,
-        *,
-        resumed: Found | None = None,
-        initial: Found | Path | None = None,
-    ) -> None:
+    def __init__(self, job: JobConfig, world: World, corpus: Corpus, start: Start) -> None:
+        resumed, initial = start.resumed, start.initial
         degrees, size = job.parallelism.degrees(world.size), job.training.local_batch_size
         self.batches = Loader(
             corpus.samples,
@@ -60,7 +46,7 @@ class TrainState:
         self.notes = self.record.check(resumed) if resumed else []
         """Lines to print about the step or the weights that the run begins with."""
         self.notes += self.record.check_initial(initial) if initial else []
-        self.model, self.context = build_model(job, world, alive, draw=resumed is None and initial is None)
+        self.model, self.context = build_model(job, world, draw=start == Start())
         # The shards. While FSDP has gathered a module's weights, its parameters are the whole weights.
         self.parameters = dict(self.model.named_parameters())
         groups = {name: row.group for name, row in self.model.config.rows.items()}
@@ -70,23 +56,23 @@ class TrainState:
         self.validated = -1
         """The step that was last validated."""
         if resumed is not None:
-            self._resume(resumed, world.saving, alive)
+            self._resume(resumed, world)
         elif initial is not None:
-            patiently(lambda: load_initial(initial, job.decoder, self.parameters, world.saving), alive)
+            world.patiently(lambda ranks: load_initial(initial, job.decoder, self.parameters, ranks))
 
     @property
     def began(self) -> int:
         """Steps done before this start."""
         return self.resumed_step or 0
 
-    def _resume(self, found: Found, ranks: World, alive: Callable[[], None]) -> None:
+    def _resume(self, found: Found, world: World) -> None:
         """Continue from a saved step. A step that holds only the model ends a run: nothing is loaded."""
         state = found.state
         if not state.model_only:
             if state.step > 0:  # before the first step an optimizer has no state
                 create_state(self.optimizer)
             own = pieces(self.parameters, self.optimizer if state.step > 0 else None)
-            patiently(lambda: load(found, own, ranks, "checkpoint.folder"), alive)
+            world.patiently(lambda ranks: load(found, own, ranks))
         self.step, self.n_tokens_seen, self.validated = state.step, state.n_tokens_seen, state.validated
         if self.record.has_order_of(state):
             self.batches.consumed_samples = state.consumed_samples
@@ -100,21 +86,29 @@ class TrainState:
                 raise ConfigError([Problem("optimizer.name", name, rule, remedy)])
 
     def snapshot(self, *, is_done: bool) -> Snapshot:
-        """Return the content of a checkpoint after the last step. `is_done`: the run is complete."""
-        return self.record.snapshot(
-            self.parameters,
-            self.optimizer,
-            is_done=is_done,
+        """Return the content of a checkpoint now: only the weights if the run `is_done` and so configured."""
+        record, config = self.record, self.record.job.checkpoint
+        model_only = config.last_save_model_only and is_done
+        # Before its first step an optimizer has no state, and it alone knows how its state begins.
+        optimizer = self.optimizer if self.optimizer.state and not model_only else None
+        found = pieces(self.parameters, optimizer)
+        if model_only:
+            dtype = getattr(torch, config.export_dtype)
+            found = {name: replace(piece, local=piece.local.cpu().to(dtype)) for name, piece in found.items()}
+        state = State(
             step=self.step,
             n_tokens_seen=self.n_tokens_seen,
             consumed_samples=self.batches.consumed_samples,
             validated=self.validated,
+            model_only=model_only,
+            identity=record.identity,
+            schedule=record.schedule,
+            config=record.config,
         )
+        return Snapshot(pieces=found, state=state, made=record.made)
 
 
-def build_model(
-    job: JobConfig, world: World, alive: Callable[[], None], *, draw: bool
-) -> tuple[Decoder, ContextParallel]:
+def build_model(job: JobConfig, world: World, *, draw: bool) -> tuple[Decoder, ContextParallel]:
     """A decoder with float32 weights, and how its sequences are split. A rank holds only its own shards.
 
     `draw`: draw the initial weights; otherwise the weights have no values yet.
@@ -135,7 +129,7 @@ def build_model(
     model.to_empty(device="cpu" if job.training.enable_cpu_offload else device)
 
     def shard(parameter: Tensor) -> tuple[Tensor, list[tuple[int, int]]]:
-        alive()
+        world.alive()
         return own_shard(parameter)
 
     if draw:

@@ -23,12 +23,10 @@ from torchtitan_lite.training.state import TrainState
 
 
 class Stepper:
-    """Takes optimizer steps. `alive` is called often, to show that this rank does not hang."""
+    """Takes optimizer steps."""
 
-    def __init__(
-        self, job: JobConfig, world: World, state: TrainState, alive: Callable[[], None] = lambda: None
-    ) -> None:
-        self.world, self.state, self.alive = world, state, alive
+    def __init__(self, job: JobConfig, world: World, state: TrainState) -> None:
+        self.world, self.state = world, state
         self.degrees = job.parallelism.degrees(world.size)
         self.device = torch.device(job.device)
         self.accumulation = job.training.accumulation(self.degrees.data)
@@ -55,7 +53,7 @@ class Stepper:
         loss = torch.zeros((), device=self.device)
         for number, batch in enumerate(micro, start=1):
             sync_gradients(state.model, last=number == self.accumulation)
-            self.alive()
+            self.world.alive()
             loss_sum, _ = self.loss_of(batch)
             (loss_sum / n_valid).backward()
             loss = loss + loss_sum.detach() / n_valid

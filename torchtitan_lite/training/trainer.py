@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from torchtitan_lite.checkpoint.restore import Found
 from torchtitan_lite.checkpoint.save import Saver
 from torchtitan_lite.checkpoint.steps import Steps
 from torchtitan_lite.config.job import JobConfig
@@ -20,6 +19,7 @@ from torchtitan_lite.launch.world import World
 from torchtitan_lite.training.corpus import load_corpus
 from torchtitan_lite.training.hooks import HookFailed, Hooks, Outcome, RunInfo
 from torchtitan_lite.training.hooks.console import say
+from torchtitan_lite.training.record import Start
 from torchtitan_lite.training.state import TrainState
 from torchtitan_lite.training.step import NonFinite, Stepper
 from torchtitan_lite.training.validation import Validation, mean_loss
@@ -30,15 +30,11 @@ _LOG = logging.getLogger(__name__)
 class Trainer:
     """The loop around the state and the step.
 
-    Raises ConfigError, before the model is built, if the data cannot be used or `resumed` is a step of
-    another run.
+    Raises ConfigError, before the model is built, if the data cannot be used or `start` does not fit the run.
 
     Args:
-        alive: called often, to show that this rank does not hang.
         folder: the run's own folder. Without a folder nothing is saved, and no hook is called.
         is_asked: whether this rank has been asked to stop.
-        resumed: the step to resume from.
-        initial: a step whose model a new run starts with, or the folder of a Hugging Face model.
         shards: tokens to train on instead of the tokens of the text that the config names.
     """
 
@@ -46,15 +42,13 @@ class Trainer:
         self,
         job: JobConfig,
         world: World | None = None,
-        alive: Callable[[], None] = lambda: None,
+        start: Start | None = None,
         *,
         folder: Path | None = None,
         is_asked: Callable[[], bool] = lambda: False,
-        resumed: Found | None = None,
-        initial: Found | Path | None = None,
         shards: Shards | None = None,
     ) -> None:
-        self.job, self.world, self.alive = job, world or World(), alive
+        self.job, self.world = job, world or World()
         set_up_process(
             device=job.device,
             seed=job.debug.seed,
@@ -62,15 +56,13 @@ class Trainer:
             uses_inductor=job.compile.uses_inductor,
         )
         self.corpus = load_corpus(job, self.world, shards)
-        self.state = TrainState(job, self.world, self.corpus, alive, resumed=resumed, initial=initial)
-        self.stepper = Stepper(job, self.world, self.state, alive)
+        self.state = TrainState(job, self.world, self.corpus, start or Start())
+        self.stepper = Stepper(job, self.world, self.state)
         self.hooks = Hooks(job.hook_configs, self._run_info(folder)) if folder else Hooks({})
         self.saver = self._build_saver(folder) if folder and job.checkpoint.enable else None
         self.is_asked = is_asked if self.saver else lambda: False  # a run without saves does not stop early
-        self.stop_asked = False
-        """Whether all ranks know that a rank was asked to stop."""
-        self.is_steady = False
-        """Whether the slow first step is done, and nothing is being saved."""
+        self.is_stopping = False
+        """Whether the ranks have agreed to stop early: one of them was asked to."""
         self.validations: list[Validation] = []
 
     def _run_info(self, folder: Path) -> RunInfo:
@@ -93,7 +85,6 @@ class Trainer:
             Steps(folder / config.folder),
             self.world.saving,
             say=self.say,
-            alive=self.alive,
             saved=self.state.resumed_step,
             on_published=self.hooks.saved,
         )
@@ -134,19 +125,18 @@ class Trainer:
                 _LOG.error("%s", failure)
 
     def _train(self) -> None:
-        self.stop_asked = self.world.any(self.is_asked())
+        self.is_stopping = self.world.any(self.is_asked())
         self.validate()
-        while self.state.step < self.job.training.steps and not self.stop_asked:
+        while self.state.step < self.job.training.steps and not self.is_stopping:
             stats = self.stepper.train_step(
                 lambda: (self.is_asked(), bool(self.saver and self.saver.has_failed))
             )
-            self.stop_asked, save_failed = stats.flags
+            self.is_stopping, save_failed = stats.flags
             if self.state.step == self.state.began + 1:
                 if self.saver:
                     self.state.check_optimizer(self.job.optimizer.name)
                 self.world.steady(self.job.comm.train_timeout_seconds)
-                self.is_steady = True
-            self.alive()
+            self.world.alive()
             seconds = self.hooks.take_seconds()
             self.hooks.step(replace(stats, seconds=stats.seconds + seconds, hook_seconds=seconds))
             self.validate()
@@ -161,21 +151,21 @@ class Trainer:
         """
         if self.saver is None:
             return
-        if after_failure and not self.stop_asked:  # after a stop the current step is saved instead
+        if after_failure and not self.is_stopping:  # after a stop the current step is saved instead
             self.saver.report()
         step = self.state.step
         if last or (step % self.job.checkpoint.interval == 0 and step < self.job.training.steps):
-            steady, self.is_steady = self.is_steady, False
+            seconds = self.world.progress.seconds
+            self.world.alive(self.job.comm.init_timeout_seconds)
             self.saver.save(step, partial(self.state.snapshot, is_done=self.is_done), last=last)
-            self.is_steady = steady
-            self.alive()
-            self.stop_asked = self.stop_asked or self.world.any(self.is_asked())
+            self.world.alive(seconds)
+            self.is_stopping = self.is_stopping or self.world.any(self.is_asked())
 
     def validate(self) -> None:
         """Measure and report the loss on held-out text if it is due. A request to stop cuts it short."""
         step, last, freq = self.state.step, self.job.training.steps, self.job.validation.freq
         is_due = step % freq == 0 or step >= last
-        if self.corpus.held_out is None or not is_due or self.state.validated == step or self.stop_asked:
+        if self.corpus.held_out is None or not is_due or self.state.validated == step or self.is_stopping:
             return
         size, steps = self.job.training.local_batch_size, self.job.validation.steps
         n_batches = steps if steps < 0 else steps * self.stepper.accumulation
@@ -194,9 +184,9 @@ class Trainer:
         self.hooks.validated(result)
 
     def _validation_loss_of(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        self.alive()
+        self.world.alive()
         if self.job.checkpoint.enable and self.world.any(self.is_asked()):
-            self.stop_asked = True
+            self.is_stopping = True
             raise _Stopped
         return self.stepper.loss_of(batch)
 

@@ -1,6 +1,5 @@
-"""Signals and the watch together: what ends a rank, how soon, and what the rank prints."""
+"""The guards of real ranks, with real signals: what ends a rank, how soon, and what the rank prints."""
 
-import os
 import signal
 import time
 from collections.abc import Iterator
@@ -9,19 +8,20 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 from launch import DEEP
-from programs import PIPE, Program
+from programs import PIPE, Program, environment
 
-from torchtitan_lite.launch import watch
-from torchtitan_lite.launch.world import World
+from torchtitan_lite.launch import guard
+from torchtitan_lite.launch.guard import Guard
+from torchtitan_lite.launch.signals import StopRequest
+from torchtitan_lite.launch.world import Progress, World
 
 PROGRAM = """\
 import ctypes, os, signal, sys, threading, time
 import torch.distributed as dist
-from torchtitan_lite.launch import watch as module
-from torchtitan_lite.launch.end import End, signalled
-from torchtitan_lite.launch.signals import StopRequest
-from torchtitan_lite.launch.watch import Watch
-from torchtitan_lite.launch.world import World
+from torchtitan_lite.launch import guard as module
+from torchtitan_lite.launch.end import End
+from torchtitan_lite.launch.guard import Guard
+from torchtitan_lite.launch.world import Progress, World
 
 module._SILENCE, module._GRACE = 1.5, 2.0
 rank, size, port = map(int, sys.argv[1:])
@@ -30,52 +30,34 @@ store = dist.TCPStore("127.0.0.1", port, is_master=False)
 def told(end):
     os.write(1, f"{{end.status}} {{end.outcome}}\\n".encode())
 
-world = World(rank=rank, size=size, store=store)
-watch = Watch(world, seconds=60, launcher=os.getppid(), on_end=lambda end: told(end))
-request = StopRequest(
-    is_first=rank == 0,
-    launched=True,
-    on_second=lambda number: watch.end(signalled(rank, number)),
-    on_ending=watch.hurry,
-    is_ending=lambda: watch.is_ending,
-)
-request.install(saves={saves})
+world = World(rank=rank, size=size, store=store, progress=Progress(seconds=60))
+guard = Guard(world, saves={saves}, on_end=told)
 
 def tell():
-    while not request.asked: time.sleep(0.01)
+    while not guard.stop.asked: time.sleep(0.01)
     print("asked", flush=True)
 
+guard.__enter__()
 if {is_deaf}:  # so that no handler raises before the process is inside the library
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda *_: None)
-watch.start()
 print("ready", flush=True)
 {after}
 """
-WAIT = "while not request.asked: time.sleep(0.01)\n"
+WAIT = "while not guard.stop.asked: time.sleep(0.01)\n"
 PATIENT = "module._GRACE = 1000.0\n"  # this rank ends for another reason than its grace
 FOREVER = "while True: time.sleep(0.1)"
 TELL = "threading.Thread(target=tell, daemon=True).start()\n"
-LEAVE = "request.done(); watch.stop(); sys.exit(75)"
+LEAVE = "guard.stop.ignore_signals(); guard.__exit__(None, None, None); sys.exit(75)"
 ASKED = "asked to stop by SIGTERM: saves and stops as soon as it can\n"
 
 
 class Rank(Program):
-    """A process with a watch and a StopRequest, which then runs the code `after`."""
+    """A process with a Guard, which then runs the code `after`."""
 
     def __init__(self, after: str, rank: int, size: int, port: int, saves: bool) -> None:
         code = PROGRAM.format(after=after, saves=saves, is_deaf=DEEP in after)
-        super().__init__(["-c", code, rank, size, port], stdin=PIPE)
-
-    def read(self, line: str) -> None:
-        """Wait until the process has printed `line`."""
-        assert self.stdout is not None
-        assert self.stdout.readline() == f"{line}\n"
-
-    def end(self) -> tuple[int, str, str]:
-        """The exit status and what was printed."""
-        out, err = self.communicate(timeout=60)
-        return self.returncode, out, err
+        super().__init__(["-c", code, rank, size, port], stdin=PIPE, env=environment(RANK=str(rank)))
 
 
 @pytest.fixture
@@ -99,7 +81,7 @@ def start() -> Iterator:
 
 
 def test_a_rank_that_was_asked_to_stop_may_take_longer_than_the_grace(start) -> None:
-    (rank,) = start(WAIT + "time.sleep(3);" + LEAVE)
+    rank, _ = start(WAIT + "time.sleep(3);" + LEAVE, FOREVER)
     rank.send_signal(signal.SIGTERM)
     assert rank.end() == (75, "", ASKED)
 
@@ -114,7 +96,7 @@ def test_a_rank_that_was_asked_to_stop_may_take_longer_than_the_grace(start) -> 
 def test_a_signal_that_is_not_a_request_ends_a_rank_even_inside_a_library(
     number: int, saves: bool, end: str, said: str, start
 ) -> None:
-    (rank,) = start(DEEP, saves=saves)
+    rank, _ = start(DEEP, FOREVER, saves=saves)
     rank.send_signal(number)
     assert rank.end() == (int(end.split()[0]), f"{end}\n", said)
 
@@ -142,7 +124,7 @@ def test_a_second_signal_to_one_rank_ends_all_ranks(start) -> None:
 
 
 def test_ranks_that_have_saved_may_end_at_different_times(start) -> None:
-    saves_long = "request.done(); time.sleep(2.5); print(watch.is_ending);"
+    saves_long = "guard.stop.ignore_signals(); time.sleep(2.5); print(guard.is_ending);"
     ranks = start(WAIT + saves_long + LEAVE, WAIT + LEAVE)
     for rank in ranks:
         rank.send_signal(signal.SIGTERM)
@@ -155,7 +137,7 @@ def test_ranks_that_have_saved_may_end_at_different_times(start) -> None:
 def test_another_ranks_failure_is_printed_although_the_launcher_then_sends_a_signal(
     asked_before: bool, start
 ) -> None:
-    fail = "input(); watch.end(End(rank=1, message='disk full', words='disk full'))"
+    fail = "input(); guard.end(End(rank=1, message='disk full', words='disk full'))"
     ranks = start(FOREVER, fail)
     assert ranks[0].stderr is not None and ranks[1].stdin is not None
     if asked_before:
@@ -171,7 +153,7 @@ def test_another_ranks_failure_is_printed_although_the_launcher_then_sends_a_sig
 
 
 def test_a_rank_that_hangs_is_named_with_its_stack(start) -> None:
-    ranks = start(f"{PATIENT}watch.alive(0.2)\n{FOREVER}", f"{PATIENT}{FOREVER}")
+    ranks = start(f"{PATIENT}world.alive(0.2)\n{FOREVER}", f"{PATIENT}{FOREVER}")
     status, _, err = ranks[0].end()
     assert status == 1
     assert err.startswith("rank 0 hangs: no progress for ")
@@ -187,8 +169,8 @@ def test_a_rank_that_dies_after_it_announced_trouble_is_named(start) -> None:
 
 
 def test_a_process_ends_even_if_writing_the_outcome_hangs(start) -> None:
-    stuck = "module._AT_MOST = 0.1; watch.on_end = lambda end: threading.Event().wait(); watch.alive(0.1)"
-    (rank,) = start(f"{stuck}\n{FOREVER}")
+    hang = "guard.on_end = lambda end: threading.Event().wait(); world.alive(0.1)"
+    rank, _ = start(f"module._AT_MOST = 0.1; {hang}\n{FOREVER}", FOREVER)
     assert rank.end()[0] == 1
 
 
@@ -213,6 +195,11 @@ class CountingStore:
         return request
 
 
+def guarded(store: Any) -> Guard:
+    world = World(size=2, store=store, progress=Progress(seconds=60))
+    return Guard(world, saves=True, on_end=lambda end: None)
+
+
 def test_a_wait_whose_time_is_up_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     store: Any = CountingStore()
     waits = []
@@ -223,9 +210,8 @@ def test_a_wait_whose_time_is_up_is_repeated(monkeypatch: pytest.MonkeyPatch) ->
             raise dist.DistStoreError("wait timeout")
 
     store.wait = wait
-    monkeypatch.setattr(watch, "PrefixStore", lambda prefix, own: own)
-    own = watch.Watch(World(store=store), seconds=60, launcher=os.getppid())
-    own._wait_for_trouble()
+    monkeypatch.setattr(guard, "PrefixStore", lambda prefix, own: own)
+    guarded(store)._wait_for_trouble()
     assert len(waits) == 3
 
 
@@ -233,27 +219,27 @@ def test_a_healthy_run_sends_the_store_one_request(monkeypatch: pytest.MonkeyPat
     """However long it lasts: here a hundred looks at the process."""
     looks: list[float] = []
     store: Any = CountingStore()
-    monkeypatch.setattr(watch, "PrefixStore", lambda prefix, own: own)
-    monkeypatch.setattr(watch, "_TICK", 0.001)
-    monkeypatch.setattr(watch.Watch, "_is_orphan", property(lambda own: looks.append(time.monotonic())))
-    own = watch.Watch(World(store=store), seconds=60, launcher=0)
-    own.start()
-    while len(looks) < 100:
-        own.alive(60)
-    assert store.requests == ["wait"]
-    own.stop()
+    monkeypatch.setattr(guard, "PrefixStore", lambda prefix, own: own)
+    monkeypatch.setattr(guard, "_TICK", 0.001)
+    monkeypatch.setattr(guard, "is_orphan", lambda: looks.append(time.monotonic()))
+    monkeypatch.setattr(StopRequest, "install", lambda own: None)
+    with guarded(store) as own:
+        while len(looks) < 100:
+            own.world.alive()
+        assert store.requests == ["wait"]
     assert sorted(store.requests) == ["compare_set", "get", "wait"]
 
 
 LAUNCHER = """\
 import os, signal, time
-from torchtitan_lite.launch.watch import while_launched
+from torchtitan_lite.launch import process
+from torchtitan_lite.launch.guard import while_launched
 
-launcher = os.getpid()
+launcher = process._LAUNCHER = os.getpid()
 if os.fork():
     time.sleep(60)
 os.environ["RANK"] = "0"
-with while_launched(launcher):
+with while_launched():
     os.kill(launcher, signal.SIGKILL)
     time.sleep(60)
 """
