@@ -14,7 +14,7 @@ from torchtitan_lite.attention.sdpa import Sdpa
 from torchtitan_lite.attention.varlen import Varlen
 
 BACKENDS = (Sdpa, Flex, Varlen)
-"""The backends of this package."""
+"""The config classes of the attention backends in this package."""
 
 __all__ = [
     "BACKENDS",

@@ -1,4 +1,4 @@
-"""The capabilities of every attention: data for the validator, the documentation and the tests."""
+"""What each attention backend supports, as data for the config check, the documentation and the tests."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
@@ -18,7 +18,7 @@ INSTALL_FA4 = 'pip install "flash-attn-4>=4.0.0b4,<4.0.0b19"'
 
 @dataclass(frozen=True, kw_only=True)
 class Capabilities:
-    """One implementation of an attention backend: what it supports, and what it needs."""
+    """The devices, dtypes and head dims that one implementation of a backend supports, and its needs."""
 
     name: str
     devices: tuple[str, ...]
@@ -26,28 +26,28 @@ class Capabilities:
     head_dim_multiple: int = 1
     head_dim_max: int | None = None
     head_dims_lacking: Mapping[int, range] = dataclasses.field(default_factory=dict)
-    """Head dims up to `head_dim_max` that are not supported, by the GPU's major compute capability."""
+    """The unsupported head dims up to `head_dim_max`, by the GPU's major compute capability."""
     sliding_window: bool = True
     deterministic: bool = True
-    """Whether its gradients are the same from run to run in torch's deterministic mode."""
+    """True if the gradients are the same from run to run in torch's deterministic mode."""
     packages: tuple[str, ...] = ()
-    """Modules that must be importable."""
+    """The modules that must be importable."""
     gpu_majors: tuple[int, ...] = ()
-    """Major compute capabilities that it runs on; empty: any."""
+    """The major compute capabilities that the implementation runs on. Empty means any."""
     install: str = ""
-    """How to get the packages."""
+    """The instruction for installing `packages`, for messages."""
     also_missing: Callable[[], str | None] = lambda: None
-    """Any other reason why the implementation cannot run here, in words."""
+    """A function that returns any other reason why the implementation cannot run on this machine, or None."""
 
     @property
     def needs(self) -> str:
-        """The needs of the implementation besides torch, in words."""
+        """The GPUs and packages that the implementation needs besides torch, in words."""
         gpus = " or ".join(f"{major}.x" for major in self.gpu_majors)
         parts = [f"compute capability {gpus}" * bool(gpus), self.install]
         return ", ".join(part for part in parts if part)
 
     def missing(self) -> str | None:
-        """The needs that this machine or its GPU does not meet, in words; None if it meets all."""
+        """Return the reason why this machine cannot run the implementation, or None if it can."""
         if "cuda" in self.devices and "cpu" not in self.devices and not torch.cuda.is_available():
             return "no CUDA device"
         major, minor = torch.cuda.get_device_capability() if self.gpu_majors else (0, 0)
@@ -57,7 +57,7 @@ class Capabilities:
         return f"{', '.join(absent)} not installed" if absent else self.also_missing()
 
     def unmet_here(self) -> str | None:
-        """The unmet need, as the rule of a Refusal; None if all are met, or if there is no GPU to check."""
+        """Return what is missing, as the rule of a Refusal. None if nothing is, or if there is no GPU."""
         lack = self.missing() if torch.cuda.is_available() else None
         return lack and f"needs {self.needs}, and {lack}"
 
@@ -65,12 +65,12 @@ class Capabilities:
 def _importable(module: str) -> bool:
     try:
         return find_spec(module) is not None
-    except ModuleNotFoundError:  # a parent package is not there
+    except ModuleNotFoundError:  # the parent package of the module is not installed
         return False
 
 
 def table(rows: Iterable[Capabilities]) -> list[tuple[str, ...]]:
-    """The capabilities in words: a header, then one row each. Every device runs every dtype of its row."""
+    """Return `rows` as a table of words below a header. In a row, every device supports every dtype."""
     lines = [("attention", "devices", "dtypes", "head_dim", "window", "deterministic", "needs besides torch")]
     for can in rows:
         head_dim = f"multiple of {can.head_dim_multiple}, " * (can.head_dim_multiple > 1)
@@ -84,7 +84,7 @@ def table(rows: Iterable[Capabilities]) -> list[tuple[str, ...]]:
 
 
 class Refusal(NamedTuple):
-    """Why a config cannot run here.
+    """The reason why an attention config cannot run: a field and its value, the broken rule, the remedy.
 
     `field` is a field of the attention config or an argument of `refusals`: device, dtype, head_dim,
     n_heads, sliding_window or deterministic.
@@ -98,7 +98,7 @@ class Refusal(NamedTuple):
 
 @runtime_checkable
 class AttentionConfig(Protocol):
-    """The attention of a model: a frozen dataclass with a `kind` of its own."""
+    """The config of a model's attention: a frozen dataclass whose `kind` names the backend."""
 
     supports: ClassVar[tuple[Capabilities, ...]]
     """The capabilities of each implementation."""
@@ -107,15 +107,15 @@ class AttentionConfig(Protocol):
     def kind(self) -> str: ...
 
     def implementation(self, device: str) -> Capabilities:
-        """The implementation that runs on "cpu" or "cuda"."""
+        """Return the capabilities of the implementation that runs on `device`, "cpu" or "cuda"."""
         ...
 
     def option_refusals(self, device: str) -> list[Refusal]:
-        """The options that are wrong on "cpu" or "cuda"."""
+        """Return a Refusal for each option that is wrong on `device`, "cpu" or "cuda"."""
         ...
 
     def build(self) -> nn.Module:
-        """The inner attention."""
+        """Return the module that computes attention from q, k, v, the mask and the scale."""
         ...
 
     def mask(
@@ -125,7 +125,10 @@ class AttentionConfig(Protocol):
         sliding_window: int | None = None,
         device: device | str | None = None,
     ) -> Any:
-        """The mask of a micro-batch: which keys each query sees, in all layers; see docs/attention.md."""
+        """Return the mask of a micro-batch, for all layers: the keys that each query sees.
+
+        docs/attention.md explains the arguments.
+        """
         ...
 
 
@@ -140,9 +143,9 @@ def refusals(
     sliding_window: int | None = None,
     deterministic: bool = False,
 ) -> list[Refusal]:
-    """All reasons why attention of this shape cannot run with `config` on `device` ("cpu" or "cuda").
+    """Return every reason why attention of this shape cannot run with `config` on `device` ("cpu" or "cuda").
 
-    Packages and the GPU itself are checked only if there is a CUDA device here.
+    Packages and the GPU are checked only if this machine has a CUDA device.
     """
     found = list(config.option_refusals(device))
     can = config.implementation(device)
@@ -152,7 +155,7 @@ def refusals(
         if is_wrong:
             found.append(Refusal(field, value, rule, remedy))
 
-    # If an option is the reason, the option has been refused already.
+    # If an option chose an implementation for another device, the option has been refused already.
     is_elsewhere = device not in can.devices and not found
     refuse(is_elsewhere, "device", device, f"does not run {name}", f"it needs {' or '.join(can.devices)}")
     remedy = f"use {can.dtypes[0]}, or another attention"

@@ -1,4 +1,4 @@
-"""Attention by torch's FlexAttention: a block mask, compiled to one kernel.
+"""Attention by torch's FlexAttention, which compiles a block mask into one kernel.
 
 B batch rows, S key tokens, Q query tokens, H query heads, G key/value heads, K head dim;
 M query blocks, N key blocks.
@@ -22,10 +22,13 @@ from torchtitan_lite.attention.portable.tiles import document_tiles
 logger = logging.getLogger(__name__)
 
 FLASH_BLOCKS = {9: (128, 128), 10: (256, 128)}
-"""The block size that the FLASH backend takes, by major compute capability: Hopper and Blackwell."""
+"""The (query, key) block size of the FLASH backend by major compute capability: 9 is Hopper, 10 Blackwell."""
 
 TRITON_BLOCKS = (32, 128)
-"""Tiles of the Triton kernels, which must divide a block: the smallest (backward) and the largest default."""
+"""The smallest default tile of the Triton kernels (in the backward) and the largest, in tokens.
+
+A tile must divide a block.
+"""
 
 AUTOTUNED_TILE = 64
 """The smallest tile that torch's autotuning tries in the forward (get_flex_attn_fwd_configs of inductor)."""
@@ -33,12 +36,12 @@ AUTOTUNED_TILE = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Flex:
-    """FlexAttention: a mask of blocks, compiled to one kernel."""
+    """FlexAttention, which compiles a block mask into one kernel."""
 
     kind: Literal["flex"] = "flex"
 
     block_size: int | tuple[int, int] = 128
-    """Size of a mask block in tokens: one number, or query and key tokens."""
+    """Size of a mask block in tokens: one number, or the number of queries and the number of keys."""
 
     kernel_options: dict[str, Any] = field(default_factory=dict)
     """Options of the CUDA kernel, from torch's FlexKernelOptions, such as {"BACKEND": "FLASH"}."""
@@ -67,13 +70,13 @@ class Flex:
 
     @property
     def blocks(self) -> tuple[int, int]:
-        """(query, key) tokens of a block."""
+        """The number of query tokens and the number of key tokens in a block."""
         size_q, size_k = (self.block_size,) * 2 if isinstance(self.block_size, int) else self.block_size
         return size_q, size_k
 
     @property
     def autotuned(self) -> bool:
-        """True if the Triton kernels' default tiles may exceed a block: torch must find smaller tiles."""
+        """True if torch must find smaller tiles: the Triton kernels' default tiles may exceed a block."""
         return not self.flash and min(self.blocks) < TRITON_BLOCKS[1]
 
     @property
@@ -127,7 +130,7 @@ class Flex:
     def build(self) -> nn.Module:
         tiles = {}
         if self.autotuned:
-            # The forward tile may not exceed a block, and autotuning tries no small tiles.
+            # A forward tile must not exceed a block, and autotuning tries no tile below AUTOTUNED_TILE.
             size_q, size_k = (min(size, AUTOTUNED_TILE) for size in self.blocks)
             tiles = {"BLOCK_M": size_q, "BLOCK_N": size_k}
         return FlexAttention({**tiles, **self.kernel_options}, self.autotuned)
@@ -152,11 +155,11 @@ class Flex:
 
 @dataclass(frozen=True)
 class FlexMask:
-    """A block mask for the CUDA kernel."""
+    """The block mask of a micro-batch, for the CUDA kernel."""
 
     block_mask: BlockMask
     shape: tuple[int, int, int]
-    """(B, Q, S) of the micro-batch."""
+    """The sizes (B, Q, S) of the micro-batch."""
 
 
 def build_block_mask(
@@ -166,13 +169,13 @@ def build_block_mask(
     blocks: tuple[int, int],
     device: torch.device,
 ) -> BlockMask:
-    """The block mask of documents, from the interval of keys that each query sees.
+    """Return the block mask of documents, built from the interval of keys that each query sees.
 
-    The mask is built where the positions are and then moved to `device`: building it on a GPU would take
-    sixty small kernels. Nothing waits for the device, and no tensor is Q x S; `create_block_mask` without
-    compilation makes such a tensor. A block is full if each of its queries sees all of its keys: the latest
-    start and the earliest end of the intervals decide. A block is touched if one of its queries sees one of
-    its keys: the earliest start and the latest end decide.
+    The mask is built on the device of `positions_BS` and then moved to `device`: building a mask on a GPU
+    takes sixty small kernels. The host does not wait for the device. No tensor has size Q x S, as in
+    `create_block_mask` without compilation. A block is full if each of its queries sees all of its keys: the
+    latest start and the earliest end of the intervals decide. A block is touched if at least one of its
+    queries sees at least one of its keys: the earliest start and the latest end decide.
     """
     seq_len = positions_BS.shape[1]
     first_BQ, last_Q = intervals(positions_BS, queries, sliding_window)
@@ -204,21 +207,21 @@ def build_block_mask(
 
 
 def _blocked(x_Q: Tensor, size: int, fill: int) -> Tensor:
-    """The last axis cut into blocks, [..., M, size]; the last block is filled up with `fill`."""
+    """Cut the last axis into blocks, [..., M, size]. The last block is padded with `fill`."""
     return nn.functional.pad(x_Q, (0, -x_Q.shape[-1] % size), value=fill).unflatten(-1, (-1, size))
 
 
 def _block_list(chosen_BMN: Tensor) -> tuple[Tensor, Tensor]:
-    """For each row of blocks: the number of chosen blocks [B, 1, M], and an order of the blocks [B, 1, M, N].
+    """Return, for each row of blocks, the number of chosen blocks and an order of all blocks.
 
-    The chosen blocks come first in the order.
+    The number has shape [B, 1, M], the order [B, 1, M, N]. The chosen blocks come first in the order.
     """
     order_BMN = torch.argsort(chosen_BMN.int(), dim=-1, descending=True, stable=True)
     return chosen_BMN.sum(-1, dtype=torch.int32)[:, None], order_BMN.int()[:, None]
 
 
 class FlexAttention(nn.Module):
-    """FlexAttention by a block mask on CUDA, and the tiles of the documents on a CPU."""
+    """FlexAttention with a block mask on CUDA. On a CPU, a loop over documents replaces FlexAttention."""
 
     def __init__(self, kernel_options: dict[str, Any], autotuned: bool) -> None:
         super().__init__()
@@ -227,7 +230,7 @@ class FlexAttention(nn.Module):
         # head fit one block of the mask. So only a single query may use that kernel.
         is_chosen = {"BACKEND", "FORCE_USE_FLEX_ATTENTION"} & kernel_options.keys()
         self.options_of_several = {**({} if is_chosen else {"BACKEND": "TRITON"}), **kernel_options}
-        # Looked up here: in the forward, torch.compile would trace the cache.
+        # The function is looked up here: in the forward, torch.compile would trace the cache of `_compiled`.
         self.flex_attention = _compiled(autotuned)
 
     def forward(
@@ -256,7 +259,7 @@ class FlexAttention(nn.Module):
 
 @cache
 def _compiled(autotuned: bool) -> Callable[..., Any]:
-    # One compiled function for all layers: uncompiled, FlexAttention builds the scores of S x S.
+    # All layers share one compiled function. Without compilation, FlexAttention builds all S x S scores.
     return torch.compile(flex_attention, options={"max_autotune": True} if autotuned else None)
 
 

@@ -1,41 +1,41 @@
-"""Which keys each query sees: documents, causality and sliding windows, all from positions.
+"""The keys that each query sees, from the positions of tokens: documents, causality and sliding windows.
 
 B batch rows, S key tokens, Q query tokens (Q <= S), N segments.
 
 Every query sees one interval of the keys of its own row: from the first token of its document (or of its
-window) up to itself. The backends differ only in how they evaluate these intervals.
+window) up to its own token. The backends differ only in how they evaluate these intervals.
 """
 
 import torch
 from torch import Tensor
 
 SEQ_DIM = 1
-"""The sequence axis of q, k, v and of the output: [B, S, H, K]."""
+"""The sequence axis of q, k, v and the output, which have the shape [B, S, H, K]."""
 
 PADDING = -1
 """The position of a padding token."""
 
 Ranges = tuple[tuple[int, int], ...]
-"""Half-open ranges of key tokens, such as ((0, 64), (448, 512))."""
+"""The type of half-open ranges of key tokens, such as ((0, 64), (448, 512))."""
 
 
 def to_device(x: Tensor, device: torch.device | str) -> Tensor:
-    """`x` on `device`. A copy to a GPU is made from pinned memory, so that the host does not wait for it.
+    """Return `x` on `device`. A copy to a GPU is made from pinned memory, so that the host does not wait.
 
-    From pageable memory CUDA first copies to a buffer of its own, and the host waits for this copy:
+    From pageable memory CUDA first copies to a buffer of its own, and the host waits for that first copy:
     https://docs.nvidia.com/cuda/cuda-driver-api/api-sync-behavior.html
     """
     device = torch.device(device)
     if x.is_cpu and device.type == "cuda":
-        # Contiguous first: for another layout torch makes an unpinned copy.
+        # `x` is made contiguous first: of a tensor that is not contiguous, torch makes an unpinned copy.
         x = x.contiguous().pin_memory()
     return x.to(device, non_blocking=True)
 
 
 def query_ranges(queries: Ranges | None, seq_len: int) -> Ranges:
-    """`queries` as ranges of key tokens, in the order of the queries; None stands for all tokens.
+    """Return the ranges in `queries` that are not empty, in the same order. None stands for all tokens.
 
-    Raises ValueError for a range outside the sequence and for ranges that overlap.
+    Raises ValueError if a range is outside the sequence, or if ranges overlap.
     """
     if queries is None:
         return ((0, seq_len),)
@@ -50,18 +50,18 @@ def query_ranges(queries: Ranges | None, seq_len: int) -> Ranges:
 
 
 def count_queries(queries: Ranges | None, seq_len: int) -> int:
-    """The number of tokens in `queries`."""
+    """Return the number of tokens in `queries`. None stands for all tokens."""
     return sum(stop - start for start, stop in query_ranges(queries, seq_len))
 
 
 def check_window(sliding_window: int | None) -> None:
-    """Raise ValueError for a window in which a query does not see itself."""
+    """Raise ValueError if `sliding_window` is below 1: a query must see itself."""
     if sliding_window is not None and sliding_window < 1:
         raise ValueError(f"sliding_window {sliding_window} must be at least 1: a query sees itself")
 
 
 def check_positions(positions_BS: Tensor) -> None:
-    """Raise ValueError unless each row is padding, then documents that each count from 0, then padding."""
+    """Raise ValueError unless each row has padding, then documents that each count from 0, then padding."""
     if positions_BS.ndim != 2 or positions_BS.dtype != torch.int64:
         raise ValueError(
             f"positions must be int64 of shape [B, S], not {positions_BS.dtype} {list(positions_BS.shape)}"
@@ -83,10 +83,10 @@ def check_positions(positions_BS: Tensor) -> None:
 def check_inputs(
     q_BQHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, shape: tuple[int, int, int], scale: float | None
 ) -> float:
-    """Check that the tensors fit each other and a mask of (B, Q, S) `shape`; return the scale.
+    """Check that the tensors fit each other and a mask of the sizes (B, Q, S), and return the scale.
 
-    The scale is 1 / sqrt(K) by default. Raises ValueError if the tensors do not fit, and for a scale that is
-    not positive: some kernels would give NaN.
+    The scale is 1 / sqrt(K) by default. Raises ValueError if the tensors do not fit, or if the scale is not
+    positive: some kernels would return NaN.
     """
     batch, n_queries, seq_len = shape
     q, k, v = tuple(q_BQHK.shape), tuple(k_BSGK.shape), tuple(v_BSGK.shape)
@@ -106,10 +106,11 @@ def check_inputs(
 
 
 def segments(positions_BS: Tensor, queries: Ranges | None = None) -> Tensor:
-    """The queries, cut at the documents: [N, 5] int64 rows (row, q0, q1, k0, k1), sorted.
+    """Cut the queries where documents begin. Return sorted int64 rows (row, q0, q1, k0, k1), [N, 5].
 
-    Queries [q0, q1) of `row` see the keys [k0, k1) causally, aligned at the bottom right: the last query sees
-    all of these keys. q0 and q1 count the queries, k0 and k1 the keys. `positions_BS` must be on the CPU.
+    The queries [q0, q1) of `row` see the keys [k0, k1) causally, aligned at the bottom right: the last query
+    sees all of these keys. q0 and q1 are indices of queries, k0 and k1 are indices of keys. `positions_BS`
+    must be on the CPU.
     """
     check_positions(positions_BS)
     seq_len = positions_BS.shape[1]
@@ -131,9 +132,9 @@ def segments(positions_BS: Tensor, queries: Ranges | None = None) -> Tensor:
 def intervals(
     positions_BS: Tensor, queries: Ranges | None = None, sliding_window: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The interval of keys that each query sees: (first_BQ, last_Q), both ends included.
+    """Return the first and the last key that each query sees: first_BQ and last_Q.
 
-    Padding queries have first = S, so that their interval is empty. Nothing is read back from the device.
+    Padding queries have first = S, so that they see no key. Nothing is read back from the device.
     """
     check_window(sliding_window)
     seq_len = positions_BS.shape[1]
@@ -152,14 +153,14 @@ def intervals(
 def explicit_mask(
     positions_BS: Tensor, queries: Ranges | None = None, sliding_window: int | None = None
 ) -> Tensor:
-    """The mask as a tensor [B, Q, S], True where a query sees a key: quadratic, only for the reference."""
+    """Return the mask [B, Q, S], True where a query sees a key. Only the slow reference uses this mask."""
     first_BQ, last_Q = intervals(positions_BS, queries, sliding_window)
     key_S = torch.arange(positions_BS.shape[1], device=positions_BS.device)
     return (key_S >= first_BQ[..., None]) & (key_S <= last_Q[:, None])
 
 
 def positions_from_cu_seqlens(cu_seqlens: Tensor) -> Tensor:
-    """Positions [1, T] of T packed tokens, from the cumulative lengths [N + 1] of their documents."""
+    """Return the positions [1, T] of T packed tokens, given the cumulative lengths [N + 1] of documents."""
     cu = cu_seqlens.to(torch.int64)
     token_T = torch.arange(int(cu[-1]), device=cu.device)
     return (token_T - cu[torch.searchsorted(cu, token_T, right=True) - 1])[None]

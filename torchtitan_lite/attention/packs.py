@@ -3,9 +3,9 @@
 B batch rows, S key tokens, Q query tokens, H query heads, G key/value heads, K head dim;
 T = B * Q and U = B * S packed query and key tokens, D documents of a pack.
 
-A pack is a sequence of documents whose queries and whose keys follow each other in memory: one kernel call. A
-batch without padding is one pack. Padding splits it, and so do queries that are only some chunks of the
-sequence.
+A pack is a sequence of documents whose queries are contiguous in memory, and whose keys are contiguous too.
+One kernel call computes a pack. A batch without padding is one pack. Padding splits a batch into several
+packs, and so do queries that are only some chunks of the sequence.
 """
 
 from itertools import pairwise
@@ -27,11 +27,11 @@ from torchtitan_lite.attention.operator import (
 
 aten = torch.ops.aten
 ALL_ROWS = -1
-"""The `row` of a pack over all batch rows, one row after the other."""
+"""The value of `Pack.row` for a pack over the concatenation of all batch rows."""
 
 
 class Pack(NamedTuple):
-    """Queries [q0, q1) and keys [k0, k1) of `row`, or of all rows one after the other."""
+    """The queries [q0, q1) and keys [k0, k1) of batch row `row`, or of the concatenation of all rows."""
 
     row: int
     q0: int
@@ -39,7 +39,7 @@ class Pack(NamedTuple):
     k0: int
     k1: int
     first: int
-    """The index in Calls.data of the cumulative query counts [D + 1]; the cumulative key counts follow."""
+    """The index in Calls.data of the cumulative query counts [D + 1]. The cumulative key counts follow."""
     n_documents: int
     max_q: int
     """The largest number of queries of a document."""
@@ -47,15 +47,15 @@ class Pack(NamedTuple):
     """The largest number of keys of a document."""
 
     def q(self, x_BQHK: Tensor) -> Tensor:
-        """The pack's part [T, H, K] of q, the output, or the gradient of either."""
+        """Return the pack's part [T, H, K] of q, of the output, or of a gradient of q or the output."""
         return _tokens(x_BQHK, self.row)[self.q0 : self.q1]
 
     def k(self, x_BSGK: Tensor) -> Tensor:
-        """The pack's part [U, G, K] of k, v, or the gradient of either."""
+        """Return the pack's part [U, G, K] of k, of v, or of a gradient of k or v."""
         return _tokens(x_BSGK, self.row)[self.k0 : self.k1]
 
     def lse(self, lse_HT: Tensor, n_queries: int) -> Tensor:
-        """The pack's part of the log-sum-exp."""
+        """Return the pack's part of the log-sum-exp. A batch row has `n_queries` queries."""
         before = max(self.row, 0) * n_queries
         return lse_HT[:, before + self.q0 : before + self.q1]
 
@@ -67,10 +67,11 @@ def document_packs(
     device: torch.device | str = "cpu",
     kernel: str = "torch",
 ) -> Calls:
-    """The packs of a micro-batch: one if there is no padding, one for each row and range of `queries`.
+    """Return the packs of a micro-batch as kernel calls. `kernel` is the name of the evaluator.
 
-    The table has the packs over all batch rows first, then the packs of each row alone, which serve tensors
-    whose rows do not follow each other in memory. `kernel` is the name of the evaluator.
+    Without padding there is one pack, or one for each row and range if `queries` is given. The table first
+    lists the packs over all batch rows, then the packs of each row alone. The packs of each row alone are for
+    tensors whose rows are not contiguous in memory.
     """
     check_window(sliding_window)
     segments_N5 = segments(positions_BS.cpu(), queries)
@@ -94,19 +95,19 @@ def document_packs(
 
 
 def _cut(spans_N4: Tensor) -> list[Tensor]:
-    """Documents (q0, q1, k0, k1), in order, cut if the queries or keys of the next document do not follow."""
+    """Split the documents (q0, q1, k0, k1) into groups whose queries and whose keys are contiguous."""
     breaks = (spans_N4[1:, 0] != spans_N4[:-1, 1]) | (spans_N4[1:, 2] != spans_N4[:-1, 3])
     edges = [0, *(breaks.nonzero().flatten() + 1).tolist(), len(spans_N4)]
     return [spans_N4[start:stop] for start, stop in pairwise(edges) if start < stop]
 
 
 class Documents(NamedTuple):
-    """The documents of a pack, and how to compute their attention: causal, aligned at the bottom right."""
+    """The documents of a pack, whose attention is causal and aligned at the bottom right."""
 
     cu_q_D: Tensor
-    """Cumulative query counts, [D + 1] int32."""
+    """The cumulative query counts, [D + 1] int32."""
     cu_k_D: Tensor
-    """Cumulative key counts, [D + 1] int32."""
+    """The cumulative key counts, [D + 1] int32."""
     max_q: int
     max_k: int
     window: int | None
@@ -118,10 +119,10 @@ def _tokens(x_BSHK: Tensor, row: int) -> Tensor:
 
 
 def _calls(work: Work, *tensors: Tensor) -> list[tuple[Pack, Documents]]:
-    """The kernel calls: the packs over all rows, or the packs of each row alone.
+    """Return the kernel calls: the packs over all rows, or the packs of each row alone.
 
-    Each row alone if the rows of a tensor do not follow each other in memory: joining the rows would copy the
-    tensor.
+    The packs of each row alone are used if the rows of a tensor are not contiguous in memory. To join such
+    rows, the tensor would have to be copied.
     """
     packed = all(len(x) == 1 or x.stride(0) == x.shape[1] * x.stride(1) for x in tensors)
     calls = []
@@ -135,13 +136,16 @@ def _calls(work: Work, *tensors: Tensor) -> list[tuple[Pack, Documents]]:
 
 
 def _is_whole(calls: list[tuple[Pack, Documents]], q_BQHK: Tensor, k_BSGK: Tensor) -> bool:
-    """True if one call has all queries and all keys, so that no results must be put together."""
+    """Return True if one call has all queries and all keys, so that no results must be combined."""
     whole = (ALL_ROWS, 0, q_BQHK.shape[:2].numel(), 0, k_BSGK.shape[:2].numel())
     return len(calls) == 1 and calls[0][0][:5] == whole
 
 
 class PackEvaluator:
-    """Attention by packs, with one kernel: q and out [T, H, K], k and v [U, G, K], log-sum-exp [H, T]."""
+    """An evaluator that computes each pack by `kernel`.
+
+    The kernel's q and output are [T, H, K], its k and v [U, G, K], its log-sum-exp [H, T].
+    """
 
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
@@ -174,19 +178,19 @@ class PackEvaluator:
         dq, dk, dv = (x.new_zeros(x.shape) for x in (q, k, v))
         for (pack, _), (dq_part, dk_part, dv_part) in zip(calls, parts, strict=True):
             pack.q(dq).copy_(dq_part)
-            # Summed in the dtype of the keys: under context parallel at most two packs share a key.
+            # The sum is in the dtype of the keys: under context parallel at most two packs share a key.
             pack.k(dk).add_(dk_part)
             pack.k(dv).add_(dv_part)
         return dq, dk, dv
 
 
 def _left(window: int | None) -> int:
-    """The number of keys that a query sees before its own key, as FlashAttention counts them; -1: all."""
+    """Return FlashAttention's window size: the keys that a query sees before its own key. -1 means all."""
     return -1 if window is None else window - 1
 
 
 class TorchFlash:
-    """torch's FlashAttention-2, or FlashAttention-3 or -4 once `activate_flash_attention_impl` has chosen it.
+    """torch's FlashAttention-2, or version 3 or 4 if `activate_flash_attention_impl` has activated it.
 
     torch's `varlen_attn` calls the same operators (torch/nn/attention/varlen.py).
     """
@@ -210,7 +214,7 @@ class TorchFlash:
 
 
 class FlashAttnPackage:
-    """The flash-attn package, version 2.7 or later."""
+    """The kernels of the flash-attn package, version 2.7 or later."""
 
     def forward(self, q, k, v, how):
         from flash_attn import flash_attn_interface  # pyright: ignore[reportMissingImports]

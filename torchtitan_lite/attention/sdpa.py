@@ -1,4 +1,4 @@
-"""Attention by torch's scaled_dot_product_attention: runs everywhere.
+"""Attention by torch's scaled_dot_product_attention, which runs everywhere.
 
 B batch rows, S key tokens, Q query tokens, H query heads, G key/value heads, K head dim.
 """
@@ -20,7 +20,7 @@ from torchtitan_lite.attention.portable.tiles import document_tiles
 
 @dataclass(frozen=True, kw_only=True)
 class Sdpa:
-    """torch's scaled_dot_product_attention; packed documents in one call (CUDA, half precision) or a loop."""
+    """torch's scaled_dot_product_attention. Packed rows are one call (CUDA, half precision) or a loop."""
 
     kind: Literal["sdpa"] = "sdpa"
 
@@ -45,7 +45,7 @@ class Sdpa:
         device: torch.device | str | None = None,
     ) -> "SdpaMask":
         device = torch.device(positions_BS.device if device is None else device)
-        positions_BS = positions_BS.cpu()  # once, for both tables
+        positions_BS = positions_BS.cpu()  # once, for the tiles and the packs
         tiles = document_tiles(positions_BS, queries, sliding_window, device)
         if device.type == "cpu":
             return SdpaMask(tiles)
@@ -53,32 +53,32 @@ class Sdpa:
         has_all = query_ranges(queries, seq_len) == ((0, seq_len),) and (sliding_window or seq_len) >= seq_len
         if has_all and bool((positions_BS == torch.arange(seq_len)).all()):
             return SdpaMask(tiles, one_document=True)
-        # Make both tables: the dtype decides whether the GPU's kernel can run, and it is not known here.
+        # Make tiles and packs: the kernel for packs takes only half precision, and the dtype is unknown here.
         return SdpaMask(tiles, document_packs(positions_BS, queries, sliding_window, device))
 
 
 @dataclass(frozen=True)
 class SdpaMask:
-    """The mask, once for each way in which `SdpaAttention` may evaluate it."""
+    """The mask in each form that `SdpaAttention` may use."""
 
     tiles: Calls
     packs: Calls | None = None
     one_document: bool = False
-    """Whether every row is one document, and every query sees all of it up to itself."""
+    """True if every row is one document, in which every query sees all keys up to its own."""
 
 
 class SdpaAttention(nn.Module):
-    """One kernel call if every row is one document, otherwise a loop over documents.
+    """Attention in one kernel call if every row is one document, otherwise in a loop over documents.
 
     On a GPU, torch's variable-length FlashAttention computes packed rows in one call too, if it takes the
-    dtype and the head_dim.
+    dtype and the head dim.
     """
 
     def forward(
         self, q_BQHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: SdpaMask, scale: float | None = None
     ) -> Tensor:
-        # On a CPU the tiles make the same kernel call, without a random state that torch.compile would keep
-        # for the recompute.
+        # On a CPU the tiles make the same kernel call, without a random state. torch.compile would keep the
+        # random state for the recomputation.
         if q_BQHK.is_cuda and mask.one_document and not _only_quadratic(q_BQHK, k_BSGK, v_BSGK):
             scale = check_inputs(q_BQHK, k_BSGK, v_BSGK, mask.tiles.shape, scale)
             return attend_whole_rows(q_BQHK, k_BSGK, v_BSGK, scale)
@@ -88,7 +88,7 @@ class SdpaAttention(nn.Module):
 
 
 def attend_whole_rows(q_BSHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, scale: float) -> Tensor:
-    """Attend in one call of the kernel that torch chooses; every row must be one document. [B, S, H, K]."""
+    """Return attention [B, S, H, K] from one call of torch's own kernel. Every row must be one document."""
     q_BHSK, k_BGSK, v_BGSK = (x.transpose(1, 2) for x in (q_BSHK, k_BSGK, v_BSGK))
     out_BHSK = F.scaled_dot_product_attention(
         q_BHSK, k_BGSK, v_BGSK, is_causal=True, scale=scale, enable_gqa=q_BHSK.shape[1] != k_BGSK.shape[1]
@@ -97,10 +97,10 @@ def attend_whole_rows(q_BSHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, scale: flo
 
 
 def _only_quadratic(q_BQHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor) -> bool:
-    """True if torch would fall back to its quadratic kernel.
+    """Return True if torch would fall back to its quadratic kernel.
 
-    Torch does so if the features of a head are not adjacent in memory, or if neither FlashAttention nor the
-    memory-efficient kernel can run: the latter takes no grouped heads and no float64.
+    Torch falls back if the features of a head are not adjacent in memory, or if neither FlashAttention nor
+    the memory-efficient kernel can run. The memory-efficient kernel takes no grouped heads and no float64.
     """
     if q_BQHK.stride(-1) != 1 or k_BSGK.stride(-1) != 1 or v_BSGK.stride(-1) != 1:
         return True

@@ -20,19 +20,19 @@ from torchtitan_lite.attention.packs import document_packs
 from torchtitan_lite.attention.portable.tiles import document_tiles
 
 FA4_BEFORE = 19
-"""The first beta of flash-attn-4 that torch cannot use: it returns four results, and torch expects two."""
+"""The first beta of flash-attn-4 that torch cannot use: the beta returns four results, torch expects two."""
 
 
 def _fa4_lacks() -> str | None:
-    """Why torch cannot use the installed flash-attn-4; None if it can."""
+    """Return the reason why torch cannot use the installed flash-attn-4, or None if it can."""
     from torch.nn.attention import _fa4
 
-    # Causal attention is passed as a window, which torch 2.11 does not translate for FlashAttention-4.
+    # `TorchFlash` passes causal attention as a window, which torch 2.11 does not translate for version 4.
     if not hasattr(_fa4, "_aten_to_fa4_window_size"):
         return "this torch's FlashAttention-4 takes no causal window"
     try:
         installed = version("flash-attn-4")
-    except PackageNotFoundError:  # built from source: no version is recorded
+    except PackageNotFoundError:  # a build from source records no version
         return None
     beta = re.match(r"4\.0\.0b(\d+)", installed)
     if beta and int(beta[1]) < FA4_BEFORE:
@@ -41,7 +41,7 @@ def _fa4_lacks() -> str | None:
 
 
 def _flash_attn_lacks() -> str | None:
-    """Why `FlashAttnPackage` cannot use the installed flash-attn; None if it can."""
+    """Return the reason why `FlashAttnPackage` cannot use the installed flash-attn, or None if it can."""
     try:
         installed = version("flash-attn")
     except PackageNotFoundError:
@@ -71,7 +71,7 @@ KERNELS = {
         (9, 10),
         "flash_attn.cute",
         INSTALL_FA4,
-        # flash_attn/cute/interface.py has head dims up to 128, and 256.
+        # flash_attn/cute/interface.py supports head dims up to 128, and 256.
         head_dims_lacking={10: range(129, 256)},
         also_missing=_fa4_lacks,
     ),
@@ -86,10 +86,10 @@ KERNELS = {
     "torch": _flash("torch", (8, 9, 10, 12)),
     "documents": Capabilities(name="varlen (documents)", devices=("cpu", "cuda"), dtypes=FLOATS),
 }
-"""Every kernel by name, the best first: "auto" takes the first that runs."""
+"""The kernels by name, the best first. "auto" takes the first kernel that runs on this machine."""
 
 ACTIVATED: dict[str, Literal["FA3", "FA4"]] = {"fa3": "FA3", "fa4": "FA4"}
-"""Kernels that replace torch's FlashAttention for the whole process, with torch's names for them."""
+"""The kernels that replace torch's FlashAttention for the whole process, with torch's names for them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,17 +99,17 @@ class Varlen:
     kind: Literal["varlen"] = "varlen"
 
     kernel: Literal["auto", "fa4", "fa3", "flash_attn", "torch", "documents"] = "auto"
-    """Which kernel: auto takes the best one that is installed and fits the GPU; documents is a loop."""
+    """The kernel. auto takes the best kernel that is installed and fits the GPU. documents is a loop."""
 
     supports: ClassVar[tuple[Capabilities, ...]] = tuple(KERNELS.values())
 
     def resolve(self, device: str) -> str:
-        """The kernel that runs on "cpu" or "cuda"."""
+        """Return the name of the kernel that runs on `device`, "cpu" or "cuda"."""
         if self.kernel != "auto":
             return self.kernel
         if device == "cpu":
             return "documents"
-        if not torch.cuda.is_available():  # a config checked for another machine
+        if not torch.cuda.is_available():  # the config is for another machine
             return "torch"
         return next(name for name, can in KERNELS.items() if can.missing() is None)
 
@@ -126,7 +126,7 @@ class Varlen:
         return []
 
     def build(self) -> nn.Module:
-        """The inner attention. Raises ValueError if the kernel was named and cannot run here."""
+        """Return the attention module. Raises ValueError if `kernel` is not "auto" and cannot run here."""
         if self.kernel != "auto" and (lack := KERNELS[self.kernel].missing()):
             needs = KERNELS[self.kernel].needs
             raise ValueError(f"Varlen(kernel={self.kernel!r}) needs {needs}: {lack}")
@@ -148,9 +148,9 @@ class Varlen:
 
 @cache
 def _ready(config: Varlen, device: str) -> str:
-    """The evaluator that runs on "cpu" or "cuda"; a kernel that replaces torch's is activated first, once.
+    """Return the evaluator for `device`, "cpu" or "cuda". Activate a kernel that replaces torch's.
 
-    The first `mask` calls this function, since only then is the device known: a run on a CPU must not touch
+    `Varlen.mask` calls this function, because the device is not known earlier: a run on a CPU must not touch
     a GPU.
     """
     name = config.resolve(device)
@@ -160,7 +160,7 @@ def _ready(config: Varlen, device: str) -> str:
 
 
 class VarlenAttention(nn.Module):
-    """The kernel calls of the mask: packs of documents for FlashAttention, or tiles of documents."""
+    """Attention by the kernel calls in the mask, which compute packs of documents or tiles of documents."""
 
     def forward(
         self, q_BQHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: Calls, scale: float | None = None

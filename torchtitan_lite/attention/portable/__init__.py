@@ -1,1 +1,1 @@
-"""Attention on any machine: the mask as tiles (rectangles of queries and keys), and kernels for a tile."""
+"""Attention on any machine: the mask is cut into tiles, rectangles of queries and keys for plain kernels."""

@@ -1,10 +1,10 @@
 // Causal attention of documents on a CPU, forward and backward, for heads of HEAD_DIM features. For GCC.
 //
-// FlashAttention (https://arxiv.org/abs/2205.14135) for short documents. torch's kernel also computes what the
-// causal mask hides, and needs a call for each document. This one takes all documents in one call, and its
-// threads share documents, heads and blocks of queries. All sums are in float32, whatever the tensors' dtype.
+// FlashAttention (https://arxiv.org/abs/2205.14135) for short documents. torch's kernel also computes scores that
+// the causal mask hides, and needs a call for each document. This kernel takes all documents in one call. Its
+// threads divide documents, heads and blocks of queries among them. All sums are in float32, whatever the dtype.
 //
-// native.py compiles this file for the machine at hand and fills in the arguments; kernels.py is the reference.
+// native.py compiles this file for the CPU of the machine and fills in the arguments. kernels.py is the reference.
 
 #include <algorithm>
 #include <cmath>
@@ -16,12 +16,12 @@ typedef float Vec __attribute__((vector_size(64), aligned(4)));
 typedef int32_t IntVec __attribute__((vector_size(64), aligned(4)));
 
 constexpr int LANES = 16, K = HEAD_DIM;
-constexpr int QUERIES = 64;   // in a block
-constexpr int KEYS = 256;     // in a block: the scores of a block stay in the second-level cache
-constexpr int CHUNK = 512;    // queries of a forward task, which lays out its keys once
+constexpr int QUERIES = 64;   // The queries in a block.
+constexpr int KEYS = 256;     // The keys in a block: the scores of a block stay in the second-level cache.
+constexpr int CHUNK = 512;    // The queries of a forward task, which transposes each block of keys once.
 static_assert(KEYS % QUERIES == 0 && CHUNK % QUERIES == 0, "every query sees a key in each block that it computes");
 #ifdef __AVX512F__
-constexpr int ROWS = 8;       // of a register tile: with 2 vectors each, half of the 32 registers hold sums
+constexpr int ROWS = 8;       // The rows of a register tile. With 2 vectors a row, sums fill half of 32 registers.
 #else
 constexpr int ROWS = 3;
 #endif
@@ -40,11 +40,11 @@ static inline void narrow(float x, float& out) { out = x; }
 static inline void narrow(float x, Bfloat16& out) {
     uint32_t bits;
     std::memcpy(&bits, &x, 4);
-    // To the nearest, and halfway to the even one; NaN stays NaN.
+    // Round to the nearest bfloat16. From halfway between two, round to the even one. NaN stays NaN.
     out.bits = x != x ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-// A tensor [batch, token, head, K] with the last dimension dense; strides in elements.
+// A tensor [batch, token, head, K]. The stride of the last dimension is 1. Strides count elements.
 struct View {
     void* data;
     int64_t row, token, head;
@@ -53,10 +53,11 @@ struct View {
     }
 };
 
-// A document of one row, `n` tokens from `start` on, and some of its queries: at most CHUNK, from `first` on.
+// Queries of one document for the heads of one key head (`group`). The document has the `n` tokens of batch row
+// `row` from token `start` on. The queries start at token `first` of the document.
 struct Task { int64_t row, start, n, group, first; };
 
-// C[rows, 16 * vecs] (+)= A[rows, depth] @ B[depth, 16 * vecs], in registers.
+// Compute C[rows, 16 * vecs] (+)= A[rows, depth] @ B[depth, 16 * vecs], with the sums in registers.
 template <int rows, int vecs>
 static inline void multiply_tile(int64_t depth, const float* a, int64_t a_row, int64_t a_step, const float* b,
                                  int64_t b_row, float* c, int64_t c_row, bool add) {
@@ -84,7 +85,7 @@ static inline void multiply_columns(int64_t rows, int64_t depth, const float* a,
         multiply_tile<1, vecs>(depth, a + r * a_row, a_row, a_step, b, b_row, c + r * c_row, c_row, add);
 }
 
-// C[rows, columns] (+)= A[rows, depth] @ B[depth, columns]; columns is a multiple of LANES.
+// Compute C[rows, columns] (+)= A[rows, depth] @ B[depth, columns]. `columns` must be a multiple of LANES.
 static void multiply(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_row, int64_t a_step,
                      const float* b, int64_t b_row, float* c, int64_t c_row, bool add) {
     int64_t col = 0;
@@ -96,10 +97,11 @@ static void multiply(int64_t rows, int64_t columns, int64_t depth, const float* 
 
 static inline Vec splat(float x) { return x - Vec{}; }
 
-// e^x for x <= 0, to float32: 2^n * e^r, with the polynomial of Cephes' expf (https://www.netlib.org/cephes/).
+// Return e^x for x <= 0 with the precision of float32. e^x is 2^n * e^r, and e^r is the polynomial of Cephes'
+// expf (https://www.netlib.org/cephes/).
 static inline Vec exponential(Vec x) {
-    x = x < splat(-87.0f) ? splat(-87.0f) : x;  // in this order NaN stays NaN
-    const Vec shifter = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds x to a whole number
+    x = x < splat(-87.0f) ? splat(-87.0f) : x;  // In this order of operands NaN stays NaN.
+    const Vec shifter = splat(12582912.0f);  // 1.5 * 2^23: adding this number rounds to a whole number.
     Vec shifted = x * 1.44269504088896341f + shifter;
     Vec n = shifted - shifter;
     Vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
@@ -131,18 +133,19 @@ static void store_row(const float* from, T* to, float factor = 1) {
     for (int i = 0; i < K; ++i) narrow(from[i] * factor, to[i]);
 }
 
-// Rows [n, K] of a tensor; and rows as columns [K, stride], of which `width` are written: zeros after the n-th.
+// Load the rows [n, K] of one head of a tensor, from token `start` on.
 template <typename T>
 static void load_rows(const View& view, int64_t row, int64_t start, int64_t head, int64_t n, float* rows) {
     for (int64_t i = 0; i < n; ++i) load_row(view.at<T>(row, start + i, head), rows + i * K);
 }
+// Transpose rows [n, K] to columns [K, stride]. `width` columns are written, with zeros after the n-th column.
 static void transpose(const float* rows, int64_t n, int64_t width, int64_t stride, float* columns) {
     for (int64_t i0 = 0; i0 < width; i0 += LANES)
         for (int f = 0; f < K; ++f)
             for (int64_t i = i0; i < i0 + LANES; ++i) columns[f * stride + i] = i < n ? rows[i * K + f] : 0;
 }
 
-// The first `seen` scores of a row become e^(score - shift), the others 0. The result is their sum.
+// Replace the first `seen` scores of a row by e^(score - shift), and the other scores by 0. Return the sum.
 static inline float exponentiate(float* scores, int64_t seen, int64_t width, float shift) {
     Vec sums = {};
     int64_t j = 0;
@@ -201,7 +204,7 @@ static void forward_task(const Problem& p, const Task& task) {
     constexpr int64_t BLOCK = PADDED_QUERIES * K;
     const int64_t last = std::min(task.first + CHUNK, task.n), repeats = p.heads / p.groups;
     const int64_t n_blocks = (last - task.first + QUERIES - 1) / QUERIES;
-    // Of all heads that share the keys: the keys are laid out once, a block at a time.
+    // q and out hold all heads that share the keys, so that each block of keys is transposed only once.
     std::vector<float> q(repeats * n_blocks * BLOCK), out(repeats * n_blocks * BLOCK);
     std::vector<float> most(repeats * n_blocks * QUERIES, -INFINITY), sum(repeats * n_blocks * QUERIES);
     alignas(64) static thread_local float rows[KEYS * K], keys[K * KEYS], values[KEYS * K];

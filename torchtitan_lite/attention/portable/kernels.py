@@ -1,4 +1,4 @@
-"""The kernels for one tile, forward and backward.
+"""The kernels that compute one tile, a rectangle of queries and keys, forward and backward.
 
 H query heads, G key/value heads, K head dim; b, n, m: rows, queries and keys of a tile;
 M = H / G * n: the queries of all heads that share a key head.
@@ -18,27 +18,30 @@ _cpu_flash = aten._scaled_dot_product_flash_attention_for_cpu
 _cpu_flash_backward = aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 BLOCK = 256
-"""Queries per call of torch's CPU kernel if `CpuKernel` computes causal attention in blocks."""
+"""The number of queries in each call of torch's CPU kernel if `CpuKernel` computes attention in blocks."""
 MANY = 768
-"""From this many queries on, torch's kernel uses larger blocks itself, and skips hidden blocks
+"""The number of queries from which torch's kernel itself uses larger blocks and skips hidden blocks
 (aten/src/ATen/native/cpu/FlashAttentionKernel.cpp)."""
 
 
 class OneTile(NamedTuple):
-    """How to compute a tile: q and out [b, H, n, K], k and v [b, G, m, K], log-sum-exp [b, H, n]."""
+    """The options of a kernel call for one tile.
+
+    The kernel's q and output are [b, H, n, K], its k and v [b, G, m, K], its log-sum-exp [b, H, n].
+    """
 
     causal: bool
     mask: Tensor | None
-    """Is added to the scores. A tile is causal or has a mask, never both."""
+    """The tensor that is added to the scores. A causal tile has no mask."""
     scale: float
 
 
 class CpuKernel:
-    """torch's FlashAttention for CPUs: any float type, grouped heads, an additive mask.
+    """torch's FlashAttention for CPUs, which takes any float type, grouped heads and an additive mask.
 
-    torch computes keys in blocks of 512, and skips a block only if it is hidden from a whole block of
-    queries: with up to 512 tokens it skips none. So torch gets causal attention of medium length as
-    blocks of queries, each with the keys that it sees.
+    torch computes keys in blocks of 512, and skips a block of keys only if it is hidden from a whole block of
+    queries. With up to 512 tokens torch skips no block. So causal attention of medium length is given to
+    torch in blocks of queries, each with the keys that the block sees.
     """
 
     def forward(self, q, k, v, how):
@@ -56,7 +59,7 @@ class CpuKernel:
     def backward(self, dout, q, k, v, out, lse, how):
         (causal, mask, scale), dtype = how, q.dtype
         if dtype in HALF and q.shape[2] < MANY and not native.has_amx():
-            # torch's products of halves are slow for so few queries: three times slower with 64.
+            # torch multiplies half-precision matrices slowly for so few queries: three times slower with 64.
             dout, q, k, v, out = (x.float() for x in (dout, q, k, v, out))
             mask = None if mask is None else mask.float()
         if not causal or not _is_medium(q):
@@ -75,12 +78,12 @@ class CpuKernel:
 
 
 def _is_medium(q: Tensor) -> bool:
-    """Whether causal attention of these queries is faster in blocks."""
+    """Return True if causal attention of these queries is faster in blocks."""
     return BLOCK < q.shape[2] < MANY
 
 
 def _causal_blocks(q: Tensor):
-    """The queries and keys of each block, and the mask to add: None for the first block, which is causal."""
+    """Yield the queries, the keys and the additive mask of each block. The first block is causal: no mask."""
     n = q.shape[2]
     for start in range(0, n, BLOCK):
         stop = min(start + BLOCK, n)
@@ -89,7 +92,7 @@ def _causal_blocks(q: Tensor):
 
 
 class CudaKernel:
-    """torch's FlashAttention-2 for CUDA: fp16 and bf16, grouped heads, no mask."""
+    """torch's FlashAttention-2 for CUDA: fp16, bf16, grouped heads. Tiles with a mask go to PlainKernel."""
 
     def forward(self, q, k, v, how):
         if how.mask is not None:
@@ -109,7 +112,7 @@ class CudaKernel:
 
 
 class PlainKernel:
-    """Matrix products in float32 or float64, `block` queries at a time: slow, a reference for the others."""
+    """The slow reference kernel: matrix products in float32 or float64, `block` queries at a time."""
 
     def __init__(self, block: int = 256) -> None:
         self.block = block
@@ -142,14 +145,14 @@ class PlainKernel:
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
     def _blocks(self, q: Tensor, k: Tensor, causal: bool) -> Iterator[tuple[slice, slice]]:
-        """Slices of the queries, each with the slice of the keys that it needs."""
+        """Yield slices of the queries, each with the slice of the keys that these queries need."""
         n = q.shape[2]
         for start in range(0, n, self.block):
             stop = min(start + self.block, n)
             yield slice(start, stop), slice(0, stop if causal else k.shape[2])
 
     def _scores(self, q, k, rows: slice, keys: slice, how: OneTile) -> Tensor:
-        """Scaled, masked scores of a block, [b, G, M, m]."""
+        """Return the scaled, masked scores of a block, [b, G, M, m]."""
         wide, n = sum_dtype(q.dtype), rows.stop - rows.start
         scores = _by_group(q[:, :, rows].to(wide), k.shape[1]) @ k[:, :, keys].to(wide).mT * how.scale
         if how.causal:
@@ -162,29 +165,29 @@ class PlainKernel:
 
 
 def _by_group(x_bHn: Tensor, groups: int) -> Tensor:
-    """[b, H, n, ...] as [b, G, M, ...]."""
+    """Reshape [b, H, n, ...] to [b, G, M, ...]."""
     return x_bHn.unflatten(1, (groups, -1)).flatten(2, 3)
 
 
 def _by_head(x_bGM: Tensor, n: int) -> Tensor:
-    """[b, G, M, ...] as [b, H, n, ...]."""
+    """Reshape [b, G, M, ...] to [b, H, n, ...]."""
     return x_bGM.unflatten(2, (-1, n)).flatten(1, 2)
 
 
 def finite(lse: Tensor) -> Tensor:
-    """A log-sum-exp to subtract from scores: a query that sees nothing gets weights of 0, not NaN."""
+    """Replace -inf in a log-sum-exp, so that a query that sees no key gets weights of 0, not NaN."""
     return lse.clamp(min=torch.finfo(lse.dtype).min)
 
 
 def kernel_for(q_BQHK: Tensor) -> Kernel:
-    """The kernel that computes a tile on this tensor's device in its dtype."""
+    """Return the kernel that computes tiles on the device and in the dtype of `q_BQHK`."""
     if q_BQHK.device.type == "cpu":
         return CpuKernel()
     return CudaKernel() if has_cuda_flash(q_BQHK) else PlainKernel()
 
 
 def has_cuda_flash(q_BQHK: Tensor) -> bool:
-    """True if torch's FlashAttention for CUDA takes these queries."""
+    """Return True if torch's FlashAttention for CUDA takes queries of this device, dtype and head dim."""
     head_dim = q_BQHK.shape[-1]
     fits = q_BQHK.is_cuda and q_BQHK.dtype in HALF and head_dim % 8 == 0 and head_dim <= 256
     return fits and torch.cuda.get_device_capability(q_BQHK.device) >= (8, 0)

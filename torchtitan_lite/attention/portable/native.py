@@ -1,8 +1,9 @@
-"""Causal attention of whole documents by `causal_cpu.cpp`, which the machine's GCC compiles.
+"""Causal attention of whole documents on a CPU by `causal_cpu.cpp`, which the machine's GCC compiles.
 
 B batch rows, S tokens, H query heads, G key/value heads, K head dim.
 
-`compile_kernel` switches the kernel on for the whole process, for heads of one size. Compiled runs call it.
+`compile_kernel` turns the kernel on for the whole process, for one head dim. Runs that compile the model call
+`compile_kernel`.
 """
 
 import ctypes
@@ -21,13 +22,13 @@ from torch import Tensor
 from torchtitan_lite import durable
 from torchtitan_lite.attention.operator import Work
 
-# The compiler that torch uses: torch._inductor.config.cpp.cxx.
+# torch has the same default: torch._inductor.config.cpp.cxx.
 CXX = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-"""The compiler of torch's CPU kernels and of this kernel."""
+"""The C++ compiler for torch's CPU kernels and for this kernel."""
 
 _SOURCE = Path(__file__).with_name("causal_cpu.cpp")
-# The library is not linked with OpenMP: it uses the copy that torch has loaded. A second copy would start
-# threads of its own.
+# The library is not linked with OpenMP: the library uses the OpenMP that torch has loaded. A second OpenMP
+# would start threads of its own.
 _COMPILE = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-fopenmp", "-Wno-psabi")
 _DTYPES = (torch.float32, torch.bfloat16)
 _LOG = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ _KERNELS: dict[int, ctypes.CDLL] = {}
 
 
 def compile_kernel(head_dim: int) -> None:
-    """Compile the kernel for heads of `head_dim`, or load it from the cache, and use it from now on.
+    """Turn on the kernel for heads of `head_dim` features: compile the kernel, or load it from the cache.
 
     If the kernel cannot be compiled or loaded, a warning says so, and torch's kernel is used. Systems other
     than Linux always use torch's kernel.
@@ -54,23 +55,23 @@ def compile_kernel(head_dim: int) -> None:
 
 
 def forget_kernels() -> None:
-    """Use torch's kernel again."""
+    """Turn off the kernels that `compile_kernel` has turned on. Torch's kernel is used again."""
     _KERNELS.clear()
 
 
 def has_amx() -> bool:
-    """True if the CPU has units for products of bfloat16 matrices; only torch's kernel uses them."""
+    """Return True if the CPU has AMX, units for bfloat16 matrix products, which only torch's kernel uses."""
     return getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
 
 
 def takes(q_BSHK: Tensor) -> bool:
-    """True if the kernel has been compiled for these queries."""
+    """Return True if a compiled kernel computes queries of this device, dtype and head dim."""
     fits = q_BSHK.is_cpu and q_BSHK.dtype in _DTYPES and q_BSHK.shape[-1] in _KERNELS
     return fits and not (q_BSHK.dtype == torch.bfloat16 and has_amx())
 
 
 def forward(q_BSHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, work: Work) -> tuple[Tensor, Tensor]:
-    """The output [B, S, H, K] and its log-sum-exp [B, S, H], both 0 on padding."""
+    """Return the output [B, S, H, K] and its log-sum-exp [B, S, H], which are 0 on padding."""
     out_BSHK = torch.zeros_like(q_BSHK)
     lse_BSH = torch.zeros(q_BSHK.shape[:3], dtype=torch.float32, device=q_BSHK.device)
     _call(work, False, lse_BSH, q=q_BSHK, k=k_BSGK, v=v_BSGK, out=out_BSHK)
@@ -81,7 +82,7 @@ def backward(
     dout_BSHK: Tensor, q_BSHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, out_BSHK: Tensor, lse_BSH: Tensor,
     work: Work,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients of q, k and v."""
+    """Return the gradients of q, k and v."""
     dq, dk, dv = (zeros_for(x, x.dtype) for x in (q_BSHK, k_BSGK, v_BSGK))
     tensors = {"q": q_BSHK, "k": k_BSGK, "v": v_BSGK, "out": out_BSHK, "dout": dout_BSHK}
     _call(work, True, lse_BSH, **tensors, dq=dq, dk=dk, dv=dv)
@@ -89,7 +90,7 @@ def backward(
 
 
 def zeros_for(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Zeros for the gradient of `x`: contiguous, whatever the layout of `x`."""
+    """Return zeros for the gradient of `x`, which are contiguous whatever the layout of `x`."""
     return torch.zeros_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
 
@@ -97,7 +98,7 @@ def _call(work: Work, is_backward: bool, lse: Tensor, **tensors: Tensor) -> None
     q, k, table = tensors["q"], tensors["k"], work.table
     assert lse.is_contiguous() and table.is_contiguous() and all(x.stride(-1) == 1 for x in tensors.values())
     assert lse.dtype == torch.float32 and all(x.is_cpu and x.dtype == q.dtype for x in tensors.values())
-    # The fields of `Problem` in causal_cpu.cpp.
+    # These are the members of `Problem` in causal_cpu.cpp, in the same order.
     fields = []
     for name in ("q", "k", "v", "out", "dout", "dq", "dk", "dv"):
         fields += [tensors[name].data_ptr(), *tensors[name].stride()[:3]] if name in tensors else [0] * 4
@@ -108,7 +109,7 @@ def _call(work: Work, is_backward: bool, lse: Tensor, **tensors: Tensor) -> None
 
 
 def _loaded(head_dim: int) -> ctypes.CDLL:
-    """The loaded library. If the one in the cache is damaged, it is compiled again."""
+    """Load and return the library of the kernel. If the library in the cache is damaged, compile it again."""
     library = _built(head_dim)
     try:
         return ctypes.CDLL(str(library))
@@ -118,11 +119,11 @@ def _loaded(head_dim: int) -> ctypes.CDLL:
 
 
 def _built(head_dim: int) -> Path:
-    """The path of the library, compiled unless torch's cache of kernels (TORCHINDUCTOR_CACHE_DIR) has it."""
+    """Return the path of the library. Compile it unless torch's cache (TORCHINDUCTOR_CACHE_DIR) has it."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     flags = [*_COMPILE, f"-DHEAD_DIM={head_dim}"]
-    # The macros of the compiler: its version, and the instructions of the processor.
+    # The predefined macros tell the compiler's version and the processor's instruction sets.
     about = _run([CXX, *flags, "-dM", "-E", "-x", "c++", os.devnull])
     key = hashlib.sha256(_SOURCE.read_bytes() + about + repr(flags).encode()).hexdigest()[:16]
     library = Path(cache_dir()) / "torchtitan_lite" / f"causal-{head_dim}-{key}.so"
@@ -132,7 +133,7 @@ def _built(head_dim: int) -> Path:
             parts = Path(folder) / "kernel.o", Path(folder) / "kernel.so"
             _run([CXX, *flags, "-c", str(_SOURCE), "-o", str(parts[0])])
             _run([CXX, "-shared", str(parts[0]), "-o", str(parts[1])])
-            durable.publish(parts[1], library)  # other processes may do the same at this moment
+            durable.publish(parts[1], library)  # other processes may publish the same library now
     return library
 
 

@@ -1,12 +1,12 @@
-"""The mask as tiles: rectangles of (queries, keys) to compute, so that no tensor is S x S.
+"""The mask cut into tiles, rectangles of queries and keys to compute, so that no tensor has size S x S.
 
 B batch rows, S key tokens, Q query tokens, H query heads, G key/value heads, K head dim;
 b, n, m: rows, queries and keys of a tile.
 
-A plain kernel computes a tile in one call: all of it, its causal half (as many queries as keys), or under a
-small explicit mask. Tiles of the same queries are merged by their log-sum-exp. The backward of each tile with
-the merged output and log-sum-exp is exact (FlashAttention, https://arxiv.org/abs/2205.14135, section 3.1 and
-appendix B.4).
+A plain kernel computes a tile in one call. The call computes the whole tile, the causal half of a square
+tile, or the part that a small explicit mask shows. Tiles of the same queries are merged by their log-sum-exp.
+The backward of each tile uses the merged output and log-sum-exp, and is exact (FlashAttention,
+https://arxiv.org/abs/2205.14135, section 3.1 and appendix B.4).
 """
 
 from collections.abc import Iterator
@@ -22,15 +22,16 @@ from torchtitan_lite.attention.portable import native
 from torchtitan_lite.attention.portable.kernels import OneTile, finite, kernel_for
 
 FULL, CAUSAL, BAND, ROWS = range(4)
-"""Values of Tile.kind. BAND: query i sees the tile's keys [i, i + Calls.window). ROWS: each row has one
-query, and Calls.data starts with a mask [rows, keys], True where the row's query sees the key."""
+"""The values of Tile.kind. FULL: every query sees every key. CAUSAL: query i sees the tile's keys [0, i + 1).
+BAND: query i sees the tile's keys [i, i + Calls.window). ROWS: each row has one query, and Calls.data starts
+with a mask [rows, keys], True where the row's query sees the key."""
 
 WINDOW_STEP = 128
-"""Queries of a tile in a sliding window: fewer means more calls, more means larger masks."""
+"""The queries in a tile of a sliding window. A smaller number means more calls, a larger one larger masks."""
 
 
 class Tile(NamedTuple):
-    """Queries [q0, q1) against keys [k0, k1), in the rows [row0, row1)."""
+    """The queries [q0, q1) and the keys [k0, k1) of batch rows [row0, row1), for one kernel call."""
 
     row0: int
     row1: int
@@ -40,15 +41,15 @@ class Tile(NamedTuple):
     k1: int
     kind: int
     fresh_queries: bool = True
-    """Whether this is the first tile with these queries: there is nothing to merge its results with."""
+    """True if this is the first tile with these queries, so that there are no results to merge with."""
     fresh_keys: bool = True
 
     def q(self, x_BQHK: Tensor) -> Tensor:
-        """The tile's part [b, H, n, K] of q, the output, or the gradient of either; of lse [b, H, n]."""
+        """Return the tile's part [b, H, n, K] of q, the output or their gradients, or [b, H, n] of lse."""
         return x_BQHK[self.row0 : self.row1, self.q0 : self.q1].transpose(1, 2)
 
     def k(self, x_BSGK: Tensor) -> Tensor:
-        """The tile's part [b, G, m, K] of k, v, or the gradient of either."""
+        """Return the tile's part [b, G, m, K] of k, of v, or of a gradient of k or v."""
         return x_BSGK[self.row0 : self.row1, self.k0 : self.k1].transpose(1, 2)
 
 
@@ -58,7 +59,11 @@ def document_tiles(
     sliding_window: int | None = None,
     device: torch.device | str = "cpu",
 ) -> Calls:
-    """A causal tile for each document, after a full tile if the document has keys before its queries."""
+    """Return the tiles of a micro-batch as kernel calls.
+
+    Each document has a causal tile, and a full tile before it if the document has keys before its queries. A
+    sliding window adds tiles of the kind BAND.
+    """
     check_window(sliding_window)
     segments_N5 = segments(positions_BS.cpu(), queries)
     batch, seq_len = positions_BS.shape
@@ -67,16 +72,16 @@ def document_tiles(
     for row, q0, q1, k0, k1 in segments_N5.tolist():
         by_row[row].append((q0, q1, k0, k1))
     rows_differ = any(spans != by_row[0] for spans in by_row.values())
-    # Only on a CPU: a GPU's fast kernel takes no mask.
+    # This is only for a CPU: the fast kernel of a GPU takes no mask.
     if shape[1] == 1 and rows_differ and torch.device(device).type == "cpu":
         seen_BS = torch.zeros(batch, seq_len, dtype=torch.bool)
         for row, spans in by_row.items():
             for _, _, k0, k1 in spans:
                 seen_BS[row, k0 if sliding_window is None else max(k0, k1 - sliding_window) : k1] = True
-        # One call under a mask of B x S. With one query for each row, a call for each row would cost more.
+        # One call with a mask [B, S] computes all rows. A call for each row, of one query, would cost more.
         return make_calls("tiles", [Tile(0, batch, 0, 1, 0, seq_len, ROWS)], seen_BS.flatten(), shape, device)
     tiles = []
-    # Rows with the same documents are one batch for the kernel.
+    # Adjacent rows with the same documents share their tiles, so that one call computes all of these rows.
     for spans, same in groupby(by_row, key=lambda row: by_row[row]):
         rows, q_end, k_end = list(same), 0, 0
         for q0, q1, k0, k1, kind in chain(*(_tiles_of(*span, sliding_window) for span in spans)):
@@ -89,10 +94,10 @@ def document_tiles(
 
 
 def _tiles_of(q0: int, q1: int, k0: int, k1: int, sliding_window: int | None) -> Iterator[tuple[int, ...]]:
-    """The tiles (q0, q1, k0, k1, kind) of one segment; see mask.segments."""
+    """Yield the tiles (q0, q1, k0, k1, kind) of one segment, a row of `mask.segments`."""
     window = sliding_window or k1 - k0
-    first = k1 - (q1 - q0)  # the first query, counted as a key
-    unbanded = min(k1, max(first, k0 + window))  # queries before this one see their document from its start
+    first = k1 - (q1 - q0)  # the key index of the first query
+    unbanded = min(k1, max(first, k0 + window))  # earlier queries see their document from its start
     if first < unbanded:
         yield from _causal_tiles(q0, q0 + unbanded - first, k0, unbanded)
     for start in range(unbanded, k1, WINDOW_STEP):
@@ -102,7 +107,7 @@ def _tiles_of(q0: int, q1: int, k0: int, k1: int, sliding_window: int | None) ->
 
 
 def _band_tiles(start: int, stop: int, window: int) -> Iterator[tuple[int, int, int]]:
-    """The keys (k0, k1, kind) of queries [start, stop) whose whole window lies in their document."""
+    """Yield tiles (k0, k1, kind) of the queries [start, stop), whose whole window is in their document."""
     n, edge = stop - start, start - window + 1
     if window <= n:
         yield edge, stop, BAND
@@ -114,7 +119,7 @@ def _band_tiles(start: int, stop: int, window: int) -> Iterator[tuple[int, int, 
 
 
 def _causal_tiles(q0: int, q1: int, k0: int, k1: int) -> Iterator[tuple[int, ...]]:
-    """Bottom-right causal attention out of full and square causal tiles."""
+    """Split causal attention, aligned at the bottom right, into a full tile and a square causal tile."""
     diagonal = k1 - (q1 - q0)
     if q1 - q0 == 1:
         yield q0, q1, k0, k1, FULL
@@ -125,7 +130,7 @@ def _causal_tiles(q0: int, q1: int, k0: int, k1: int) -> Iterator[tuple[int, ...
 
 
 def is_native(q_BQHK: Tensor, table: Tensor) -> bool:
-    """True if the compiled kernel computes these tiles: it takes whole documents only."""
+    """Return True if the compiled kernel computes these tiles. The kernel takes only whole documents."""
     if not native.takes(q_BQHK):
         return False
     table = table[table[:, 0] < table[:, 1]]
@@ -136,7 +141,7 @@ def is_native(q_BQHK: Tensor, table: Tensor) -> bool:
 
 
 def _calls(work: Work, q_BQHK: Tensor) -> list[tuple[Tile, OneTile]]:
-    """The tiles, and how to compute each."""
+    """Return the tiles, each with the options of its kernel call."""
     calls, masks = [], {}
     for tile in (Tile(*fields) for fields in work.table.tolist() if fields[0] < fields[1]):
         shape = tile.q1 - tile.q0, tile.k1 - tile.k0, tile.kind
@@ -156,28 +161,28 @@ def _additive_mask(tile: Tile, work: Work, q_BQHK: Tensor) -> Tensor | None:
         seen = work.data[: n_rows * m].view(n_rows, 1, n, m)
     else:
         return None
-    # In q's dtype: torch's CPU kernel takes a float32 mask beside float64 queries and misreads it.
+    # The mask has q's dtype: with float64 queries, torch's CPU kernel accepts a float32 mask and misreads it.
     return torch.where(seen, 0.0, float("-inf")).to(q_BQHK.dtype)
 
 
 def _is_whole(calls: list[tuple[Tile, OneTile]], q_BQHK: Tensor, k_BSGK: Tensor) -> bool:
-    """True if one call computes everything on a CPU, so that no results must be put together.
+    """Return True if one call on a CPU computes everything, so that no results must be combined.
 
-    The CPU kernel gives 0 for a query that sees nothing, and 0 for its log-sum-exp.
+    For a query that sees no key, the CPU kernel returns an output of 0 and a log-sum-exp of 0.
     """
     (batch, n_queries), n_keys = q_BQHK.shape[:2], k_BSGK.shape[1]
     return q_BQHK.is_cpu and len(calls) == 1 and calls[0][0][:6] == (0, batch, 0, n_queries, 0, n_keys)
 
 
 def _merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over two sets of keys, from the attention over each."""
+    """Merge attention over two disjoint sets of keys into attention over all of them."""
     lse = torch.logaddexp(lse_a, lse_b)
     weight_a, weight_b = ((x - finite(lse)).exp()[..., None] for x in (lse_a, lse_b))
     return (out_a * weight_a + out_b * weight_b).to(out_a.dtype), lse
 
 
 class TileEvaluator:
-    """Attention by tiles. The log-sum-exp is [B, Q, H]."""
+    """An evaluator that computes attention tile by tile. The log-sum-exp is [B, Q, H]."""
 
     def lse_shape(self, q_BQHK):
         return q_BQHK.shape[:3]
@@ -193,14 +198,14 @@ class TileEvaluator:
         out_BQHK = torch.zeros_like(q)
         lse_BQH = torch.zeros(q.shape[:3], dtype=sum_dtype(q.dtype), device=q.device)
         for (tile, one), (out, lse) in zip(calls, found, strict=True):
-            if one.mask is not None:  # the CPU kernel reports 0 for a query that sees nothing in this tile
+            if one.mask is not None:  # the CPU kernel returns 0 for a query that sees no key of this tile
                 lse = lse.masked_fill(one.mask.isneginf().all(-1), float("-inf"))
             out_bHnK, lse_bHn = tile.q(out_BQHK), tile.q(lse_BQH)
             if not tile.fresh_queries:
                 out, lse = _merge(out_bHnK, lse_bHn, out, lse)
             out_bHnK.copy_(out)
             lse_bHn.copy_(lse)
-        # A query that sees nothing at all: any finite value gives it weights of 0 in the backward.
+        # For a query that sees no key at all, any finite log-sum-exp gives weights of 0 in the backward.
         return out_BQHK, lse_BQH.masked_fill_(lse_BQH.isneginf(), 0)
 
     def backward(self, dout, q, k, v, out, lse, how):
@@ -214,7 +219,7 @@ class TileEvaluator:
 
         if _is_whole(calls, q, k):
             return tuple(grad.transpose(1, 2) for grad in gradients(*calls[0]))
-        # Tiles that share keys or queries are summed in full precision.
+        # Gradients of tiles that share keys or queries are summed in full precision.
         once = all(tile.fresh_queries and tile.fresh_keys for tile, _ in calls)
         dq, dk, dv = (native.zeros_for(x, x.dtype if once else sum_dtype(x.dtype)) for x in (q, k, v))
         for tile, one in calls:
