@@ -1,4 +1,4 @@
-"""Text to batches of token ids.
+"""The pipeline from text to batches of token ids: each stage, with its module below.
 
 files -> documents -> pieces --tokenizer--> shards on disk -> samples of fixed length -> batches in order
 sources               heldout  tokenizer    shards            batch                      order, loader

@@ -1,4 +1,4 @@
-"""Fixed-length samples of a split, and batches of them.
+"""Samples of a fixed length, cut from a split of the dataset, and batches of samples.
 
 B samples in a batch, S tokens in a sample, T tokens in a split.
 """
@@ -13,23 +13,23 @@ from torchtitan_lite.config.load import ConfigError, Problem
 from torchtitan_lite.data.shards import Split
 
 IGNORE = -100
-"""The label of a token that is the last of its document."""
+"""The label of the last token of a document, which has no next token."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Samples on the CPU, int64."""
+    """The samples of a batch, as int64 tensors on the CPU."""
 
     tokens_BS: torch.Tensor
     positions_BS: torch.Tensor
-    """Distance from the start of the token's document, or of the sample if the document started earlier."""
+    """The distance from the start of the token's document, or of the sample if the document began earlier."""
     labels_BS: torch.Tensor
-    """The next token of the same document; IGNORE after a document's last."""
+    """The next token of the same document, or IGNORE if the token is the last of its document."""
     sample_ids: list[int]
-    """Places of the samples in the global order, so that a batch can be found again."""
+    """The places of the samples in the global order, so that the same batch can be made again."""
 
     def pinned(self) -> "Batch":
-        """The same batch in pinned memory."""
+        """Return the same batch in pinned memory."""
         parts = {
             name: getattr(self, name).pin_memory() for name in ("tokens_BS", "positions_BS", "labels_BS")
         }
@@ -37,9 +37,9 @@ class Batch:
 
 
 class Samples:
-    """A split, cut into samples of `seq_len` tokens without regard to documents.
+    """The samples of a split: runs of `seq_len` tokens, which may begin and end within a document.
 
-    An incomplete sample at the end is left out. Raises ConfigError if there is no sample.
+    An incomplete sample at the end is left out. Raises ConfigError if the split is shorter than one sample.
     """
 
     def __init__(self, split: Split, seq_len: int) -> None:
@@ -52,13 +52,13 @@ class Samples:
         return self.split.n_tokens // self.seq_len
 
     def batch(self, indices: Sequence[int], sample_ids: Sequence[int]) -> Batch:
-        """The samples at `indices` of the split, with their places `sample_ids` in the global order."""
+        """Return the samples at `indices` of the split. Their places in the global order are `sample_ids`."""
         rows = [self._row(index) for index in indices]
         tokens, positions, labels = (torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True))
         return Batch(tokens_BS=tokens, positions_BS=positions, labels_BS=labels, sample_ids=list(sample_ids))
 
     def _row(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Tokens, positions and labels of one sample, [S] each."""
+        """Return the tokens, positions and labels of one sample, [S] each."""
         assert 0 <= index < len(self), f"sample {index} of {len(self)}"
         start, stop = index * self.seq_len, (index + 1) * self.seq_len
         tokens = self.split.tokens_T[start : stop + 1].astype(np.int64)

@@ -1,4 +1,4 @@
-"""The section `[data]`: the options of all datasets, and the datasets of this package."""
+"""The config section `[data]`: the options that all datasets share, and the datasets of this package."""
 
 import logging
 import os
@@ -23,22 +23,22 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(ABC):
-    """The text of a run, and how it becomes tokens. A dataset adds its own options."""
+    """The text of a run, and the tokenizer for the text. A dataset adds its own options."""
 
     dataset: str = ""
     """Name of the dataset."""
     tokenizer: Annotated[str, Names(tokenizers)] = "bytes"
     """Name of a tokenizer, or the path of a tokenizer.json or of a folder that holds one."""
     cache_dir: str = ""
-    """Folder for the token shards; empty: $XDG_CACHE_HOME/torchtitan_lite, or ~/.cache/torchtitan_lite."""
+    """Folder for the token shards. Empty: $XDG_CACHE_HOME/torchtitan_lite or ~/.cache/torchtitan_lite."""
     validation_fraction: Annotated[float, Field(ge=0, lt=1), Remedy("use 0.05, or 0 to hold out nothing")] = (
         0.05
     )
-    """Share of the text that is held out of training for validation; 0 holds nothing out."""
+    """Share of the text that is held out of training for validation. 0 holds nothing out."""
 
     @abstractmethod
     def open(self) -> Source:
-        """Open the text. Raises ConfigError if there is none."""
+        """Open the text of the dataset. Raises ConfigError if there is no text."""
 
     @property
     def shard_options(self) -> object:
@@ -50,17 +50,20 @@ class DataConfig(ABC):
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in common}
 
     def no_text(self) -> Problem:
-        """The problem to report if no document holds any text."""
+        """Return the problem to report if no document holds any text."""
         return Problem("data.dataset", self.dataset, "has no text in its documents", "choose another")
 
     @property
     def cache_folder(self) -> Path:
-        """The folder of the token shards: `cache_dir`, or the default."""
+        """The folder of the token shards: `cache_dir`, or the default folder."""
         default = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "torchtitan_lite")
         return Path(os.path.expanduser(self.cache_dir or default)).absolute()
 
     def problems(self, key: str) -> list[Problem]:
-        """The folders that cannot be used. No file is read; `load_tokenizer` checks the tokenizer."""
+        """Return a problem if the cache folder cannot be used. No file is read.
+
+        `load_tokenizer` checks the tokenizer.
+        """
         folder = self.cache_folder
         nearest = next(place for place in (folder, *folder.parents) if os.path.exists(place))
         # Ask the file system for its limits, at the nearest folder that exists.
@@ -69,7 +72,7 @@ class DataConfig(ABC):
         if max(lengths) > longest or len(os.fsencode(folder)) + _CACHE_NAMES_LENGTH > in_all:
             rule = f"is too long for a folder: a name has at most {longest} bytes, a path {in_all}"
             return [Problem(f"{key}.cache_dir", str(folder), rule, "use a shorter one")]
-        # An existing folder may be complete and read-only: only a build has to write to it.
+        # A cache folder that exists may be read-only: only a build of new shards writes to the folder.
         if os.path.isdir(nearest) and (nearest == folder or os.access(nearest, os.W_OK | os.X_OK)):
             return []
         rule = "is not a folder" if nearest == folder else f"cannot be made in {nearest}"
@@ -79,7 +82,7 @@ class DataConfig(ABC):
 @datasets.register
 @dataclass(frozen=True, kw_only=True)
 class PythonStdlib(DataConfig):
-    """The sources of the running Python's standard library."""
+    """The source files of the running Python's standard library."""
 
     dataset: Literal["python_stdlib"] = "python_stdlib"
 
@@ -99,17 +102,17 @@ class PythonStdlib(DataConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class _Files(DataConfig):
-    """A dataset of the user's files."""
+    """The base class of the datasets that read the user's files."""
 
     path: str = ""
-    """File or folder of the text and jsonl datasets."""
+    """File or folder that holds the text of the text and jsonl datasets."""
 
     suffix: ClassVar[str] = ""
-    """The ending of the names of files in a folder."""
+    """The ending of the names of the files that are read from a folder."""
 
     @property
     def json_field(self) -> str | None:
-        """The key of a line's document, if the files are JSON lines."""
+        """The key of the text in each JSON line. None if the files are plain text."""
         return None
 
     @property
@@ -125,7 +128,7 @@ class _Files(DataConfig):
         return Place(root=Path(os.path.expanduser(self.path)), suffix=self.suffix)
 
     def problems(self, key: str) -> list[Problem]:
-        """A file or folder that holds no text, and folders that cannot be used."""
+        """Return a problem if `path` has no file to read, and one if the cache folder cannot be used."""
         found = super().problems(key)
         path = os.path.expanduser(self.path)
         kind = f"{self.suffix or 'text'} file"
@@ -171,7 +174,7 @@ class Text(_Files):
 @datasets.register
 @dataclass(frozen=True, kw_only=True)
 class Jsonl(_Files):
-    """One JSON object a line, in a file or in every .jsonl file below a folder."""
+    """A file, or every .jsonl file below a folder, with one JSON object on each line."""
 
     dataset: Literal["jsonl"] = "jsonl"
     field: str = "text"
@@ -185,7 +188,7 @@ class Jsonl(_Files):
 
 
 def open_source(config: DataConfig) -> Source:
-    """Open the dataset of `config`: all files are read once and hashed. ConfigError if there is no text."""
+    """Open the dataset of `config`. All files are read and hashed. Raises ConfigError if there is no text."""
     if problems := [problem for problem in config.problems("data") if problem.key != "data.cache_dir"]:
         raise ConfigError(problems)
     return config.open()

@@ -1,4 +1,4 @@
-"""The text that is held out of training: whole documents, chosen by hash, and the ends of large documents."""
+"""The choice of held-out text: whole documents, which are chosen by hash, and the ends of large documents."""
 
 import hashlib
 from collections.abc import Iterable, Iterator
@@ -7,7 +7,7 @@ from itertools import islice
 
 from torchtitan_lite.data.sources import Document, character_start
 
-# If fewer documents are expected in a split, hashes would often leave it empty or far too small.
+# If fewer documents are expected in a split, a choice by hash often leaves the split empty or far too small.
 _ENOUGH = 8
 _MOST_RANKED = 100_000
 # Without this salt, one huge generated file would be most of the held-out text of the standard library.
@@ -16,16 +16,16 @@ _SALT = b"held out "
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOut:
-    """A decision for every document. It depends on the documents alone, not on their order or place."""
+    """The rule for what is held out of each document. The order and place of documents do not matter."""
 
     fraction: float
     large: float
-    """Size in bytes. The end of a larger document is held out; a smaller one as a whole or not at all."""
+    """A size in bytes. The end of every larger document is held out. Smaller documents are never divided."""
     chosen: frozenset[bytes] | None
-    """Hashes of the documents to hold out. None if there are many: then each document's own hash decides."""
+    """The hashes of the documents to hold out. None if there are many: then each hash decides by itself."""
 
     def divide(self, document: Document) -> Iterator[tuple[bool, bytes]]:
-        """(is held out, piece) for all pieces of `document`; the held-out pieces come last."""
+        """Yield (is held out, piece) for all pieces of `document`. The held-out pieces come last."""
         n_held = self.n_held(document)
         if n_held in (0, document.size):
             yield from ((n_held > 0, piece) for piece in document.pieces)
@@ -41,7 +41,7 @@ class HeldOut:
             n_left -= len(piece)
 
     def n_held(self, document: Document) -> int:
-        """The number of bytes at the end of `document` that are held out."""
+        """Return the number of bytes at the end of `document` that are held out."""
         if document.size > self.large:
             return int(self.fraction * document.size)
         digest = _hash(document)
@@ -51,7 +51,10 @@ class HeldOut:
 
 
 def choose(documents: Iterable[Document], fraction: float, n_bytes: int) -> HeldOut:
-    """Choose `fraction` of `documents`, which have about `n_bytes`. If there are many, only some are read."""
+    """Return the rule that holds out `fraction` of `documents`, which have about `n_bytes` in all.
+
+    If there are many documents, only the first ones are read.
+    """
     if fraction == 0:
         return HeldOut(fraction=0.0, large=n_bytes, chosen=frozenset())
     n_many = int(min(_ENOUGH / min(fraction, 1 - fraction), _MOST_RANKED)) + 1
@@ -65,7 +68,7 @@ def choose(documents: Iterable[Document], fraction: float, n_bytes: int) -> Held
 
 
 def _choose_few(sizes: dict[bytes, int], fraction: float) -> frozenset[bytes]:
-    """Choose, in the order of their hashes, documents that add up to about the fraction of all bytes."""
+    """Choose documents with about `fraction` of all bytes, in the order of their hashes. Return hashes."""
     total, n_held, chosen = sum(sizes.values()), 0, set()
     for digest, size in sizes.items():
         if size <= 2 * (fraction * total - n_held) and n_held + size < total:
@@ -75,7 +78,10 @@ def _choose_few(sizes: dict[bytes, int], fraction: float) -> frozenset[bytes]:
 
 
 def _line_start(piece: bytes, place: int, n_held: int) -> int:
-    """Start of the line around `place`, unless that would more than double the `n_held` bytes that follow."""
+    """Return the start of the line at `place`, or of the character if the line more than doubles `n_held`.
+
+    `n_held` is the number of bytes that are held out from `place` on.
+    """
     start = piece.rfind(b"\n", 0, place) + 1
     return start if start > 0 and place - start <= n_held else character_start(piece, place)
 

@@ -1,4 +1,4 @@
-"""Batches of a rank: training batches in the run's order, held-out batches in the order of the text."""
+"""The batches of a rank: training batches in a shuffled order, held-out batches in the order of the text."""
 
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,14 +13,14 @@ from torchtitan_lite.data.order import sample_at
 class Loader:
     """An endless iterator over this rank's batches.
 
-    All ranks together take the next `n_ranks * local_batch_size` samples of one order, which depends on the
-    seed alone. Rank r gets the r-th share. `consumed_samples` counts the samples that all ranks have taken,
-    and is the loader's whole state. One thread prepares batches ahead, from the first `next` until `close`.
-    The `next` that would have returned a batch raises the exception that the thread met.
+    At each `next`, all ranks together take the next `n_ranks * local_batch_size` samples of one order, which
+    depends on the seed alone. Rank r gets the r-th share. `consumed_samples` counts the samples that all
+    ranks have taken, and is the loader's whole state. A thread prepares batches ahead, from the first `next`
+    until `close`. If the thread cannot prepare a batch, the `next` for that batch raises the exception.
 
     Args:
-        n_ahead: how many batches the thread prepares ahead: the micro-batches of an optimizer step.
-        pin: put the batches in pinned memory, so that the host does not wait for copies to a GPU.
+        n_ahead: the number of batches that the thread prepares ahead: the micro-batches of an optimizer step.
+        pin: True to put the batches in pinned memory, so that the host does not wait for copies to a GPU.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Loader:
         self.n_ahead, self.pin = n_ahead, pin
         self._thread: ThreadPoolExecutor | None = None
         self._prepared: dict[int, Future[Batch]] = {}
-        """Batches by the `consumed_samples` at which `next` returns them."""
+        """The prepared batches. The key is the `consumed_samples` at which `next` returns the batch."""
 
     def __iter__(self) -> "Loader":
         return self
@@ -59,21 +59,21 @@ class Loader:
         return batch
 
     def close(self) -> None:
-        """Let the thread end after the batch that it is preparing. A later `next` starts another thread."""
+        """Stop the thread after the batch that it is preparing. A later `next` starts a new thread."""
         if self._thread is not None:
-            # Without waiting: a disk that hangs must not keep an error from being reported.
+            # Do not wait for the thread: a disk that hangs must not keep an error from being reported.
             self._thread.shutdown(wait=False, cancel_futures=True)
         self._thread, self._prepared = None, {}
 
     def _start_thread(self) -> ThreadPoolExecutor:
         if not self.pin:
             return ThreadPoolExecutor(1, thread_name_prefix="data")
-        # A new thread starts with GPU 0, and would take memory of that GPU.
+        # A new thread starts with GPU 0 as its device, and would take memory of that GPU.
         gpu = torch.cuda.current_device()
         return ThreadPoolExecutor(1, "data", initializer=torch.cuda.set_device, initargs=(gpu,))
 
     def _prepare(self, consumed_samples: int) -> Batch:
-        """This rank's share of the samples that come after the first `consumed_samples`."""
+        """Return this rank's share of the samples that come after the first `consumed_samples`."""
         first = consumed_samples + self.rank * self.local_batch_size
         places = np.arange(first, first + self.local_batch_size)
         indices = sample_at(places, len(self.samples), self.seed)
@@ -84,12 +84,12 @@ class Loader:
 def in_order(
     samples: Samples, local_batch_size: int, n_batches: int = -1, rank: int = 0, n_ranks: int = 1
 ) -> Iterator[Batch]:
-    """This rank's share of `n_batches` global batches of `samples`. -1: all samples.
+    """Yield this rank's share of `n_batches` global batches, in the order of the text. -1 means all samples.
 
-    The batches are in the order of the text. If they are not all, they are spread evenly over the text.
-    With -1 no sample is left out: the last global batch may be short. If a rank has no sample in the last
-    batch, it gets a filler whose labels are all IGNORE: the filler adds nothing to the loss, and the ranks
-    stay in step.
+    If `n_batches` do not hold all samples, the samples are spread evenly over the text. With -1 no sample is
+    left out, so the last global batch may be short. A rank without a sample in the last global batch gets a
+    filler batch, whose labels are all IGNORE. The filler adds nothing to the loss, and keeps the ranks in
+    step.
     """
     n_global = n_ranks * local_batch_size
     n_samples = len(samples) if n_batches < 0 else min(n_batches * n_global, len(samples))

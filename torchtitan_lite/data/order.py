@@ -14,9 +14,9 @@ _GOLDEN, _MIX1, _MIX2 = map(np.uint64, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 
 
 
 def sample_at(places: np.ndarray, n: int, seed: int) -> np.ndarray:
-    """The index (below n) of the sample at each of the `places` of the endless order, [...] int64.
+    """Return the index (below n) of the sample at each of the `places` in the endless order, [...] int64.
 
-    Every n places are an epoch, which has a permutation of its own.
+    Every n places are an epoch, and each epoch has a permutation of its own.
     """
     assert 0 < n < 1 << 62
     epoch, index = np.divmod(places.astype(np.uint64), np.uint64(n))
@@ -40,7 +40,7 @@ def _feistel(index: np.ndarray, n_bits: int, key: np.ndarray) -> np.ndarray:
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """The output function of splitmix64, modulo 2**64."""
+    """Apply the output function of splitmix64 to `x`, modulo 2**64."""
     x = x + _GOLDEN
     x = (x ^ (x >> np.uint64(30))) * _MIX1
     x = (x ^ (x >> np.uint64(27))) * _MIX2

@@ -2,8 +2,8 @@
 
     <cache>/<dataset>-<key>/ train.tokens train.offsets validation.tokens validation.offsets metadata.json
 
-Tokens are little-endian integers, as wide as the vocabulary needs: documents one after the other, each with
-the end-of-text token last. Offsets are int64: the start of each document, then the number of tokens.
+Tokens are little-endian integers, as wide as the vocabulary needs. Documents follow one another, and each
+ends with the end-of-text token. Offsets are int64: the start of each document, then the number of tokens.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ from torchtitan_lite.data.datasets import DataConfig, open_source
 from torchtitan_lite.data.sources import CACHED, Source
 from torchtitan_lite.data.tokenizer import Tokenizer
 
-# Increased when the same text and tokenizer give other shards, or shards are stored in another way.
+# Increase this number when the same text and tokenizer give other shards, or the files of shards change.
 _FORMAT = 1
 _BATCH_BYTES = 2 << 20
 _LOG = logging.getLogger(__name__)
@@ -37,17 +37,17 @@ SplitName = Literal["train", "validation"]
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """One split of a dataset as tokens."""
+    """The tokens of one split of a dataset."""
 
     name: SplitName
     n_bytes: int
-    """Bytes of UTF-8 text."""
+    """The number of bytes of UTF-8 text."""
     unigram_entropy: float
-    """Nats per byte: the loss of a model that knows only the byte frequencies of the split."""
+    """The loss in nats per byte of a model that knows only the byte frequencies of the split."""
     tokens_T: np.ndarray
-    """All tokens, memory-mapped."""
+    """All tokens of the split, memory-mapped."""
     offsets: np.ndarray
-    """The start of each document in the tokens; the last offset is the number of tokens."""
+    """The index of the first token of each document, then the number of tokens."""
 
     @property
     def n_documents(self) -> int:
@@ -61,7 +61,7 @@ class Split:
 
 @dataclass(frozen=True, kw_only=True)
 class Shards:
-    """A dataset as tokens. The validation split is empty if nothing is held out."""
+    """The tokens of a dataset on disk. The validation split is empty if nothing is held out."""
 
     folder: Path
     train: Split
@@ -69,9 +69,9 @@ class Shards:
 
 
 def prepare(config: DataConfig, tokenizer: Tokenizer) -> Shards:
-    """The shards of `config`, built unless the cache has them undamaged.
+    """Return the token shards of `config`. Build the shards unless the cache has them undamaged.
 
-    ConfigError if there is no text, a JSON line is wrong, or the cache folder cannot be written to.
+    Raises ConfigError if there is no text, a JSON line is wrong, or the cache folder cannot be written to.
     """
     source = open_source(config)
     key = _key(config, source, tokenizer)
@@ -82,7 +82,7 @@ def prepare(config: DataConfig, tokenizer: Tokenizer) -> Shards:
         if shards := _load(folder, key):
             return shards
         with _exclusive(folder):
-            # Another process may have built the shards while this one waited.
+            # Another process may have built the shards while this process waited for the lock.
             return _load(folder, key) or _build(source, config, tokenizer, folder, key)
     except OSError as error:
         rule = f"cannot be written to ({error.strerror or error})"
@@ -91,13 +91,13 @@ def prepare(config: DataConfig, tokenizer: Tokenizer) -> Shards:
 
 
 def _exclusive(folder: Path, seconds: float = math.inf) -> IO[str]:
-    """Lock `folder`, to build it, until the returned file is closed; see `durable.lock`."""
+    """Lock `folder` for a build until the returned file is closed. Wait at most `seconds` for the lock."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     return durable.lock(folder.with_name(f"{folder.name}.lock"), seconds)
 
 
 def _sweep(parent: Path) -> None:
-    """Remove unfinished folders of killed processes in `parent`, not those of living processes."""
+    """Remove the unfinished folders of killed processes in `parent`, but not those of living processes."""
     for left in parent.glob("*.tmp-????????"):
         if ours := CACHED.fullmatch(left.name):
             # OSError: the folder may be read-only.
@@ -114,7 +114,7 @@ def _build(source: Source, config: DataConfig, tokenizer: Tokenizer, folder: Pat
     began = time.perf_counter()
     held_out = heldout.choose(source.documents(), config.validation_fraction, source.n_bytes)
     dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
-    if folder.exists():  # and is damaged
+    if folder.exists():  # the folder is damaged, otherwise nothing would be built
         shutil.rmtree(folder)
     with durable.new_folder(folder) as place:
         with open(place / "train.tokens", "wb") as first, open(place / "validation.tokens", "wb") as second:
@@ -145,13 +145,13 @@ def _no_tokens(config: DataConfig, n_bytes: int) -> Problem:
 
 
 class _Writer:
-    """Writes the documents of one split to its file of tokens, many pieces at a time."""
+    """The writer of one split's tokens and offsets, which encodes many pieces at a time."""
 
     def __init__(self, file: BinaryIO, tokenizer: Tokenizer, dtype: str) -> None:
         self._file, self._tokenizer, self._dtype = file, tokenizer, dtype
         self._hash = hashlib.sha256()
         self._waiting: list[bytes | None] = []
-        """Pieces to encode; None ends a document."""
+        """The pieces that are not yet encoded. None marks the end of a document."""
         self._n_bytes_waiting = 0
         self._starts = array("q", [0])
         self.n_tokens = 0
@@ -171,7 +171,7 @@ class _Writer:
             self._waiting.append(None)
 
     def finish(self, offsets_file: Path) -> dict[str, Any]:
-        """Write the waiting pieces and the offsets, and return the split's part of the metadata."""
+        """Write the remaining tokens and the offsets. Return the split's size, entropy and file hashes."""
         self._flush()
         offsets = np.asarray(self._starts).astype("<i8").tobytes()
         offsets_file.write_bytes(offsets)
@@ -188,7 +188,7 @@ class _Writer:
         for piece in self._waiting:
             if piece is not None:
                 self._write(next(encoded))
-            elif self.n_tokens > self._starts[-1]:  # else there was no document, or it has no token
+            elif self.n_tokens > self._starts[-1]:  # a document without a token is left out
                 self._write(np.array([self._tokenizer.eos_id]))
                 self._starts.append(self.n_tokens)
         self._waiting, self._n_bytes_waiting = [], 0
@@ -201,7 +201,7 @@ class _Writer:
 
 
 def _load(folder: Path, key: str) -> Shards | None:
-    """The shards in `folder`; None if there are none, or any byte has changed since they were written."""
+    """Return the shards in `folder`. None if there are none, or if any of their bytes has changed."""
     if not folder.exists():
         return None
     try:

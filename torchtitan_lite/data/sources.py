@@ -1,4 +1,4 @@
-"""Sources of text: documents of files and lines, or of a program, in pieces of UTF-8 that fit into memory."""
+"""Sources of text: documents from files, JSON lines or a program, as UTF-8 pieces that fit into memory."""
 
 import codecs
 import hashlib
@@ -21,19 +21,19 @@ PIECE_BYTES = 256 << 10
 _SAFE_CUTS = (re.compile(rb"(?<=\S)(?= \S)"), re.compile(rb"(?<=\S\n)(?=\S)"))
 _NOTHING = frozenset(hashlib.sha256(content).digest() for content in (b"", codecs.BOM_UTF8))
 CACHED = re.compile(r"([A-Za-z0-9_]+-[0-9a-f]{24})(\.tmp-[0-9a-f]{8}|\.lock)?")
-"""The names of folders and files in the cache of token shards. Other files may be beside them."""
+"""The pattern of all names that the cache of token shards uses. The cache folder may hold other names too."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Document:
-    """One text of a dataset."""
+    """One document of a dataset, as pieces of text."""
 
     identity: bytes
-    """Decides whether the document is held out: a file's name, or the text itself."""
+    """The bytes that decide whether the document is held out: a file's name, or the text itself."""
     size: int
-    """Bytes of UTF-8."""
+    """The size of the text in bytes of UTF-8."""
     pieces: Iterator[bytes]
-    """The text in order, to be read once. No piece ends within a character."""
+    """The pieces of the text in order, which can be read only once. No piece ends within a character."""
 
 
 class Source(Protocol):
@@ -41,24 +41,24 @@ class Source(Protocol):
 
     @property
     def digest(self) -> str:
-        """Changes whenever the text changes."""
+        """A string that changes whenever the text changes."""
         ...
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of UTF-8, exactly or nearly."""
+        """The size of the text in bytes of UTF-8, exactly or nearly."""
         ...
 
     def documents(self) -> Iterator[Document]:
-        """All documents, the same at each call. Read one document's pieces before you ask for the next."""
+        """Yield all documents, the same at each call. Read a document's pieces before the next document."""
         ...
 
 
 class Texts:
-    """Texts in memory, or texts that a function yields: each text is a document.
+    """A source of texts in memory, or of texts that a function yields. Each text is a document.
 
-    The function must yield the same texts at every call. `digest` must change whenever the texts change; by
-    default it is the hash of all texts. Give a digest if reading all texts takes long.
+    The function must yield the same texts at every call. `digest` must change whenever the texts change. By
+    default `digest` is the hash of all texts. Give a digest if reading all texts takes long.
     """
 
     def __init__(self, texts: Sequence[str] | Callable[[], Iterable[str]], digest: str = "") -> None:
@@ -88,14 +88,14 @@ class Texts:
 
 @dataclass(frozen=True, kw_only=True)
 class SourceFile:
-    """A file of a dataset, as it was when it was hashed."""
+    """A file of a dataset, with its hash and its state at the time of hashing."""
 
     path: Path
     name: str
-    """Path relative to the dataset's folder, with forward slashes."""
+    """The path relative to the dataset's folder, with forward slashes."""
     sha256: bytes
     stamp: tuple[int, int, int]
-    """Size, time of the last change and inode: they change when something writes to the file."""
+    """The size, the time of the last change and the inode, which change when something writes to the file."""
 
     @property
     def size(self) -> int:
@@ -104,15 +104,15 @@ class SourceFile:
 
 @dataclass(frozen=True, kw_only=True)
 class FileSource:
-    """The files of a dataset, each of which holds some text."""
+    """A source of text from files, each of which holds some text."""
 
     files: tuple[SourceFile, ...]
     json_field: str | None
-    """The key of a line's document, if the files are JSON lines."""
+    """The key of the text in each JSON line. None if the files are plain text."""
 
     @property
     def digest(self) -> str:
-        """Hash of every file's name and content."""
+        """The hash of the names and contents of all files."""
         whole = hashlib.sha256()
         for file in self.files:
             whole.update(os.fsencode(file.name) + b"\0" + file.sha256)
@@ -136,21 +136,21 @@ class Place:
 
     root: Path
     suffix: str = ""
-    """The ending of the names of files in a folder."""
+    """The ending of the names of the files that are read from a folder."""
     left_out: frozenset[str] = frozenset()
-    """Names of folders that are left out."""
+    """The names of folders whose files are left out."""
 
     def has_files(self) -> bool:
-        """True if there is a file, or part of the place cannot be read: `read` then says why."""
+        """Return True if there is a file, or if a folder cannot be read. `read` then raises the error."""
         try:
             return next(self._paths(), None) is not None
         except ConfigError:
             return True
 
     def read(self, *, only_text: bool) -> tuple[list[SourceFile], int, int]:
-        """Read and hash the files: (files with text, number of empty files, number that are not UTF-8).
+        """Read and hash the files. Return (files with text, number of empty files, number of other files).
 
-        With `only_text`, files that are not UTF-8 text are left out and counted.
+        With `only_text`, files that are not UTF-8 text are left out, and counted as other files.
         """
         kept, n_empty, n_not_text = [], 0, 0
         names = self._named()
@@ -165,12 +165,12 @@ class Place:
         return kept, n_empty, n_not_text
 
     def _named(self) -> dict[str, Path]:
-        """The files by relative path: each once, by its own path, else by the first link to it."""
+        """Return the files by relative path. A file is listed once: by its own path, else by a link to it."""
         base = self.root if self.root.is_dir() else self.root.parent
         names = {path.relative_to(base).as_posix(): path for path in self._paths()}
         links = {name for name, path in names.items() if path.is_symlink()}
         real_base = os.path.realpath(base)
-        # Folders below the base are never links.
+        # `_paths` does not follow links to folders, so only the last part of a name can be a link.
         taken = {os.path.join(real_base, name) for name in names.keys() - links}
         for name in sorted(links):
             real = os.path.realpath(names[name])
@@ -180,7 +180,7 @@ class Place:
         return names
 
     def _paths(self) -> Iterator[Path]:
-        """The files at or below the root that may hold text, in no particular order."""
+        """Yield the files at or below the root that may hold text, in no particular order."""
         if not self.root.is_dir():
             yield self.root
             return
@@ -198,7 +198,7 @@ def _is_hidden(name: str) -> bool:
 
 
 def _inspect(path: Path, name: str) -> tuple[SourceFile, bool]:
-    """A file with its hash, and whether all of it is text: UTF-8 without a NUL byte."""
+    """Return a file with its hash, and whether the whole file is text: UTF-8 without a NUL byte."""
     whole, decoder, is_text = hashlib.sha256(), codecs.getincrementaldecoder("utf-8")(), True
     try:
         with path.open("rb") as stream:
@@ -222,7 +222,7 @@ def _decodes(decoder: codecs.IncrementalDecoder, block: bytes, *, final: bool = 
 
 
 def _json_documents(file: SourceFile, field: str) -> Iterator[Document]:
-    """A document for each line of a JSON lines file. Raises ConfigError if a line holds no document."""
+    """Yield a document for each line of a JSON lines file. Raises ConfigError if a line holds no document."""
     with _reading(file) as stream:
         for number, line in enumerate(stream, start=1):
             if number == 1:
@@ -232,7 +232,7 @@ def _json_documents(file: SourceFile, field: str) -> Iterator[Document]:
 
 
 def _text_document(text: bytes) -> Document:
-    """A UTF-8 text in memory as a document."""
+    """Return a UTF-8 text in memory as a document."""
     return Document(identity=text, size=len(text), pieces=_pieces(io.BytesIO(text)))
 
 
@@ -255,7 +255,7 @@ def _pieces(stream: BinaryIO) -> Iterator[bytes]:
 
 
 def _last_cut(text: bytes) -> int:
-    """The best place to cut `text`: safe and late if possible, in its second half."""
+    """Return where to cut `text`, in its second half: at a safe cut, else after a line or a character."""
     half = len(text) // 2
     for safe in _SAFE_CUTS:
         for window in (1 << 10, half):
@@ -266,14 +266,14 @@ def _last_cut(text: bytes) -> int:
 
 
 def character_start(text: bytes, place: int) -> int:
-    """The start of the UTF-8 character that covers `place`."""
+    """Return the start of the UTF-8 character that covers `place`."""
     while place > 0 and text[place] & 0xC0 == 0x80:
         place -= 1
     return place
 
 
 def _field_of(line: bytes, field: str, where: str) -> bytes:
-    """The UTF-8 of one field of a JSON line."""
+    """Return the UTF-8 bytes of `field` in a JSON line. Raises ConfigError if the line has no such text."""
     try:
         content = json.loads(line.decode())
     except (ValueError, RecursionError) as error:
@@ -301,11 +301,11 @@ def _stamp(stream: BinaryIO) -> tuple[int, int, int]:
 
 @contextmanager
 def _reading(file: SourceFile) -> Iterator[BinaryIO]:
-    """The open file. ConfigError if it cannot be read, or has changed since it was hashed."""
+    """Open the file for the block. Raises ConfigError if reading fails or the file changed after its hash."""
     try:
         with file.path.open("rb") as stream:
             yield stream
-            # The hash is part of the name of the shards.
+            # The hash is part of the name of the shards, so the shards must have the text that was hashed.
             if _stamp(stream) != file.stamp:
                 rule, remedy = "changed while it was read", "start again when nothing writes to it"
                 raise _error("data.path", str(file.path), rule, remedy)

@@ -1,4 +1,4 @@
-"""Text to token ids and back: bytes, a Hugging Face tokenizer.json, or a plugin's tokenizer."""
+"""Tokenizers, from text to token ids and back: bytes, a Hugging Face tokenizer.json, or one of a plugin."""
 
 import hashlib
 import json
@@ -27,24 +27,24 @@ class Tokenizer(Protocol):
     vocab_size: int
     """One more than the largest id."""
     eos_id: int
-    """The id that ends every document; no text encodes to it."""
+    """The id that ends every document. No text encodes to this id."""
     stop_ids: Sequence[int]
-    """The ids after which generated text ends: eos_id, and others that the model's files name."""
+    """The ids after which generated text ends: eos_id, and other ids that the model's files name."""
     bos_id: int | None
-    """The id with which other programs begin a text. This package never adds it."""
+    """The id with which other programs begin a text. This package never adds the id."""
     fingerprint: str
-    """Changes whenever the ids of some text may change."""
+    """A string that changes whenever the ids of some text may change."""
 
     def encode(self, text: str) -> np.ndarray:
-        """Ids of `text`, without any special token."""
+        """Return the ids of `text`, without any special token."""
         ...
 
     def encode_pieces(self, pieces: Sequence[bytes]) -> list[np.ndarray]:
-        """Ids of each UTF-8 piece by itself. This is faster than `encode` for much text."""
+        """Return the ids of each UTF-8 piece by itself. For much text this is faster than `encode`."""
         ...
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids` without the special tokens."""
+        """Return the text of `ids`, without the special tokens."""
         ...
 
     def save(self, folder: Path) -> None:
@@ -53,10 +53,10 @@ class Tokenizer(Protocol):
 
 
 def load_tokenizer(spec: str, options: object = None) -> Tokenizer:
-    """Load the tokenizer that `data.tokenizer` names: a registered one, or a tokenizer.json (or its folder).
+    """Load the tokenizer `spec`: a registered name, or the path of a tokenizer.json or of its folder.
 
-    `options` is the section `[tokenizers]`; without `options`, registered tokenizers use their defaults.
-    ConfigError if there is no such tokenizer, or its files cannot be used.
+    `options` is the config section `[tokenizers]`. Without `options`, registered tokenizers use their
+    defaults. Raises ConfigError if there is no such tokenizer, or its files cannot be used.
     """
     if spec in tokenizers.members:
         return tokenizers.configured(options)[spec].build()
@@ -74,17 +74,17 @@ def load_tokenizer(spec: str, options: object = None) -> Tokenizer:
 @tokenizers.register
 @dataclass(frozen=True, kw_only=True)
 class Bytes:
-    """One id for each byte of the UTF-8 text."""
+    """The tokenizer with one id for each byte of the UTF-8 text."""
 
     name: Literal["bytes"] = "bytes"
 
     def build(self) -> Tokenizer:
-        """A tokenizer that needs no file."""
+        """Return the tokenizer, which needs no file."""
         return ByteTokenizer()
 
 
 class ByteTokenizer:
-    """One id for each byte of the UTF-8 text, and one for the end of a document."""
+    """The tokenizer with one id for each byte of the UTF-8 text, and one id for the end of a document."""
 
     eos_id = 256
     bos_id: int | None = None
@@ -116,7 +116,9 @@ class ByteTokenizer:
 
 
 def _byte_letters() -> list[str]:
-    """The letter for each byte in byte-level BPE: the byte's own if visible, else one from 256 on.
+    """Return the letter for each byte in byte-level BPE: the byte's own character if visible, else a new one.
+
+    The new characters are U+0100 and those that follow it.
 
     Source: bytes_to_unicode of https://github.com/openai/gpt-2/blob/master/src/encoder.py.
     """
@@ -135,10 +137,10 @@ def _write_config(folder: Path, end: str) -> None:
 
 
 class FileTokenizer:
-    """A tokenizer.json, read by the tokenizers library."""
+    """A tokenizer that the tokenizers library reads from a tokenizer.json."""
 
     def __init__(self, file: Path, spec: str) -> None:
-        # Imported here, so that a run on bytes does not wait for the library.
+        # The library is imported here, so that a run on bytes does not wait for the import.
         from tokenizers import AddedToken
         from tokenizers import Tokenizer as Encoder
 
@@ -155,8 +157,8 @@ class FileTokenizer:
         self._spec, self._file, self._content, self._beside = spec, file, content, beside
         self._encoder = encoder
         self._end = _find_end(encoder, beside, spec)
-        # `encode_special_tokens` treats special tokens in a text as plain text. End tokens are treated so
-        # only if the end token is special, so it is made special, whatever the file says.
+        # `encode_special_tokens` makes the library treat special tokens in a text as plain text. The end
+        # token is made special, whatever the file says, so that it is treated as plain text too.
         encoder.add_special_tokens([AddedToken(self._end, special=True, normalized=False)])
         encoder.encode_special_tokens = True
         self.eos_id: int = encoder.token_to_id(self._end)
@@ -179,7 +181,7 @@ class FileTokenizer:
         _write_config(folder, self._end)
         for name in _END_TEXT_FILES:
             if self._beside[name]:
-                # auto_map names code from elsewhere, which transformers would run.
+                # auto_map names code in other repositories, which transformers would run.
                 kept = {key: value for key, value in self._beside[name].items() if key != "auto_map"}
                 _write_json(folder / name, {**kept, "eos_token": self._end})
         if len(self.stop_ids) > 1:
@@ -197,11 +199,11 @@ class FileTokenizer:
 
 
 _Beside = dict[str, dict[str, Any]]
-"""The content of the JSON files beside a tokenizer.json, by name; empty for a file that does not exist."""
+"""The content of the JSON files beside a tokenizer.json, by file name. A missing file has an empty dict."""
 
 
 def _find_end(encoder: Any, beside: _Beside, spec: str) -> str:
-    """The token that ends a text: the first known one that the files name, else a common name."""
+    """Return the token that ends a text: the first known token that the files name, else a common token."""
     names = [_text_of(beside[name].get("eos_token")) for name in _END_TEXT_FILES]
     for name in _END_ID_FILES:
         ids = beside[name].get("eos_token_id")
@@ -215,21 +217,21 @@ def _find_end(encoder: Any, beside: _Beside, spec: str) -> str:
 
 
 def _find_stops(encoder: Any, beside: _Beside) -> list[int]:
-    """The ids that end generated text, from the first file that has a list of them."""
+    """Return the ids that end generated text, from the first file that has a list of such ids."""
     lists = (beside[name].get("eos_token_id") for name in _END_ID_FILES)
     ids = next((ids for ids in lists if isinstance(ids, list)), [])
     return [number for number in ids if _is_id(number) and encoder.id_to_token(number) is not None]
 
 
 def _find_begin(encoder: Any, beside: _Beside) -> int | None:
-    """The id with which other programs begin a text, if the files name a token that the tokenizer knows."""
+    """Return the id with which other programs begin a text, or None if the files name no known token."""
     names = [_text_of(beside[name].get("bos_token")) for name in _END_TEXT_FILES]
     ids = [encoder.token_to_id(name) for name in names if name is not None]
     return next((number for number in ids if number is not None), None)
 
 
 def _text_of(token: object) -> str | None:
-    """The text of a token: the files have a string, or an object with the string as its "content"."""
+    """Return the text of a token, which is a string or an object with the string as its "content"."""
     text = token.get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) else None
 
