@@ -1,6 +1,6 @@
-"""Write files and folders so that after a crash each is complete or absent. And locks.
+"""Write files and folders that are complete or absent after a crash, and lock files.
 
-Needs the standard library alone.
+This module needs only the standard library.
 """
 
 import errno
@@ -19,11 +19,11 @@ from typing import IO
 
 _LOG = logging.getLogger(__name__)
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
-"""Errors of file systems that have no locks, such as Lustre mounted without them."""
+"""The errno values of a file system that has no locks, such as Lustre mounted without locks."""
 
 
 class InUse(Exception):
-    """Another process holds a lock; the message is what that process wrote about itself."""
+    """The error that another process holds a lock. The message has the id and the host of that process."""
 
 
 def sync(path: Path) -> None:
@@ -36,18 +36,19 @@ def sync(path: Path) -> None:
 
 
 def begin_sync(stream: IO[bytes], start: int, stop: int) -> None:
-    """Let the disk begin to write these bytes of a file, so that a later `sync` waits less."""
+    """Start writing the bytes [start, stop) of a file to the disk, so that a later `sync` waits less."""
     stream.flush()
-    # Linux begins to write the bytes that it is told nobody needs, and drops only those already on the disk:
-    # https://man7.org/linux/man-pages/man2/posix_fadvise.2.html. macOS has no such call.
+    # DONTNEED says that nobody will read these bytes. Linux then starts to write them to the disk, and drops
+    # from memory only bytes that are already on the disk. macOS has no such call.
+    # https://man7.org/linux/man-pages/man2/posix_fadvise.2.html
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(stream.fileno(), start, stop - start, os.POSIX_FADV_DONTNEED)
 
 
 def publish(built: Path, target: Path) -> None:
-    """Rename a file, or a folder with everything in it, to `target` once all of it is on the disk.
+    """Wait until a file, or a folder and all of its content, is on the disk. Then rename it to `target`.
 
-    Raises OSError as `rename` does.
+    Raises OSError like `rename`.
     """
     for path in built.rglob("*"):
         sync(path)
@@ -57,8 +58,8 @@ def publish(built: Path, target: Path) -> None:
 def rename(built: Path, target: Path) -> None:
     """Rename a file, or a folder whose files are on the disk, to `target`.
 
-    A file replaces a file, a folder only an empty folder. Raises OSError. If `built` no longer exists then,
-    `target` does, but a power cut may undo the rename.
+    A file may replace a file. A folder may replace only an empty folder. Raises OSError. If `built` is gone
+    when OSError is raised, the rename has been done, but a power cut may undo the rename.
     """
     sync(built)
     built.rename(target)
@@ -67,7 +68,7 @@ def rename(built: Path, target: Path) -> None:
 
 @contextmanager
 def replaced(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file that replaces `path` when the block ends and all of its bytes are on the disk.
+    """Open a file for the block to write. After the block, the file replaces `path` once it is on the disk.
 
     If the block or the disk fails, `path` stays as it was.
     """
@@ -82,15 +83,15 @@ def replaced(path: Path) -> Iterator[IO[bytes]]:
 
 
 def scratch_path(folder: Path) -> Path:
-    """Return an unused name beside `folder`, in which the folder can be built or removed."""
+    """Return an unused path beside `folder`, for a folder that is being built or removed."""
     return folder.with_name(f"{folder.name}.tmp-{secrets.token_hex(4)}")
 
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Make a folder beside `folder`, and publish it as `folder` when the block ends.
+    """Make a new folder for the block to fill. After the block, the new folder is renamed to `folder`.
 
-    If the block fails, the new folder is removed. Folders that killed processes left here are removed first.
+    If the block fails, the new folder is removed. Unfinished folders of killed processes are removed first.
     Raises OSError if `folder` exists and is not empty.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -109,10 +110,11 @@ def new_folder(folder: Path) -> Iterator[Path]:
 def lock(path: Path, seconds: float = 0, *, required: bool = True) -> IO[str]:
     """Lock the file at `path` until the returned file is closed or this process ends.
 
-    Raises InUse if another process holds the lock for longer than `seconds`. On a file system without locks:
-    raises OSError if a lock is `required`, else warns and returns the file.
+    Raises InUse if another process holds the lock for longer than `seconds`. If the file system has no locks,
+    raises OSError if a lock is `required`, else warns and returns the file without a lock.
     """
-    # The file is never removed: a process could hold the lock of a file that the next one no longer finds.
+    # The file is never removed. Otherwise one process could hold the lock of the removed file while the next
+    # process locks a new file.
     file = path.open("a+", encoding="utf-8")
     try:
         _wait_for_lock(file, path, seconds)
