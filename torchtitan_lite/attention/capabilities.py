@@ -57,7 +57,7 @@ class Capabilities:
         return f"{', '.join(absent)} not installed" if absent else self.also_missing()
 
     def unmet_here(self) -> str | None:
-        """Return what is missing, as the rule of a Refusal. None if nothing is, or if there is no GPU."""
+        """Return what is missing, as the rule of a Refusal. None if nothing is missing or there is no GPU."""
         lack = self.missing() if torch.cuda.is_available() else None
         return lack and f"needs {self.needs}, and {lack}"
 

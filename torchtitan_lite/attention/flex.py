@@ -172,10 +172,10 @@ def build_block_mask(
     """Return the block mask of documents, built from the interval of keys that each query sees.
 
     The mask is built on the device of `positions_BS` and then moved to `device`: building a mask on a GPU
-    takes sixty small kernels. The host does not wait for the device. No tensor has size Q x S, as in
-    `create_block_mask` without compilation. A block is full if each of its queries sees all of its keys: the
-    latest start and the earliest end of the intervals decide. A block is touched if at least one of its
-    queries sees at least one of its keys: the earliest start and the latest end decide.
+    takes sixty small kernels. The host does not wait for the device. No tensor has size Q x S, whereas
+    `create_block_mask` without compilation makes such a tensor. A block is full if each of its queries sees
+    all of its keys: the latest start and the earliest end of the intervals decide. A block is touched if at
+    least one of its queries sees at least one of its keys: the earliest start and the latest end decide.
     """
     seq_len = positions_BS.shape[1]
     first_BQ, last_Q = intervals(positions_BS, queries, sliding_window)

@@ -61,7 +61,7 @@ def check_window(sliding_window: int | None) -> None:
 
 
 def check_positions(positions_BS: Tensor) -> None:
-    """Raise ValueError unless each row has padding, then documents that each count from 0, then padding."""
+    """Raise ValueError unless each row is documents that count from 0, with padding only before and after."""
     if positions_BS.ndim != 2 or positions_BS.dtype != torch.int64:
         raise ValueError(
             f"positions must be int64 of shape [B, S], not {positions_BS.dtype} {list(positions_BS.shape)}"
@@ -153,7 +153,7 @@ def intervals(
 def explicit_mask(
     positions_BS: Tensor, queries: Ranges | None = None, sliding_window: int | None = None
 ) -> Tensor:
-    """Return the mask [B, Q, S], True where a query sees a key. Only the slow reference uses this mask."""
+    """Return the mask [B, Q, S], True where a query sees a key, for the reference. Its size is quadratic."""
     first_BQ, last_Q = intervals(positions_BS, queries, sliding_window)
     key_S = torch.arange(positions_BS.shape[1], device=positions_BS.device)
     return (key_S >= first_BQ[..., None]) & (key_S <= last_Q[:, None])

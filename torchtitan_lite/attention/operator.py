@@ -116,7 +116,7 @@ def _forward(
     """Return the output, in the memory layout of the queries, and its log-sum-exp."""
     q, k, v = (_unit_stride(x) for x in (q_BQHK, k_BSGK, v_BSGK))
     out_BQHK, lse = EVALUATORS[evaluator].forward(q, k, v, Work(table, data, window, scale))
-    layout = torch.empty_like(q_BQHK, device="meta").stride()  # the fake function below promises it
+    layout = torch.empty_like(q_BQHK, device="meta").stride()  # the fake below promises this layout
     return out_BQHK if out_BQHK.stride() == layout else torch.empty_like(q_BQHK).copy_(out_BQHK), lse
 
 

@@ -55,7 +55,7 @@ class Pack(NamedTuple):
         return _tokens(x_BSGK, self.row)[self.k0 : self.k1]
 
     def lse(self, lse_HT: Tensor, n_queries: int) -> Tensor:
-        """Return the pack's part of the log-sum-exp. A batch row has `n_queries` queries."""
+        """Return the pack's part of the log-sum-exp, in which each batch row has `n_queries` queries."""
         before = max(self.row, 0) * n_queries
         return lse_HT[:, before + self.q0 : before + self.q1]
 

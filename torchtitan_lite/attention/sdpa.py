@@ -88,7 +88,7 @@ class SdpaAttention(nn.Module):
 
 
 def attend_whole_rows(q_BSHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, scale: float) -> Tensor:
-    """Return attention [B, S, H, K] from one call of torch's own kernel. Every row must be one document."""
+    """Return attention [B, S, H, K] from the kernel that torch chooses. Every row must be one document."""
     q_BHSK, k_BGSK, v_BGSK = (x.transpose(1, 2) for x in (q_BSHK, k_BSGK, v_BSGK))
     out_BHSK = F.scaled_dot_product_attention(
         q_BHSK, k_BGSK, v_BGSK, is_causal=True, scale=scale, enable_gqa=q_BHSK.shape[1] != k_BGSK.shape[1]

@@ -99,7 +99,7 @@ class Varlen:
     kind: Literal["varlen"] = "varlen"
 
     kernel: Literal["auto", "fa4", "fa3", "flash_attn", "torch", "documents"] = "auto"
-    """The kernel. auto takes the best kernel that is installed and fits the GPU. documents is a loop."""
+    """Name of the kernel. auto takes the best that is installed and fits the GPU. documents is a loop."""
 
     supports: ClassVar[tuple[Capabilities, ...]] = tuple(KERNELS.values())
 
@@ -148,7 +148,7 @@ class Varlen:
 
 @cache
 def _ready(config: Varlen, device: str) -> str:
-    """Return the evaluator for `device`, "cpu" or "cuda". Activate a kernel that replaces torch's.
+    """Return the name of the evaluator for `device`. If its kernel replaces torch's, activate the kernel.
 
     `Varlen.mask` calls this function, because the device is not known earlier: a run on a CPU must not touch
     a GPU.

@@ -52,7 +52,7 @@ class Samples:
         return self.split.n_tokens // self.seq_len
 
     def batch(self, indices: Sequence[int], sample_ids: Sequence[int]) -> Batch:
-        """Return the samples at `indices` of the split. Their places in the global order are `sample_ids`."""
+        """Return the samples at `indices` of the split. `sample_ids` are their places in the global order."""
         rows = [self._row(index) for index in indices]
         tokens, positions, labels = (torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True))
         return Batch(tokens_BS=tokens, positions_BS=positions, labels_BS=labels, sample_ids=list(sample_ids))

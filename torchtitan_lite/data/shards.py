@@ -27,7 +27,7 @@ from torchtitan_lite.data.datasets import DataConfig, open_source
 from torchtitan_lite.data.sources import CACHED, Source
 from torchtitan_lite.data.tokenizer import Tokenizer
 
-# Increase this number when the same text and tokenizer give other shards, or the files of shards change.
+# Increase this number when the same text and tokenizer give other shards, or the format of the files changes.
 _FORMAT = 1
 _BATCH_BYTES = 2 << 20
 _LOG = logging.getLogger(__name__)

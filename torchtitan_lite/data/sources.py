@@ -21,7 +21,7 @@ PIECE_BYTES = 256 << 10
 _SAFE_CUTS = (re.compile(rb"(?<=\S)(?= \S)"), re.compile(rb"(?<=\S\n)(?=\S)"))
 _NOTHING = frozenset(hashlib.sha256(content).digest() for content in (b"", codecs.BOM_UTF8))
 CACHED = re.compile(r"([A-Za-z0-9_]+-[0-9a-f]{24})(\.tmp-[0-9a-f]{8}|\.lock)?")
-"""The pattern of all names that the cache of token shards uses. The cache folder may hold other names too."""
+"""The pattern of the folder and file names in the cache of token shards. Other files may be beside them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +165,7 @@ class Place:
         return kept, n_empty, n_not_text
 
     def _named(self) -> dict[str, Path]:
-        """Return the files by relative path. A file is listed once: by its own path, else by a link to it."""
+        """Return the files by relative path. Each is there once: by its own path, else by its first link."""
         base = self.root if self.root.is_dir() else self.root.parent
         names = {path.relative_to(base).as_posix(): path for path in self._paths()}
         links = {name for name, path in names.items() if path.is_symlink()}
@@ -301,7 +301,10 @@ def _stamp(stream: BinaryIO) -> tuple[int, int, int]:
 
 @contextmanager
 def _reading(file: SourceFile) -> Iterator[BinaryIO]:
-    """Open the file for the block. Raises ConfigError if reading fails or the file changed after its hash."""
+    """Open the file for the block.
+
+    Raises ConfigError if the file cannot be read, or if the file has changed since it was hashed.
+    """
     try:
         with file.path.open("rb") as stream:
             yield stream

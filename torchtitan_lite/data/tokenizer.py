@@ -231,7 +231,7 @@ def _find_begin(encoder: Any, beside: _Beside) -> int | None:
 
 
 def _text_of(token: object) -> str | None:
-    """Return the text of a token, which is a string or an object with the string as its "content"."""
+    """Return the text of a token: a string, or the "content" of an object. None if there is no text."""
     text = token.get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) else None
 

@@ -20,7 +20,7 @@ _cpu_flash_backward = aten._scaled_dot_product_flash_attention_for_cpu_backward
 BLOCK = 256
 """The number of queries in each call of torch's CPU kernel if `CpuKernel` computes attention in blocks."""
 MANY = 768
-"""The number of queries from which torch's kernel itself uses larger blocks and skips hidden blocks
+"""The number of queries at which torch's kernel itself begins to use larger blocks and to skip hidden blocks
 (aten/src/ATen/native/cpu/FlashAttentionKernel.cpp)."""
 
 

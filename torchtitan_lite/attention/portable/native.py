@@ -24,7 +24,7 @@ from torchtitan_lite.attention.operator import Work
 
 # torch has the same default: torch._inductor.config.cpp.cxx.
 CXX = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-"""The C++ compiler for torch's CPU kernels and for this kernel."""
+"""The C++ compiler for torch's CPU kernels and for `causal_cpu.cpp`."""
 
 _SOURCE = Path(__file__).with_name("causal_cpu.cpp")
 # The library is not linked with OpenMP: the library uses the OpenMP that torch has loaded. A second OpenMP

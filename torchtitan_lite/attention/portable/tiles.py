@@ -4,8 +4,8 @@ B batch rows, S key tokens, Q query tokens, H query heads, G key/value heads, K 
 b, n, m: rows, queries and keys of a tile.
 
 A plain kernel computes a tile in one call. The call computes the whole tile, the causal half of a square
-tile, or the part that a small explicit mask shows. Tiles of the same queries are merged by their log-sum-exp.
-The backward of each tile uses the merged output and log-sum-exp, and is exact (FlashAttention,
+tile, or the part that a small explicit mask allows. Tiles of the same queries are merged by their
+log-sum-exp. The backward of each tile uses the merged output and log-sum-exp, and is exact (FlashAttention,
 https://arxiv.org/abs/2205.14135, section 3.1 and appendix B.4).
 """
 
@@ -94,7 +94,7 @@ def document_tiles(
 
 
 def _tiles_of(q0: int, q1: int, k0: int, k1: int, sliding_window: int | None) -> Iterator[tuple[int, ...]]:
-    """Yield the tiles (q0, q1, k0, k1, kind) of one segment, a row of `mask.segments`."""
+    """Yield the tiles (q0, q1, k0, k1, kind) of one segment. `mask.segments` explains the arguments."""
     window = sliding_window or k1 - k0
     first = k1 - (q1 - q0)  # the key index of the first query
     unbanded = min(k1, max(first, k0 + window))  # earlier queries see their document from its start
