@@ -356,4 +356,4 @@ def _tell_launcher() -> None:
     """Set the launcher's process id: the package was imported in the server, which has another parent."""
     from torchtitan_lite.launch import process
 
-    process._LAUNCHER = os.getppid()
+    process._launcher = os.getppid()

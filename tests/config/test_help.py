@@ -91,6 +91,14 @@ def test_help_is_printed_beside_the_problems_of_the_other_flags(
     assert [line.split(" ")[0] for line in err.splitlines()] == ["--config", "training.stps"]
 
 
+def test_help_lists_the_backends_beside_a_flavor_that_does_not_exist(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        load_job(["--model.flavor", "7X", "--help"])
+    assert "--model.attention {sdpa,flex,varlen}" in capsys.readouterr().out
+
+
 def test_loading_a_configuration_has_no_slow_imports() -> None:
     code = (
         "import sys; from torchtitan_lite.config.job import load_job; load_job(['--training.steps', '5']);"

@@ -234,6 +234,12 @@ def test_a_key_of_another_kind_is_refused_unless_a_later_layer_chooses_that_kind
     assert line.startswith('model.inner.size = "x" is not an integer')
 
 
+def test_the_same_wrong_value_of_two_layers_is_reported_once() -> None:
+    first, second = (f"[model.inner]\nkind = '{kind}'\nkernel = 'x'" for kind in ("tiled", "packed"))
+    (line,) = problems(one=first, two=second)
+    assert line.startswith('model.inner.kernel = "x" is not one of')
+
+
 @pytest.mark.parametrize(
     ("value", "rule"), [("0", "must be -1 or at least 1: use 1 or more"), ("x", "is not -1 or an integer: ")]
 )

@@ -235,7 +235,7 @@ import os, signal, time
 from torchtitan_lite.launch import process
 from torchtitan_lite.launch.guard import while_launched
 
-launcher = process._LAUNCHER = os.getpid()
+launcher = process._launcher = os.getpid()
 if os.fork():
     time.sleep(60)
 os.environ["RANK"] = "0"

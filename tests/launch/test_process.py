@@ -30,6 +30,15 @@ def restored(monkeypatch: pytest.MonkeyPatch):
     torch.utils.deterministic.fill_uninitialized_memory = True  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def test_a_process_whose_modules_another_process_imported_is_no_orphan(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(process, "_launcher", 0)
+    assert process.is_orphan()
+    with process.starting():
+        assert not process.is_orphan()
+
+
 def test_a_deterministic_run_refuses_kernels_whose_result_depends_on_timing() -> None:
     set_up("cuda", deterministic=True)
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"

@@ -181,7 +181,11 @@ NORM = "model.norm.weight"
 HARMS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a shape": (
         lambda folder: weights_say(folder, **{NORM: torch.ones(3)}),
-        f"{NORM} is [32] here and [3] in the checkpoint",
+        f"{NORM} is [32] here and [3] in the files",
+    ),
+    "a dtype": (
+        lambda folder: weights_say(folder, **{NORM: torch.ones(32, dtype=torch.int32)}),
+        f"{NORM} is I32, and can be read from F32, F16, BF16",
     ),
     "NaN": (lambda folder: weights_say(folder, **{NORM: torch.full((32,), torch.nan)}), "are not finite"),
     "no folder": (shutil.rmtree, "config.json is not there"),
@@ -341,6 +345,13 @@ def test_a_step_with_a_wrong_record_of_its_model_is_damaged(changes: dict[str, o
     for wrong in ({**record, **changes}, None):
         with pytest.raises(Damaged, match="its record of the model is wrong"):
             hub.decoder_of({"model": wrong})
+
+
+def test_a_record_that_lacks_a_field_is_not_judged_by_the_value_of_a_preset() -> None:
+    record = {**hub.record_of(families["llama3"]["8B"]), "n_heads": 2}
+    del record["n_kv_heads"]
+    with pytest.raises(Damaged, match="n_kv_heads is missing or unknown"):
+        hub.decoder_of({"model": record})
 
 
 def test_loading_holds_no_second_copy_of_the_model(tmp_path: Path) -> None:

@@ -74,6 +74,11 @@ def test_the_outcome_is_one_json_object(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["exit.json"]
 
 
+def test_the_outcome_is_written_although_the_folder_was_removed_during_the_run(tmp_path: Path) -> None:
+    write_exit(tmp_path / "runs" / "removed", End(rank=0, message="out of memory"))
+    assert json.loads((tmp_path / "runs" / "removed" / "exit.json").read_text())["outcome"] == "failed"
+
+
 def test_lines_that_a_full_disk_does_not_take_are_told_once_and_no_more(caplog) -> None:
     lines = Lines(Path("/dev/full"))
     for step in range(1000):

@@ -288,20 +288,28 @@ def _fill(chunks: Sequence[Chunk], shape: Sequence[int], dim: int = 0) -> bool:
 
 
 def differences(
-    pieces: Mapping[str, Piece], index: Mapping[str, Stored], dtypes: Sequence[torch.dtype] = ()
+    pieces: Mapping[str, Piece],
+    index: Mapping[str, Stored],
+    dtypes: Sequence[torch.dtype] = (),
+    place: str = "the checkpoint",
 ) -> list[str]:
     """Return why `pieces` cannot be read from the stored tensors: names, shapes and dtypes, a line each.
 
-    `dtypes`: those from which a piece of another dtype is read too.
+    Args:
+        dtypes: the dtypes from which pieces of any dtype can be read.
+        place: the words for the place of the stored tensors.
     """
-    lines = [f"{name} is not in the checkpoint" for name in pieces if name not in index]
-    lines += [f"{name} is in the checkpoint alone" for name in index if name not in pieces]
+    readable = ", ".join(_DTYPE_NAMES[dtype] for dtype in dtypes)
+    lines = [f"{name} is not in {place}" for name in pieces if name not in index]
+    lines += [f"{name} is in {place} alone" for name in index if name not in pieces]
     for name in pieces.keys() & index.keys():
         piece, stored = pieces[name], index[name]
         if piece.shape != stored.shape:
-            lines.append(f"{name} is {list(piece.shape)} here and {list(stored.shape)} in the checkpoint")
-        elif stored.dtype not in (piece.local.dtype, *dtypes):
-            lines.append(f"{name} is {piece.local.dtype} here and {stored.dtype} in the checkpoint")
+            lines.append(f"{name} is {list(piece.shape)} here and {list(stored.shape)} in {place}")
+        elif dtypes and stored.dtype not in dtypes:
+            lines.append(f"{name} is {_DTYPE_NAMES[stored.dtype]}, and can be read from {readable}")
+        elif not dtypes and stored.dtype != piece.local.dtype:
+            lines.append(f"{name} is {piece.local.dtype} here and {stored.dtype} in {place}")
     more = [f"and {len(lines) - _MOST_LINES} more"] if len(lines) > _MOST_LINES else []
     return [*sorted(lines)[:_MOST_LINES], *more]
 

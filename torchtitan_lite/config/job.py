@@ -204,19 +204,21 @@ class JobConfig:
     def _folder_problems(self) -> list[Problem]:
         """Folders that are not inside the run's folder, or that share a name there."""
         tb, traces = self.metrics.save_tb_folder, self.profiling.save_traces_folder
-        steps, key = self.checkpoint.folder, "checkpoint.folder"
         reports = {
             "metrics.save_tb_folder": (tb, "tb"),
             "profiling.save_traces_folder": (traces, "profile_traces"),
         }
         found = [
-            Problem(name, folder, "is not a folder of its own inside the run's", f'use "{default}"')
-            for name, (folder, default) in {**reports, key: (steps, "checkpoint")}.items()
-            if not is_inside(folder) or (name == key and Path(folder).name != folder)
+            Problem(key, folder, "is not a folder of its own inside the run's", f'use "{default}"')
+            for key, (folder, default) in reports.items()
+            if not is_inside(folder)
         ]
-        if steps in (*Path(tb).parts[:1], *Path(traces).parts[:1]):
+        folder, remedy = self.checkpoint.folder, 'use "checkpoint"'
+        if Path(folder).name != folder or folder in ("", ".."):
+            found.append(Problem("checkpoint.folder", folder, "is not a folder inside the run's", remedy))
+        elif not is_inside(folder) or folder in (Path(tb).parts[:1] + Path(traces).parts[:1]):
             rule = "is the name of something else in the run's folder"
-            found.append(Problem(key, steps, rule, 'use "checkpoint"', tuple(reports)))
+            found.append(Problem("checkpoint.folder", folder, rule, remedy, tuple(reports)))
         return found
 
     def _tokenizer_problems(self, decoder: DecoderConfig | None) -> list[Problem]:

@@ -71,7 +71,8 @@ def _lay(
             if is_of_another_member:
                 unchosen[path] = problem
                 continue
-            wrong.append(problem)
+            if problem not in wrong:  # two layers may have the same wrong value
+                wrong.append(problem)
             # In `table` if the range of a member that this layer has chosen is narrower.
             del (holder(layer, path) or holder(table, path))[path[-1]]
 

@@ -16,13 +16,15 @@ from collections.abc import Iterator
 from typing import NoReturn
 
 _GC_THRESHOLDS = gc.get_threshold()
-_LAUNCHER = os.getppid()
+_launcher = os.getppid()
 """The process that started this one."""
 
 
 @contextlib.contextmanager
 def starting() -> Iterator[None]:
     """Within it, Python collects garbage rarely, until `started`: during a start that saves half a second."""
+    global _launcher
+    _launcher = os.getppid()  # a fork of a process that had imported this module has another parent
     gc.set_threshold(100_000)
     try:
         yield
@@ -51,7 +53,7 @@ def show_log(is_first: bool) -> None:
 
 def is_orphan() -> bool:
     """Whether the process that started this one, such as a launcher, has ended."""
-    return os.getppid() != _LAUNCHER
+    return os.getppid() != _launcher
 
 
 def end_process(status: int) -> NoReturn:

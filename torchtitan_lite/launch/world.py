@@ -39,7 +39,7 @@ class CommConfig:
     """How long a rank waits for the others before the run counts as hung."""
 
     init_timeout_seconds: Annotated[int, Field(ge=1)] = 300
-    """Seconds until the first step is done."""
+    """Seconds until the first step is done, and for each save."""
     train_timeout_seconds: Annotated[int, Field(ge=1)] = 100
     """Seconds for every later step."""
 

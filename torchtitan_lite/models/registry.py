@@ -103,7 +103,7 @@ def settle_model(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
     if not has_kind and flavor is not None and not _exists(name or DEFAULT_FAMILY, flavor):
         for model in (holder(layer, ("model", "attention")) for layer in layers):
             model["attention"] = {}
-        return layers
+        return [{"model": {"attention": _SDPA}}, *layers]
     settled: list[dict[str, Any]] = [{"model": {"attention": _SDPA}}]
     for layer in layers:
         said = last_said([layer], "model.flavor")

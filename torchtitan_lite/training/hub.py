@@ -89,7 +89,7 @@ def _index_for(wanted: Mapping[str, Piece], folder: Path, config: DecoderConfig)
     is_twice = head in index and head not in wanted and embedding in index
     if is_twice and not are_equal(folder, index.pop(head), index[embedding]):
         raise Damaged(f"{head} is not {embedding}, and config.json says that they are one")
-    if lines := tensor_differences(wanted, index, EXACT):
+    if lines := tensor_differences(wanted, index, EXACT, "the files"):
         raise Damaged("; ".join(lines))
     return index
 
@@ -130,6 +130,8 @@ def decoder_of(identity: Mapping[str, Any]) -> DecoderConfig:
     # A preset stands in for fields that are missing or wrong: both are then refused.
     presets = (config for sizes in families.values() for config in sizes.values())
     preset = next(config for config in presets if type(config) is cls)
+    if differing := record_of(preset).keys() ^ record.keys():
+        raise _wrong_record(f"{min(differing)} is missing or unknown")
     config, problems = validate(cls, [asdict(preset), fields])
     if problems or (problems := config.problems("model")):
         raise _wrong_record(problems[0])

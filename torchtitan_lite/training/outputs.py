@@ -70,6 +70,7 @@ def write_exit(folder: Path, end: End, step: int = 0) -> None:
     path = folder / "exit.json"
     record = {"status": end.status, "outcome": end.outcome, "step": step, "message": end.message}
     try:
+        folder.mkdir(parents=True, exist_ok=True)  # it may have been removed during the run
         if end.outcome == "refused" and path.exists() and _outcome(path) != "refused":
             path.rename(free_folder(folder, _EARLIER) / path.name)
         with durable.replaced(path) as stream:

@@ -46,7 +46,7 @@ class TrainState:
         self.notes = self.record.check(resumed) if resumed else []
         """Lines to print about the step or the weights that the run begins with."""
         self.notes += self.record.check_initial(initial) if initial else []
-        self.model, self.context = build_model(job, world, draw=start == Start())
+        self.model, self.context = build_model(job, world, draw=not (resumed or initial))
         # The shards. While FSDP has gathered a module's weights, its parameters are the whole weights.
         self.parameters = dict(self.model.named_parameters())
         groups = {name: row.group for name, row in self.model.config.rows.items()}
