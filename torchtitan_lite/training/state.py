@@ -61,7 +61,7 @@ class TrainState:
             world.patiently(lambda ranks: load_initial(initial, job.decoder, self.parameters, ranks))
 
     @property
-    def began(self) -> int:
+    def steps_before(self) -> int:
         """Steps done before this start."""
         return self.resumed_step or 0
 

@@ -34,21 +34,21 @@ class Stepper:
         self.peak_lr, self.schedule, self.n_steps = job.optimizer.lr, job.lr_scheduler, job.training.steps
 
     @property
-    def share(self) -> tuple[int, int]:
+    def data_share(self) -> tuple[int, int]:
         """The index of this rank's share of every batch, and the number of shares."""
         return self.degrees.data_rank(self.world.rank), self.degrees.data
 
-    def train_step(self, flags: Callable[[], Sequence[bool]] = tuple) -> StepStats:
+    def train_step(self, votes: Callable[[], Sequence[bool]] = tuple) -> StepStats:
         """Forward and backward over the micro-batches, clip, update. Every valid token has the same weight.
 
-        Raises NonFinite before the weights change. `flags` returns the flags of this rank; it is called as
+        Raises NonFinite before the weights change. `votes` returns the votes of this rank; it is called as
         late as possible. In the result a flag is set if any rank set it.
         """
         start, state = perf_counter(), self.state
         first_sample = state.batches.consumed_samples
         micro = [next(state.batches) for _ in range(self.accumulation)]
         data_seconds = perf_counter() - start
-        work = self.attention_work(micro) if state.step == state.began else None
+        work = self.attention_work(micro) if state.step == state.steps_before else None
         n_valid = self.count_valid(micro)
         loss = torch.zeros((), device=self.device)
         for number, batch in enumerate(micro, start=1):
@@ -57,7 +57,7 @@ class Stepper:
             loss_sum, _ = self.loss_of(batch)
             (loss_sum / n_valid).backward()
             loss = loss + loss_sum.detach() / n_valid
-        loss_value, norm_value, agreed = self.reduce_and_clip(loss, flags)
+        loss_value, norm_value, agreed = self.reduce_and_clip(loss, votes)
         of_all_ranks = range(first_sample, state.batches.consumed_samples)
         check_finite(step=state.step + 1, loss=loss_value, grad_norm=norm_value, sample_ids=of_all_ranks)
         lr = self.update()
@@ -75,7 +75,7 @@ class Stepper:
             peak_memory_gib=peak_memory_gib(self.device),
             sample_ids=[index for batch in micro for index in batch.sample_ids],
             attention_work=work,
-            flags=agreed,
+            votes=agreed,
         )
 
     def attention_work(self, micro: list[Batch]) -> float:
@@ -98,18 +98,18 @@ class Stepper:
         return model(*model.prepare(*tensors, share=share, device=self.device))
 
     def reduce_and_clip(
-        self, loss: Tensor, flags: Callable[[], Sequence[bool]] = tuple
+        self, loss: Tensor, votes: Callable[[], Sequence[bool]] = tuple
     ) -> tuple[float, float, tuple[bool, ...]]:
-        """Sum the loss, the squared gradient norm and the flags over all ranks at once; clip the gradients.
+        """Sum the loss, the squared gradient norm and the votes over all ranks at once; clip the gradients.
 
-        Returns the loss, the norm before clipping, and the flags that any rank set.
+        Returns the loss, the norm before clipping, and the votes that any rank set.
         """
         parameters = list(self.state.model.parameters())
         sum_partial(parameters)
         squares = squared_norm(parameters, self.world.size).to(loss)
         # The ranks of a tensor-parallel group each have the same loss.
         both = loss / self.degrees.tensor, squares
-        own = (torch.full_like(loss, is_set) for is_set in flags())
+        own = (torch.full_like(loss, is_set) for is_set in votes())
         # The only read from the device in a step, as late as possible: the weights change next.
         loss_value, square, *counts = self.world.sum(torch.stack([*both, *own])).tolist()
         norm = max(square, 0.0) ** 0.5

@@ -131,8 +131,8 @@ class Trainer:
             stats = self.stepper.train_step(
                 lambda: (self.is_asked(), bool(self.saver and self.saver.has_failed))
             )
-            self.is_stopping, save_failed = stats.flags
-            if self.state.step == self.state.began + 1:
+            self.is_stopping, save_failed = stats.votes
+            if self.state.step == self.state.steps_before + 1:
                 if self.saver:
                     self.state.check_optimizer(self.job.optimizer.name)
                 self.world.steady(self.job.comm.train_timeout_seconds)
@@ -169,7 +169,7 @@ class Trainer:
             return
         size, steps = self.job.training.local_batch_size, self.job.validation.steps
         n_batches = steps if steps < 0 else steps * self.stepper.accumulation
-        batches = in_order(self.corpus.held_out, size, n_batches, *self.stepper.share)
+        batches = in_order(self.corpus.held_out, size, n_batches, *self.stepper.data_share)
         try:
             loss = mean_loss(self.state.model, self._validation_loss_of, batches, self.stepper.sum_over_ranks)
         except _Stopped:

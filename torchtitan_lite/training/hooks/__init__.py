@@ -75,8 +75,8 @@ class StepStats:
     """Global ids of the samples that this rank read."""
     attention_work: float | None = None
     """Visible pairs of query and key that this rank computed, per head; only in a start's first step."""
-    flags: Sequence[bool] = ()
-    """The flags that the ranks exchanged in this step: each is set if any rank set it."""
+    votes: Sequence[bool] = ()
+    """The votes that the ranks exchanged in this step: each is set if any rank set it."""
 
 
 @dataclass(frozen=True, kw_only=True)
