@@ -1,4 +1,4 @@
-"""One optimizer step: micro-batches, loss, sum over ranks, clipping, the check, and the update.
+"""One optimizer step: micro-batches, loss, sum over ranks, clipping, check for NaN, and update.
 
 B batch, S sequence.
 """
@@ -23,7 +23,7 @@ from torchtitan_lite.training.state import TrainState
 
 
 class Stepper:
-    """Takes optimizer steps."""
+    """The object that takes optimizer steps: forward, backward, gradient clipping and update."""
 
     def __init__(self, job: JobConfig, world: World, state: TrainState) -> None:
         self.world, self.state = world, state
@@ -35,14 +35,15 @@ class Stepper:
 
     @property
     def data_share(self) -> tuple[int, int]:
-        """The index of this rank's share of every batch, and the number of shares."""
+        """This rank's part of every batch: the index of the part, and the number of parts."""
         return self.degrees.data_rank(self.world.rank), self.degrees.data
 
     def train_step(self, votes: Callable[[], Sequence[bool]] = tuple) -> StepStats:
-        """Forward and backward over the micro-batches, clip, update. Every valid token has the same weight.
+        """Take one optimizer step, in which every token with a label has the same weight.
 
-        Raises NonFinite before the weights change. `votes` returns the votes of this rank; it is called as
-        late as possible. In the result a flag is set if any rank set it.
+        Raises NonFinite, before the weights change, if the loss or the gradient norm is not finite. `votes`
+        returns the votes of this rank, and is called as late as possible. In the result a vote is set if any
+        rank set it.
         """
         start, state = perf_counter(), self.state
         first_sample = state.batches.consumed_samples
@@ -79,20 +80,20 @@ class Stepper:
         )
 
     def attention_work(self, micro: list[Batch]) -> float:
-        """The number of visible pairs of query and key that this rank computes in a step, per head."""
+        """Return the number of visible (query, key) pairs that this rank computes in a step, per head."""
         window = self.state.model.config.sliding_window
         return sum(self.state.context.work(batch.positions_BS, window) for batch in micro)
 
     def count_valid(self, micro: list[Batch]) -> Tensor:
-        """The number of valid labels in the step, over all micro-batches and ranks; at least 1."""
+        """Return the number of labels in the step, over all micro-batches and ranks; at least 1."""
         count = sum(int((batch.labels_BS != IGNORE).sum()) for batch in micro)
         # Filled on the device: a copy from the host would wait until the device has done all its work.
         total = self.world.sum(torch.full((), count, device=self.device))
-        # The ranks that share a sequence have each counted the same rows.
+        # Each of the ranks that share a sequence has counted all labels of the sequence.
         return (total // (self.degrees.context * self.degrees.tensor)).clamp(min=1)
 
     def loss_of(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The sum of the losses of this rank's tokens, and the count of its valid tokens, on the device."""
+        """Return the summed loss of this rank's tokens and the number of its labels, both on the device."""
         model, share = self.state.model, self.state.context
         tensors = batch.tokens_BS, batch.positions_BS, batch.labels_BS
         return model(*model.prepare(*tensors, share=share, device=self.device))
@@ -100,25 +101,25 @@ class Stepper:
     def reduce_and_clip(
         self, loss: Tensor, votes: Callable[[], Sequence[bool]] = tuple
     ) -> tuple[float, float, tuple[bool, ...]]:
-        """Sum the loss, the squared gradient norm and the votes over all ranks at once; clip the gradients.
+        """Sum the loss, the squared gradient norm and the votes in one all-reduce, then clip the gradients.
 
-        Returns the loss, the norm before clipping, and the votes that any rank set.
+        Returns the loss, the norm before clipping, and the combined votes. A vote is set if any rank set it.
         """
         parameters = list(self.state.model.parameters())
         sum_partial(parameters)
         squares = squared_norm(parameters, self.world.size).to(loss)
-        # The ranks of a tensor-parallel group each have the same loss.
+        # Every rank of a tensor-parallel group has the whole loss, so each contributes only its part.
         both = loss / self.degrees.tensor, squares
         own = (torch.full_like(loss, is_set) for is_set in votes())
-        # The only read from the device in a step, as late as possible: the weights change next.
+        # The only read from the device in a step. It comes as late as possible: the weights change next.
         loss_value, square, *counts = self.world.sum(torch.stack([*both, *own])).tolist()
         norm = max(square, 0.0) ** 0.5
-        if self.max_norm and norm > self.max_norm:  # else a factor of 1 would cost a pass over all gradients
+        if self.max_norm and norm > self.max_norm:  # scaling by 1 would cost a pass over all gradients
             scale(parameters, self.max_norm / norm)
         return loss_value, norm, tuple(count > 0 for count in counts)
 
     def update(self) -> float:
-        """Update the weights at the scheduled learning rate, which is returned."""
+        """Update the weights at the scheduled learning rate, and return this rate."""
         state = self.state
         factor = lr_factor(state.step, self.schedule, self.n_steps)
         for group in state.optimizer.param_groups:
@@ -129,18 +130,18 @@ class Stepper:
         return self.peak_lr * factor
 
     def sum_over_ranks(self, x: Tensor) -> Tensor:
-        """Sum `x` over all ranks; the ranks of a tensor-parallel group each have the same `x`."""
+        """Return the sum of `x` over all ranks. The copies of `x` in a tensor-parallel group count once."""
         return self.world.sum(x / self.degrees.tensor)
 
 
 class NonFinite(RunError):
-    """The loss or the gradient norm of a step is infinite or NaN; the weights have not been updated."""
+    """The error for an infinite or NaN loss or gradient norm. The weights have not been updated."""
 
     outcome = "non-finite"
 
 
 def check_finite(*, step: int, loss: float, grad_norm: float, sample_ids: Sequence[int]) -> None:
-    """Raise NonFinite unless both numbers are finite. `sample_ids`: the step's samples on all ranks."""
+    """Raise NonFinite if a number is not finite. `sample_ids` are the step's samples on all ranks."""
     for name, value in (("loss", loss), ("gradient norm", grad_norm)):
         if not math.isfinite(value):
             raise NonFinite(
