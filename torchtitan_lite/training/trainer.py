@@ -96,7 +96,7 @@ class Trainer:
 
     @property
     def is_done(self) -> bool:
-        """True if all steps are done and, in a run that validates, also the validation after the last step."""
+        """True if all steps are done and, if the run validates, also the validation after the last step."""
         is_validated = self.corpus.held_out is None or self.state.validated == self.state.step
         return self.state.step >= self.job.training.steps and is_validated
 
