@@ -132,8 +132,7 @@ class DecoderConfig:
     def build(self, compute_dtype: torch.dtype = torch.float32) -> "Decoder":
         """Return a decoder on the current default device, with the weights of seed 0.
 
-        On the meta device the weights have no values: call `model.to_empty(device=...)` and `init_weights`
-        next.
+        On the meta device the weights have no values. Call `model.to_empty(device=...)`, then `init_weights`.
         """
         model = Decoder(self, compute_dtype)
         self.parameters.rows_of((name for name, _ in model.named_parameters()), type(self).__name__)
@@ -170,8 +169,7 @@ class DecoderConfig:
         """Return the operations of a training step, per token of a causal document of `seq_len` tokens.
 
         These are floating-point operations: six per parameter of a matrix, and twelve per query feature and
-        visible key (https://arxiv.org/abs/2204.02311, appendix B; the causal mask leaves about half of the
-        keys).
+        visible key (https://arxiv.org/abs/2204.02311, appendix B). A causal mask leaves about half the keys.
         """
         # An embedding is looked up, not multiplied. But a tied embedding is also the output head.
         others = {"vector"} if self.tie_embeddings else {"vector", "embedding"}
@@ -269,8 +267,7 @@ class Decoder(nn.Module):
         self.embedding = Embedding(config.vocab_size, config.dim, compute_dtype)
         self.blocks = nn.ModuleList(config.build_block() for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        # A tied head has no parameter of its own: `to_empty` would turn one parameter with two names into
-        # two.
+        # A tied head has no parameter of its own: `to_empty` would make two parameters of a shared one.
         self.head = None if config.tie_embeddings else Linear(config.dim, config.vocab_size)
         self.loss: Callable[..., tuple[Tensor, Tensor]] = linear_cross_entropy
         self.logits: Callable[..., Tensor] = logits
@@ -325,7 +322,7 @@ class Decoder(nn.Module):
 
     @property
     def sums(self) -> list[nn.Module]:
-        """The modules of all blocks that tensor parallel splits (`Block.sums`)."""
+        """The modules of all blocks whose outputs are summed under tensor parallel (`Block.sums`)."""
         return [part for block in self.layers for part in block.sums]
 
     def wrap_attention(self, wrap: Callable[[nn.Module], nn.Module]) -> None:

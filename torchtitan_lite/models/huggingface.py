@@ -38,7 +38,7 @@ _LARGEST = {
     "original_max_position_embeddings": 2**31,
 }
 _LARGEST_SIZE = 2**24
-"""The limit of all other sizes. No model is larger. Beyond the limit torch may fail in unclear ways."""
+"""The limit of values without a row in `_LARGEST`. No model needs more, and torch may fail on more."""
 _TYPES: dict[str, type] = {"norm_eps": float, "tie_embeddings": bool}
 _COMMON = {"tie_word_embeddings": False, "rms_norm_eps": 1e-6, "rope_theta": 10000.0}
 _DEFAULTS = {
@@ -73,7 +73,7 @@ _OTHER_FILE = "use the file that belongs to the weights"
 
 
 def read_config(folder: Path) -> tuple[DecoderConfig | None, list[Problem]]:
-    """Return the decoder that `folder`/config.json describes, and a problem for each key that does not fit.
+    """Return the decoder that `folder`/config.json describes, and a problem for each unsupported value.
 
     The decoder is None if a field is missing or has a wrong type. Only numbers are taken from the file.
     """
@@ -132,7 +132,7 @@ class _Reader:
         self.problems.append(Problem(f"{self.path}: {key}", value, rule, remedy))
 
     def value(self, key: str, value: object, wanted: type) -> Any:
-        """Return `value`. If it is not of type `wanted`, not finite or too large, add a problem instead."""
+        """Return `value`. Add a problem if it is not of type `wanted`, not finite, or too large."""
         if wanted is float and type(value) is int and abs(value) < 2**63:
             value = float(value)
         if type(value) is not wanted or (isinstance(value, float) and not math.isfinite(value)):
@@ -194,7 +194,7 @@ class _Reader:
 
 
 def differences(found: DecoderConfig, config: DecoderConfig, path: str) -> list[Problem]:
-    """Return a problem for each field but attention in which `found`, read from `path`, is not `config`."""
+    """Return a problem for each field, except attention, in which `found` (of `path`) and `config` differ."""
     remedy = "choose the model of these weights, or use --model.name hf --model.flavor with their folder"
     if found.architecture != config.architecture:
         rule = f"is {json.dumps(found.architecture)} in {path}"

@@ -33,11 +33,11 @@ _GOLDEN, _MIX1, _MIX2 = (
 )
 _SIGN = -(2**31)
 _LINE_BITS = 8
-"""The logarithm of the number of lines for every power of two of the probability."""
+"""The base-2 logarithm of the number of lines for every power of two of the probability."""
 _REST_BITS = 23 - _LINE_BITS
 """The number of bits of a float32's fraction that give the place on a line."""
 _ONE = 127 << _LINE_BITS
-"""The number of the line at which 1.0 lies, counted from float32's exponent 0."""
+"""The index of the line that starts at 1.0, if lines are counted from float32's exponent 0."""
 _MOST = {"cpu": 1 << 16, "cuda": 1 << 24}
 """The count of numbers drawn at a time: few enough for a processor's cache, enough to keep a GPU busy."""
 _STD = 0.02

@@ -88,12 +88,11 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Return the sum of -log softmax(x @ weight^T)[label], and the number of labels that are not IGNORE.
 
-    The sum is over the labels that are not IGNORE: a scalar in nats. The number is int64. The products are
-    computed in the dtype of `x_BSD`, all else in float32 (float64 if `x_BSD` is float64). Memory beyond the
-    two gradients: one chunk of logits, and on CUDA a copy of the weight if its dtype is not that of `x_BSD`.
+    The sum is over these labels, a scalar in nats. The number is int64. The products are computed in the
+    dtype of `x_BSD`, all else in float32 (float64 if `x_BSD` is float64). Memory beyond the two gradients:
+    one chunk of logits, and on CUDA a copy of the weight if its dtype is not that of `x_BSD`.
 
-    If `weight_VD` holds only a part of the `vocabulary`, the gradient of `x_BSD` must be summed over the
-    parts.
+    If `weight_VD` is a part of the `vocabulary`, the gradient of `x_BSD` must be summed over the parts.
     """
     x_ND, labels_N = x_BSD.flatten(0, -2), labels_BS.flatten()
     args = x_ND, weight_VD, labels_N, vocabulary or Vocabulary(), torch.is_grad_enabled()
@@ -109,7 +108,7 @@ def reference_cross_entropy(x_BSD: Tensor, weight_VD: Tensor, labels_BS: Tensor)
 
 
 def chunk_rows(n_rows: int, n_columns: int, x: Tensor) -> int:
-    """Return the rows of a chunk, for `n_rows` rows of hidden states like `x` and `n_columns` of vocabulary.
+    """Return the number of rows of a chunk, for `n_rows` rows like `x` and a vocabulary of `n_columns`.
 
     On a GPU a chunk has 2048 rows, so that the weight and its gradient are seldom read and written. This
     matters less on a CPU. There a chunk takes a sixteenth of the memory of all logits in the dtype of `x`,
@@ -204,7 +203,10 @@ def _fused_cross_entropy_(
 
 @cache
 def _kernels(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
-    """Return `models.loss_kernels`, or None if not on CUDA, not float32 or, with a warning, Triton fails."""
+    """Return the module `models.loss_kernels`, or None if its kernels do not support the device or the dtype.
+
+    Also returns None, with a warning, if Triton fails.
+    """
     if device.type != "cuda" or dtype != torch.float32:
         return None
     try:
@@ -231,7 +233,7 @@ def _cast_once(weight_VD: Tensor, x: Tensor, n_bytes: int) -> Tensor:
 
 
 def _project(x_CD: Tensor, weight_VD: Tensor, logits_CV: Tensor) -> None:
-    """Compute logits_CV = x_CD @ weight_VD^T."""
+    """Write x_CD @ weight_VD^T to `logits_CV`."""
     for tile in _tiles(x_CD, weight_VD):
         _matmul_into(logits_CV[:, tile], x_CD, weight_VD[tile].to(x_CD.dtype).t(), beta=0)
 

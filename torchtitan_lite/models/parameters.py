@@ -27,7 +27,7 @@ class Parameter:
     split_by: str | None = None
     """The config field whose value the ranks divide along `shard_dim`, such as "n_heads"."""
     init: Literal["normal", "residual", "ones", "zeros"] = "normal"
-    """residual: normal, but narrower in a deeper model, for outputs that add to the residual stream."""
+    """The initial values. residual: normal, narrower in deeper models, to add to the residual stream."""
     group: Group = "matrix"
     hub: str | None = None
     """The name on the Hugging Face Hub, with {} for each * of the pattern. None: no name there."""
@@ -39,7 +39,7 @@ class Parameter:
         assert self.hub is None or self.hub.count("{}") == wildcards, f"{self.hub} needs {wildcards} of {{}}"
 
     def hub_name(self, name: str) -> str | None:
-        """Return the name on the Hub, or None, of the parameter `name`, which must match the pattern."""
+        """Return the name on the Hub, if any, of the parameter `name`, which must match the pattern."""
         found = _expression(self.pattern).fullmatch(name)
         assert found is not None, f"{name} is no {self.pattern}"
         return None if self.hub is None else self.hub.format(*found.groups())

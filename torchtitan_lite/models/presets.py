@@ -17,7 +17,7 @@ class Family:
     name: str
     """The value of `model.name` that chooses this family."""
     presets: Mapping[str, DecoderConfig]
-    """The config of each size. A decoder of another architecture has a subclass of DecoderConfig."""
+    """The config of each size: a DecoderConfig or, for another architecture, a subclass of it."""
 
     def __post_init__(self) -> None:
         """Raise TypeError if a preset is no DecoderConfig or lacks a field that its parameter table names."""

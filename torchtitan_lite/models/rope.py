@@ -17,7 +17,7 @@ from torch import Tensor
 from torchtitan_lite.config.load import Problem
 
 Rotation = tuple[Tensor, Tensor]
-"""The cosines and sines (cos_BS1F, sin_BS1F) of every token's angles, in float32, for all blocks."""
+"""The cosines and sines (cos_BS1F, sin_BS1F) of every token's angles, in float32. All blocks use them."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -66,10 +66,10 @@ def check(folder: Path, config: DecoderConfig, ranks: World, key: str) -> None:
 def load_weights(
     folder: Path, config: DecoderConfig, pieces: Mapping[str, Piece], ranks: World, key: str
 ) -> None:
-    """Fill `pieces`, by their names in this package, from the safetensors in `folder`. Read no other bytes.
+    """Load `pieces`, by this package's names of the parameters, from the safetensors in `folder`.
 
-    Raises ConfigError about the setting `key` if a tensor is missing, unknown or of another shape, if a file
-    is damaged, or if a number is not finite.
+    No other bytes are read. Raises ConfigError about the setting `key` if a tensor is missing, unknown or of
+    another shape, if a file is damaged, or if a number is not finite.
     """
     own = {config.parameters.hub_name(name): piece for name, piece in pieces.items()}
 
@@ -196,7 +196,7 @@ def _whole(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Piece:
 
 
 def export_last(folder: Path, checkpoint: CheckpointConfig, step: int, tokenizer: Tokenizer) -> None:
-    """Export `step`, the last of the run in `folder`, to its subfolder `hf`, unless that is done already."""
+    """Export `step`, the last of the run in `folder`, to `folder`/hf, unless that is done already."""
     out, dtype = folder / HUB, checkpoint.export_dtype
     found = verify(Steps(folder / checkpoint.folder).path(step), World())
     source = {"step": step, "manifest": fingerprint(asdict(found.manifest)), "dtype": dtype}
@@ -212,7 +212,7 @@ def export_last(folder: Path, checkpoint: CheckpointConfig, step: int, tokenizer
 def import_(folder: Path, out: Path, tokenizer: Tokenizer | None) -> None:
     """Convert the Hugging Face model in `folder` to a checkpoint, step 0, in a new folder `out`.
 
-    A new run can start with its weights. Raises ConfigError if our decoder cannot compute this model, or if a
+    A new run can start with the weights. Raises ConfigError if our decoder cannot compute this model, or if a
     file is damaged.
     """
     config, problems = read_config(folder)

@@ -42,9 +42,9 @@ class Start:
 
 
 def find_start(job: JobConfig, folder: Path, world: World) -> Start:
-    """Find and verify what the run in `folder` starts from: a checkpoint, other weights, or nothing.
+    """Find and verify the source of the weights of the run in `folder`: a checkpoint, a model, or none.
 
-    Raises ConfigError on all ranks if this cannot be used, or if the run could not save a checkpoint.
+    Raises ConfigError on all ranks if the source cannot be used, or if the run could not save a checkpoint.
     """
     checkpoint = job.checkpoint
     if checkpoint.enable:

@@ -53,7 +53,7 @@ class SampleLogConfig:
 
 
 class SampleLog:
-    """A hook that appends to `sample_ids/rank-R.jsonl` the global ids of the samples that this rank reads."""
+    """A hook that appends to `sample_ids/rank-R.jsonl` the global ids of the samples of each step."""
 
     def start(self, run: RunInfo) -> None:
         (run.folder / _SAMPLES).mkdir(parents=True, exist_ok=True)
