@@ -122,7 +122,7 @@ def _splitmix(place: Tensor, key: int) -> Tensor:
 def _normal(bits: Tensor) -> Tensor:
     """Return two float32 normal numbers for every int64 of random bits."""
     half = bits.view(torch.int32)
-    # Between 1 and 2**31, which stands for the probability 1.
+    # An integer from 1 to 2**31, where 2**31 stands for the probability 1.
     probability = (half & ~_SIGN | 1).float().view(torch.int32)
     line = (probability >> _REST_BITS) - _ONE
     rest = (probability & ((1 << _REST_BITS) - 1)).float()

@@ -91,7 +91,7 @@ def _row_sums(
         columns = start + tl.arange(0, BLOCK)
         x = tl.load(logits + columns, mask=columns < n_columns, other=float("-inf"))
         higher = tl.maximum(top, x)
-        # For a lane that has seen only -inf: -inf - -inf would be NaN.
+        # 0 for a lane that has seen only -inf, because -inf - -inf is NaN.
         base = tl.where(higher == float("-inf"), 0.0, higher)
         total = total * tl.exp(top - base) + tl.exp(x - base)
         top = higher

@@ -74,7 +74,7 @@ def write_exit(folder: Path, end: End, step: int = 0) -> None:
             path.rename(free_folder(folder, _EARLIER) / path.name)
         with durable.replaced(path) as stream:
             stream.write((json.dumps(record, indent=2) + "\n").encode())
-    except OSError as error:  # the end of the run stays what it is
+    except OSError as error:  # a missing exit.json must not change how the run ends
         print(f"exit.json in {folder} cannot be written ({error.strerror})", file=sys.stderr)
 
 

@@ -86,7 +86,7 @@ class TrainState:
                 raise ConfigError([Problem("optimizer.name", name, rule, remedy)])
 
     def snapshot(self, *, is_done: bool) -> Snapshot:
-        """Return the content of a checkpoint. If `is_done` and `last_save_model_only`, it has only weights."""
+        """Return the content of a checkpoint: only the weights if `is_done` and `last_save_model_only`."""
         record, config = self.record, self.record.job.checkpoint
         model_only = config.last_save_model_only and is_done
         # Before the first step an optimizer has no state, and only the optimizer knows how to create it.

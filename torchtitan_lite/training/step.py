@@ -89,7 +89,7 @@ class Stepper:
         count = sum(int((batch.labels_BS != IGNORE).sum()) for batch in micro)
         # Filled on the device: a copy from the host would wait until the device has done all its work.
         total = self.world.sum(torch.full((), count, device=self.device))
-        # Each of the ranks that share a sequence has counted all labels of the sequence.
+        # Every rank of a context- or tensor-parallel group has counted the same labels.
         return (total // (self.degrees.context * self.degrees.tensor)).clamp(min=1)
 
     def loss_of(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -108,7 +108,7 @@ class Stepper:
         parameters = list(self.state.model.parameters())
         sum_partial(parameters)
         squares = squared_norm(parameters, self.world.size).to(loss)
-        # Every rank of a tensor-parallel group has the whole loss, so each contributes only its part.
+        # All ranks of a tensor-parallel group have the same loss, so each rank adds only a part of it.
         both = loss / self.degrees.tensor, squares
         own = (torch.full_like(loss, is_set) for is_set in votes())
         # The only read from the device in a step. It comes as late as possible: the weights change next.
