@@ -47,7 +47,7 @@ class Vocabulary:
     """The number of equal parts that the vocabulary is split into."""
 
     def rows(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return each label's row of the weight, and whether this part has it. Other rows are arbitrary."""
+        """Return each label's row of the weight, and whether this part has it; if not, any row is returned."""
         here = labels != IGNORE
         return torch.where(here, labels, 0), here
 
@@ -241,7 +241,7 @@ def _project(x_CD: Tensor, weight_VD: Tensor, logits_CV: Tensor) -> None:
 def _project_back(
     dlogits_CV: Tensor, x_CD: Tensor, weight_VD: Tensor, dx_CD: Tensor | None, dweight_VD: Tensor | None
 ) -> None:
-    """Compute dx_CD = dlogits_CV @ weight_VD and dweight_VD += dlogits_CV^T @ x_CD, unless they are None."""
+    """Write dlogits_CV @ weight_VD to `dx_CD` and add dlogits_CV^T @ x_CD to `dweight_VD`, unless None."""
     sum_CD = torch.empty_like(x_CD, dtype=_sum_dtype(x_CD))
     for tile in _tiles(x_CD, weight_VD, dlogits_CV):
         dlogits_CT = dlogits_CV[:, tile].to(x_CD.dtype)

@@ -70,7 +70,7 @@ class Table(tuple[Parameter, ...]):
         return theirs
 
     def of_group(self, group: Group) -> Parameter:
-        """Return the first row of `group`."""
+        """Return the first row whose group is `group`."""
         return next(row for row in self if row.group == group)
 
     @property

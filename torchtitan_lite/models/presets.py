@@ -7,7 +7,7 @@ from typing import Any
 from torchtitan_lite.models.decoder import DecoderConfig
 
 _DEBUGMODEL = {"vocab_size": 512, "max_seq_len": 2048}
-"""The fields that every family's debugmodel has: it reads bytes and short documents."""
+"""The fields of the debugmodel of every family. It reads bytes and short documents."""
 
 
 @dataclass(frozen=True, kw_only=True)
