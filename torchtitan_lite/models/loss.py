@@ -47,7 +47,7 @@ class Vocabulary:
     """The number of equal parts that the vocabulary is split into."""
 
     def rows(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return each label's row of the weight, and whether this part has it; if not, any row is returned."""
+        """Return each label's row of the weight (or any row), and whether this part has the label's row."""
         here = labels != IGNORE
         return torch.where(here, labels, 0), here
 
