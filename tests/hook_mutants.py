@@ -5,7 +5,7 @@ from mutant import Mutant
 HOOKS = "torchtitan_lite/training/hooks/"
 TRAINER = "torchtitan_lite/training/trainer.py"
 CALLS = "tests/training/hooks/test_hooks.py"
-FLAGS = "tests/training/test_step.py"
+VOTES = "tests/training/test_step.py"
 PREPARE = "tests/models/test_prepare.py"
 
 MUTANTS = {
@@ -33,17 +33,17 @@ MUTANTS = {
         "        pass\n",
         "tests/training/hooks/test_profiler.py::test_every_freqth_step_is_traced_and_no_other[1-traced0]",
     ),
-    "hooks: a flag stays on the rank that sets it": Mutant(
+    "hooks: a vote stays on the rank that sets it": Mutant(
         "torchtitan_lite/training/step.py",
         "tuple(count > 0 for count in counts)",
-        "tuple(flags())",
-        f"{FLAGS}::test_a_flag_of_one_rank_is_set_on_all_without_another_exchange",
+        "tuple(votes())",
+        f"{VOTES}::test_a_vote_of_one_rank_is_set_on_all_without_another_exchange",
     ),
-    "hooks: flags are read before the forward": Mutant(
+    "hooks: votes are read before the forward": Mutant(
         "torchtitan_lite/training/step.py",
         "        start, state = perf_counter(), self.state\n",
-        "        start, state, early = perf_counter(), self.state, flags()\n        flags = lambda: early\n",
-        f"{FLAGS}::test_flags_are_read_after_the_backward",
+        "        start, state, early = perf_counter(), self.state, votes()\n        votes = lambda: early\n",
+        f"{VOTES}::test_votes_are_read_after_the_backward",
     ),
     "prepare: the newest tokens have the mask of the tokens before them": Mutant(
         "torchtitan_lite/inference/generate.py",

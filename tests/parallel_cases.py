@@ -271,19 +271,19 @@ def n_parameters(argv: Sequence[str]) -> int:
     return sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in parameters)
 
 
-def agreed_flags(
+def agreed_votes(
     argv: Sequence[str], own: Sequence[Sequence[bool]]
 ) -> tuple[list[Sequence[bool]], list[int]]:
-    """The agreed flags of a step in which each rank sets its `own`, and of one without; the sums of both."""
+    """The agreed votes of a step in which each rank sets its `own`, and of one without; the sums of both."""
     trainer, sums = new_trainer(argv), []
     trainer.stepper.train_step()
     rank = trainer.world.rank
-    flags = []
-    for step_flags in (lambda: own[rank], tuple):
+    votes = []
+    for step_votes in (lambda: own[rank], tuple):
         with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as reduced:
-            flags.append(trainer.stepper.train_step(step_flags).flags)
+            votes.append(trainer.stepper.train_step(step_votes).votes)
         sums.append(reduced.call_count)
-    return flags, sums
+    return votes, sums
 
 
 def said_of_work(argv: Sequence[str]) -> list[str]:

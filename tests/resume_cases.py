@@ -155,7 +155,7 @@ class _Seen:
 def wait_for_save(state: TrainState, checkpoint: CheckpointConfig, folder: Path) -> None:
     """Wait until the last due step is saved: a save in the background may still be running."""
     due = state.step // checkpoint.interval * checkpoint.interval
-    if due > state.began:
+    if due > state.steps_before:
         steps = Steps(folder / checkpoint.folder)
         assert wait_until(lambda: due in steps.published()), f"step {due} is not saved after a minute"
 
@@ -220,7 +220,7 @@ def start(argv: Sequence[str], stop_at: int = -1, crash_at: int = -1, double: bo
         trainer = folder.trainer
         assert trainer is not None
         return Start(
-            began=trainer.state.began,
+            began=trainer.state.steps_before,
             ended=trainer.state.step,
             status=status,
             at_start=seen.at_start,
@@ -317,11 +317,11 @@ def start_with_a_failing_rank(argv: Sequence[str], rank: int) -> Start:
             ranks.together(lambda: (_ for _ in ()).throw(OSError(28, "No space left on device")))
         return write_tensors(folder, pieces, ranks)
 
-    def train_step(stepper: Stepper, flags: Callable[[], tuple[bool, bool]]) -> Any:
+    def train_step(stepper: Stepper, votes: Callable[[], tuple[bool, bool]]) -> Any:
         if here == rank and stepper.state.step == 24:
-            wait_until(lambda: flags()[1])
-        stats = step(stepper, flags)
-        saves_failed.append(stats.flags[1])
+            wait_until(lambda: votes()[1])
+        stats = step(stepper, votes)
+        saves_failed.append(stats.votes[1])
         return stats
 
     with (

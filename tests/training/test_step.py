@@ -1,4 +1,4 @@
-"""The flags that ranks exchange in a step, and the parts of a step beside the loss."""
+"""The votes that ranks exchange in a step, and the parts of a step beside the loss."""
 
 import math
 
@@ -13,21 +13,21 @@ from torchtitan_lite.training.step import NonFinite, check_finite
 from torchtitan_lite.training.trainer import Trainer
 
 
-def test_a_flag_of_one_rank_is_set_on_all_without_another_exchange(ranks: RanksOf, small_run) -> None:
-    found = ranks(2).run(cases.agreed_flags, small_run, [(False, False, True), (True, False, True)])
-    for (flags, none), (sums, sums_without) in found:
-        assert flags == (True, False, True)
+def test_a_vote_of_one_rank_is_set_on_all_without_another_exchange(ranks: RanksOf, small_run) -> None:
+    found = ranks(2).run(cases.agreed_votes, small_run, [(False, False, True), (True, False, True)])
+    for (votes, none), (sums, sums_without) in found:
+        assert votes == (True, False, True)
         assert none == ()
-        assert sums == sums_without == 2  # the count of tokens; the loss, the norm and the flags
+        assert sums == sums_without == 2  # the count of tokens; the loss, the norm and the votes
 
 
-def test_flags_are_read_after_the_backward(small_run, monkeypatch) -> None:
+def test_votes_are_read_after_the_backward(small_run, monkeypatch) -> None:
     stepper = Trainer(load_job(small_run).config).stepper
     order, loss_of = [], stepper.loss_of
     monkeypatch.setattr(stepper, "loss_of", lambda batch: order.append("forward") or loss_of(batch))
-    stats = stepper.train_step(lambda: order.append("flags") or (True,))
-    assert order == ["forward", "flags"]
-    assert stats.flags == (True,)
+    stats = stepper.train_step(lambda: order.append("votes") or (True,))
+    assert order == ["forward", "votes"]
+    assert stats.votes == (True,)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
-"""The decoder of every family: pre-norm blocks of attention and SwiGLU, as a single-device program.
+"""The decoder of all model families: pre-norm blocks of attention and SwiGLU, written for one device.
 
-B batch, S sequence, D model dim, H query heads, G key/value heads, K head dim, V vocab.
+B batch, S sequence, T keys, D model dim, H query heads, G key/value heads, K head dim, V vocab.
 
 The embedding casts its output to the compute dtype. Every layer after it computes in the dtype of its input.
 """
@@ -60,15 +60,15 @@ PARAMETERS = Table(
         ),
     ]
 )
-"""The parameters of a decoder. All families here use the same names on the Hub."""
+"""The parameters of a decoder. All families here use the same names on the Hugging Face Hub."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """Everything that tells one decoder from another."""
+    """The config of a decoder: its sizes, its options and its attention backend."""
 
     vocab_size: _Count
-    """Rows of the embedding; a tokenizer may use fewer."""
+    """Rows of the embedding. A tokenizer may have fewer tokens."""
     dim: _Count
     """Width of the residual stream."""
     n_layers: _Count
@@ -84,40 +84,40 @@ class DecoderConfig:
     max_seq_len: _Count
     """Longest sequence the model is meant for, in tokens."""
     norm_eps: _Positive
-    """Added to the mean square by every RMSNorm."""
+    """Number that every RMSNorm adds to the mean square."""
     rope_theta: _Positive
     """Base of the rotary frequencies."""
     rope_scaling: RopeScaling | None
-    """Scaling of the rotary frequencies for long context; none: no scaling."""
+    """Scaling of the rotary frequencies for long context. none: no scaling."""
     qk_norm: bool
     """Whether an RMSNorm over each head is applied to queries and keys before the rotation."""
     tie_embeddings: bool
     """Whether the embedding and the output head are one parameter."""
     sliding_window: _Count | None = None
-    """Tokens of its document that a token sees, itself included; none: all up to itself."""
+    """Tokens that a token sees: itself and those before it in its document. none: all of them."""
     attention: Annotated[AttentionConfig, registry.attentions] = field(default_factory=Sdpa)
-    """The attention backend. Every backend evaluates the same mask, each in its own way."""
+    """The attention backend. All backends evaluate the same mask, each in its own way."""
 
     architecture: ClassVar[str] = "decoder"
-    """The name of the model in a checkpoint. A subclass with another forward has another name."""
+    """The name of the architecture in a checkpoint. A subclass with another `forward` needs another name."""
     parameters: ClassVar[Table] = PARAMETERS
-    """A row for every parameter. A subclass with other parameters has its own table."""
+    """The table that describes every parameter. A subclass with other parameters has its own table."""
     dealt_by_ulysses: ClassVar[str] = "n_kv_heads"
-    """The field with the number of heads that Ulysses divides among the ranks that share a sequence."""
+    """The name of the field with the number of heads that Ulysses divides among the ranks of a sequence."""
     extensible: ClassVar[str] = "vocab_size"
-    """The field that may be larger than the data needs: unused rows do no harm."""
+    """The name of the field that may be larger than the data needs: unused embedding rows do no harm."""
 
     def __init_subclass__(cls) -> None:
         """Raise TypeError if the subclass has no `architecture` of its own.
 
-        Its checkpoints could be read as checkpoints of this class.
+        Without a name of its own, its checkpoints could be read as checkpoints of this class.
         """
         super().__init_subclass__()
         if "architecture" not in vars(cls):
             raise TypeError(f"{cls.__name__} has no architecture of its own: give it one, by its name")
 
     def problems(self, key: str) -> list[Problem]:
-        """Heads that cannot be rotated or grouped, and a scaling that is wrong."""
+        """Return problems if head_dim is odd, n_kv_heads does not divide n_heads, or the scaling is wrong."""
         found = []
         if self.head_dim % 2:
             rule, remedy = "is odd, and rotary embedding turns pairs", f"use {self.head_dim + 1}"
@@ -130,9 +130,9 @@ class DecoderConfig:
         return found + (self.rope_scaling.problems(f"{key}.rope_scaling") if self.rope_scaling else [])
 
     def build(self, compute_dtype: torch.dtype = torch.float32) -> "Decoder":
-        """A decoder on the current default device, with the weights of seed 0.
+        """Return a decoder on the current default device, with the weights of seed 0.
 
-        On the meta device it has no weights: call `model.to_empty(device=...)` and `init_weights` next.
+        On the meta device the weights have no values. Call `model.to_empty(device=...)`, then `init_weights`.
         """
         model = Decoder(self, compute_dtype)
         self.parameters.rows_of((name for name, _ in model.named_parameters()), type(self).__name__)
@@ -141,37 +141,37 @@ class DecoderConfig:
         return model
 
     def build_block(self) -> "Block":
-        """One of the model's blocks. A subclass overrides this method for blocks of another class."""
+        """Return a new block. A subclass overrides this method to use another class of blocks."""
         return Block(self)
 
     @cached_property
     def shapes(self) -> Mapping[str, torch.Size]:
-        """The shape of every parameter, by name; a tied embedding is one parameter."""
+        """The shape of every parameter, by name. A tied embedding is one parameter."""
         with torch.device("meta"):
             return {name: weight.shape for name, weight in self.build().named_parameters()}
 
     @cached_property
     def rows(self) -> Mapping[str, Parameter]:
-        """The row of every parameter, by name."""
+        """The row of the table `parameters` that describes each parameter, by parameter name."""
         return self.parameters.rows_of(self.shapes, type(self).__name__)
 
     @property
     def splits(self) -> dict[str, int]:
-        """The sizes that tensor parallel must divide, by the field that sets them."""
+        """The sizes that the tensor-parallel degree must divide, by the config field of each size."""
         return {name: getattr(self, name) for name in self.parameters.splits}
 
     @property
     def n_params(self) -> int:
-        """Number of parameters; a tied embedding counts once."""
+        """The number of parameters. A tied embedding counts once."""
         return sum(shape.numel() for shape in self.shapes.values())
 
     def flops_per_token(self, seq_len: int) -> float:
-        """Floating-point operations of a training step, per token of a causal document of `seq_len` tokens.
+        """Return the operations of a training step, per token of a causal document of `seq_len` tokens.
 
-        Six per matrix parameter, and twelve per query feature and visible key
-        (https://arxiv.org/abs/2204.02311, appendix B; the causal mask leaves about half of the keys).
+        These are floating-point operations: six per parameter of a matrix, and twelve per query feature and
+        visible key (https://arxiv.org/abs/2204.02311, appendix B). A causal mask leaves about half the keys.
         """
-        # An embedding is looked up, not multiplied; but a tied embedding is also the head.
+        # An embedding is looked up, not multiplied. But a tied embedding is also the output head.
         others = {"vector"} if self.tie_embeddings else {"vector", "embedding"}
         n_multiplied = sum(
             shape.numel() for name, shape in self.shapes.items() if self.rows[name].group not in others
@@ -196,7 +196,7 @@ class Attention(nn.Module):
         self.inner = config.attention.build()
 
     def forward(self, x_BSD: Tensor, rotation: Rotation, mask: object) -> Tensor:
-        # -1: tensor parallel may have split the weights, so their size says how many heads there are.
+        # -1: tensor parallel may have split the weights, so the number of heads follows from their size.
         q_BSHK = self.wq(x_BSD).unflatten(-1, (-1, self.head_dim))
         k_BSGK = self.wk(x_BSD).unflatten(-1, (-1, self.head_dim))
         v_BSGK = self.wv(x_BSD).unflatten(-1, (-1, self.head_dim))
@@ -207,7 +207,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU (https://arxiv.org/abs/2002.05202)."""
+    """The SwiGLU feed-forward (https://arxiv.org/abs/2002.05202)."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -220,7 +220,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then feed-forward. Each has a norm before it and is added to the residual stream."""
+    """A block: attention, then feed-forward. Each has a norm before it, and adds to the residual stream."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -239,26 +239,26 @@ class Block(nn.Module):
 
     @property
     def sums(self) -> tuple[nn.Module, ...]:
-        """The modules whose output is a sum: a rank with a share of their weights computes one term."""
+        """The modules whose outputs are summed under tensor parallel: each rank computes one term."""
         return self.attention, self.ffn
 
 
 class Share(Protocol):
-    """The tokens of a sequence that this process computes. Attention sees the keys of all tokens."""
+    """The part of a sequence that this process computes. Attention sees the keys of the whole sequence."""
 
     def queries(self, seq_len: int) -> Ranges | None:
-        """The ranges of these tokens in a sequence of `seq_len` tokens; None: all tokens."""
+        """Return the ranges of the tokens of this part in a sequence of `seq_len` tokens, or None for all."""
         ...
 
     def shard(self, x_BS: Tensor) -> Tensor:
-        """The columns of `x_BS` that belong to these tokens."""
+        """Return the columns of `x_BS` that belong to the tokens of this part."""
         ...
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks, norm and output head.
+    """The decoder: embedding, blocks, norm and output head.
 
-    `forward` ends with the function `loss` or `logits`, which tensor parallel replaces.
+    `forward` ends with a call of the attribute `loss` or `logits`. Tensor parallel replaces these functions.
     """
 
     def __init__(self, config: DecoderConfig, compute_dtype: torch.dtype) -> None:
@@ -267,7 +267,7 @@ class Decoder(nn.Module):
         self.embedding = Embedding(config.vocab_size, config.dim, compute_dtype)
         self.blocks = nn.ModuleList(config.build_block() for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        # A tied head has no parameter of its own: `to_empty` would make two parameters of one with two names.
+        # A tied head has no parameter of its own: `to_empty` would make two parameters of a shared one.
         self.head = None if config.tie_embeddings else Linear(config.dim, config.vocab_size)
         self.loss: Callable[..., tuple[Tensor, Tensor]] = linear_cross_entropy
         self.logits: Callable[..., Tensor] = logits
@@ -281,12 +281,12 @@ class Decoder(nn.Module):
         share: Share | None = None,
         device: torch.device,
     ) -> tuple[Tensor, Tensor, object, Tensor | None]:
-        """The arguments of `forward`, on `device`, for the tokens of `share` (None: all tokens).
+        """Return the arguments of `forward`, on `device`, for the tokens of `share` (None: all tokens).
 
-        The mask is made once for all blocks, and on the CPU: nothing is read from the device.
+        The mask is made once for all blocks. It is made on the CPU, so that nothing is read from the device.
 
         Args:
-            tokens_BS: whole sequences; with a KV cache, only the tokens of the share.
+            tokens_BS: whole sequences. With a KV cache, only the tokens of the share.
             positions_BT: positions of all keys, on the CPU: 0 at the start of every document, -1 on padding.
         """
         mask = self.config.attention.mask(
@@ -308,46 +308,46 @@ class Decoder(nn.Module):
         """The device of the weights."""
         return next(self.parameters()).device
 
-    # Parallelism, recompute and generation change a model through `loss`, `logits` and the members below:
+    # Parallelism, recompute and generation change a model through `loss`, `logits` and the members below.
 
     @property
     def layers(self) -> list[Block]:
-        """The blocks, in order."""
+        """The blocks of the decoder, in order."""
         return cast("list[Block]", list(self.blocks))
 
     @property
     def token_vectors(self) -> Embedding:
-        """The module that returns each token's vector."""
+        """The module that returns the embedding vector of each token."""
         return self.embedding
 
     @property
     def sums(self) -> list[nn.Module]:
-        """The `sums` of all blocks."""
+        """The modules of all blocks whose outputs are summed under tensor parallel (`Block.sums`)."""
         return [part for block in self.layers for part in block.sums]
 
     def wrap_attention(self, wrap: Callable[[nn.Module], nn.Module]) -> None:
-        """Replace every inner attention by `wrap(inner)`."""
+        """Replace the inner attention of every block by `wrap(inner)`."""
         for block in self.layers:
             block.wrap_attention(wrap)
 
     @property
     def head_weight_VD(self) -> Tensor:
-        """The weight of the output projection; if tied, the weight of the embedding."""
+        """The weight of the output projection, which is the embedding's weight if the two are tied."""
         return self.embedding.weight if self.head is None else self.head.weight
 
     def forward(
         self, tokens_BS: Tensor, positions_BS: Tensor, mask: object, labels_BS: Tensor | None = None
     ) -> tuple[Tensor, Tensor] | Tensor:
-        """The loss of `labels_BS`, or the logits after each row's last token.
+        """Return the loss of `labels_BS` or, without labels, the logits after the last token of each row.
 
         Args:
             positions_BS: int64, 0 at the start of every document, -1 on padding.
-            mask: made from the positions by `config.attention.mask`; every block gets the same object.
+            mask: made from the positions by `config.attention.mask`. Every block gets the same object.
             labels_BS: int64, -100 for a token with nothing to predict.
 
         Returns:
             With labels: the float32 sum of the losses in nats, and the int64 count of valid labels.
-            Without: float32 logits [B, V].
+            Without labels: float32 logits [B, V].
         """
         x_BSD = self.embedding(tokens_BS)
         turns = rotation(positions_BS, self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
@@ -356,6 +356,6 @@ class Decoder(nn.Module):
         if labels_BS is not None:
             return self.loss(self.norm(x_BSD), self.head_weight_VD, labels_BS)
         row_B, index_S = (torch.arange(n, device=x_BSD.device) for n in positions_BS.shape)
-        last_B = torch.where(positions_BS >= 0, index_S, 0).amax(dim=1)  # the last that is not padding
+        last_B = torch.where(positions_BS >= 0, index_S, 0).amax(dim=1)  # the last token that is not padding
         last_BD = x_BSD[row_B, last_B]
         return self.logits(self.norm(last_BD), self.head_weight_VD)

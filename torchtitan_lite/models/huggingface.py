@@ -1,6 +1,6 @@
-"""The config.json of Hugging Face: reading one as a DecoderConfig, and writing one for a DecoderConfig.
+"""The config.json of Hugging Face: reading it as a DecoderConfig, and writing it for a DecoderConfig.
 
-Dense Llama and Qwen3, as transformers computes them
+It describes dense Llama and Qwen3 models, as transformers computes them
 (https://github.com/huggingface/transformers/tree/main/src/transformers/models/llama, .../qwen3).
 """
 
@@ -31,14 +31,14 @@ _FIELDS = {
     "rms_norm_eps": "norm_eps",
     "tie_word_embeddings": "tie_embeddings",
 }
-"""Our name of each field, by its key in config.json."""
+"""The DecoderConfig field for each key of config.json."""
 _LARGEST = {
     "num_hidden_layers": 2**14,
     "max_position_embeddings": 2**31,
     "original_max_position_embeddings": 2**31,
 }
 _LARGEST_SIZE = 2**24
-"""No model is larger, and with larger numbers torch may fail before an error can name the key."""
+"""The limit of values without a row in `_LARGEST`. No model needs more, and torch may fail on more."""
 _TYPES: dict[str, type] = {"norm_eps": float, "tie_embeddings": bool}
 _COMMON = {"tie_word_embeddings": False, "rms_norm_eps": 1e-6, "rope_theta": 10000.0}
 _DEFAULTS = {
@@ -51,7 +51,7 @@ _DEFAULTS = {
         "sliding_window": 4096,
     },
 }
-"""The values of missing keys, by model type: transformers does not write its defaults."""
+"""The values of missing keys, by model type. transformers does not write its defaults to the file."""
 _SCALING = {
     "factor": "factor",
     "low_freq_factor": "low_freq_factor",
@@ -68,12 +68,12 @@ _MUST_BE: dict[str, tuple[object, ...]] = {
     "is_causal": (True, None),
     "quantization_config": (None,),
 }
-"""The only values that this decoder computes; None: the key may be missing."""
+"""The values that this decoder can compute, by key. None: the key may be missing."""
 _OTHER_FILE = "use the file that belongs to the weights"
 
 
 def read_config(folder: Path) -> tuple[DecoderConfig | None, list[Problem]]:
-    """The decoder that `folder`/config.json describes, and a problem for each key that we do not compute.
+    """Return the decoder that `folder`/config.json describes, and a problem for each unsupported value.
 
     The decoder is None if a field is missing or has a wrong type. Only numbers are taken from the file.
     """
@@ -92,7 +92,7 @@ def read_config(folder: Path) -> tuple[DecoderConfig | None, list[Problem]]:
 
 
 class _Reader:
-    """Reads the content of a config.json, and collects its problems."""
+    """A reader of the content of a config.json, which collects problems."""
 
     def __init__(self, path: str, content: dict[str, Any], kind: str) -> None:
         self.path, self.content, self.kind = path, content, kind
@@ -104,7 +104,7 @@ class _Reader:
             content["head_dim"] = width // max(1, n_heads)
 
     def decoder(self) -> tuple[DecoderConfig | None, list[Problem]]:
-        """The decoder, and all problems."""
+        """Return the config of the decoder, or None, and all problems."""
         values = {
             ours: self.value(theirs, self.content.get(theirs, MISSING), _TYPES.get(ours, int))
             for theirs, ours in _FIELDS.items()
@@ -114,7 +114,7 @@ class _Reader:
                 rule = "is not what this decoder computes"
                 self.problem(key, value, rule, f"only {json.dumps(allowed[0])} is")
         theta, scaling = self.rope()
-        window = self.window() if self.kind == "qwen3" else None  # transformers' Llama has none
+        window = self.window() if self.kind == "qwen3" else None  # Llama in transformers has no window
         if self.problems:
             return None, self.problems
         config = DecoderConfig(
@@ -124,7 +124,7 @@ class _Reader:
             qk_norm=self.kind == "qwen3",
             sliding_window=window,
         )
-        # The values of another decoder stand in for wrong values.
+        # A preset's values stand in for wrong values.
         checked, wrong = validate(DecoderConfig, [asdict(PRESETS["debugmodel"]), asdict(config)], self.path)
         return config, [*wrong, *of_sound_keys(checked.problems(self.path), wrong)]
 
@@ -132,7 +132,7 @@ class _Reader:
         self.problems.append(Problem(f"{self.path}: {key}", value, rule, remedy))
 
     def value(self, key: str, value: object, wanted: type) -> Any:
-        """`value` if it is a finite and not too large number of type `wanted`; otherwise add a problem."""
+        """Return `value`. Add a problem if it is not of type `wanted`, not finite, or too large."""
         if wanted is float and type(value) is int and abs(value) < 2**63:
             value = float(value)
         if type(value) is not wanted or (isinstance(value, float) and not math.isfinite(value)):
@@ -145,9 +145,9 @@ class _Reader:
         return value
 
     def rope(self) -> tuple[float, RopeScaling | None]:
-        """The rotary base and scaling, from the table `rope_parameters` or from transformers 4's keys."""
+        """Return the rotary base and scaling, from the table `rope_parameters` or transformers 4's keys."""
         content = self.content
-        # If the file has both, transformers 5 takes the older one.
+        # If the file has both tables, transformers 5 uses the older one, `rope_scaling`.
         key = "rope_scaling" if content.get("rope_scaling") else "rope_parameters"
         table = content.get(key)
         if table is not None and not isinstance(table, dict):
@@ -173,7 +173,7 @@ class _Reader:
         return theta, RopeScaling(**values)
 
     def window(self) -> int | None:
-        """The sliding window of all layers, or None. A window of only some layers is a problem."""
+        """Return the sliding window of all layers, or None. A window of only some layers is a problem."""
         content = self.content
         if not content.get("use_sliding_window") or content.get("sliding_window") is None:
             return None
@@ -194,7 +194,7 @@ class _Reader:
 
 
 def differences(found: DecoderConfig, config: DecoderConfig, path: str) -> list[Problem]:
-    """A problem for each field but attention in which `found`, read from `path`, differs from `config`."""
+    """Return a problem for each field, except attention, in which `found` (of `path`) and `config` differ."""
     remedy = "choose the model of these weights, or use --model.name hf --model.flavor with their folder"
     if found.architecture != config.architecture:
         rule = f"is {json.dumps(found.architecture)} in {path}"
@@ -212,7 +212,7 @@ def _as_text(value: object) -> str:
 
 
 def export_problems(config: DecoderConfig, key: str) -> list[Problem]:
-    """The problems of a config for which transformers has no model."""
+    """Return a problem if transformers has no model that computes what this decoder computes."""
     if config.architecture != DecoderConfig.architecture:
         rule = "is an architecture that has no config.json for transformers here"
         return [Problem(f"{key}.architecture", config.architecture, rule, "leave out the export")]
@@ -227,7 +227,7 @@ def export_problems(config: DecoderConfig, key: str) -> list[Problem]:
 def config_json(
     config: DecoderConfig, *, dtype: str, eos_id: int, bos_id: int | None = None
 ) -> dict[str, Any]:
-    """The content of config.json for a decoder: Qwen3 if queries and keys have a norm, otherwise Llama."""
+    """Return the content of config.json: Qwen3 if queries and keys have a norm, otherwise Llama."""
     assert not export_problems(config, "")
     is_qwen = config.qk_norm
     ours = {theirs: getattr(config, name) for theirs, name in _FIELDS.items()}

@@ -1,15 +1,15 @@
-"""Initial weights: a function of seed, parameter name and element, whatever the device, order or mesh.
+"""Initial weights as a function of seed, parameter name and element, equal on every device and mesh.
 
 R rows, P pairs of neighbouring columns, C columns.
 
-The generator is counter-based: splitmix64 gives 64 bits for the place of a pair
-(https://prng.di.unimi.it/splitmix64.c), 32 bits for each of its two columns. One bit is the sign. The other
-31 bits are the probability that a normal number is at least as far from zero. The inverse of this
-probability comes from a table of straight lines, 256 for every power of two.
+The generator is counter-based: splitmix64 turns the place of a pair into 64 bits
+(https://prng.di.unimi.it/splitmix64.c), 32 bits for each of the two columns. One of the 32 bits is the sign.
+The other 31 bits are the probability that a normal number is at least as far from zero. A table of straight
+lines, 256 for every power of two, gives the number that has this probability.
 
-A number takes integer arithmetic, one look-up, and one product and one sum of float32. Every device rounds
-these in the same way, so the numbers are equal bit for bit on every device, mesh and number of threads.
-Logarithms and cosines would not be equal.
+To draw a number takes integer arithmetic, one look-up, and one product and one sum of float32. Every device
+rounds these in the same way, so the numbers are equal bit for bit on every device, mesh and number of
+threads. Logarithms and cosines would not be equal.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torchtitan_lite.models.decoder import Decoder
 
 Box = list[tuple[int, int]]
-"""A part of a tensor: its start and its length in each dim."""
+"""A part of a tensor, as its start and its length in each dim."""
 
 # https://prng.di.unimi.it/splitmix64.c, as signed numbers: torch multiplies them modulo 2**64 too.
 _GOLDEN, _MIX1, _MIX2 = (
@@ -33,13 +33,13 @@ _GOLDEN, _MIX1, _MIX2 = (
 )
 _SIGN = -(2**31)
 _LINE_BITS = 8
-"""There are 2**8 lines for every power of two of the probability."""
+"""The base-2 logarithm of the number of lines for every power of two of the probability."""
 _REST_BITS = 23 - _LINE_BITS
-"""The other bits of a float32's fraction: the place on the line."""
+"""The number of bits of a float32's fraction that give the place on a line."""
 _ONE = 127 << _LINE_BITS
-"""The number of the line at which 1.0 lies, counted from float32's exponent 0."""
+"""The index of the line that starts at 1.0, if lines are counted from float32's exponent 0."""
 _MOST = {"cpu": 1 << 16, "cuda": 1 << 24}
-"""Numbers drawn at a time: few enough for a processor's cache, many enough to keep a GPU busy."""
+"""The count of numbers drawn at a time: few enough for a processor's cache, enough to keep a GPU busy."""
 _STD = 0.02
 
 
@@ -51,14 +51,14 @@ def _all_of(parameter: Tensor) -> tuple[Tensor, Box]:
 def init_weights(
     model: "Decoder", seed: int, shard: Callable[[Tensor], tuple[Tensor, Box]] = _all_of
 ) -> None:
-    """Draw every parameter in place, as its row of the table says, whatever its device and dtype.
+    """Set every parameter in place to its initial values, as its row of the parameter table says.
 
     A normal parameter has the standard deviation 0.02. Parameters that add to the residual stream, twice in a
     block, have 0.02 / sqrt(2 * n_layers), so that the variance of the stream does not grow with depth
     (Radford et al. 2019, Language Models are Unsupervised Multitask Learners, section 2.3).
 
     Args:
-        shard: returns this rank's part of a parameter, in the parameter's memory, and the place of that part.
+        shard: returns this rank's shard of a parameter, in the parameter's memory, and the shard's place.
     """
     rows, n_layers = model.config.rows, model.config.n_layers
     stds = {"normal": _STD, "residual": _STD / (2 * n_layers) ** 0.5}
@@ -91,7 +91,7 @@ def fill_normal(out: Tensor, key: int, shape: torch.Size, box: Box, std: float) 
     pair_P = torch.arange(start // 2, start // 2 + n_pairs, device=out.device)
     step = max(1, _MOST.get(out.device.type, 1 << 16) // (2 * n_pairs))
     for first in range(0, len(row_R), step):
-        # Every row has a whole number of places, so no pair belongs to two rows.
+        # Every row has a whole number of pairs, so no pair belongs to two rows.
         place_RP = row_R[first : first + step, None] * -(-shape[-1] // 2) + pair_P
         normal_RC = _normal(_splitmix(place_RP, key)).view(len(place_RP), -1)
         torch.mul(normal_RC[:, start % 2 :][:, :n_columns], std, out=flat_RC[first : first + step])
@@ -100,7 +100,7 @@ def fill_normal(out: Tensor, key: int, shape: torch.Size, box: Box, std: float) 
 
 
 def _rows(shape: torch.Size, box: Box, device: torch.device) -> Tensor:
-    """The index of each row of the box, with all dims but the last flattened to one."""
+    """Return the index of each row of the box in the whole tensor, with all dims but the last flattened."""
     row = torch.zeros(1, dtype=torch.int64, device=device)
     for dim, (start, n) in enumerate(box[:-1]):
         index = torch.arange(start, start + n, device=device) * prod(shape[dim + 1 : -1])
@@ -109,7 +109,7 @@ def _rows(shape: torch.Size, box: Box, device: torch.device) -> Tensor:
 
 
 def _splitmix(place: Tensor, key: int) -> Tensor:
-    """The outputs of splitmix64, seeded with `key`, at each `place` of its sequence. Overwrites `place`."""
+    """Return the output of splitmix64, seeded with `key`, for each `place`. Overwrite `place`."""
     x = place.add_(1).mul_(_GOLDEN).add_((key + 2**63) % 2**64 - 2**63)
     for bits, factor in ((30, _MIX1), (27, _MIX2), (31, 1)):
         # The mask removes the copies of the sign bit that torch shifts in from the left.
@@ -120,9 +120,9 @@ def _splitmix(place: Tensor, key: int) -> Tensor:
 
 
 def _normal(bits: Tensor) -> Tensor:
-    """Two float32 normal numbers from every int64."""
+    """Return two float32 normal numbers for every int64 of random bits."""
     half = bits.view(torch.int32)
-    # Between 1 and 2**31, which stands for the probability 1.
+    # An integer from 1 to 2**31, where 2**31 stands for the probability 1.
     probability = (half & ~_SIGN | 1).float().view(torch.int32)
     line = (probability >> _REST_BITS) - _ONE
     rest = (probability & ((1 << _REST_BITS) - 1)).float()
@@ -134,7 +134,7 @@ def _normal(bits: Tensor) -> Tensor:
 
 @cache
 def _lines(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Start and slope of the lines that approximate the inverse of the normal distribution's tails."""
+    """Return the start and the slope of each line. The lines approximate the inverse normal tail function."""
     with torch.device("cpu"):
         fraction = torch.arange(2**_LINE_BITS, dtype=torch.float64) / 2**_LINE_BITS
         nodes = torch.cat([2.0**power * (1 + fraction) for power in range(31)])

@@ -2,7 +2,7 @@
 
 B batch, D model dim, V vocab.
 
-Parameters keep the dtype that they were made in (float32 master weights). A layer casts its weight to the
+Parameters keep the dtype that they were created in (float32 master weights). A layer casts its weight to the
 dtype of its input, so gradients arrive in the float32 parameters without autocast.
 """
 
@@ -12,10 +12,10 @@ from torch.nn import functional as F
 
 
 def cast_weight(weight: Tensor, x: Tensor) -> Tensor:
-    """`weight` in the dtype of the input `x`.
+    """Return `weight` in the dtype of the input `x`.
 
-    A layer reads its weight by calling its `weight_for`, which is this function. Tensor parallel replaces
-    `weight_for` by a function that reads a rank's share.
+    A layer reads its weight through its attribute `weight_for`, which is this function. Tensor parallel
+    replaces `weight_for` by a function that reads this rank's shard.
     """
     return weight if weight.dtype == x.dtype else weight.to(x.dtype)
 
@@ -30,7 +30,7 @@ class Linear(_Undrawn, nn.Linear):
 
     weight_for = staticmethod(cast_weight)
     multiply = staticmethod(F.linear)
-    """Selective recompute replaces this function to keep a product."""
+    """The function for the matrix product. Selective recompute replaces it to keep the layer's output."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
@@ -49,10 +49,10 @@ class RMSNorm(_Undrawn, nn.RMSNorm):
 
 
 class Embedding(_Undrawn, nn.Embedding):
-    """A table of token vectors, which are cast to the compute dtype."""
+    """The embedding: a table of token vectors, whose output is cast to the compute dtype."""
 
     look_up = staticmethod(F.embedding)
-    """Tensor parallel replaces this function by one for a rank's share of the rows."""
+    """The function for the look-up. Tensor parallel replaces it by one for this rank's rows of the table."""
 
     def __init__(self, vocab_size: int, dim: int, compute_dtype: torch.dtype) -> None:
         super().__init__(vocab_size, dim)
@@ -63,5 +63,5 @@ class Embedding(_Undrawn, nn.Embedding):
 
 
 def logits(x_BD: Tensor, weight_VD: Tensor) -> Tensor:
-    """The output projection, [B, V], computed in the dtype of `x_BD` and returned in float32."""
+    """Return the logits [B, V] in float32. The output projection is computed in the dtype of `x_BD`."""
     return F.linear(x_BD, weight_VD.to(x_BD.dtype)).float()

@@ -1,4 +1,4 @@
-"""Llama 3: the text sizes of Llama 3.1 (8B, 70B, 405B) and 3.2 (1B, 3B), one row each."""
+"""Llama 3: the text models of Llama 3.1 (8B, 70B, 405B) and Llama 3.2 (1B, 3B), one row each."""
 
 from torchtitan_lite.models.presets import presets
 from torchtitan_lite.models.rope import RopeScaling
@@ -27,4 +27,4 @@ _SIZES = {
 }
 
 PRESETS = presets(_FAMILY, _COLUMNS, _SIZES)
-"""Sizes by name; debugmodel is small enough for a laptop."""
+"""The configs by size. debugmodel is small enough for a laptop."""

@@ -1,4 +1,4 @@
-"""Output projection and cross-entropy in one, chunk by chunk, so that all logits never exist at once.
+"""Output projection and cross-entropy in one function, chunk by chunk, so that few logits exist at once.
 
 B batch, S sequence, N = B * S rows, C rows of a chunk, D model dim, V vocab, T columns of a tile of V.
 
@@ -9,10 +9,10 @@ B batch, S sequence, N = B * S rows, C rows of a chunk, D model dim, V vocab, T 
         dx_CD       = logits_CV @ weight_VD
         dweight_VD += logits_CV^T @ x_CD
 
-The forward pass makes the gradients, while it has the logits; the backward pass only scales them.
+The forward pass computes the gradients, while it has the logits. The backward pass only scales them.
 
-On CUDA the two lines between the products are the kernels of `models.loss_kernels`, which write the gradient
-in the dtype of the next products. Products of half precision are added to float32 without a copy.
+On CUDA the two lines between the products are the kernels of `models.loss_kernels`. They write the gradient
+in the dtype of the products that follow. Half-precision products are added to float32 without a copy.
 """
 
 import logging
@@ -31,14 +31,14 @@ IGNORE = -100
 
 _TILE_COLUMNS = 8192
 _ALIGNED_COLUMNS = 16
-"""On CUDA the rows of the buffer start at multiples of this number: otherwise products are slow."""
+"""The alignment, in elements, of the rows of the logits on CUDA. Products of unaligned rows are slow."""
 _LITTLE_BYTES = 8 << 20
-"""A chunk may always take this much memory, which fits a processor's cache."""
+"""The memory that a chunk may always take. It fits a processor's cache."""
 _LOG = logging.getLogger(__name__)
 
 
 class Vocabulary:
-    """The rows of the vocabulary that this process holds: here all.
+    """The part of the vocabulary that this process holds. In this class it is the whole vocabulary.
 
     A class for a smaller part exchanges maxima and sums with the processes that hold the other parts.
     """
@@ -47,33 +47,33 @@ class Vocabulary:
     """The number of equal parts that the vocabulary is split into."""
 
     def rows(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Each label's row of the weight, and whether this part has it; otherwise the row is arbitrary."""
+        """Return each label's row of the weight (or any row), and whether this part has the label's row."""
         here = labels != IGNORE
         return torch.where(here, labels, 0), here
 
     def max(self, x: Tensor) -> Tensor:
-        """The maximum of `x` over all parts. `x` may be overwritten."""
+        """Return the maximum of `x` over all parts. `x` may be overwritten."""
         return x
 
     def sum(self, x: Tensor) -> Tensor:
-        """The sum of `x` over all parts. `x` may be overwritten."""
+        """Return the sum of `x` over all parts. `x` may be overwritten."""
         return x
 
 
 class Labels(NamedTuple):
-    """The labels of some tokens, for one part of the vocabulary."""
+    """The labels of tokens, as rows of one part of the vocabulary."""
 
     row: Tensor
-    """Each label's row of the weight; arbitrary unless `here`."""
+    """Each label's row of the weight. It is arbitrary where `here` is False."""
     here: Tensor
-    """Whether this part has the row."""
+    """True where this part of the vocabulary has the row."""
     valid: Tensor
-    """Whether the token has a label."""
+    """True where the token has a label."""
 
     @classmethod
     def of(cls, labels_N: Tensor, vocabulary: Vocabulary, n_weights: int) -> "Labels":
         is_valid_N = labels_N != IGNORE
-        # The kernels do not check bounds, and a part takes an unknown label for a label of another part.
+        # The kernels do not check bounds. A part would take an unknown label for a label of another part.
         if labels_N.is_cuda or vocabulary.n_parts > 1:
             is_known_N = (labels_N >= 0) & (labels_N < n_weights * vocabulary.n_parts)
             torch._assert_async((is_known_N | ~is_valid_N).all(), "a label is out of bounds")  # pyright: ignore[reportPrivateImportUsage]
@@ -86,12 +86,13 @@ class Labels(NamedTuple):
 def linear_cross_entropy(
     x_BSD: Tensor, weight_VD: Tensor, labels_BS: Tensor, vocabulary: Vocabulary | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Sum of -log softmax(x @ weight^T)[label] over the labels that are not IGNORE, and their number.
+    """Return the sum of -log softmax(x @ weight^T)[label], and the number of labels that are not IGNORE.
 
-    The products are computed in the dtype of `x_BSD`, all else in float32 (float64 if `x_BSD` is float64).
-    The sum is a scalar in nats, the count int64. Memory beyond the two gradients: one chunk of logits, and on
-    CUDA a copy of the weight if its dtype is not that of `x_BSD`.
-    If `weight_VD` holds a part of the `vocabulary`, the gradient of `x_BSD` is one term of a sum over parts.
+    The sum is over these labels, a scalar in nats. The number is int64. The products are computed in the
+    dtype of `x_BSD`, all else in float32 (float64 if `x_BSD` is float64). Memory beyond the two gradients:
+    one chunk of logits, and on CUDA a copy of the weight if its dtype is not that of `x_BSD`.
+
+    If `weight_VD` is a part of the `vocabulary`, the gradient of `x_BSD` must be summed over the parts.
     """
     x_ND, labels_N = x_BSD.flatten(0, -2), labels_BS.flatten()
     args = x_ND, weight_VD, labels_N, vocabulary or Vocabulary(), torch.is_grad_enabled()
@@ -99,7 +100,7 @@ def linear_cross_entropy(
 
 
 def reference_cross_entropy(x_BSD: Tensor, weight_VD: Tensor, labels_BS: Tensor) -> tuple[Tensor, Tensor]:
-    """The reference for `linear_cross_entropy`, with all logits at once: for tests and benchmarks."""
+    """Return what `linear_cross_entropy` returns, from all logits at once. For tests and benchmarks."""
     logits_BSV = F.linear(x_BSD, weight_VD.to(x_BSD.dtype)).to(_sum_dtype(x_BSD))
     logits_NV, labels_N = logits_BSV.flatten(0, -2), labels_BS.flatten()
     loss = F.cross_entropy(logits_NV, labels_N, ignore_index=IGNORE, reduction="sum")
@@ -107,10 +108,10 @@ def reference_cross_entropy(x_BSD: Tensor, weight_VD: Tensor, labels_BS: Tensor)
 
 
 def chunk_rows(n_rows: int, n_columns: int, x: Tensor) -> int:
-    """The number of rows of a chunk, for `n_rows` of hidden states like `x` and `n_columns` of vocabulary.
+    """Return the number of rows of a chunk, for `n_rows` rows like `x` and a vocabulary of `n_columns`.
 
     On a GPU a chunk has 2048 rows, so that the weight and its gradient are seldom read and written. This
-    matters less on a CPU: there a chunk takes a sixteenth of the memory of all logits in the dtype of `x`,
+    matters less on a CPU. There a chunk takes a sixteenth of the memory of all logits in the dtype of `x`,
     but has between 16 and 2048 rows. On any device a chunk has more rows if they fit _LITTLE_BYTES.
     docs/models.md has measurements.
     """
@@ -166,14 +167,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def _cross_entropy_(
     logits_CV: Tensor, labels: Labels, gradient: torch.dtype | None, vocabulary: Vocabulary
 ) -> tuple[Tensor, Tensor]:
-    """The sum of a chunk's losses, and the gradient of the logits unless `gradient` is None.
+    """Return the sum of a chunk's losses and, unless `gradient` is None, the gradient of the logits.
 
-    Overwrites the logits; the gradient has their dtype. The reference for `_fused_cross_entropy_`.
+    The gradient overwrites the logits and has their dtype. This is the reference for `_fused_cross_entropy_`.
     """
     label_C1, here_C1, valid_C1 = (each[:, None] for each in labels)
     logits_CV -= vocabulary.max(logits_CV.amax(dim=1))[:, None]
     label_logit_C1 = torch.where(here_C1, logits_CV.gather(1, label_C1), 0)
-    # Laid out as in `_fused_cross_entropy_`, which other ranks that share the vocabulary may use.
+    # The same layout as in `_fused_cross_entropy_`: the ranks of a vocabulary need not use the same function.
     sums_2C = torch.stack([logits_CV.exp_().sum(dim=1), label_logit_C1[:, 0]])
     total_C1, label_logit_C1 = (each[:, None] for each in vocabulary.sum(sums_2C))
     if gradient is not None:
@@ -185,7 +186,7 @@ def _cross_entropy_(
 def _fused_cross_entropy_(
     kernels: Any, logits_CV: Tensor, labels: Labels, gradient: torch.dtype | None, vocabulary: Vocabulary
 ) -> tuple[Tensor, Tensor]:
-    """`_cross_entropy_` with the kernels of `models.loss_kernels`; the gradient has the dtype `gradient`."""
+    """Do what `_cross_entropy_` does, with Triton kernels. The gradient has the dtype `gradient`."""
     max_C, total_C, label_logit_C = kernels.row_sums(logits_CV, labels)
     if vocabulary.n_parts > 1:
         own_max_C, max_C = max_C, vocabulary.max(max_C.clone())
@@ -202,7 +203,10 @@ def _fused_cross_entropy_(
 
 @cache
 def _kernels(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
-    """`models.loss_kernels`, or None: for other devices and dtypes and, with a warning, if Triton fails."""
+    """Return the module `models.loss_kernels`, or None if its kernels do not support the device or the dtype.
+
+    Also returns None, with a warning, if Triton fails.
+    """
     if device.type != "cuda" or dtype != torch.float32:
         return None
     try:
@@ -217,19 +221,19 @@ def _kernels(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
 
 
 def _buffer(rows: int, columns: int, x: Tensor) -> Tensor:
-    """Memory for logits of this many rows and columns."""
+    """Return a new buffer for logits of this many rows and columns, on the device of `x`."""
     stride = -(-columns // _ALIGNED_COLUMNS) * _ALIGNED_COLUMNS if x.is_cuda else columns
     return x.new_empty(rows, stride, dtype=_sum_dtype(x))[:, :columns]
 
 
 def _cast_once(weight_VD: Tensor, x: Tensor, n_bytes: int) -> Tensor:
-    """The weight in the dtype of `x`. On a CPU the given weight, unless a copy is small beside `n_bytes`."""
+    """Return the weight in the dtype of `x`. On a CPU copy it only if the copy is small beside `n_bytes`."""
     is_little = weight_VD.numel() * x.dtype.itemsize <= max(n_bytes // 4, _LITTLE_BYTES)
     return weight_VD.to(x.dtype) if x.is_cuda or is_little else weight_VD
 
 
 def _project(x_CD: Tensor, weight_VD: Tensor, logits_CV: Tensor) -> None:
-    """logits_CV = x_CD @ weight_VD^T."""
+    """Write x_CD @ weight_VD^T to `logits_CV`."""
     for tile in _tiles(x_CD, weight_VD):
         _matmul_into(logits_CV[:, tile], x_CD, weight_VD[tile].to(x_CD.dtype).t(), beta=0)
 
@@ -237,7 +241,7 @@ def _project(x_CD: Tensor, weight_VD: Tensor, logits_CV: Tensor) -> None:
 def _project_back(
     dlogits_CV: Tensor, x_CD: Tensor, weight_VD: Tensor, dx_CD: Tensor | None, dweight_VD: Tensor | None
 ) -> None:
-    """dx_CD = dlogits_CV @ weight_VD and dweight_VD += dlogits_CV^T @ x_CD, unless they are None."""
+    """Write dlogits_CV @ weight_VD to `dx_CD` and add dlogits_CV^T @ x_CD to `dweight_VD`, unless None."""
     sum_CD = torch.empty_like(x_CD, dtype=_sum_dtype(x_CD))
     for tile in _tiles(x_CD, weight_VD, dlogits_CV):
         dlogits_CT = dlogits_CV[:, tile].to(x_CD.dtype)
@@ -251,7 +255,7 @@ def _project_back(
 
 
 def _tiles(x_CD: Tensor, weight_VD: Tensor, *others: Tensor) -> Iterator[slice]:
-    """Slices of the vocabulary: one, or small ones if a factor or a product is copied to another dtype."""
+    """Return slices of the vocabulary: one, or small ones if products need copies in another dtype."""
     copies_product = x_CD.dtype != _sum_dtype(x_CD) and not x_CD.is_cuda
     copies = copies_product or any(each.dtype != x_CD.dtype for each in (weight_VD, *others))
     step = _TILE_COLUMNS if copies else len(weight_VD)
@@ -259,7 +263,7 @@ def _tiles(x_CD: Tensor, weight_VD: Tensor, *others: Tensor) -> Iterator[slice]:
 
 
 def _matmul_into(out: Tensor, a: Tensor, b: Tensor, beta: Literal[0, 1]) -> None:
-    """out = beta * out + a @ b, summed in the dtype of `out`."""
+    """Compute out = beta * out + a @ b, summed in the dtype of `out`."""
     if out.dtype == a.dtype:
         torch.addmm(out, a, b, beta=beta, out=out)
     elif out.is_cuda:

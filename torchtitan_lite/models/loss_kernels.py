@@ -1,10 +1,10 @@
 """The elementwise part of the loss on CUDA: two Triton kernels, each of which reads the logits once.
 
-C rows of a chunk, V vocab (or this rank's share of it).
+C rows of a chunk, V vocab (or this rank's part of it).
 
-There are two kernels because ranks that share the vocabulary exchange maxima and sums of rows between them. A
-single kernel would not move fewer bytes: the rows that a GPU works on at once do not fit its cache.
-`models.loss` computes the same with PyTorch alone; the tests compare the two.
+There are two kernels because ranks that share the vocabulary exchange maxima and sums of rows between the
+first kernel and the second. A single kernel would not move fewer bytes: the rows that a GPU works on at once
+do not fit its cache. `models.loss` computes the same with PyTorch alone, and tests compare the two.
 """
 
 # Pyright takes Triton's language for Python, and Triton is not installed everywhere.
@@ -23,7 +23,7 @@ _WARPS = 8
 
 
 def row_sums(logits_CV: Tensor, labels: Labels) -> tuple[Tensor, Tensor, Tensor]:
-    """The maximum of each row, the sum of exp(logit - maximum), and the logit of the label (0: not here)."""
+    """Return each row's maximum, its sum of exp(logit - maximum), and its label's logit (0: not here)."""
     # Separate tensors: Triton compiles again if the alignment of an argument changes.
     max_C, sum_C, label_logit_C = (logits_CV.new_empty(len(logits_CV)) for _ in range(3))
     with torch.cuda.device_of(logits_CV):
@@ -45,7 +45,7 @@ def row_sums(logits_CV: Tensor, labels: Labels) -> tuple[Tensor, Tensor, Tensor]
 def gradient_(
     logits_CV: Tensor, labels: Labels, max_C: Tensor, total_C: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """softmax(logits) - onehot(label) in `dtype`, 0 in rows without a label. Overwrites the logits.
+    """Return softmax(logits) - onehot(label) in `dtype`, or 0 in rows without a label. Overwrite `logits_CV`.
 
     `total_C` is the sum of exp(logit - max_C). The result shares the memory of the logits, row by row.
     """
@@ -69,7 +69,7 @@ def gradient_(
 
 
 def try_on(device: torch.device) -> None:
-    """Compile and launch a kernel. If this fails, Triton's exception passes through."""
+    """Compile and launch a kernel on `device`. Raise Triton's exception if this fails."""
     logits, row = torch.zeros(1, 16, device=device), torch.zeros(1, dtype=torch.int64, device=device)
     row_sums(logits, Labels(row, row == 0, row == 0))
 
@@ -91,7 +91,7 @@ def _row_sums(
         columns = start + tl.arange(0, BLOCK)
         x = tl.load(logits + columns, mask=columns < n_columns, other=float("-inf"))
         higher = tl.maximum(top, x)
-        # For a lane that has seen only -inf: -inf - -inf would be NaN.
+        # 0 for a lane that has seen only -inf, because -inf - -inf is NaN.
         base = tl.where(higher == float("-inf"), 0.0, higher)
         total = total * tl.exp(top - base) + tl.exp(x - base)
         top = higher

@@ -18,19 +18,19 @@ Group = Literal["matrix", "embedding", "head", "vector", "router", "expert"]
 
 @dataclass(frozen=True, kw_only=True)
 class Parameter:
-    """A row of the table: it describes every parameter whose name matches the pattern."""
+    """A row of the parameter table. It describes every parameter whose name matches `pattern`."""
 
     pattern: str
-    """The name in the model; * stands for one part of the name: "blocks.*.attention.wo.weight"."""
+    """The name in the model, where * stands for one part of the name: "blocks.*.attention.wo.weight"."""
     shard_dim: int | None = None
-    """The dim that tensor parallel splits; None: every rank has the whole parameter."""
+    """The dim that tensor parallel shards. None: every rank has the whole parameter."""
     split_by: str | None = None
     """The config field whose value the ranks divide along `shard_dim`, such as "n_heads"."""
     init: Literal["normal", "residual", "ones", "zeros"] = "normal"
-    """residual: normal, and narrower in a deeper model; for outputs that add to the residual stream."""
+    """The initial values. residual: normal, narrower in deeper models, to add to the residual stream."""
     group: Group = "matrix"
     hub: str | None = None
-    """The name on the Hugging Face Hub, with {} for each * of the pattern; None: no name."""
+    """The name on the Hugging Face Hub, with {} for each * of the pattern. None: no name there."""
 
     def __post_init__(self) -> None:
         has_both = (self.shard_dim is None) == (self.split_by is None)
@@ -39,21 +39,21 @@ class Parameter:
         assert self.hub is None or self.hub.count("{}") == wildcards, f"{self.hub} needs {wildcards} of {{}}"
 
     def hub_name(self, name: str) -> str | None:
-        """The name on the Hub of the parameter `name`, which matches the pattern."""
+        """Return the name on the Hub, if any, of the parameter `name`, which must match the pattern."""
         found = _expression(self.pattern).fullmatch(name)
         assert found is not None, f"{name} is no {self.pattern}"
         return None if self.hub is None else self.hub.format(*found.groups())
 
 
 class Table(tuple[Parameter, ...]):
-    """The rows of a model, in order."""
+    """The parameter table of a model: its rows, in the order in which they are tried."""
 
     def row(self, name: str) -> Parameter | None:
-        """The first row whose pattern matches `name`, or None."""
+        """Return the first row whose pattern matches `name`, or None."""
         return next((row for row in self if _expression(row.pattern).fullmatch(name)), None)
 
     def rows_of(self, names: Iterable[str], owner: str) -> dict[str, Parameter]:
-        """The row of every name. Raises ConfigError, which names the class `owner`, if a name has no row."""
+        """Return the row of every name. Raise ConfigError, which names `owner`, if a name has no row."""
         found = {name: self.row(name) for name in names}
         lacking = dict.fromkeys(_with_wildcards(name) for name, row in found.items() if row is None)
         if lacking:
@@ -63,24 +63,24 @@ class Table(tuple[Parameter, ...]):
         return {name: row for name, row in found.items() if row is not None}
 
     def hub_name(self, name: str) -> str:
-        """The name on the Hub of the parameter `name`, which must have one."""
+        """Return the name on the Hub of the parameter `name`, which must have a name there."""
         row = self.row(name)
         theirs = None if row is None else row.hub_name(name)
         assert theirs is not None, f"{name} has no name on the Hub"
         return theirs
 
     def of_group(self, group: Group) -> Parameter:
-        """The first row of `group`."""
+        """Return the first row whose group is `group`."""
         return next(row for row in self if row.group == group)
 
     @property
     def splits(self) -> list[str]:
-        """The config fields that a tensor-parallel degree must divide."""
+        """The config fields whose values the tensor-parallel degree must divide."""
         return list(dict.fromkeys(row.split_by for row in self if row.split_by))
 
 
 def hub_names(rows: Mapping[str, Parameter]) -> dict[str, str]:
-    """Our names of the parameters, by their names on the Hub."""
+    """Return the name in this package of each parameter, by its name on the Hub."""
     return {theirs: name for name, row in rows.items() if (theirs := row.hub_name(name)) is not None}
 
 
@@ -90,5 +90,5 @@ def _expression(pattern: str) -> re.Pattern[str]:
 
 
 def _with_wildcards(name: str) -> str:
-    """The name with * for every number, so that an error names a parameter of all layers once."""
+    """Return `name` with * for every number, so that an error names a parameter of all layers once."""
     return ".".join("*" if part.isdigit() else part for part in name.split("."))

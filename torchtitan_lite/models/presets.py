@@ -7,20 +7,20 @@ from typing import Any
 from torchtitan_lite.models.decoder import DecoderConfig
 
 _DEBUGMODEL = {"vocab_size": 512, "max_seq_len": 2048}
-"""Fields of every family's debugmodel, which reads bytes and short documents."""
+"""The fields of the debugmodel of every family. It reads bytes and short documents."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """A model family: sizes under one name."""
+    """A model family: decoders of several sizes under one name."""
 
     name: str
     """The value of `model.name` that chooses this family."""
     presets: Mapping[str, DecoderConfig]
-    """The config of each size; a subclass of DecoderConfig for a decoder of another kind."""
+    """The config of each size: a DecoderConfig or, for another architecture, a subclass of it."""
 
     def __post_init__(self) -> None:
-        """Raise TypeError if a preset is no DecoderConfig, or if its table names a field that it lacks."""
+        """Raise TypeError if a preset is no DecoderConfig or lacks a field that its parameter table names."""
         for size, config in self.presets.items():
             if not isinstance(config, DecoderConfig):
                 raise TypeError(f"{self.name} {size} is no DecoderConfig")
@@ -31,7 +31,7 @@ class Family:
 def presets(
     family: Mapping[str, Any], columns: Sequence[str], sizes: Mapping[str, Sequence[Any]]
 ) -> dict[str, DecoderConfig]:
-    """The config of every size: the fields of the family, and the size's row of `columns`."""
+    """Return the config of every size. Each has the fields of the family and the size's row of `columns`."""
     found = {}
     for size, row in sizes.items():
         small = _DEBUGMODEL if size == "debugmodel" else {}

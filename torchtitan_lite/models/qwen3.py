@@ -1,4 +1,4 @@
-"""Qwen3: the dense sizes, one row each."""
+"""Qwen3: the dense models, one row for each size."""
 
 from torchtitan_lite.models.presets import presets
 
@@ -24,4 +24,4 @@ _SIZES = {
 }
 
 PRESETS = presets(_FAMILY, _COLUMNS, _SIZES)
-"""Sizes by name; debugmodel is small enough for a laptop."""
+"""The configs by size. debugmodel is small enough for a laptop."""

@@ -17,24 +17,24 @@ from torch import Tensor
 from torchtitan_lite.config.load import Problem
 
 Rotation = tuple[Tensor, Tensor]
-"""(cos_BS1F, sin_BS1F) of every token's angles, float32. Computed once per forward, for all blocks."""
+"""The cosines and sines (cos_BS1F, sin_BS1F) of every token's angles, in float32. All blocks use them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """Slows the low frequencies, so that a model reaches beyond the context it began with (Llama 3.1)."""
+    """Scaling that slows the low frequencies, so that a model can use a longer context (Llama 3.1)."""
 
     factor: Annotated[float, Field(ge=1)] = 8.0
-    """How many times slower the lowest frequencies turn; 1 changes nothing."""
+    """Factor by which the lowest frequencies are slowed. 1 changes nothing."""
     low_freq_factor: Annotated[float, Field(gt=0, examples=[1.0])] = 1.0
     """Frequencies that turn fewer times than this in the original context are slowed by the whole factor."""
     high_freq_factor: float = 4.0
-    """Frequencies that turn more times than this in the original context are left alone."""
+    """Frequencies that turn more times than this in the original context are not changed."""
     original_max_seq_len: Annotated[int, Field(ge=1)] = 8192
-    """Tokens of context before scaling."""
+    """Tokens of context that the model was trained for before the scaling."""
 
     def problems(self, key: str) -> list[Problem]:
-        """Frequencies out of order."""
+        """Return a problem if high_freq_factor does not exceed low_freq_factor."""
         if self.high_freq_factor > self.low_freq_factor:
             return []
         rule = f"must exceed low_freq_factor = {self.low_freq_factor}"
@@ -42,7 +42,7 @@ class RopeScaling:
         return [Problem(f"{key}.high_freq_factor", self.high_freq_factor, rule, remedy, reads)]
 
     def apply(self, frequency_F: Tensor) -> Tensor:
-        """The scaled frequencies: low ones are slowed, high ones are not, and those in between are blended.
+        """Return the scaled frequencies: low frequencies slowed, high ones kept, those in between blended.
 
         Source: https://github.com/meta-llama/llama-models/blob/main/models/llama3/model.py (apply_scaling).
         """
@@ -52,7 +52,7 @@ class RopeScaling:
 
 
 def rotation(positions_BS: Tensor, head_dim: int, theta: float, scaling: RopeScaling | None) -> Rotation:
-    """Cosines and sines of the angles at `positions_BS`; padding (-1) is treated as position 0."""
+    """Return the cosines and sines of the angles at `positions_BS`. Padding (-1) counts as position 0."""
     # Computed in every forward: a buffer would have no values after construction on the meta device.
     exponent_F = torch.arange(0, head_dim, 2, device=positions_BS.device, dtype=torch.float32) / head_dim
     frequency_F = 1.0 / theta**exponent_F
@@ -64,7 +64,7 @@ def rotation(positions_BS: Tensor, head_dim: int, theta: float, scaling: RopeSca
 
 
 def rotate(x_BSHK: Tensor, rotation: Rotation) -> Tensor:
-    """`x_BSHK` rotated in float32, returned in the dtype of the input."""
+    """Rotate `x_BSHK` in float32, and return the result in the dtype of the input."""
     cos_BS1F, sin_BS1F = rotation
     # chunk, not slices: the backward of a slice fills zeros and copies; the backward of chunk concatenates.
     first_BSHF, second_BSHF = x_BSHK.chunk(2, dim=-1)

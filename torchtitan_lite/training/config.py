@@ -1,4 +1,4 @@
-"""The settings of training: how much, for how long, in which precision, and how repeatable."""
+"""The settings of training: batch sizes, duration, precision and reproducibility."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -12,10 +12,10 @@ from torchtitan_lite.config.problem import Remedy
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """How much is trained on, for how long, and in which precision."""
+    """The settings of training: batch sizes, duration and precision."""
 
     local_batch_size: Annotated[int, Field(ge=1)] = 8
-    """Samples per micro-batch and rank."""
+    """Samples in a micro-batch of one rank."""
     global_batch_size: (
         Literal[-1]
         | Annotated[
@@ -28,7 +28,7 @@ class TrainingConfig:
     steps: Annotated[int, Field(ge=1)] = 1000
     """Optimizer steps of the whole run."""
     max_norm: Annotated[float, Field(ge=0), Remedy("use 0 for no clipping")] = 1.0
-    """Gradients with a larger global norm are scaled down to this norm. 0: measured but never clipped."""
+    """Gradients with a larger global norm are scaled down to this norm. 0: the norm is only measured."""
     mixed_precision_param: Literal["float32", "bfloat16"] = "bfloat16"
     """Precision that the model computes in. Weights, their updates and the sums of gradients stay float32."""
     enable_cpu_offload: bool = False
@@ -36,17 +36,17 @@ class TrainingConfig:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """The precision of `mixed_precision_param`."""
+        """The torch dtype that `mixed_precision_param` names."""
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.mixed_precision_param]
 
     def accumulation(self, data_ranks: int = 1) -> int:
-        """Micro-batches per optimizer step on each of `data_ranks` ranks."""
+        """Return the number of micro-batches per optimizer step on each of `data_ranks` ranks."""
         if self.global_batch_size == -1:
             return 1
         return self.global_batch_size // (self.local_batch_size * data_ranks)
 
     def problems(self, key: str, data_ranks: int = 1) -> list[Problem]:
-        """A global batch that `data_ranks` ranks cannot share evenly."""
+        """Return a problem if `data_ranks` ranks cannot share the global batch evenly."""
         size, unit = self.global_batch_size, self.local_batch_size * data_ranks
         if size == -1 or size % unit == 0:
             return []
@@ -60,11 +60,11 @@ class TrainingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DebugConfig:
-    """Settings that make a run repeatable, and a log that shows it."""
+    """The settings that make a run repeatable, and a log that shows which samples it read."""
 
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the initial weights and of the order of the data."""
     deterministic: bool = False
-    """Use only deterministic kernels. Slower; repeated runs on one machine give identical losses."""
+    """Use only deterministic kernels, which are slower. Runs repeated on one machine give the same losses."""
     log_sample_ids: bool = False
     """Write the global sample ids of every step and rank to sample_ids/rank-R.jsonl in the run's folder."""

@@ -14,13 +14,13 @@ class Corpus:
     tokenizer: Tokenizer
     shards: Shards
     samples: Samples
-    """Samples to train on."""
+    """The samples to train on."""
     held_out: Samples | None
-    """Samples to validate on; None in a run without validation."""
+    """The samples to validate on; None in a run without validation."""
 
 
 def load_corpus(job: JobConfig, world: World, shards: Shards | None = None) -> Corpus:
-    """Load the text that the config names, or `shards` instead. The text is tokenized if it is not cached.
+    """Load the text that the config names, or use `shards` if given. Text is tokenized unless it is cached.
 
     Raises ConfigError if the text cannot be used.
     """

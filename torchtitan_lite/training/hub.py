@@ -1,4 +1,4 @@
-"""Models in Hugging Face's format: runs start with their weights, and saved steps are exported."""
+"""Models in Hugging Face's format: loading their weights into a run, and exporting checkpoints."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -32,18 +32,19 @@ from torchtitan_lite.training.outputs import free_folder
 
 _MODEL = "model."
 HUB = "hf"
-"""Folder in the run's folder: the model of the last step, in Hugging Face's format."""
+"""The folder, inside the run's folder, for the model of the last step in Hugging Face's format."""
 TOKENIZER = "tokenizer"
-"""Folder with the tokenizer's files, in the run's folder or beside imported steps."""
+"""The folder for the tokenizer's files, inside the run's folder or the folder of an imported model."""
 SOURCE = "hf_source.json"
-"""File in the run's folder: which step the folder `HUB` is from, and its precision."""
+"""The file, inside the run's folder, that says which step the folder `HUB` holds, and in which dtype."""
 _DAMAGED, _REMEDY = "cannot be loaded", "copy the model again, or choose the one that it is"
 
 
 def check(folder: Path, config: DecoderConfig, ranks: World, key: str) -> None:
-    """Raise ConfigError on all ranks unless `folder` holds a whole model with this `config`.
+    """Raise ConfigError on all ranks unless `folder` holds a complete model with this `config`.
 
-    The error is about `key` if a tensor is missing, unknown or of another shape, or if a file is damaged.
+    The error names the setting `key` if a tensor is missing, unknown or of another shape, or if a file is
+    damaged.
     """
 
     def check_here() -> None:
@@ -65,9 +66,10 @@ def check(folder: Path, config: DecoderConfig, ranks: World, key: str) -> None:
 def load_weights(
     folder: Path, config: DecoderConfig, pieces: Mapping[str, Piece], ranks: World, key: str
 ) -> None:
-    """Load `pieces`, which have our names, from the safetensors in `folder`. No other bytes are read.
+    """Load `pieces`, by this package's names of the parameters, from the safetensors in `folder`.
 
-    Raises ConfigError as `check` does, and if a number is not finite.
+    No other bytes are read. Raises ConfigError about the setting `key` if a tensor is missing, unknown or of
+    another shape, if a file is damaged, or if a number is not finite.
     """
     own = {config.parameters.hub_name(name): piece for name, piece in pieces.items()}
 
@@ -82,10 +84,10 @@ def load_weights(
 
 
 def _index_for(wanted: Mapping[str, Piece], folder: Path, config: DecoderConfig) -> dict[str, Stored]:
-    """Return where in `folder` the `wanted` tensors are; raises Damaged unless exactly these are there."""
+    """Return the place in `folder` of each `wanted` tensor. Raises Damaged unless exactly these are there."""
     index = read_weights_index(folder)
     head, embedding = (config.parameters.of_group(one).hub or "" for one in ("head", "embedding"))
-    # Some folders store the tensor of a tied head twice.
+    # Some folders store a tied head twice: as the head and as the embedding.
     is_twice = head in index and head not in wanted and embedding in index
     if is_twice and not are_equal(folder, index.pop(head), index[embedding]):
         raise Damaged(f"{head} is not {embedding}, and config.json says that they are one")
@@ -104,7 +106,7 @@ def tokenizer_fingerprint(folder: Path) -> str | None:
 
 
 def record_of(config: DecoderConfig) -> dict[str, Any]:
-    """Return the decoder as a step records it: all fields but the backend, which does not change numbers."""
+    """Return the fields of `config` for a checkpoint, without the attention backend: it changes no result."""
     fields = asdict(config)
     del fields["attention"]
     if config.architecture != DecoderConfig.architecture:
@@ -113,9 +115,9 @@ def record_of(config: DecoderConfig) -> dict[str, Any]:
 
 
 def decoder_of(identity: Mapping[str, Any]) -> DecoderConfig:
-    """Return the decoder of the run with this identity, with the default backend.
+    """Return the config of the decoder in a run's `identity`, with the default attention backend.
 
-    Raises Damaged if the record is wrong, and ConfigError if no family here has this architecture.
+    Raises Damaged if the entry "model" is wrong, and ConfigError if no model family has its architecture.
     """
     record = identity.get("model")
     if not isinstance(record, dict):
@@ -127,7 +129,7 @@ def decoder_of(identity: Mapping[str, Any]) -> DecoderConfig:
         rule, remedy = "is of no model family here", "name the plugin that has it with --plugins"
         raise ConfigError([Problem("model.architecture", architecture, rule, remedy)])
     fields = {key: value for key, value in record.items() if key != "architecture"}
-    # A preset stands in for fields that are missing or wrong: both are then refused.
+    # A preset's values stand in for fields that are missing or wrong. Such fields are refused below.
     presets = (config for sizes in families.values() for config in sizes.values())
     preset = next(config for config in presets if type(config) is cls)
     if differing := record_of(preset).keys() ^ record.keys():
@@ -145,18 +147,19 @@ def _wrong_record(why: object) -> Damaged:
 
 
 def check_vocabulary(tokenizer: Tokenizer, config: DecoderConfig, key: str, value: str) -> None:
-    """Raise ConfigError about `key` if the tokenizer has more tokens than the model has rows."""
+    """Raise ConfigError about `key` if the tokenizer has more tokens than the model's embedding has rows."""
     if tokenizer.vocab_size > config.vocab_size:
         rule = f"has {tokenizer.vocab_size} tokens, and the model's vocab_size is {config.vocab_size}"
         raise ConfigError([Problem(key, value, rule, "use the tokenizer that the model was trained with")])
 
 
 def export(found: Found, tokenizer: Tokenizer, out: Path, dtype: str, key: str = "dtype") -> None:
-    """Write the model of a verified step to a new folder `out`, for transformers, vLLM and other programs.
+    """Write the model of the verified checkpoint `found` to a new folder `out`, for transformers or vLLM.
 
     The folder holds safetensors with their index, config.json, generation_config.json and the tokenizer. The
     folder appears when all files are complete. Raises OSError if `out` exists or cannot be written. Raises
-    ConfigError if transformers has no such model, and, about `key`, if `dtype` cannot hold a weight.
+    ConfigError if transformers has no such model, and ConfigError about `key` if `dtype` cannot hold a
+    weight.
     """
     config = decoder_of(found.state.identity)
     if problems := export_problems(config, "model"):
@@ -189,13 +192,13 @@ def export(found: Found, tokenizer: Tokenizer, out: Path, dtype: str, key: str =
 
 
 def _whole(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Piece:
-    """Return a piece that is a whole new tensor, without values."""
+    """Return a new piece that covers a whole tensor of this shape. Its values are not set."""
     shape = torch.Size(shape)
     return Piece(local=torch.empty(shape, dtype=dtype), shape=shape, offsets=torch.Size([0] * len(shape)))
 
 
 def export_last(folder: Path, checkpoint: CheckpointConfig, step: int, tokenizer: Tokenizer) -> None:
-    """Export the last step of the run in `folder` to its folder `hf`, unless that is done already."""
+    """Export `step`, the last of the run in `folder`, to `folder`/hf, unless that is done already."""
     out, dtype = folder / HUB, checkpoint.export_dtype
     found = verify(Steps(folder / checkpoint.folder).path(step), World())
     source = {"step": step, "manifest": fingerprint(asdict(found.manifest)), "dtype": dtype}
@@ -209,9 +212,10 @@ def export_last(folder: Path, checkpoint: CheckpointConfig, step: int, tokenizer
 
 
 def import_(folder: Path, out: Path, tokenizer: Tokenizer | None) -> None:
-    """Write the Hugging Face model in `folder` as step 0 in a new folder `out`. New runs can start with it.
+    """Convert the Hugging Face model in `folder` to a checkpoint, step 0, in a new folder `out`.
 
-    Raises ConfigError if our decoder cannot compute this model, or if a file is damaged.
+    A new run can start with the weights. Raises ConfigError if our decoder cannot compute this model, or if a
+    file is damaged.
     """
     config, problems = read_config(folder)
     if config is None or problems:

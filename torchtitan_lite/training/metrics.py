@@ -16,8 +16,8 @@ from torchtitan_lite.config.problem import Remedy
 from torchtitan_lite.training.hooks import RunInfo, StepStats
 from torchtitan_lite.training.validation import Validation
 
-# Dense BF16 FLOP per second; the first match counts. The figures are from the makers, halved if they assume
-# sparsity:
+# Peak dense BF16 FLOP per second, by device name. The first name that matches counts. The figures are from
+# the makers, halved where they assume sparsity:
 # https://www.nvidia.com/en-us/data-center/h100/    https://www.nvidia.com/en-us/data-center/h200/
 # https://www.nvidia.com/en-us/data-center/a100/    https://www.nvidia.com/en-us/data-center/hgx/ (B200)
 # https://www.nvidia.com/en-us/data-center/l40s/    https://www.nvidia.com/en-us/data-center/l40/
@@ -41,19 +41,19 @@ class MetricsConfig:
     """The numbers that a run reports, and how often."""
 
     log_freq: Annotated[int, Field(ge=1)] = 10
-    """Steps between two reports; the first and the last step are always reported."""
+    """Steps between two reports. The first and the last step are always reported."""
     enable_tensorboard: bool = True
-    """Write the same numbers for TensorBoard."""
+    """Write the numbers of metrics.jsonl for TensorBoard too."""
     save_tb_folder: str = "tb"
     """Folder for TensorBoard, inside the run's folder."""
     peak_flops: Annotated[float, Field(ge=0), Remedy("use 0 for the speed of the device")] = 0.0
-    """FLOP per second that MFU is measured against. 0: the maker's figure if known, else a measurement."""
+    """Peak FLOP per second of one device, to compute MFU. 0: the maker's figure if known, else measured."""
 
 
 class Reporter:
-    """Base of the hooks that report: makes records of steps and validations; a subclass writes them.
+    """The base class of hooks that report. It makes records, which a subclass writes.
 
-    Every `log_freq`-th step is reported, and also the first and the last step.
+    There is a record for every `log_freq`-th step, for the first and the last step, and for every validation.
     """
 
     def __init__(self, config: MetricsConfig) -> None:
@@ -61,13 +61,13 @@ class Reporter:
         self._unreported: list[StepStats] = []
 
     def start(self, run: RunInfo) -> None:
-        """Find the speed that MFU is measured against."""
+        """Find the peak FLOP per second of all devices, to compute MFU."""
         self.n_steps, self.flops_per_token = run.n_steps, run.flops_per_token
         peak = self.config.peak_flops or peak_flops(run.device, run.job.training.compute_dtype)
         self.peak_flops = peak * run.world_size
 
     def step(self, stats: StepStats) -> None:
-        """Write a report if one is due."""
+        """Write a report if this step is due for one."""
         self._unreported.append(stats)
         if stats.step % self.config.log_freq == 0 or stats.step in (1, self.n_steps):
             self.write(self._report())
@@ -78,11 +78,11 @@ class Reporter:
         self.write({"step": result.step, "validation_loss": result.loss})
 
     def write(self, record: Mapping[str, float]) -> None:
-        """Write numbers by name, `step` among them."""
+        """Write a record of numbers by name, including `step`. A subclass must override this method."""
         raise NotImplementedError
 
     def _report(self) -> dict[str, float]:
-        """The numbers of the last step, and the speed since the previous report."""
+        """Return the last step's numbers, and the speed since the previous report."""
         steps, last = self._unreported, self._unreported[-1]
         seconds = sum(step.seconds for step in steps)
         tokens_per_second = sum(step.n_tokens for step in steps) / seconds
@@ -101,7 +101,7 @@ class Reporter:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP per second of dense matrix products: the maker's figure if it is known, else measured."""
+    """Return the FLOP per second of dense matrix products: the maker's figure if known, else measured."""
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
         for known, flops in _BF16_PEAK:
@@ -112,9 +112,9 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 @cache  # a measurement takes a tenth of a second, and every hook that reports needs it
 def measured_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.1) -> float:
-    """FLOP per second of the fastest square matrix product among those that fit in about `seconds`."""
+    """Multiply square matrices for about `seconds`, and return the FLOP per second of the fastest product."""
     size = 8192 if device.type == "cuda" else 1024
-    # A generator of its own: the state of the global one belongs to the run.
+    # A separate generator: drawing from the global generator would change the random numbers of the run.
     left = torch.randn(size, size, device=device, generator=torch.Generator(device)).to(dtype)
     out = left @ left
     best, deadline = float("inf"), time.perf_counter() + seconds
@@ -128,7 +128,7 @@ def measured_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """The most memory held so far, in GiB: by tensors on a GPU, by the whole process on a CPU."""
+    """Return the most memory held so far, in GiB: by tensors on a GPU, by the whole process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,4 +1,4 @@
-"""Optimizers: their interface, and AdamW, which decays everything but vectors."""
+"""The interface of optimizers, and AdamW, which decays all parameters except vectors."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,10 +14,10 @@ from torchtitan_lite.registry import optimizers
 
 
 class OptimizerConfig(Protocol):
-    """The options of a registered optimizer: `lr` is the peak learning rate, `build` makes the optimizer.
+    """The options of a registered optimizer. `lr` is the peak learning rate. `build` makes the optimizer.
 
-    `build` gets the parameters by name, and the group of each: "matrix", "embedding", "head", "vector",
-    "router" or "expert".
+    `build` gets the parameters by name, and by the same names the group of each parameter: "matrix",
+    "embedding", "head", "vector", "router" or "expert".
     """
 
     @property
@@ -39,22 +39,22 @@ class AdamW:
     name: Literal["AdamW"] = "AdamW"
     """AdamW: Adam with decoupled weight decay (https://arxiv.org/abs/1711.05101)."""
     lr: Annotated[float, Field(gt=0, examples=[8e-4])] = 8e-4
-    """Peak learning rate; the schedule scales it."""
+    """Peak learning rate. The schedule scales it."""
     beta1: Annotated[float, Field(ge=0, lt=1, examples=[0.9])] = 0.9
     """Decay rate of the running mean of the gradient."""
     beta2: Annotated[float, Field(ge=0, lt=1, examples=[0.95])] = 0.95
     """Decay rate of the running mean of the squared gradient."""
     eps: Annotated[float, Field(gt=0, examples=[1e-8])] = 1e-8
-    """Added to the denominator of the update."""
+    """Number that is added to the denominator of the update."""
     weight_decay: Annotated[float, Field(ge=0), Remedy("use 0 for none")] = 0.1
-    """Decay of matrices (embeddings included); vectors such as norm weights are never decayed."""
+    """Weight decay of all parameters except vectors, such as norm weights, which are never decayed."""
     implementation: Literal["fused", "foreach", "for-loop"] = "fused"
     """fused: one kernel for all weights; foreach: batched operations; for-loop: one weight at a time."""
 
     def build(
         self, parameters: Mapping[str, nn.Parameter], groups: Mapping[str, str]
     ) -> torch.optim.Optimizer:
-        """AdamW in two groups: vectors, without decay, and the rest."""
+        """Return AdamW with two parameter groups: vectors without decay, and all other parameters."""
         decayed = [(name, p) for name, p in parameters.items() if groups[name] != "vector"]
         vectors = [(name, p) for name, p in parameters.items() if groups[name] == "vector"]
         parts = [
@@ -72,11 +72,11 @@ class AdamW:
 
 
 class LocalAdamW(torch.optim.AdamW):
-    """AdamW that updates each rank's shards as plain tensors.
+    """An AdamW that updates each rank's shards as plain tensors.
 
     The update is elementwise, and gradients are sharded like their weights, so each rank can update its own
-    shards. DTensor would add Python time for each tensor, during which the device would be idle: the host has
-    just waited for the device, to read the loss and the norm.
+    shards. DTensor would add Python time for each tensor. The device would be idle in this time, because the
+    host has just waited for the device, to read the loss and the norm.
     """
 
     def _init_group(self, group: Any, *lists: list[Tensor]) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -89,7 +89,7 @@ class LocalAdamW(torch.optim.AdamW):
 def build_optimizer(
     parameters: Mapping[str, nn.Parameter], config: OptimizerConfig, groups: Mapping[str, str]
 ) -> torch.optim.Optimizer:
-    """The optimizer of the `parameters` that are not frozen; `groups` as in `OptimizerConfig.build`.
+    """Return the optimizer of all `parameters` that require gradients. `groups` has the group of each.
 
     Each of the optimizer's parameter groups has an "initial_lr", which the schedule scales.
     """
@@ -101,9 +101,10 @@ def build_optimizer(
 
 @torch.no_grad()
 def create_state(optimizer: torch.optim.Optimizer) -> None:
-    """Create the state of every weight, for a checkpoint to fill, by a step that changes no weight.
+    """Create the optimizer's state of every weight, so that a checkpoint can be loaded into it.
 
-    The rates stay 0: the schedule sets them before each step.
+    A step with a learning rate of 0 creates the state and changes no weight. The rates stay 0 until the
+    schedule sets them before the next step.
     """
     for group in optimizer.param_groups:
         group["lr"] = 0.0

@@ -1,4 +1,4 @@
-"""The run's own folder: config.toml, metrics.jsonl, the TensorBoard and trace folders, and exit.json."""
+"""The folder of a run: config.toml, metrics.jsonl, the TensorBoard and trace folders, and exit.json."""
 
 import contextlib
 import json
@@ -21,16 +21,16 @@ _LOCK = "lock"
 
 
 def is_inside(subfolder: str) -> bool:
-    """Return whether a configured subfolder is inside the run's folder and has a name of its own there."""
+    """Return True if the path `subfolder` stays inside the run's folder and takes no name in use there."""
     path = Path(subfolder)
     inside = bool(path.parts) and not path.is_absolute() and ".." not in path.parts
     return inside and path.parts[0].removesuffix(".partial") not in (*_FILES, _EARLIER, _LOCK)
 
 
 def make_folder(dump_folder: str, name: str, flavor: str) -> Path:
-    """Make the run's folder: `dump_folder`, or `outputs/<name>-<flavor>-<time>` if that is empty."""
+    """Make the run's folder: `dump_folder`, or `outputs/<name>-<flavor>-<time>` if `dump_folder` is empty."""
     if not dump_folder:
-        size = Path(flavor).name  # the flavor of a model in a folder is that folder's path
+        size = Path(flavor).name  # the flavor is a path if the model is read from a folder
         return free_folder(Path("outputs").absolute(), f"{name}-{size}-{time.strftime('%Y%m%d-%H%M%S')}")
     folder = Path(dump_folder).expanduser().absolute()
     folder.mkdir(parents=True, exist_ok=True)
@@ -38,19 +38,19 @@ def make_folder(dump_folder: str, name: str, flavor: str) -> Path:
 
 
 def lock(folder: Path, seconds: float = 0) -> IO[str]:
-    """Take the folder for this process, until the returned file is closed or the process ends.
+    """Lock the folder for this process, until the returned file is closed or the process ends.
 
-    Raises InUse if another process has the folder for longer than `seconds`: a killed one may take a moment.
-    On a file system without locks nobody is kept out, and a warning says so.
+    Another process that holds the lock may be ending, so this waits up to `seconds`, then raises InUse. On a
+    file system without locks the folder is not protected, and a warning says so.
     """
     return durable.lock(folder / _LOCK, seconds, required=False)
 
 
 def set_aside(folder: Path, subfolders: tuple[str, ...] = (), used: Sequence[str] = ()) -> None:
-    """Move the files of an earlier run, and its `subfolders`, to the folder `earlier` inside of `folder`.
+    """Move the files and `subfolders` of an earlier run to the folder `earlier` inside of `folder`.
 
-    Two runs in one metrics file would read as one. A file or folder stays if this run reads it: if it is, or
-    contains, one of the absolute paths in `used`.
+    Otherwise one metrics file would hold two runs. A file or folder stays if it is, or contains, one of the
+    absolute paths in `used`, which this run reads.
     """
     names = (*_FILES, *(Path(subfolder).parts[0] for subfolder in subfolders))
     kept = {place for path in used for place in (Path(path), *Path(path).parents)}
@@ -64,8 +64,8 @@ def set_aside(folder: Path, subfolders: tuple[str, ...] = (), used: Sequence[str
 def write_exit(folder: Path, end: End, step: int = 0) -> None:
     """Write to `exit.json` how the run ended, for programs that get only 0 or 1 from torchrun.
 
-    If the start was refused, the `exit.json` of an earlier run moves to `earlier`. If the disk is full, a
-    line says so and the `exit.json` stays.
+    If this run was refused before it started, the `exit.json` of an earlier run is moved to `earlier`. If the
+    disk is full, a line on stderr says so, and the old `exit.json` stays.
     """
     path = folder / "exit.json"
     record = {"status": end.status, "outcome": end.outcome, "step": step, "message": end.message}
@@ -75,12 +75,12 @@ def write_exit(folder: Path, end: End, step: int = 0) -> None:
             path.rename(free_folder(folder, _EARLIER) / path.name)
         with durable.replaced(path) as stream:
             stream.write((json.dumps(record, indent=2) + "\n").encode())
-    except OSError as error:  # the run ended as it did all the same
+    except OSError as error:  # a missing exit.json must not change how the run ends
         print(f"exit.json in {folder} cannot be written ({error.strerror})", file=sys.stderr)
 
 
 def write_refusal(folder: Path, end: End) -> None:
-    """Write to `exit.json` that a start was refused, unless another run has the folder."""
+    """Write to `exit.json` that a run was refused before it started, unless another run holds the lock."""
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(InUse), lock(folder):
         write_exit(folder, end)
@@ -94,9 +94,9 @@ def _outcome(path: Path) -> object:
 
 
 class Lines:
-    """Appends JSON objects to a file, one per line.
+    """A file to which JSON objects are appended, one per line.
 
-    If a write fails, for example on a full disk, one warning says so and the run continues.
+    If writes fail, for example on a full disk, one warning says so and the run continues.
     """
 
     def __init__(self, path: Path) -> None:
@@ -105,7 +105,7 @@ class Lines:
         self._has_failed = False
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append an object."""
+        """Append `record` as one line."""
         self._try(lambda: self._file.write(json.dumps(record) + "\n"))
 
     def close(self) -> None:
@@ -122,10 +122,10 @@ class Lines:
 
 
 def keep_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
-    """Rewrite a file of JSON objects, one per line, with only the objects for which `keep` is true.
+    """Rewrite a file of JSON objects, one per line, with only the objects for which `keep` returns True.
 
-    Lines without a whole number as "step" are dropped too: a killed run may leave half a line. Does nothing
-    if the file does not exist.
+    A line is also dropped if it is no object with an integer "step": a killed run may leave half a line. Does
+    nothing if the file does not exist.
     """
     if not path.exists():
         return
@@ -143,7 +143,7 @@ def _record(line: bytes) -> dict[str, Any] | None:
 
 
 def free_folder(parent: Path, stem: str) -> Path:
-    """Make a new folder in `parent`; a number is added to the name `stem` if it is taken."""
+    """Make a new folder `stem` in `parent`. If the name is taken, a number is added to it."""
     for number in range(1, 10_000):
         folder = parent / (stem if number == 1 else f"{stem}-{number}")
         try:

@@ -1,4 +1,4 @@
-"""The identity of a run, as its checkpoints record it, and which checkpoints a run may use."""
+"""The identity of a run, which its checkpoints store, and the check that a run may use a checkpoint."""
 
 import json
 import os
@@ -26,25 +26,25 @@ from torchtitan_lite.training import hub
 
 INITIAL = "checkpoint.initial_load_path"
 _ORDER = ("data.fingerprint", "debug.seed", "training.seq_len")
-"""The values of a run's identity that decide the order of the samples."""
+"""The keys of a run's identity whose values decide the order of the samples."""
 _NOT_NOTED = ("job.", "checkpoint.", "metrics.", "debug.log_sample_ids")
-"""Settings whose changes are not reported, by prefix."""
+"""The prefixes of settings whose changes are not reported when a run resumes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """Where a run starts from, at most one of these; otherwise it draws its weights."""
+    """The source of a run's weights. At most one field is set. If none is set, the run draws its weights."""
 
     resumed: Found | None = None
-    """The step to resume from."""
+    """The checkpoint of this run to resume from."""
     initial: Found | Path | None = None
-    """The weights of a new run: a step, or the folder of a Hugging Face model."""
+    """The weights of a new run: a checkpoint, or the folder of a Hugging Face model."""
 
 
 def find_start(job: JobConfig, folder: Path, world: World) -> Start:
-    """Find where the run in `folder` starts from, and verify the step.
+    """Find and verify the source of the weights of the run in `folder`: a checkpoint, a model, or none.
 
-    Raises ConfigError on all ranks if no step is good, or if no step can be saved.
+    Raises ConfigError on all ranks if the source cannot be used, or if the run could not save a checkpoint.
     """
     checkpoint = job.checkpoint
     if checkpoint.enable:
@@ -62,7 +62,7 @@ def find_start(job: JobConfig, folder: Path, world: World) -> Start:
 
 
 class Record:
-    """The identity and the settings of a run, for its checkpoints."""
+    """The identity and the settings of a run, which its checkpoints store."""
 
     def __init__(self, job: JobConfig, world: World, shards: Shards, tokenizer: Tokenizer) -> None:
         self.job, self.degrees = job, job.parallelism.degrees(world.size)
@@ -79,14 +79,14 @@ class Record:
                 "training.global_batch_size": training.local_batch_size * accumulation * self.degrees.data,
             }
         )
-        """See `State.identity`."""
+        """The `State.identity` of the checkpoints: model, tokenizer, data, seed and batch."""
         self.config: dict[str, Any] = _as_json(asdict(job))
         schedule, steps = job.lr_scheduler, training.steps
         resolved = {"total_steps": schedule.total(steps), "warmup_steps": schedule.warmup(steps)}
         self.schedule: dict[str, Any] = {**asdict(schedule), **resolved}
 
     def check(self, found: Found) -> list[str]:
-        """Return lines to print about the step to resume from; raises ConfigError if it is of another run."""
+        """Return lines to print about the resume from `found`. Raise ConfigError if the run cannot resume."""
         state = found.state
         allow = self.job.checkpoint.allow_changes
         if state.model_only and state.step < self.job.training.steps:
@@ -120,11 +120,11 @@ class Record:
         return [printable(line) for line in lines]
 
     def check_initial(self, found: Found | Path) -> list[str]:
-        """Return lines to print about the weights of a new run; raises ConfigError as `check` does."""
+        """Return lines to print about a new run's weights. Raise ConfigError if they do not fit the run."""
         if isinstance(found, Path):
             return [printable(f"starts with the weights of {found}"), *self._check_tokenizer_of(found)]
         identity = found.state.identity
-        # A step that was imported without a tokenizer has no fingerprint of one.
+        # A model that was imported without a tokenizer has no tokenizer fingerprint.
         keys = ["model", *({"data.tokenizer_fingerprint"} & identity.keys())]
         saved, own = ({key: values.get(key) for key in keys} for values in (identity, self.identity))
         others = check_same(saved, own, found.state.step, allow_changes=self.job.checkpoint.allow_changes)
@@ -144,12 +144,12 @@ class Record:
         return [printable(f"allowed: {problem}")]
 
     def has_order_of(self, state: State) -> bool:
-        """Return whether the order of the samples is the order in the run that saved `state`."""
+        """Return True if this run reads the samples in the same order as the run that saved `state`."""
         return all(state.identity.get(key) == self.identity[key] for key in _ORDER)
 
     @property
     def made(self) -> dict[str, Any]:
-        """See `Manifest.made`."""
+        """The facts about this run for `Manifest.made`: torch version, mesh and fingerprints."""
         fingerprints = {
             "config": fingerprint(self.config),
             "model": fingerprint(self.identity["model"]),
@@ -163,7 +163,7 @@ class Record:
 def pieces(
     parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer | None = None
 ) -> dict[str, Piece]:
-    """Return this rank's shards of the weights and, if an optimizer is given, of its state."""
+    """Return this rank's shards of the weights and, if `optimizer` is given, of its state, by stored name."""
     found = {f"model.{name}": _piece(weight) for name, weight in parameters.items()}
     if optimizer is not None:
         for name, weight in parameters.items():
@@ -174,14 +174,14 @@ def pieces(
 
 
 def _resolved(schedule: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the resolved numbers of steps of a schedule."""
+    """Return the total steps and the warm-up steps of a stored schedule, by dotted key."""
     return {f"schedule.{key}": schedule.get(key) for key in ("total_steps", "warmup_steps")}
 
 
 def load_initial(
     found: Found | Path, config: DecoderConfig, parameters: Mapping[str, Tensor], ranks: World
 ) -> None:
-    """Load this rank's shards of the weights that a new run starts with; raises ConfigError."""
+    """Load this rank's shards of a new run's weights from `found`. Raises ConfigError if they are damaged."""
     if isinstance(found, Path):
         own = {name: _piece(weight) for name, weight in parameters.items()}
         hub.load_weights(found, config, own, ranks, INITIAL)
@@ -196,5 +196,5 @@ def _piece(x: Tensor) -> Piece:
 
 
 def _as_json(value: Any) -> Any:
-    """Return `value` as it is after it was written as JSON and read again."""
+    """Return `value` as it is after a round trip through JSON, to compare it with stored values."""
     return json.loads(json.dumps(value))

@@ -1,4 +1,4 @@
-"""The learning rate over a run: warm-up, plateau, decay."""
+"""The learning-rate schedule: warm-up, plateau, decay."""
 
 import math
 from dataclasses import dataclass
@@ -14,21 +14,21 @@ _LONGEST_DEFAULT_WARMUP = 200
 
 @dataclass(frozen=True, kw_only=True)
 class LRSchedulerConfig:
-    """The learning rate's course: a linear rise, a plateau, a decay."""
+    """The learning-rate schedule: a linear warm-up, a plateau, and a decay."""
 
     warmup_steps: Annotated[int, Field(ge=0), Remedy("use 0 for none")] | None = None
-    """Steps of linear rise to the peak. Unset: a tenth of the total, at most 200."""
+    """Steps of linear rise to the peak rate. Unset: a tenth of total_steps, at most 200."""
     total_steps: Annotated[int, Field(ge=1), Remedy("leave it out for training.steps")] | None = None
-    """Steps of the schedule. Unset: training.steps. If larger, the run ends before the schedule does."""
+    """Steps of the schedule. Unset: training.steps. If larger, the run ends before the schedule ends."""
     decay_ratio: Annotated[float, Field(ge=0, le=1, examples=[0.1])] | None = None
-    """Share of the total that decays at the end. Unset: all steps after the warm-up."""
+    """Share of total_steps, at the end, in which the rate decays. Unset: all steps after the warm-up."""
     decay_type: Literal["linear", "cosine", "sqrt"] = "linear"
-    """Shape of the decay."""
+    """Shape of the decay curve."""
     min_lr_factor: Annotated[float, Field(ge=0, le=1, examples=[0.1])] = 0.0
-    """The decay ends at this share of the peak."""
+    """The decay ends at this share of the peak rate."""
 
     def problems(self, key: str, training_steps: int) -> list[Problem]:
-        """Steps that do not fit a run of `training_steps` steps."""
+        """Return problems if the schedule does not fit a run of `training_steps` steps."""
         found = []
         total = self.total(training_steps)
         if total < training_steps:
@@ -43,22 +43,22 @@ class LRSchedulerConfig:
         return found
 
     def total(self, training_steps: int) -> int:
-        """Steps that the schedule spans in a run of `training_steps` steps."""
+        """Return the number of steps that the schedule spans in a run of `training_steps` steps."""
         return training_steps if self.total_steps is None else self.total_steps
 
     def warmup(self, training_steps: int) -> int:
-        """Steps of warm-up in a run of `training_steps` steps."""
+        """Return the number of warm-up steps in a run of `training_steps` steps."""
         if self.warmup_steps is not None:
             return self.warmup_steps
         return min(_LONGEST_DEFAULT_WARMUP, self.total(training_steps) // 10)
 
 
 def lr_factor(step: int, config: LRSchedulerConfig, training_steps: int) -> float:
-    """Share of the peak learning rate at the 0-based `step`: a pure function of its arguments.
+    """Return the learning rate at the 0-based `step`, as a share of the peak.
 
-    The warm-up starts at 1 / warm-up, and the last step of the decay is one step above the floor, so that no
-    step has a learning rate of 0. After the end the rate stays at the floor. As in torchtitan's
-    lr_scheduler.py.
+    This is a pure function of its arguments. No step of the schedule has a learning rate of 0: the first step
+    has 1 / (warm-up steps), and the last step of the decay is one step above the floor. After the schedule
+    the rate stays at the floor. The formula is the one in torchtitan's lr_scheduler.py.
     """
     total, warmup = config.total(training_steps), config.warmup(training_steps)
     if step < warmup:

@@ -44,29 +44,29 @@ class TrainState:
         )
         self.record = Record(job, world, corpus.shards, corpus.tokenizer)
         self.notes = self.record.check(resumed) if resumed else []
-        """Lines to print about the step or the weights that the run begins with."""
+        """The lines to print about the checkpoint or the weights that the run starts from."""
         self.notes += self.record.check_initial(initial) if initial else []
         self.model, self.context = build_model(job, world, draw=not (resumed or initial))
-        # The shards. While FSDP has gathered a module's weights, its parameters are the whole weights.
+        # This rank's shards: while FSDP has gathered a module's weights, the module holds whole weights.
         self.parameters = dict(self.model.named_parameters())
         groups = {name: row.group for name, row in self.model.config.rows.items()}
         self.optimizer = build_optimizer(self.parameters, job.optimizer, groups)
         self.step = self.n_tokens_seen = 0
         self.resumed_step = None if resumed is None else resumed.state.step
         self.validated = -1
-        """The step that was last validated."""
+        """The step of the last validation; -1 before the first validation."""
         if resumed is not None:
             self._resume(resumed, world)
         elif initial is not None:
             world.patiently(lambda ranks: load_initial(initial, job.decoder, self.parameters, ranks))
 
     @property
-    def began(self) -> int:
-        """Steps done before this start."""
+    def steps_before(self) -> int:
+        """The number of steps of the run that were done before this process started."""
         return self.resumed_step or 0
 
     def _resume(self, found: Found, world: World) -> None:
-        """Continue from a saved step. A step that holds only the model ends a run: nothing is loaded."""
+        """Load the checkpoint `found`. If it holds only the model, the run is over: no tensor is loaded."""
         state = found.state
         if not state.model_only:
             if state.step > 0:  # before the first step an optimizer has no state
@@ -78,7 +78,7 @@ class TrainState:
             self.batches.consumed_samples = state.consumed_samples
 
     def check_optimizer(self, name: str) -> None:
-        """Raise ConfigError unless all state of the optimizer `name` is tensors, which can be saved."""
+        """Raise ConfigError if the optimizer `name` has state that is no tensor and cannot be saved."""
         for state in self.optimizer.state.values():
             if lacking := [key for key, value in state.items() if not isinstance(value, Tensor)]:
                 rule = f"keeps {lacking[0]} in its state, which is no tensor, so no checkpoint can hold it"
@@ -86,10 +86,10 @@ class TrainState:
                 raise ConfigError([Problem("optimizer.name", name, rule, remedy)])
 
     def snapshot(self, *, is_done: bool) -> Snapshot:
-        """Return the content of a checkpoint now: only the weights if the run `is_done` and so configured."""
+        """Return the content of a checkpoint: only the weights if `is_done` and `last_save_model_only`."""
         record, config = self.record, self.record.job.checkpoint
         model_only = config.last_save_model_only and is_done
-        # Before its first step an optimizer has no state, and it alone knows how its state begins.
+        # Before the first step an optimizer has no state, and only the optimizer knows how to create it.
         optimizer = self.optimizer if self.optimizer.state and not model_only else None
         found = pieces(self.parameters, optimizer)
         if model_only:
@@ -109,9 +109,10 @@ class TrainState:
 
 
 def build_model(job: JobConfig, world: World, *, draw: bool) -> tuple[Decoder, ContextParallel]:
-    """A decoder with float32 weights, and how its sequences are split. A rank holds only its own shards.
+    """Build a decoder with float32 weights, and the object that splits its sequences between ranks.
 
-    `draw`: draw the initial weights; otherwise the weights have no values yet.
+    Each rank holds only its own shards. If `draw` is true, the initial weights are drawn. Otherwise the
+    weights have no values yet.
     """
     degrees, device = job.parallelism.degrees(world.size), torch.device(job.device)
     with torch.device("meta"):

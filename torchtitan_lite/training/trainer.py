@@ -1,4 +1,4 @@
-"""The loop of a run, the same on every rank: steps, validations, saves and hooks, to the end or to a stop."""
+"""The training loop, which every rank runs: steps, validations, saves and calls of hooks."""
 
 import logging
 from collections.abc import Callable
@@ -28,14 +28,14 @@ _LOG = logging.getLogger(__name__)
 
 
 class Trainer:
-    """The loop around the state and the step.
+    """The training loop of a run: steps, validations, saves and calls of hooks.
 
     Raises ConfigError, before the model is built, if the data cannot be used or `start` does not fit the run.
 
     Args:
-        folder: the run's own folder. Without a folder nothing is saved, and no hook is called.
-        is_asked: whether this rank has been asked to stop.
-        shards: tokens to train on instead of the tokens of the text that the config names.
+        folder: the folder that the run writes to. Without a folder nothing is saved, and no hook is called.
+        is_asked: returns True if this rank has been asked to stop.
+        shards: tokens to train on, instead of the text that the config names.
     """
 
     def __init__(
@@ -60,9 +60,9 @@ class Trainer:
         self.stepper = Stepper(job, self.world, self.state)
         self.hooks = Hooks(job.hook_configs, self._run_info(folder)) if folder else Hooks({})
         self.saver = self._build_saver(folder) if folder and job.checkpoint.enable else None
-        self.is_asked = is_asked if self.saver else lambda: False  # a run without saves does not stop early
+        self.is_asked = is_asked if self.saver else lambda: False  # a run without saves never stops early
         self.is_stopping = False
-        """Whether the ranks have agreed to stop early: one of them was asked to."""
+        """True once all ranks have agreed to stop early, because a rank was asked to stop."""
         self.validations: list[Validation] = []
 
     def _run_info(self, folder: Path) -> RunInfo:
@@ -96,12 +96,12 @@ class Trainer:
 
     @property
     def is_done(self) -> bool:
-        """Whether all steps are done, and the validation after the last step."""
+        """True if all steps are done and, if the run validates, also the validation after the last step."""
         is_validated = self.corpus.held_out is None or self.state.validated == self.state.step
         return self.state.step >= self.job.training.steps and is_validated
 
     def run(self) -> None:
-        """Train to the last step, or until a rank is asked to stop, with validations and saves."""
+        """Train, validate and save, to the last step or until a rank is asked to stop."""
         with closing(self.state.batches):
             try:
                 self.hooks.start()
@@ -116,7 +116,7 @@ class Trainer:
             self.hooks.end(Outcome(kind="done" if self.is_done else "stopped"))
 
     def _finish_save(self, error: BaseException) -> None:
-        """Finish the current save when `error` ends the run. The failure of a hook is only logged."""
+        """Finish a save in the background when `error` ends the run. If a hook fails here, only log that."""
         # A save needs all ranks. Only NonFinite is sure to end every rank at the same step.
         if self.saver and (self.world.size == 1 or isinstance(error, NonFinite)):
             try:
@@ -131,8 +131,8 @@ class Trainer:
             stats = self.stepper.train_step(
                 lambda: (self.is_asked(), bool(self.saver and self.saver.has_failed))
             )
-            self.is_stopping, save_failed = stats.flags
-            if self.state.step == self.state.began + 1:
+            self.is_stopping, save_failed = stats.votes
+            if self.state.step == self.state.steps_before + 1:
                 if self.saver:
                     self.state.check_optimizer(self.job.optimizer.name)
                 self.world.steady(self.job.comm.train_timeout_seconds)
@@ -144,14 +144,14 @@ class Trainer:
         self.save(last=True)
 
     def save(self, *, last: bool = False, after_failure: bool = False) -> None:
-        """Save the current step if a save is due or the step is the `last` of this start. Raises SaveFailed.
+        """Save the current step if a save is due, or if it is the `last` of this process. Raises SaveFailed.
 
         Args:
-            after_failure: whether all ranks know that a rank failed to write an earlier step.
+            after_failure: True if all ranks know that a rank failed to write an earlier step.
         """
         if self.saver is None:
             return
-        if after_failure and not self.is_stopping:  # after a stop the current step is saved instead
+        if after_failure and not self.is_stopping:  # when stopping, save the current step instead
             self.saver.report()
         step = self.state.step
         if last or (step % self.job.checkpoint.interval == 0 and step < self.job.training.steps):
@@ -162,14 +162,14 @@ class Trainer:
             self.is_stopping = self.is_stopping or self.world.any(self.is_asked())
 
     def validate(self) -> None:
-        """Measure and report the loss on held-out text if it is due. A request to stop cuts it short."""
+        """Measure and report the loss on held-out text, if that is due. A request to stop ends it early."""
         step, last, freq = self.state.step, self.job.training.steps, self.job.validation.freq
         is_due = step % freq == 0 or step >= last
         if self.corpus.held_out is None or not is_due or self.state.validated == step or self.is_stopping:
             return
         size, steps = self.job.training.local_batch_size, self.job.validation.steps
         n_batches = steps if steps < 0 else steps * self.stepper.accumulation
-        batches = in_order(self.corpus.held_out, size, n_batches, *self.stepper.share)
+        batches = in_order(self.corpus.held_out, size, n_batches, *self.stepper.data_share)
         try:
             loss = mean_loss(self.state.model, self._validation_loss_of, batches, self.stepper.sum_over_ranks)
         except _Stopped:
@@ -191,7 +191,7 @@ class Trainer:
         return self.stepper.loss_of(batch)
 
     def describe(self) -> list[str]:
-        """Lines about the model, the data, and how the ranks share them."""
+        """Return lines to print about the model, the data, and how the ranks divide the work."""
         model, config, device = self.job.model, self.state.model.config, self.stepper.device
         kind = config.attention.kind
         threads = f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else ""
@@ -204,4 +204,4 @@ class Trainer:
 
 
 class _Stopped(Exception):
-    """A request to stop has ended a validation, on all ranks at once."""
+    """The exception that ends a validation, on all ranks at once, after a request to stop."""

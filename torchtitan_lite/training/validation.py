@@ -1,4 +1,4 @@
-"""Loss on held-out text."""
+"""The loss on held-out text: its settings, its measurement and its result."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from torchtitan_lite.config.problem import Remedy
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationConfig:
-    """Whether the model is validated, how often, and on how much text."""
+    """The settings of validation: whether, how often, and on how much held-out text."""
 
     enable: bool = False
     """Measure the loss on held-out text before the first step, every `freq` steps and at the end."""
@@ -29,10 +29,10 @@ class Validation:
 
     step: int
     loss: float
-    """Nats per token."""
+    """The mean loss in nats per token."""
     nats_per_byte: float
     unigram_entropy: float
-    """Loss in nats per byte of a model that knows only the byte frequencies of the held-out text."""
+    """The loss, in nats per byte, of a model that knows only the byte frequencies of the held-out text."""
 
 
 @torch.no_grad()
@@ -42,14 +42,14 @@ def mean_loss(
     batches: Iterable[Any],
     over_ranks: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> float:
-    """Mean loss over every valid token of `batches`, in nats per token.
+    """Return the mean loss over all tokens of `batches` that have a label, in nats per token.
 
-    Every token has the same weight, however the batches are cut. Without a valid token the mean is NaN.
+    Every token has the same weight, whatever the sizes of the batches. Without a label the mean is NaN.
 
     Args:
-        model: in eval mode during the call.
-        loss_of: gives the sum of the losses of a batch, and the count of its valid tokens.
-        over_ranks: sums a tensor [loss, count] over all ranks.
+        model: the model, which is in eval mode during the call.
+        loss_of: returns the summed loss of a batch, and the number of its labels.
+        over_ranks: returns the sum of a tensor [loss, count] over all ranks.
     """
     was_training = model.training
     model.eval()

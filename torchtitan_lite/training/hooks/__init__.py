@@ -1,7 +1,8 @@
-"""Hooks: objects that a run calls while it trains, on every rank, one after the other.
+"""Hooks: objects that a run calls while it trains. Each rank calls its hooks one after the other.
 
-A hook has any of the methods `start(run)`, `step(stats)`, `validated(result)`, `saved(step)`, `end(outcome)`.
-Its config, a frozen dataclass, makes the hook: `build(run)` returns it, or None on a rank that needs no hook.
+A hook has at least one of the methods `start(run)`, `step(stats)`, `validated(result)`, `saved(step)` and
+`end(outcome)`. The config of a hook is a frozen dataclass. Its method `build(run)` returns the hook, or None
+on a rank that needs no hook.
 """
 
 import logging
@@ -18,93 +19,93 @@ from torchtitan_lite.config.load import ConfigError
 from torchtitan_lite.training.validation import Validation
 
 METHODS = ("start", "step", "validated", "saved", "end")
-"""The methods of a hook. A hook has at least one of them."""
+"""The names of the methods that a hook may have. A hook has at least one of them."""
 _LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunInfo:
-    """The facts of a run, for its hooks."""
+    """The facts about a run that its hooks may need."""
 
     job: Any
     """The whole configuration, a `config.job.JobConfig`."""
     folder: Path
-    """The run's own folder."""
+    """The folder that the run writes its files to."""
     rank: int
     world_size: int
     device: torch.device
     model: nn.Module
     """The model. Under FSDP or tensor parallel its parameters are this rank's shards."""
     n_steps: int
-    """Optimizer steps of the whole run."""
+    """The number of optimizer steps of the whole run."""
     flops_per_token: float
-    """Floating-point operations of a training step, per token."""
+    """The floating-point operations of a training step (forward and backward), per token."""
     resumed_step: int | None = None
     """The step that the run resumes from, which may be 0; None in a new run."""
 
     @property
     def first_step(self) -> int:
-        """The first step of this start, counted from 1."""
+        """The number of the first step that this process takes. The first step of a new run has number 1."""
         return (self.resumed_step or 0) + 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepStats:
-    """The numbers of one optimizer step."""
+    """The measurements of one optimizer step."""
 
     step: int
-    """Steps done, this one included."""
+    """The number of optimizer steps done in the whole run, including this step."""
     loss: float
-    """Mean over the step's valid tokens, in nats per token."""
+    """The mean loss over the step's tokens that have a label, in nats per token."""
     grad_norm: float
-    """Global norm before clipping."""
+    """The global norm of the gradients before clipping."""
     lr: float
     n_tokens: int
-    """Tokens of all ranks and micro-batches."""
+    """The number of tokens of the step, over all ranks and micro-batches."""
     n_tokens_seen: int
-    """Tokens of the whole run so far."""
+    """The number of tokens of the whole run so far."""
     seconds: float
-    """Duration of the step, with the hooks that ran since the step before."""
+    """The duration of the step, plus the time of the hooks that ran since the previous step."""
     data_seconds: float
-    """The part of `seconds` that was spent waiting for data."""
+    """The part of `seconds` that this rank waited for data."""
     hook_seconds: float = 0.0
     """The part of `seconds` that was spent in hooks."""
     peak_memory_gib: float = 0.0
-    """The most memory that this rank has held so far."""
+    """The most memory that this rank has held so far, in GiB."""
     sample_ids: Sequence[int] = ()
-    """Global ids of the samples that this rank read."""
+    """The global ids of the samples that this rank read in the step."""
     attention_work: float | None = None
-    """Visible pairs of query and key that this rank computed, per head; only in a start's first step."""
-    flags: Sequence[bool] = ()
-    """The flags that the ranks exchanged in this step: each is set if any rank set it."""
+    """The visible (query, key) pairs that this rank computed, per head; None after a process's first step."""
+    votes: Sequence[bool] = ()
+    """The votes of all ranks in this step, combined. A vote is set if any rank set it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How a run ended."""
+    """The way in which a run ended: "done" after all steps, "stopped" early on request, or "failed"."""
 
     kind: Literal["done", "stopped", "failed"]
     error: BaseException | None = None
-    """The exception that ended the run, if it failed."""
+    """The exception that ended the run. None unless the run failed."""
 
 
 class HookConfig(Protocol):
-    """The options of a hook. `build` returns the hook of this rank, or None, and opens no files."""
+    """The options of a hook. `build` returns this rank's hook or None, and must not open files."""
 
     def build(self, run: RunInfo) -> object | None: ...
 
 
 class HookFailed(Exception):
-    """A hook raised an exception, which is the `__cause__` of this exception."""
+    """The error for a hook that raised an exception. That exception is the `__cause__` of this error."""
 
     def __init__(self, name: str, method: str, error: BaseException) -> None:
         super().__init__(f'hook "{name}" failed in {method}(): {type(error).__name__}: {error}')
 
 
 class Hooks:
-    """The hooks of a run, by name. A call raises HookFailed if a hook raises.
+    """The hooks of a run, by name. A method calls every hook, and raises HookFailed if a hook raises.
 
-    The constructor raises ConfigError if the `build` of a config raises it.
+    The constructor calls `build` of every config, and passes on a ConfigError that `build` raises.
     """
 
     def __init__(self, configs: Mapping[str, HookConfig], run: RunInfo | None = None) -> None:
@@ -118,27 +119,27 @@ class Hooks:
         self._seconds = 0.0
 
     def start(self) -> None:
-        """The run begins: everything is built, and no step is done."""
+        """Call `start` of every hook. Everything is built by now, and no step is done."""
         for name, hook in self._hooks.items():
             _call(name, hook, "start", self._run)
             self._started[name] = hook
 
     def step(self, stats: StepStats) -> None:
-        """A step is done."""
+        """Call `step` of every hook, after an optimizer step."""
         self._timed("step", stats)
 
     def validated(self, result: Validation) -> None:
-        """A validation is done."""
+        """Call `validated` of every hook, after a validation."""
         self._timed("validated", result)
 
     def saved(self, step: int) -> None:
-        """A step is published in its folder, and all ranks know."""
+        """Call `saved` of every hook, when all ranks know that the checkpoint of `step` is complete."""
         self._timed("saved", step)
 
     def end(self, outcome: Outcome) -> None:
-        """The run ends. Every hook that has started is called, even if another one fails.
+        """Call `end` of every hook that has started, even if another hook fails.
 
-        Raises the first failure. If the run has failed already, failures of hooks are only logged.
+        Raises the first failure. If the run itself has failed, the failures of hooks are only logged.
         """
         failures: list[BaseException] = []
         for name, hook in self._started.items():
@@ -154,7 +155,7 @@ class Hooks:
                 _LOG.error("%s", failure)
 
     def take_seconds(self) -> float:
-        """Seconds spent in hooks since the last call, without `start` and `end`."""
+        """Return the seconds spent in hooks since the previous call. `start` and `end` do not count."""
         seconds, self._seconds = self._seconds, 0.0
         return seconds
 
@@ -166,7 +167,7 @@ class Hooks:
 
 
 def _call(name: str, target: object, method: str, argument: object) -> Any:
-    """The result of `target.method(argument)`; None if there is no such method. Raises HookFailed."""
+    """Return `target.method(argument)`, or None if `target` has no such method. Raises HookFailed."""
     act = getattr(target, method, None)
     if act is None:
         return None
@@ -175,7 +176,7 @@ def _call(name: str, target: object, method: str, argument: object) -> Any:
     except BrokenPipeError:  # the program that reads the output, such as `head`, has ended
         raise
     except (Exception, SystemExit) as error:
-        # A signal handler of ours raises SystemExit with 128 + the signal's number.
+        # Our signal handlers raise SystemExit with 128 + the signal's number. The hook did not fail.
         if isinstance(error, SystemExit) and isinstance(error.code, int) and error.code > 128:
             raise
         if method == "build" and isinstance(error, ConfigError):  # the user's input is wrong, not the hook

@@ -1,4 +1,4 @@
-"""Lines on the console, a progress bar if the console is a terminal, and the balance of attention."""
+"""The hooks that print to the console: reports, a progress bar, and the balance of attention work."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ from torchtitan_lite.training.metrics import Reporter
 from torchtitan_lite.training.validation import Validation
 
 _NEGLIGIBLE = 0.01
-"""Share of the time below which the console does not mention hooks."""
+"""The share of the time that hooks must take before the console mentions them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConsoleConfig:
-    """Reports on the console, on the first rank."""
+    """The config of the hook that prints reports on the console. Only the first rank builds the hook."""
 
     name: Literal["console"] = "console"
 
@@ -27,7 +27,7 @@ class ConsoleConfig:
 
 
 class Console(Reporter):
-    """Prints a line for each report and each validation, above the progress bar."""
+    """A hook that prints a line per report and per validation. A terminal also gets a progress bar."""
 
     def start(self, run: RunInfo) -> None:
         super().start(run)
@@ -72,18 +72,18 @@ def say(line: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class WorkConfig:
-    """Reports the balance of attention, if ranks share sequences (context parallel)."""
+    """The config of the hook that reports the balance of attention work under context parallel."""
 
     name: Literal["work"] = "work"
 
     def build(self, run: RunInfo) -> "Work | None":
-        # On every rank: all ranks exchange their work.
+        # Every rank needs the hook: the ranks exchange their work in an all-reduce.
         degrees = run.job.parallelism.degrees(run.world_size)
         return Work(run, degrees.context, degrees.tensor) if degrees.context > 1 else None
 
 
 class Work:
-    """Prints the ratio of the largest to the mean work of a rank in the first step of this start."""
+    """A hook that prints max/mean of the ranks' attention work, after the first step of this process."""
 
     def __init__(self, run: RunInfo, context_degree: int, tensor_degree: int) -> None:
         self.run, self.degrees = run, (context_degree, tensor_degree)
@@ -91,12 +91,12 @@ class Work:
     def step(self, stats: StepStats) -> None:
         if stats.attention_work is None:
             return
-        # Each rank fills in its own entry, so that one sum gives every rank's work.
+        # Each rank fills in its own entry, so the sum over ranks holds every rank's work.
         work = torch.zeros(self.run.world_size, dtype=torch.float64)
         work[self.run.rank] = stats.attention_work
         work = work.to(self.run.device)
         dist.all_reduce(work)
-        # Only ranks of one sequence can share work: compare them, and report the worst sequence.
+        # Only ranks that share a sequence can share its work: compare these, and report the worst sequence.
         shared = work.view(-1, *self.degrees)
         ratio = (shared.amax(1) / shared.mean(1).clamp(min=1)).max()
         if self.run.rank == 0:

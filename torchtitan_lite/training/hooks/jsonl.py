@@ -1,4 +1,4 @@
-"""Files of JSON lines: metrics.jsonl, and the log of sample ids.
+"""The hooks that write files of JSON lines: metrics.jsonl, and the log of sample ids.
 
 The log of sample ids shows that a resumed run reads the same data as an uninterrupted run.
 """
@@ -19,7 +19,7 @@ _SAMPLES = "sample_ids"
 
 @dataclass(frozen=True, kw_only=True)
 class JsonlConfig:
-    """Writes metrics.jsonl, on the first rank."""
+    """The config of the hook that writes metrics.jsonl. Only the first rank builds the hook."""
 
     name: Literal["metrics_jsonl"] = "metrics_jsonl"
 
@@ -28,7 +28,7 @@ class JsonlConfig:
 
 
 class Jsonl(Reporter):
-    """Appends to metrics.jsonl an object for each report and each validation."""
+    """A hook that appends a JSON object to metrics.jsonl for each report and each validation."""
 
     def start(self, run: RunInfo) -> None:
         super().start(run)
@@ -44,7 +44,7 @@ class Jsonl(Reporter):
 
 @dataclass(frozen=True, kw_only=True)
 class SampleLogConfig:
-    """Writes the sample log, on every rank, if `debug.log_sample_ids` is set."""
+    """The config of the hook that logs sample ids on every rank, if `debug.log_sample_ids` is set."""
 
     name: Literal["samples"] = "samples"
 
@@ -53,7 +53,7 @@ class SampleLogConfig:
 
 
 class SampleLog:
-    """Appends to `sample_ids/rank-R.jsonl` the global ids of the samples that this rank read in each step."""
+    """A hook that appends to `sample_ids/rank-R.jsonl` the global ids of the samples of each step."""
 
     def start(self, run: RunInfo) -> None:
         (run.folder / _SAMPLES).mkdir(parents=True, exist_ok=True)
@@ -67,10 +67,10 @@ class SampleLog:
 
 
 def cut(folder: Path, step: int, validated: int) -> None:
-    """Remove the lines after `step`, from which the run in `folder` resumes, in the files of all ranks.
+    """Remove the lines that a run in `folder` writes again when it resumes from `step`, for all ranks.
 
-    Validations are removed after the step `validated`: the step of the last validation when `step` was saved,
-    or -1 if there was none. The run repeats the later validations.
+    Lines of steps after `step` are removed. Validations are removed if they are later than the step
+    `validated`, which is the last validation before `step` was saved, or -1 if there was none.
     """
     for path in (folder / _METRICS, *sorted((folder / _SAMPLES).glob("rank-*.jsonl"))):
         keep_lines(path, lambda line: line["step"] <= (validated if "validation_loss" in line else step))

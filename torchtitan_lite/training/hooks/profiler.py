@@ -1,4 +1,4 @@
-"""Traces of single steps, which show where the time goes."""
+"""The hook that saves traces of single steps, which show where the time goes."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -12,7 +12,7 @@ from torchtitan_lite.training.validation import Validation
 
 @dataclass(frozen=True, kw_only=True)
 class ProfilingConfig:
-    """Whether and how often a trace of one step is saved."""
+    """The settings of profiling: whether and how often to save a trace of one step."""
 
     enable_profiling: bool = False
     """Save traces of single steps, for https://ui.perfetto.dev or chrome://tracing."""
@@ -24,7 +24,7 @@ class ProfilingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ProfilerConfig:
-    """Traces steps on every rank, if `profiling.enable_profiling` is set."""
+    """The config of the hook that traces steps on every rank, if `profiling.enable_profiling` is set."""
 
     name: Literal["profiler"] = "profiler"
 
@@ -33,7 +33,7 @@ class ProfilerConfig:
 
 
 class Profiler:
-    """Saves a trace of every `profile_freq`-th step.
+    """A hook that saves a trace of every `profile_freq`-th step.
 
     The file is `step-N.json`, or `step-N-rank-R.json` if there are several ranks.
     """
@@ -43,12 +43,12 @@ class Profiler:
         self._profiler: torch.profiler.profile | None = None
 
     def start(self, run: RunInfo) -> None:
-        """Trace the first step if its trace is due."""
+        """Begin the trace of the first step, if that step is due for a trace."""
         self.run = run
         self._begin(run.first_step)
 
     def step(self, stats: StepStats) -> None:
-        """Save the trace of this step, and begin the trace of the next step if it is due."""
+        """Save the trace of this step, if there is one. Begin the trace of the next step, if it is due."""
         if profiler := self._stop():
             folder = self.run.folder / self.config.save_traces_folder
             folder.mkdir(parents=True, exist_ok=True)
@@ -57,11 +57,11 @@ class Profiler:
         self._begin(stats.step + 1)
 
     def validated(self, result: Validation) -> None:
-        """Leave the validation out of the trace of the next step."""
+        """Restart the trace of the next step, so that it does not contain the validation."""
         self._begin_again()
 
     def saved(self, step: int) -> None:
-        """Leave the save out of the trace of the next step."""
+        """Restart the trace of the next step, so that it does not contain the save."""
         self._begin_again()
 
     def end(self, outcome: Outcome) -> None:
@@ -76,7 +76,7 @@ class Profiler:
         activities = [torch.profiler.ProfilerActivity.CPU]
         if self.run.device.type == "cuda":
             activities.append(torch.profiler.ProfilerActivity.CUDA)
-        # acc_events: without it some versions of torch warn about several cycles, and there is only one here.
+        # acc_events: without it some versions of torch warn about several cycles. This profiler has only one.
         self._profiler = torch.profiler.profile(activities=activities, record_shapes=True, acc_events=True)
         self._profiler.start()
 
@@ -85,7 +85,7 @@ class Profiler:
             self._begin_trace()
 
     def _stop(self) -> torch.profiler.profile | None:
-        """Stop the current trace, and return it."""
+        """Stop the current trace and return it, or None if there is no trace."""
         profiler, self._profiler = self._profiler, None
         if profiler is not None:
             profiler.stop()

@@ -1,4 +1,4 @@
-"""The numbers of metrics.jsonl, for TensorBoard."""
+"""The hook that writes the numbers of metrics.jsonl for TensorBoard."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -16,7 +16,7 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class TensorBoardConfig:
-    """Writes for TensorBoard, on the first rank, if `metrics.enable_tensorboard` is set."""
+    """The config of the TensorBoard hook, built on the first rank if `metrics.enable_tensorboard` is set."""
 
     name: Literal["tensorboard"] = "tensorboard"
 
@@ -26,13 +26,13 @@ class TensorBoardConfig:
 
 
 class TensorBoard(Reporter):
-    """Writes a scalar for each number, under its name in metrics.jsonl."""
+    """A hook that writes each number of metrics.jsonl as a scalar of the same name."""
 
     def start(self, run: RunInfo) -> None:
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and not needed for --dry-run
 
         super().start(run)
-        # TensorBoard reads the files of all starts; the purge hides the steps that this start repeats.
+        # TensorBoard also reads the files from before a resume. The purge hides the steps that are repeated.
         purge_step = None if run.resumed_step is None else run.first_step
         folder = str(run.folder / self.config.save_tb_folder)
         self._writer: SummaryWriter | None = SummaryWriter(folder, purge_step=purge_step)
