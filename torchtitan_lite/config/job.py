@@ -21,10 +21,10 @@ from torchtitan_lite.models.huggingface import export_problems
 from torchtitan_lite.models.registry import (
     DEFAULT_FAMILY,
     attention_problems,
+    expand_model,
     own_attention,
     read,
     resolve,
-    settle_model,
     true_flavor,
 )
 from torchtitan_lite.parallel.apply import CompileConfig, model_problems, plan
@@ -247,7 +247,7 @@ def load_job(
         JobConfig,
         argv,
         prog=prog,
-        settle=settle_model,
+        expand=expand_model,
         check=JobConfig.check,
         world_size=world_size,
         plugins="job.plugins",

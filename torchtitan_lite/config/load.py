@@ -41,14 +41,14 @@ def load(
     argv: Sequence[str],
     *,
     prog: str,
-    settle: Callable[[list[_Table]], list[_Table]] = lambda layers: layers,
+    expand: Callable[[list[_Table]], list[_Table]] = lambda layers: layers,
     check: Callable[[T, int, bool], list[Problem]] = lambda config, world_size, dry_run: [],
     world_size: int = 1,
     plugins: str = "",
 ) -> Loaded[T]:
     """Read the command line `argv`, and the files that it names, into a `cls`.
 
-    `settle` may rewrite the layers before they are laid over each other. `check(config, world_size, dry_run)`
+    `expand` may rewrite the layers before they are laid over each other. `check(config, world_size, dry_run)`
     finds what is wrong between values that are right in themselves; a dry run may name another `world_size`
     than this one. `plugins` is the key that names modules to import first. `--help` prints the options, with
     the values read so far as their defaults, and raises SystemExit(0). Raises ConfigError with all problems.
@@ -61,7 +61,7 @@ def load(
         unread += found
     faults = _import_plugins([*tables, flags.keys], plugins, flags.files)
     flags = read_flags(cls, argv)  # again: a plugin may have added options
-    config, found = validate(cls, settle([*tables, flags.keys, *flags.others]))
+    config, found = validate(cls, expand([*tables, flags.keys, *flags.others]))
     problems = [*unread, *flags.problems, *found]
     world_size = flags.world_size or world_size
     # A file that could not be read may have held any value.

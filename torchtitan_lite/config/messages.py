@@ -44,7 +44,7 @@ _REMEDIES = {
 }
 
 
-class Refused(NamedTuple):
+class WrongValue(NamedTuple):
     """A value that pydantic refused: its place in the table, and what the user is told."""
 
     path: Path
@@ -63,7 +63,7 @@ class _Place(NamedTuple):
     """The class of the section."""
 
 
-def refused(cls: type, table: dict[str, Any], errors: Sequence[Any], key: str) -> list[Refused]:
+def wrong_values(cls: type, table: dict[str, Any], errors: Sequence[Any], key: str) -> list[WrongValue]:
     """One refusal for each place in `table`, which was read as a `cls` and stands at `key`."""
     types: dict[_Place, set[str]] = {}  # a union of values has an error for each of its types
     for error in errors:
@@ -76,7 +76,7 @@ def refused(cls: type, table: dict[str, Any], errors: Sequence[Any], key: str) -
         if annotation is None:
             found.append(_unknown_key(cls, place, key_there, value))
         else:
-            found.append(Refused(place.path, _wrong_value(annotation, key_there, value, kinds)))
+            found.append(WrongValue(place.path, _wrong_value(annotation, key_there, value, kinds)))
     return found
 
 
@@ -107,7 +107,7 @@ def _wrong_value(annotation: Any, key: str, value: Any, types: set[str]) -> Prob
     return Problem(key, value, f"is not {_described(annotation)}", _remedy(annotation, value))
 
 
-def _unknown_key(cls: type, place: _Place, key: str, value: object) -> Refused:
+def _unknown_key(cls: type, place: _Place, key: str, value: object) -> WrongValue:
     """The refusal of a key that the class of its section lacks."""
     name, choice = place.path[-1], choice_of(place.section)
     kinds = [kind for kind, member in choice.members.items() if name in field_types(member)] if choice else []
@@ -116,7 +116,7 @@ def _unknown_key(cls: type, place: _Place, key: str, value: object) -> Refused:
         chosen = choice.name_of(place.owner)
         rule = f'belongs to {choice.tag} {either(map(literal, kinds))}, and {by} is "{chosen}"'
         remedy = f'leave it out, or set {by} = "{kinds[0]}"'
-        return Refused(place.path, Problem(key, value, rule, remedy, (by,)), is_of_another_member=True)
+        return WrongValue(place.path, Problem(key, value, rule, remedy, (by,)), is_of_another_member=True)
     is_section = key == dotted("", name)
     elsewhere = [leaf for leaf in leaves(cls) if leaf.rpartition(".")[2] == name]
     if not isinstance(value, dict) and 0 < len(elsewhere) <= (3 if is_section else 1):
@@ -126,7 +126,7 @@ def _unknown_key(cls: type, place: _Place, key: str, value: object) -> Refused:
     if note(place.section, Sections):
         remedy = f"{remedy.rstrip('?')}, or name the plugin that has it in job.plugins"
     rule = f"is not a known {'section' if is_section else 'key'}"
-    return Refused(place.path, Problem(key, value, rule, remedy))
+    return WrongValue(place.path, Problem(key, value, rule, remedy))
 
 
 def limits(annotation: Any) -> str:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
 from torchtitan_lite import registry
-from torchtitan_lite.config.messages import Path, refused
+from torchtitan_lite.config.messages import Path, wrong_values
 from torchtitan_lite.config.problem import Problem
 from torchtitan_lite.config.schema import choice_of, classes, field_types, plain_types
 from torchtitan_lite.config.toml import storable
@@ -66,7 +66,7 @@ def _lay(
             config = adapter(cls).validate_json(json.dumps(read))
             return config, merged, wrong, unchosen
         except ValidationError as error:
-            found = refused(cls, read, error.errors(include_url=False), key)
+            found = wrong_values(cls, read, error.errors(include_url=False), key)
         for path, problem, is_of_another_member in found:
             if is_of_another_member:
                 unchosen[path] = problem

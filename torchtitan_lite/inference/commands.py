@@ -29,7 +29,14 @@ from torchtitan_lite.data import (
 )
 from torchtitan_lite.inference.evaluate import evaluate
 from torchtitan_lite.inference.generate import Sampling, generate
-from torchtitan_lite.inference.trained import KEY, Trained, build, find, lay_out_for_text, renaming_keys
+from torchtitan_lite.inference.trained import (
+    KEY,
+    Trained,
+    build,
+    find_trained,
+    lay_out_for_text,
+    renaming_keys,
+)
 from torchtitan_lite.launch.end import status_of
 from torchtitan_lite.launch.world import World, join, leave
 from torchtitan_lite.models.decoder import DecoderConfig
@@ -162,7 +169,7 @@ def _generate(path: str, config: GenerateConfig) -> None:
     world = join(device.type)
     ranks = world.saving
     try:
-        trained = find(path, ranks, config.tokenizer)
+        trained = find_trained(path, ranks, config.tokenizer)
         _check(trained.config, config.attention, device, dtype)
         model = build(trained, attention=config.attention, device=device, dtype=dtype, ranks=ranks)
         if device.type == "cpu" and world.size == 1:
@@ -219,7 +226,7 @@ class _Stream:
 
 def _eval(path: str, config: EvalConfig) -> None:
     device, dtype = _placement(config)
-    trained = find(path, World(), config.tokenizer)
+    trained = find_trained(path, World(), config.tokenizer)
     _check(trained.config, config.attention, device, dtype)
     split = _text(config, trained)
     longest = min(trained.config.max_seq_len, _SEQ_LEN)
@@ -273,7 +280,7 @@ def _named_data(config: EvalConfig) -> DataConfig:
 
 
 def _export(path: str, config: ExportConfig) -> None:
-    trained = find(path, World(), config.tokenizer)
+    trained = find_trained(path, World(), config.tokenizer)
     out = Path(os.path.expanduser(config.out)).absolute()
     with _reporting_os_errors(config.out), refusing_bad_step(KEY, path):
         hub.export(trained.found, trained.tokenizer, out, config.dtype)

@@ -35,7 +35,7 @@ class Trained:
     tokenizer: Tokenizer
 
 
-def find(path: str, ranks: World, tokenizer: str = "") -> Trained:
+def find_trained(path: str, ranks: World, tokenizer: str = "") -> Trained:
     """The step in `path`, or the newest step if `path` is the folder of a run. All bytes are verified.
 
     `tokenizer` names the tokenizer if it has moved since the run. Raises ConfigError.

@@ -85,7 +85,7 @@ def own_attention(flavor: str) -> AttentionConfig:
     return registry.attentions.members[table.pop("kind")](**table)
 
 
-def settle_model(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def expand_model(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """`layers` of a configuration, changed in place, with what the short forms in `model` stand for.
 
     - The attention of a flavor comes below what the same layer says of `model.attention`. A flavor with a
@@ -104,13 +104,13 @@ def settle_model(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for model in (holder(layer, ("model", "attention")) for layer in layers):
             model["attention"] = {}
         return layers
-    settled: list[dict[str, Any]] = [{"model": {"attention": _SDPA}}]
+    expanded: list[dict[str, Any]] = [{"model": {"attention": _SDPA}}]
     for layer in layers:
         said = last_said([layer], "model.flavor")
         if isinstance(said, str) and (own := split_flavor(said)[1]):
-            settled += [{"model": {"attention": None}}, {"model": {"attention": own}}]
-        settled.append(layer)
-    return settled
+            expanded += [{"model": {"attention": None}}, {"model": {"attention": own}}]
+        expanded.append(layer)
+    return expanded
 
 
 def _exists(name: object, flavor: object) -> bool:
