@@ -84,7 +84,7 @@ class Door:
 
 
 class _ClassDoor(Door):
-    """A door whose members are frozen dataclasses. Their fields are options, but one field is the tag."""
+    """A door whose members are frozen dataclasses. Each field is an option, except the tag, the name."""
 
     def name_of(self, member: object) -> Any:
         annotation = get_type_hints(member).get(self.tag)
@@ -121,14 +121,14 @@ class Choice(_ClassDoor):
     """
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
-        """Return the schema of a union that the tag tells apart, with None if `source` has None."""
+        """Return the schema of a union of the members, chosen by the tag. Allow None if `source` allows None."""
         members = {name: handler.generate_schema(member) for name, member in self.members.items()}
         schema = core_schema.tagged_union_schema(members, discriminator=self.tag)
         return core_schema.nullable_schema(schema) if type(None) in get_args(source) else schema
 
 
 class Sections(_ClassDoor):
-    """A door for a section with a section inside for each member, such as `[hooks.NAME]`.
+    """A door for a section that has a subsection for each member, such as `[hooks.NAME]`.
 
     The section is annotated `Annotated[Any, door]`.
     """
@@ -228,7 +228,7 @@ def _lacks(member: object, name: str) -> bool:
 
 
 def _is_same(one: Any, other: Any) -> bool:
-    """Return True if the members are the same. A member of a module that was imported twice is the same."""
+    """Return True if the members are the same, even if their module was imported twice."""
     if isinstance(one, type) and isinstance(other, type):
         return (one.__module__, one.__qualname__) == (other.__module__, other.__qualname__)
     # A second import makes new classes for an instance's parts too, but their repr is the same.

@@ -2,7 +2,7 @@
 
 `--training.seq-len 128` sets the same key as `seq_len = 128` below `[training]`. If the key holds a string,
 the text of the flag is its value. Otherwise the text is read as JSON, or as a number of TOML or Python. Text
-that is neither stays a string, and validation refuses that string.
+that is neither stays a string, which validation may refuse.
 """
 
 import itertools
@@ -27,7 +27,7 @@ class Flags:
     keys: dict[str, Any] = field(default_factory=dict)
     """The nested tables of the flags that set one key each. If a flag is given twice, the last wins."""
     others: list[dict[str, Any]] = field(default_factory=list)
-    """A table for each other flag: flags that set a `dict`, because dicts merge, and unknown keys."""
+    """The tables to merge over `keys`: one for each flag that sets a `dict`, and one for each unknown key."""
     files: list[str] = field(default_factory=list)
     """The arguments of --config, in order."""
     dry_run: bool = False

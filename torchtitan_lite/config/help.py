@@ -28,7 +28,7 @@ _COMMAND = {
 
 
 def print_help(config: Any, prog: str) -> None:
-    """Print every option, with its value in `config` as the default. A choice shows the chosen member."""
+    """Print every option and its value in `config`. Of a choice, print the options of the chosen member."""
     print(f"usage: {prog} [-h] [OPTIONS]\n")
     for line in filter(None, (inspect.getdoc(config) or "").splitlines()):
         _print(line)

@@ -35,7 +35,7 @@ _LIMITS = {
     "lt": ("less than", ")"),
     "min_length": ("a list of at least", ""),
 }
-"""The words for each of pydantic's limits if a value has only one limit, and the bracket if it has two."""
+"""Pydantic's limits by name: the words for a limit that stands alone, and the bracket for a range."""
 _NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a string", dict: "a table"}
 _REMEDIES = {
     int: "write a whole number such as 64",

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 MISSING = type("Missing", (), {"__repr__": lambda self: "MISSING"})()
-"""The value of a problem without a value, such as a flag that lacks its value."""
+"""The placeholder for an absent value, as in the problem of a flag that lacks its value."""
 
 _LONGEST_VALUE = 120
 
@@ -53,7 +53,7 @@ class ConfigError(Exception):
 def of_sound_keys(found: Iterable[Problem], refused: Iterable[Problem]) -> list[Problem]:
     """Return the problems in `found` whose check used no key of a problem in `refused`.
 
-    A refused value was replaced by another value, which says nothing about the user's input.
+    A refused value was replaced, so a check of the replacement says nothing about the user's input.
     """
     keys = [problem.key for problem in refused]
     return [

@@ -27,13 +27,13 @@ def note(annotation: Any, wanted: type) -> Any:
 
 
 def alternatives(annotation: Any) -> tuple[Any, ...]:
-    """Return the types in a union, with their notes. Any other annotation is returned as the only type."""
+    """Return the types in a union, with their notes. An annotation that is no union is the only type."""
     tp = _without_notes(annotation)
     return get_args(tp) if get_origin(tp) in (Union, types.UnionType) else (annotation,)
 
 
 def plain_types(annotation: Any) -> list[Any]:
-    """Return the types in a union, without their notes. Another annotation is returned as the only type."""
+    """Return the types in a union, without their notes. An annotation that is no union is the only type."""
     return [_without_notes(option) for option in alternatives(annotation)]
 
 

@@ -53,7 +53,7 @@ def _lay(
 ) -> tuple[T, _Table, list[Problem], dict[Path, Problem]]:
     """Merge `layer` over `table`. Return the config, the merged table and the problems of wrong values.
 
-    The last result has, by path, the problems of keys that only other members of a choice have. These keys
+    The fourth result has, by path, the problems of keys that only other members of a choice have. These keys
     stay in the merged table, because a later layer may choose such a member.
     """
     wrong: list[Problem] = []
@@ -110,7 +110,7 @@ def _kept(table: _Table, old: dict[str, Any], new: dict[str, Any]) -> _Table:
 
 
 def holder(table: Any, path: Path) -> _Table:
-    """Return the table in `table` that holds the last key of `path`, or an empty table without that key."""
+    """Return the inner table that holds the last key of `path`, or an empty table if the key is missing."""
     for name in path[:-1]:
         table = table.get(name) if isinstance(table, dict) else None
     return table if isinstance(table, dict) and path[-1] in table else {}

@@ -241,7 +241,7 @@ def _eval(path: str, config: EvalConfig) -> None:
 
 
 def _text(config: EvalConfig, trained: Trained) -> Split:
-    """Return the text to evaluate on: all of `config.data`, or the run's held-out text if that is empty."""
+    """Return the text to evaluate on: all of `config.data`, or if unset, the run's held-out text."""
     if config.data:
         with renaming_keys(_KEYS):
             return prepare(_named_data(config), trained.tokenizer).train

@@ -89,7 +89,7 @@ class Cache:
 
     @torch.inference_mode()
     def step(self, tokens_BS: Tensor, is_token_BS: Tensor) -> Tensor:
-        """Append tokens to every row, and return the logits [B, V]. `is_token_BS` is False for padding."""
+        """Append tokens to every row, and return new logits [B, V]. `is_token_BS` is False for padding."""
         start, end = self.n_so_far, self.n_so_far + tokens_BS.shape[1]
         counted = is_token_BS.long()
         positions_BS = torch.where(is_token_BS, self.next_B[:, None] + counted.cumsum(1) - 1, -1)

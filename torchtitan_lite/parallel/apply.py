@@ -32,7 +32,7 @@ class CompileConfig:
         return self.enable and self.backend == "inductor"
 
     def problems(self, key: str, device: str | None = None) -> list[Problem]:
-        """Return a problem if torch lacks the backend, or if compiling for "cpu" needs a C++ compiler."""
+        """Return a problem if torch lacks the backend, or if the device "cpu" has no C++ compiler."""
         if not self.enable:
             return []
         known = torch.compiler.list_backends(exclude_tags=())
@@ -178,7 +178,7 @@ def _projection_words(model: DecoderConfig) -> str:
 
 
 def _largest_shard(shape: torch.Size, dim: int | None, degrees: Degrees) -> int:
-    """Return the size of the largest shard of a parameter that tensor parallel splits along `dim`."""
+    """Return the number of elements in a parameter's largest shard. Tensor parallel splits along `dim`."""
     sizes = list(shape)
     if dim is not None:
         sizes[dim] //= degrees.tensor
@@ -187,6 +187,9 @@ def _largest_shard(shape: torch.Size, dim: int | None, degrees: Degrees) -> int:
 
 
 def _refuse_to_predict(model: torch.nn.Module, args: tuple, kwargs: dict) -> None:
-    """A hook that fails a forward without labels: for logits a rank lacks the last token or vocabulary."""
+    """Raise AssertionError if a forward of a split model has no labels, and so would return logits.
+
+    Only one rank has the last token of a row (cp), or each rank has only a part of the vocabulary (tp).
+    """
     labels = args[3] if len(args) > 3 else kwargs.get("labels_BS")
     assert labels is not None, "a model split by tp or cp has a loss, and no logits"

@@ -83,7 +83,7 @@ class ContextParallel:
         return torch.cat([x_BS[:, start:stop] for start, stop in ranges], dim=SEQ_DIM)
 
     def wrap(self, inner: nn.Module) -> nn.Module:
-        """Wrap `inner` in an attention that takes q, k and v of this rank's tokens only."""
+        """Wrap `inner` in an attention that takes q, k and v of this rank's tokens, and exchanges tensors."""
         assert self.group is not None
         wrapper = GatheredAttention if self.method == "allgather" else UlyssesAttention
         return wrapper(inner, self.chunks, self.group)
@@ -135,7 +135,7 @@ def _gather(x_BsGK: Tensor, chunks: Chunks, group: ProcessGroup) -> Tensor:
 
 
 def _sum_and_scatter(x_BSGK: Tensor, chunks: Chunks, group: ProcessGroup) -> Tensor:
-    """Return the sum over all ranks, only of this rank's tokens: [B, s, G, K]."""
+    """Sum over all ranks, and return the sum for this rank's tokens: [B, s, G, K]."""
     own_CBcGK = reduce_scatter(chunks.by_rank(x_BSGK), 0, group)
     return own_CBcGK.transpose(0, 1).flatten(1, 2)
 

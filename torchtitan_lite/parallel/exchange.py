@@ -16,7 +16,7 @@ _reduce_scatter = getattr(collectives, "reduce_scatter_single", None) or collect
 def all_gather(x: Tensor, group: ProcessGroup) -> Tensor:
     """Concatenate the tensors of all ranks along the first dim.
 
-    torch 2.11 would break the graph of torch.compile for another dim.
+    Along another dim, torch 2.11 would break the graph of torch.compile.
     """
     return _wait(_all_gather(x.contiguous(), 0, group))
 
@@ -27,7 +27,7 @@ def reduce_scatter(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
 
 
 def all_to_all(x: Tensor, group: ProcessGroup) -> Tensor:
-    """Send share i along the first dim to rank i. Return the shares received, in the order of ranks."""
+    """Send part i of `x` along the first dim to rank i. Return the received parts in the order of ranks."""
     return _wait(collectives.all_to_all_single(x, None, None, group))
 
 

@@ -20,7 +20,7 @@ def apply_fsdp(
     rows for a frequent token, in the dtype of the gathered weight.
 
     Args:
-        mesh: one axis over the shards. Or two axes, the first over copies of the shards (HSDP).
+        mesh: one axis over the shards, or two axes of which the first is over copies of the shards (HSDP).
         compute_dtype: the dtype in which the weights of blocks are gathered.
         reshard: drop a block's gathered weights after its forward and gather them again for its backward.
         offload: keep shards, gradients and optimizer state in the host's memory.
@@ -40,13 +40,12 @@ def apply_fsdp(
     # This group stays gathered, because the loss reads the head's weight outside of the head's forward.
     groups.insert(0, fully_shard(model, reshard_after_forward=False, **options))
     for module, following in pairwise(groups):
-        # The gather of the next block starts before this block is computed. In the backward FSDP does so by
-        # itself; in the forward only while the host is ahead of the device, and after a wait the host is not
-        # ahead.
+        # Start the gather of the next block before this block is computed. In the backward, FSDP does so by
+        # itself. In the forward, FSDP does so only while the host is ahead of the device: not after a wait.
         module.set_modules_to_forward_prefetch([following])
     for module in groups:
-        # The loss is divided by the global count of tokens, so the ranks' gradients are terms of a sum. The
-        # factor alone would ask for a scaling reduction, which gloo does not have.
+        # The loss is divided by the global count of tokens, so the ranks' gradients are terms of a sum.
+        # The divide factor alone would make FSDP use a scaling reduction, which gloo does not have.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
 

@@ -123,7 +123,7 @@ def build_mesh(degrees: Degrees, device_type: str) -> DeviceMesh:
 
 
 def weights_mesh(mesh: DeviceMesh) -> DeviceMesh:
-    """Return FSDP's mesh: an axis over the ranks that share a copy, below an axis over copies if several."""
+    """Return FSDP's mesh: an axis over the shards of a copy, after an axis over copies if there are any."""
     has_copies = mesh["dp_replicate"].size() > 1
     if mesh["cp"].size() == 1:
         return mesh["dp_replicate", "dp_shard"] if has_copies else mesh["dp_shard"]

@@ -44,7 +44,7 @@ class ActivationCheckpointConfig:
         return "selective (op)" if option == "op" else f"full in one block out of {option}"
 
 
-# Operators are named, because most of them are registered only if their package is installed.
+# The operators are given by name, because most of them exist only if their package is installed.
 _ATTENTION = (
     "torchtitan_lite::attend",
     "aten::_scaled_dot_product_flash_attention_for_cpu",
@@ -122,7 +122,7 @@ class Keeper:
     """
 
     def __init__(self, block: Any) -> None:
-        """Change `block`, in place. It has a method `wrap_attention`, like the decoder's blocks."""
+        """Change `block`, in place: a module with a method `wrap_attention`, like the decoder's blocks."""
         self.now: Kept | None = None
         products = [module for module in block.modules() if isinstance(module, nn.Linear)]
         self.n_products = len(products)

@@ -1,6 +1,6 @@
 """Tensor parallel with sequence parallel: each rank has a share of every matrix and of the residual stream.
 
-B batch, S tokens of this rank's context share, s = S / n on each of n ranks, D model dim, V vocab.
+B batch, S tokens of this rank's context-parallel part, s = S / n on each of n ranks, D model dim, V vocab.
 
 The residual stream is split along the sequence. Attention and feed-forward gather the stream before their
 column-wise projections, and scatter the sum of the row-wise ones (https://arxiv.org/abs/2205.05198). Every
@@ -68,7 +68,7 @@ def _split_weights(model: Any, mesh: DeviceMesh) -> None:
 
 
 def check_readers(model: Any) -> None:
-    """Raise ConfigError if a module has several parameters, or one without a `weight_for` that reads it."""
+    """Raise ConfigError if a module has several parameters, or a parameter that no `weight_for` reads."""
     found = []
     for path, module in model.named_modules():
         names = [name for name, _ in module.named_parameters(recurse=False)]
@@ -139,7 +139,7 @@ def _scatter_sum(x_BSD: Tensor, group: ProcessGroup) -> Tensor:
 
 
 class VocabularyShare:
-    """A `models.loss.Vocabulary` with `n_rows` rows of the weight. Its `max` and `sum` overwrite `x`."""
+    """This rank's `n_rows` rows of a `models.loss.Vocabulary`. The methods `max` and `sum` overwrite `x`."""
 
     def __init__(self, mesh: DeviceMesh, n_rows: int) -> None:
         self.group, self.n_parts, self.n_rows = mesh.get_group(), mesh.size(), n_rows
@@ -179,7 +179,7 @@ def loss_by_tokens(
     total = own.detach().clone()
     for sum_ in (total, n_valid):
         dist.all_reduce(sum_, group=mesh.get_group())
-    # The value of all tokens, with the gradient of this rank's tokens.
+    # The value is the loss of all tokens. The gradient comes from this rank's tokens only.
     return own + (total - own.detach()), n_valid
 
 
