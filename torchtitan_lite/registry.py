@@ -121,7 +121,7 @@ class Choice(_ClassDoor):
     """
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
-        """Return the schema of a union of the members, chosen by the tag. Allow None if `source` allows None."""
+        """Return the schema of a union of the members, chosen by the tag. Allow None if `source` does."""
         members = {name: handler.generate_schema(member) for name, member in self.members.items()}
         schema = core_schema.tagged_union_schema(members, discriminator=self.tag)
         return core_schema.nullable_schema(schema) if type(None) in get_args(source) else schema
