@@ -86,7 +86,7 @@ def wrong_values(cls: type, table: dict[str, Any], errors: Sequence[Any], key: s
 
 
 def _place(cls: type, loc: Sequence[int | str]) -> _Place:
-    """Return the place that pydantic's `loc` names. `loc` also has tags of members and parts of a value."""
+    """Return the place in the table that pydantic's `loc` names. Tags and parts of a value are skipped."""
     section, owner, path, rest = cls, cls, [], [str(part) for part in loc]
     while True:
         path.append(rest.pop(0))

@@ -75,7 +75,10 @@ def is_fixed(annotation: Any) -> bool:
 
 
 def at(cls: type, path: list[str]) -> Any:
-    """Return the annotation of the key at `path`, or None. If several members have the key, it is a union."""
+    """Return the annotation of the key at `path`.
+
+    If several members of a choice have the key, return a union. If no class has the key, return None.
+    """
     found: list[Any] = [cls]
     for name in path:
         owners = [owner for annotation in found for owner in classes(annotation)]

@@ -254,7 +254,10 @@ def _text(config: EvalConfig, trained: Trained) -> Split:
 
 
 def _saved_data(config: EvalConfig, saved: object, where: str) -> DataConfig | None:
-    """Return the run's data config from `saved`, a table in the step at `where`. None without a table."""
+    """Return the data config of a run from `saved`, its `[data]` table, or None if there is no such table.
+
+    `where` is the folder of the step that holds the table, for error messages.
+    """
     if not isinstance(saved, dict) or not isinstance(name := saved.get("dataset"), str):
         return None
     if name not in registry.datasets.members:
@@ -334,4 +337,4 @@ _COMMANDS: dict[str, tuple[type, Callable[[str, Any], None]]] = {
     "export-hf": (ExportConfig, _export),
     "import-hf": (ImportConfig, _import),
 }
-"""The class of the options of each command, and the function that runs the command."""
+"""The options class of each command, and the function that runs the command."""

@@ -29,7 +29,10 @@ class Evaluation:
 
     @property
     def bits_per_byte(self) -> float:
-        """The loss in bits per UTF-8 byte. A document's first token, not predicted, counts as the mean."""
+        """The loss in bits per byte of the UTF-8 text.
+
+        The first token of a document is never predicted, so it counts with the mean loss.
+        """
         return self.loss * self.n_tokens / self.n_bytes / math.log(2)
 
 

@@ -57,7 +57,7 @@ _REFUSED_KEYS = {
     "deterministic": "debug.deterministic",
     **{name: f"{_OVERRIDES}.{name}" for name in ("head_dim", "n_heads", "sliding_window")},
 }
-"""The configuration keys of the values, other than its own options, that an attention backend may refuse."""
+"""The configuration key of each refusal that is not about an option of the attention backend itself."""
 _SDPA: dict[str, Any] = {"kind": "sdpa"}
 _SUFFIXES: dict[str, dict[str, Any]] = {
     "_flex": {"kind": "flex"},
@@ -113,7 +113,7 @@ def expand_model(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _exists(name: object, flavor: object) -> bool:
-    """Return True if the flavor's kind of attention is known. Validation refuses a flavor that is no text."""
+    """Return True if the flavor's kind of attention is known. Validation refuses a non-string flavor."""
     if name == FOLDER or not isinstance(flavor, str) or split_flavor(flavor)[1] is not None:
         return True
     return isinstance(name, str) and flavor in families.get(name, {})

@@ -136,7 +136,7 @@ class Keeper:
         return kept, kept
 
     def multiply(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Return `F.linear(x, weight)`. Some results are kept for the recompute, see `Kept.keeps_next`."""
+        """Return `F.linear(x, weight)`. Some results are kept for the recompute (see `Kept.keeps_next`)."""
         if self.now is None or not self.now.keeps_next():
             return F.linear(x, weight)
         return _KeptProduct.apply(x, weight, self.now)
