@@ -1,4 +1,4 @@
-"""The command `torchtitan-lite`: train a model, use a trained one, or show what there is to train with."""
+"""The command `torchtitan-lite`: train a model, use a trained model, or list the presets and backends."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -10,21 +10,21 @@ usage: torchtitan-lite COMMAND
   train [options]                   train a model; `torchtitan-lite train --help` lists the options
   launch [torchrun's options] train.py [options]
                                     torchrun that passes SIGTERM and SIGUSR1 on to the ranks, for schedulers
-  generate RUN_OR_STEP [options]    let a trained model go on from a prompt
-  eval RUN_OR_STEP [options]        measure how well it predicts a text
-  export-hf RUN_OR_STEP --out DIR   write it for transformers, vLLM and others
-  import-hf PATH --out DIR          make a step of a Hugging Face model, to start runs with
+  generate RUN_OR_STEP [options]    continue a prompt with a trained model
+  eval RUN_OR_STEP [options]        measure how well a trained model predicts a text
+  export-hf RUN_OR_STEP --out DIR   write a trained model for transformers, vLLM and others
+  import-hf PATH --out DIR          turn a Hugging Face model into a step, to start runs with
   models                            list the presets of every family with their parameter counts
   attention                         list the attention backends, what each can do, and what runs here
 
-models and attention take --plugins MODULE ...: they list what those modules add, too.
+models and attention take --plugins MODULE ..., and then also list what these modules add.
 """
 TRAINED = ("generate", "eval", "export-hf", "import-hf")
 """The commands that use a trained model."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Do what the command line `argv` says, and return the exit status."""
+    """Run the command line `argv` (by default this process's), and return the exit status."""
     command, *rest = (sys.argv[1:] if argv is None else list(argv)) or [""]
     if command == "train":
         from torchtitan_lite import train
@@ -48,8 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _list(listing: Callable[[], list[str]], plugins: Sequence[str]) -> int:
-    """Print a listing with what `plugins` add to it; the exit status."""
-    # Ours are registered first, so that a plugin with one of their names is the one that is refused.
+    """Print a listing, including what `plugins` add, and return the exit status."""
+    # Register our own members first. A plugin that takes one of their names is then refused.
     from torchtitan_lite.config import job  # noqa: F401
     from torchtitan_lite.config.load import ConfigError
     from torchtitan_lite.launch.end import status_of
@@ -59,13 +59,13 @@ def _list(listing: Callable[[], list[str]], plugins: Sequence[str]) -> int:
         if problems := import_plugins(plugins, [], "plugins"):
             raise ConfigError(problems)
         print("\n".join(listing()), flush=True)
-    except BaseException as error:  # noqa: BLE001 - raised again unless it is an end that a line explains
+    except BaseException as error:  # noqa: BLE001 - status_of raises it again unless one line explains it
         return status_of(error)
     return 0
 
 
 def models() -> list[str]:
-    """A row for each size of each family."""
+    """Return the lines of a table with a row for each size of each model family."""
     from torchtitan_lite.models.registry import families
 
     rows: list[tuple[str, ...]] = [
@@ -80,7 +80,7 @@ def models() -> list[str]:
 
 
 def attention() -> list[str]:
-    """A row for each implementation of each backend, and what `varlen` comes to here."""
+    """Return the lines of a table of attention implementations, and the kernel that `varlen` uses here."""
     import torch
 
     from torchtitan_lite import registry
@@ -101,7 +101,7 @@ def attention() -> list[str]:
 
 
 def _aligned(rows: Sequence[tuple[str, ...]], left: int) -> list[str]:
-    """The rows with the first `left` columns aligned at their left, the others at their right."""
+    """Return the rows as lines. The first `left` columns are aligned left, the other columns right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     sides = ["<" if column < left else ">" for column in range(len(widths))]
     line = "  ".join(f"{{:{side}{width}}}" for side, width in zip(sides, widths, strict=True))
@@ -124,7 +124,7 @@ LISTINGS = {"models": models, "attention": attention}
 
 
 def program() -> NoReturn:
-    """The process of the command."""
+    """Run the command line of this process, and end the process with the exit status."""
     from torchtitan_lite.launch.process import end_process
 
     end_process(main())

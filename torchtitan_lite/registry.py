@@ -1,6 +1,7 @@
-"""The members that a name in a configuration can choose. Ours and those of plugins register in the same way.
+"""Registries of all that a configuration chooses by name. Each registry is called a door.
 
-A plugin is a module that `job.plugins` names. It is imported before the flags are read, and registers:
+Our own members and those of plugins register in the same way. A plugin is a module that `job.plugins` names.
+It is imported before the flags are read, and registers:
 
     @optimizers.register
     @dataclass(frozen=True, kw_only=True)
@@ -29,18 +30,18 @@ from torchtitan_lite.config.problem import ConfigError, Problem
 
 Member = TypeVar("Member")
 _Wrong = Iterator[tuple[str, str]]
-"""Rules that a member breaks, each with its remedy."""
+"""The rules that a member breaks, each with its remedy."""
 
 _KEY = "job.plugins"
 _WORD = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 _importing: list[str] = []
-"""The plugins that are being imported; the last is imported by the one before it."""
+"""The plugins that are being imported. Each one is imported by the plugin before it in the list."""
 _registering: set[str] = set()
-"""The modules that have registered something."""
+"""The modules that have registered a member."""
 
 
 class Door:
-    """Members of one kind by name: what a key of the configuration can choose."""
+    """A registry: the members of one kind, by the names that a key of the configuration can choose."""
 
     def __init__(
         self, what: str, *, tag: str, needs: tuple[str, ...], reserved: tuple[str, ...] = ()
@@ -49,9 +50,9 @@ class Door:
         self.members: dict[str, Any] = {}
 
     def register(self, member: Member) -> Member:
-        """Add a member, and return it. If the members are classes, this is a class decorator.
+        """Add `member`, and return `member`. For members that are classes, this is a class decorator.
 
-        Raises ConfigError if the member lacks something, or if another member has its name.
+        Raises ConfigError if the member lacks an attribute, or if its name is unfit or taken.
         """
         wrong = list(self._wrong(member)) or list(self._wrong_name(member))
         if wrong:
@@ -62,11 +63,11 @@ class Door:
         return member
 
     def name_of(self, member: object) -> Any:
-        """The name of the member; None without one."""
+        """Return the name of `member`, or None if it has none."""
         return getattr(member, self.tag, None)
 
     def _wrong(self, member: object) -> _Wrong:
-        """The rules that the member breaks, other than those for its name."""
+        """Yield the rules that `member` breaks, except those for its name."""
         if lacking := [name for name in (self.tag, *self.needs) if _lacks(member, name)]:
             yield (
                 f"registers a {self.what} that lacks {' and '.join(lacking)}",
@@ -83,7 +84,7 @@ class Door:
 
 
 class _ClassDoor(Door):
-    """A door whose members are frozen dataclasses: the fields are options, and one of them is the tag."""
+    """A door whose members are frozen dataclasses. Each field is an option, except the tag, the name."""
 
     def name_of(self, member: object) -> Any:
         annotation = get_type_hints(member).get(self.tag)
@@ -92,7 +93,7 @@ class _ClassDoor(Door):
 
     def _wrong(self, member: object) -> _Wrong:
         called = f"registers the {self.what} {getattr(member, '__qualname__', member)}, which"
-        # A class that only inherits from a dataclass has no fields of its own.
+        # A class that inherits from a dataclass, without the decorator, has no fields of its own.
         if not (isinstance(member, type) and "__dataclass_params__" in vars(member)):
             yield f"{called} is no dataclass", "write @dataclass(frozen=True, kw_only=True) below .register"
             return
@@ -106,7 +107,7 @@ class _ClassDoor(Door):
         hints = get_type_hints(member)
         for option in options:
             if type(None) in get_args(hints[option.name]) and option.default is not None:
-                # TOML has no null: a file leaves None out, and the default stands in when the file is read.
+                # TOML has no null: a written file leaves None out, and reads back as the default.
                 yield f"{called} has another default than None for {option.name}", "have None be the default"
         names = {option.name for option in options}
         if lacking := [name for name in self.needs if name not in names and _lacks(member, name)]:
@@ -114,23 +115,26 @@ class _ClassDoor(Door):
 
 
 class Choice(_ClassDoor):
-    """A door for a section, `Annotated[..., door]`, whose tag names the chosen member.
+    """A door for a section that is one of the members. The tag in the section names the member.
 
-    The default of such a section must be the member that was registered first.
+    The section is annotated `Annotated[..., door]`. Its default must be the member that was registered first.
     """
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
-        """A union of the members, told apart by the tag; None too if `source` may be None."""
+        """Return the schema of a union of the members, chosen by the tag. Allow None if `source` does."""
         members = {name: handler.generate_schema(member) for name, member in self.members.items()}
         schema = core_schema.tagged_union_schema(members, discriminator=self.tag)
         return core_schema.nullable_schema(schema) if type(None) in get_args(source) else schema
 
 
 class Sections(_ClassDoor):
-    """A door for a section, `Annotated[Any, door]`, that has a section for each member: `[hooks.NAME]`."""
+    """A door for a section that has a subsection for each member, such as `[hooks.NAME]`.
+
+    The section is annotated `Annotated[Any, door]`.
+    """
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
-        """The dataclass of all members."""
+        """Return the schema of `self.section`."""
         return handler.generate_schema(self.section)
 
     @property
@@ -139,11 +143,11 @@ class Sections(_ClassDoor):
         return _section(self.what, tuple(self.members.items()))
 
     def defaults(self) -> Any:
-        """The section with every option as its member has it."""
+        """Return the section with the default of every option."""
         return self.section()
 
     def configured(self, section: object) -> dict[str, Any]:
-        """Every member by name, with the options of `section`."""
+        """Return an instance of every member, by name, with its options from `section`."""
         return {
             name: getattr(section, name) if hasattr(section, name) else member()
             for name, member in self.members.items()
@@ -151,45 +155,45 @@ class Sections(_ClassDoor):
 
 
 class Names:
-    """Marks a key that takes a name of a door, among other texts: `Annotated[str, Names(door)]`."""
+    """A note on a string key that takes a door's name, among other texts: `Annotated[str, Names(door)]`."""
 
     def __init__(self, door: Door) -> None:
         self.door = door
 
 
-# models/registry.py takes "hf" for folders that describe a model.
+# models/registry.py uses the name "hf" for folders that describe a model.
 families = Door("model family", tag="name", needs=("presets",), reserved=("hf",))
-"""Model families: `Family` of models/presets.py, for `model.name` and `model.flavor`."""
+"""The model families, `Family` of models/presets.py, for the keys `model.name` and `model.flavor`."""
 attentions = Choice(
     "attention backend", tag="kind", needs=("supports", "implementation", "option_refusals", "build", "mask")
 )
-"""Attention backends, for the section `[model.attention]`."""
+"""The attention backends, for the section `[model.attention]`."""
 datasets = Choice(
     "dataset", tag="dataset", needs=("tokenizer", "cache_folder", "validation_fraction", "open")
 )
-"""Datasets, for the section `[data]`."""
+"""The datasets, for the section `[data]`."""
 tokenizers = Sections("tokenizer", tag="name", needs=("build",), reserved=("problems",))
-"""Tokenizers, for `data.tokenizer` and the sections `[tokenizers.NAME]`."""
+"""The tokenizers, for the key `data.tokenizer` and the sections `[tokenizers.NAME]`."""
 optimizers = Choice("optimizer", tag="name", needs=("lr", "build"))
-"""Optimizers, for the section `[optimizer]`."""
+"""The optimizers, for the section `[optimizer]`."""
 hooks = Sections("hook", tag="name", needs=("build",), reserved=("problems",))
-"""Hooks, which are called during a run, for the sections `[hooks.NAME]`."""
+"""The hooks, which a run calls at fixed points, for the sections `[hooks.NAME]`."""
 
 
 def classes() -> tuple[type, ...]:
-    """All members that are classes, of every door."""
+    """Return the members of every door whose members are classes."""
     doors = (attentions, datasets, tokenizers, optimizers, hooks)
     return tuple(member for door in doors for member in door.members.values())
 
 
 def import_plugins(names: Sequence[str], folders: Iterable[Path], key: str = _KEY) -> list[Problem]:
-    """Import the modules `names`, the value of `key`, and return the problems.
+    """Import the modules `names`, the value of the configuration's `key`, and return the problems.
 
     Python searches its own path first, then the working directory, then `folders`.
     """
     if names:
-        # At the end of the path: a file there must not hide an installed module. The folders stay on the path
-        # for later imports of the plugins, and for spawned processes.
+        # The folders go at the end of the path, so that no file there hides an installed module. They stay in
+        # the path for later imports of the plugins, and for spawned processes.
         places = [str(folder.absolute()) for folder in (Path(), *folders)]
         sys.path += [place for place in dict.fromkeys(places) if place not in sys.path]
     return [problem for name in dict.fromkeys(names) for problem in _import(name, key)]
@@ -224,16 +228,16 @@ def _lacks(member: object, name: str) -> bool:
 
 
 def _is_same(one: Any, other: Any) -> bool:
-    """True if the members are the same, perhaps from a module that was imported twice."""
+    """Return True if the members are the same, even if their module was imported twice."""
     if isinstance(one, type) and isinstance(other, type):
         return (one.__module__, one.__qualname__) == (other.__module__, other.__qualname__)
-    # Importing a module again also makes new classes of an instance's parts, but their text is the same.
+    # A second import makes new classes for an instance's parts too, but their repr is the same.
     return repr(one) == repr(other)
 
 
 @functools.cache
 def _section(what: str, members: tuple[tuple[str, type], ...]) -> type:
-    # A member without options, which has nothing but its tag, would be an empty table.
+    # A member whose only field is its tag has no options, so it gets no section.
     options = [(name, cls, field(default_factory=cls)) for name, cls in members if len(fields(cls)) > 1]
 
     def problems(self: Any, key: str) -> list[Problem]:

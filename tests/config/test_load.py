@@ -211,10 +211,10 @@ def test_options_of_a_kind_that_is_not_chosen_are_refused() -> None:
 def test_layers_may_be_rewritten_before_they_are_laid_over_each_other() -> None:
     Path("file").write_text(TILED)
 
-    def settle(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def expand(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return [layers[0], {"model": {"inner": {"size": 7}}}, *layers[1:]]
 
-    run = load(Run, ["--config", "file", "--model.name", "again"], prog="run", settle=settle).config
+    run = load(Run, ["--config", "file", "--model.name", "again"], prog="run", expand=expand).config
     assert run.model == Model(name="again", inner=Tiled(size=7, options={"a": 1}))
 
 

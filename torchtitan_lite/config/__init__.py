@@ -1,1 +1,1 @@
-"""Configuration: the generic loader (`load`) and this project's composition of sections (`job`)."""
+"""The generic configuration loader (`load`), and the configuration of a training run (`job`)."""

@@ -1,7 +1,8 @@
-"""Reads the command line as layers of nested tables, as files would have them.
+"""Read the command line into nested tables, like those of a TOML file.
 
-`--training.seq-len 128` sets what `seq_len = 128` below `[training]` sets. Text is taken as it stands if the
-key holds a string. All else is read as JSON, or as a number of TOML or Python; validation refuses the rest.
+`--training.seq-len 128` sets the same key as `seq_len = 128` below `[training]`. If the key holds a string,
+the text of the flag is its value. Otherwise the text is read as JSON, or as a number of TOML or Python. Text
+that is neither stays a string, which validation may refuse.
 """
 
 import itertools
@@ -16,7 +17,7 @@ from torchtitan_lite.config.problem import MISSING, Problem
 from torchtitan_lite.config.schema import at, choice_of, classes, first_key, plain_types
 
 _MOST_RANKS = 2**31
-"""torch counts ranks in a C int."""
+"""The bound of --world-size, itself excluded: torch counts ranks in a C int."""
 
 
 @dataclass
@@ -24,14 +25,14 @@ class Flags:
     """The values, files and switches of a command line."""
 
     keys: dict[str, Any] = field(default_factory=dict)
-    """The table of the flags that set one value each: of a flag given twice, the last wins."""
+    """The nested tables of the flags that set one key each. If a flag is given twice, the last wins."""
     others: list[dict[str, Any]] = field(default_factory=list)
-    """A table for every other flag: the keys of free tables, which merge, and keys that are not known."""
+    """The tables to merge over `keys`: one for each flag that sets a `dict`, and one for each unknown key."""
     files: list[str] = field(default_factory=list)
-    """Arguments of --config, in order."""
+    """The arguments of --config, in order."""
     dry_run: bool = False
     world_size: int | None = None
-    """The number of ranks that a dry run is checked for; None: that of the launcher."""
+    """The number of ranks that a dry run checks for. None: the launcher's number."""
     help: bool = False
     problems: list[Problem] = field(default_factory=list)
 
@@ -39,7 +40,7 @@ class Flags:
         self.problems.append(Problem(key, value, rule, remedy))
 
     def put(self, path: list[str], value: object) -> None:
-        """Set the value at `path`, which no other flag uses as a table."""
+        """Set the key at `path` to `value`. No other flag may use `path` as a table."""
         *tables, name = path
         table = self.keys
         for part in tables:
@@ -48,7 +49,7 @@ class Flags:
 
 
 def read_flags(cls: type, argv: Sequence[str]) -> Flags:
-    """Read `argv`, the arguments after the program's name, for a configuration of class `cls`."""
+    """Return the flags in `argv`, which lacks the program's name, for the configuration class `cls`."""
     flags = Flags()
     rest = list(argv)
     while rest:
@@ -74,7 +75,7 @@ def _is_value(word: str) -> bool:
 
 
 def _read_flag(flags: Flags, cls: type, name: str, words: list[str]) -> int:
-    """Set what `--name` sets; returns how many of `words`, which follow the flag, belong to it."""
+    """Store the flag `--name`. Return how many of `words`, the words after the flag, are its value."""
     path = name.replace("-", "_").split(".")
     if path in (["config"], ["dry_run"], ["world_size"]):
         return _read_command(flags, path[0], words)
@@ -105,7 +106,7 @@ def _read_flag(flags: Flags, cls: type, name: str, words: list[str]) -> int:
 
 
 def _read_command(flags: Flags, name: str, words: list[str]) -> int:
-    """Read an option of the command itself; returns how many of `words` belong to it."""
+    """Store --config, --dry-run or --world-size. Return how many of `words`, which follow, are its value."""
     if name == "config":
         if not words or not words[0]:
             flags.report("--config", MISSING, "has no value", "write --config FILE.toml")
@@ -125,7 +126,7 @@ def _read_command(flags: Flags, name: str, words: list[str]) -> int:
 
 
 def _table(path: list[str], value: object) -> dict[str, Any]:
-    """`value` at `path`, as nested tables."""
+    """Return nested tables that hold only `value`, at `path`."""
     name, *rest = path
     return {name: _table(rest, value) if rest else value}
 
@@ -135,7 +136,7 @@ def _is_free(annotation: Any) -> bool:
 
 
 def _value(annotation: Any, words: list[str]) -> tuple[object, int]:
-    """The value that `words` write, and how many of them it takes; MISSING without a value."""
+    """Return the value that `words` spell, or MISSING without a value, and the number of words it takes."""
     options = plain_types(annotation)
     if not words:
         return (True if bool in options or annotation is None else MISSING), 0
@@ -164,7 +165,7 @@ def _is_choice_of_texts(tp: Any) -> bool:
 
 
 def _number(word: str) -> object:
-    """A number as TOML or Python write it but JSON does not (+5, 1_000, .5); otherwise the word itself."""
+    """Return the number that `word` spells in TOML or Python (+5, 1_000, .5), or `word` if there is none."""
     if re.fullmatch(r"[+-]?[\d.][\w.+-]*", word, re.ASCII):
         try:
             return int(word, 0)

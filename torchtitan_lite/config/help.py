@@ -1,4 +1,4 @@
-"""Prints `--help`: every option, drawn from the dataclasses, their docstrings and the values read so far."""
+"""Print `--help`: every option, its type, the docstring of its field, and its value so far."""
 
 import ast
 import dataclasses
@@ -19,16 +19,16 @@ from torchtitan_lite.registry import Choice, Names
 _COMMAND = {
     "-h, --help": "Show this help and exit.",
     "--config FILE.toml": (
-        "Read this file. Several --config merge from left to right; the options below come last."
+        "Read this file. Several --config merge from left to right; the options below override them."
     ),
     "--dry-run": "Check everything, print the resolved configuration as TOML, and exit.",
     "--world-size N": "With --dry-run: check for this many ranks, without torchrun.",
 }
-"""The options of the command itself, which are no keys of the configuration."""
+"""The options that are no keys of the configuration, and their help texts."""
 
 
 def print_help(config: Any, prog: str) -> None:
-    """Print every option, with its value in `config` as the default. A choice shows the chosen member."""
+    """Print every option and its value in `config`. Of a choice, print the options of the chosen member."""
     print(f"usage: {prog} [-h] [OPTIONS]\n")
     for line in filter(None, (inspect.getdoc(config) or "").splitlines()):
         _print(line)
@@ -36,9 +36,9 @@ def print_help(config: Any, prog: str) -> None:
 
 
 def _print_section(config: Any, key: str, annotation: Any, text: str, options: dict[str, str]) -> None:
-    """Print `options` and those of the section `config`, then the sections inside it.
+    """Print `options` and the options of the section `config`, then the sections inside `config`.
 
-    `annotation` is that of the section in its owner; `text` describes the section.
+    `annotation` is the annotation of the field that holds the section. `text` describes the section.
     """
     texts = _field_docstrings(type(config))
     choice, options, sections = choice_of(annotation), dict(options), []
@@ -70,7 +70,7 @@ def _print(text: str, indent: int = 0) -> None:
 
 
 def _selector(path: str, choice: Choice, chosen: object) -> dict[str, str]:
-    """The option that chooses a member."""
+    """Return the usage and the help text of the option that chooses a member of `choice`."""
     lines = {name: _first_paragraph(member) for name, member in choice.members.items()}
     described = [f"{name}: {line}" for name, line in lines.items() if line]
     described.append("Each has options of its own; those shown here are the chosen one's.")
@@ -79,7 +79,7 @@ def _selector(path: str, choice: Choice, chosen: object) -> dict[str, str]:
 
 
 def _usage(path: str, annotation: Any) -> str:
-    """How an option is written, such as `--training.steps INT`."""
+    """Return how to write an option, such as `--training.steps INT`."""
     flag = f"--{path.replace('_', '-')}"
     if plain_types(annotation) == [bool]:
         section, dot, name = flag.removeprefix("--").rpartition(".")
@@ -99,7 +99,7 @@ def _metavar(tp: Any) -> str:
 
 
 def _described(annotation: Any, value: object, text: str) -> str:
-    """The meaning of an option, its range, the names to choose from, and its default."""
+    """Return the help text of an option: its meaning, its range, the names to choose from, its default."""
     parts = [text or "The name of this section; nothing else may stand here." * is_fixed(annotation)]
     if range_ := limits(annotation):
         parts.append(f"{range_[0].upper()}{range_[1:]}.")
@@ -112,19 +112,19 @@ def _described(annotation: Any, value: object, text: str) -> str:
 
 
 def _first_paragraph(cls: type) -> str:
-    """The first paragraph of a class's docstring."""
+    """Return the first paragraph of a class's docstring."""
     text = (inspect.getdoc(cls) or "").partition("\n\n")[0]
-    # dataclass() gives a class without a docstring its signature instead.
+    # If a class has no docstring, dataclass() sets its signature as the docstring.
     return "" if text.startswith(f"{cls.__name__}(") else text
 
 
 def _field_docstrings(cls: type) -> dict[str, str]:
-    """The text below each field of a dataclass, also of the fields that the class inherits."""
+    """Return the docstring below each field of a dataclass, inherited fields included."""
     found = {}
     for owner in reversed(cls.__mro__):
         try:
             (definition,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
-        except (OSError, TypeError, SyntaxError):  # a class without a file
+        except (OSError, TypeError, SyntaxError):  # the source of the class is in no file
             continue
         assert isinstance(definition, ast.ClassDef)
         for statement, after in itertools.pairwise(definition.body):

@@ -1,4 +1,4 @@
-"""A run as one value: composes the sections of the other modules, and checks what must hold between them."""
+"""The whole configuration of a run: the sections of all modules, and the checks between sections."""
 
 import os
 from collections.abc import Sequence
@@ -21,10 +21,10 @@ from torchtitan_lite.models.huggingface import export_problems
 from torchtitan_lite.models.registry import (
     DEFAULT_FAMILY,
     attention_problems,
+    expand_model,
     own_attention,
     read,
     resolve,
-    settle_model,
     true_flavor,
 )
 from torchtitan_lite.parallel.apply import CompileConfig, model_problems, plan
@@ -43,24 +43,25 @@ from torchtitan_lite.training.validation import ValidationConfig
 
 @dataclass(frozen=True, kw_only=True)
 class JobSection:
-    """What the run is called, where it writes, and on which device it runs."""
+    """The output folder, description, device and plugins of the run."""
 
     dump_folder: str = ""
-    """The run's own folder, used as given. Empty: outputs/<name>-<flavor>-<time>."""
+    """The folder that the run writes to, used as given. Empty: outputs/<name>-<flavor>-<time>."""
     description: str = ""
-    """What the run is for, in your own words; kept with its files."""
+    """A note on what the run is for, kept with the run's files."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where there is one, else cpu."""
     plugins: tuple[str, ...] = ()
-    """Modules to import before other keys are read, such as my_package.module: they add model families,
-    attention backends, datasets, tokenizers, optimizers and hooks."""
+    """Modules to import before other keys are read, such as my_package.module. They add model families,
+    attention backends, datasets, tokenizers, optimizers and hooks.
+    """
 
     def problems(self, key: str) -> list[Problem]:
-        """An output folder that cannot be made or written."""
+        """Return a problem if the output folder cannot be made or written."""
         try:
             folder = Path(self.dump_folder or "outputs").expanduser().absolute()
             nearest = next(place for place in (folder, *folder.parents) if place.exists())
-        except (OSError, RuntimeError) as error:  # a name too long; ~ of a user who is not known
+        except (OSError, RuntimeError) as error:  # the name is too long, or ~ names an unknown user
             rule = f"cannot be a folder ({getattr(error, 'strerror', error)})"
             return [Problem(f"{key}.dump_folder", self.dump_folder, rule, "name another")]
         if not nearest.is_dir():
@@ -74,25 +75,25 @@ class JobSection:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSection:
-    """Which decoder is trained."""
+    """The decoder to train."""
 
     name: Annotated[str, registry.Names(registry.families)] = DEFAULT_FAMILY
-    """Family of the model; or hf, whose flavors are folders with a config.json."""
+    """Family of the model. With hf, the flavor is a folder with a config.json."""
     flavor: str = "debugmodel"
-    """Size of the model, alone or with an attention: 8B, 8B_flex, 8B_flex_flash, 8B_varlen."""
+    """Size of the model, with or without an attention backend: 8B, 8B_flex, 8B_flex_flash, 8B_varlen."""
     attention: Annotated[AttentionConfig | None, registry.attentions] = None
-    """Unset: the attention of the flavor."""
+    """The attention backend. Unset: the backend that belongs to the flavor."""
     overrides: dict[str, Any] = field(default_factory=dict)
-    """Fields of the decoder that replace those of the flavor, such as {"n_layers": 2}."""
+    """Fields of the decoder that replace the flavor's fields, such as {"n_layers": 2}."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class JobConfig:
     """Train a decoder on text.
 
-    - An option is a key of a file: --training.steps 20 is steps = 20 in [training].
-    - Later wins: defaults, each --config in order, then the options, in any order.
-    - The defaults below are those after what is given with --help.
+    - Every option is also a key of a file: --training.steps 20 is steps = 20 in [training].
+    - Later values win: first the defaults, then each --config in order, then the options in any order.
+    - The defaults below include the values of the files and options given with --help.
     """
 
     job: JobSection = field(default_factory=JobSection)
@@ -115,28 +116,28 @@ class JobConfig:
 
     @property
     def device(self) -> str:
-        """The device that `job.device` stands for here: "cpu" or "cuda"."""
+        """The device of the run: "cpu" or "cuda". "auto" becomes "cuda" if torch finds a GPU."""
         if self.job.device == "auto":
             return "cuda" if torch.cuda.is_available() else "cpu"
         return self.job.device
 
     @property
     def attention(self) -> AttentionConfig:
-        """The attention of the model: `model.attention`, otherwise the flavor's own."""
+        """The attention backend of the model: `model.attention`, or the flavor's backend if that is unset."""
         return self.model.attention or own_attention(self.model.flavor)
 
     @property
     def decoder(self) -> DecoderConfig:
-        """The decoder that the model section describes. Raises ConfigError if that is wrong."""
+        """The decoder that the section `[model]` describes. Raises ConfigError if the section is wrong."""
         return resolve(self.model.name, self.model.flavor, self.model.attention, self.model.overrides)
 
     @property
     def hook_configs(self) -> dict[str, Any]:
-        """All registered hooks by name, each with its options."""
+        """The config of every registered hook, by the name of the hook."""
         return registry.hooks.configured(self.hooks)
 
     def plan(self, world_size: int) -> list[str]:
-        """How the run is spread over `world_size` ranks, in a few lines; needs no ranks."""
+        """Return a few lines on how the run is spread over `world_size` ranks. No rank need be running."""
         return plan(
             self.decoder,
             self.parallelism.degrees(world_size),
@@ -147,13 +148,13 @@ class JobConfig:
         )
 
     def to_toml(self, world_size: int) -> str:
-        """The whole configuration as TOML, after the plan for `world_size` ranks as comments."""
+        """Return the plan for `world_size` ranks as comments, then the whole configuration as TOML."""
         return "".join(f"# {line}\n" for line in self.plan(world_size)) + "\n" + to_toml(self)
 
     def check(self, world_size: int = 1, dry_run: bool = False) -> list[Problem]:
-        """Everything that is wrong on `world_size` ranks between values that are right in themselves.
+        """Return all problems between values that are each valid alone, for a run on `world_size` ranks.
 
-        A dry run needs neither the ranks nor a GPU.
+        A dry run needs neither a GPU nor running ranks.
         """
         model, mesh = self.model, self.parallelism.problems("parallelism", world_size)
         decoder, wrong = read(model.name, model.flavor, model.attention, model.overrides)
@@ -202,7 +203,7 @@ class JobConfig:
         return wrong + of_sound_keys(found, wrong)
 
     def _folder_problems(self) -> list[Problem]:
-        """Folders that are not inside the run's folder, or that share a name there."""
+        """Return a problem for each folder that is outside the run's folder, or whose name is used there."""
         tb, traces = self.metrics.save_tb_folder, self.profiling.save_traces_folder
         reports = {
             "metrics.save_tb_folder": (tb, "tb"),
@@ -223,7 +224,7 @@ class JobConfig:
 
     def _tokenizer_problems(self, decoder: DecoderConfig | None) -> list[Problem]:
         if self.tokenizers.problems("tokenizers"):
-            return []  # wrong options build no tokenizer
+            return []  # a tokenizer cannot be built with wrong options
         try:
             size = load_tokenizer(self.data.tokenizer, self.tokenizers).vocab_size
         except ConfigError as error:
@@ -237,19 +238,19 @@ class JobConfig:
 
 
 def _own_problems(section: Any, key: str) -> list[Problem]:
-    """The problems of the chosen member. A member of a plugin may have no method `problems`."""
+    """Return `section.problems(key)`, or no problems if a plugin's section lacks this method."""
     return section.problems(key) if hasattr(section, "problems") else []
 
 
 def load_job(
     argv: Sequence[str], *, world_size: int = 1, prog: str = "python -m torchtitan_lite.train"
 ) -> Loaded[JobConfig]:
-    """The checked configuration of the command line `argv`; raises ConfigError with all problems."""
+    """Return the checked configuration of the command line `argv`. Raises ConfigError with all problems."""
     loaded = load(
         JobConfig,
         argv,
         prog=prog,
-        settle=settle_model,
+        expand=expand_model,
         check=JobConfig.check,
         world_size=world_size,
         plugins="job.plugins",

@@ -1,7 +1,7 @@
-"""Reads the command line, and the files that it names, into a frozen dataclass.
+"""Load the command line, and the files that it names, into a frozen dataclass.
 
-Defaults, files and flags are layers of nested tables, each laid over the one before (`validation`). The flags
-pass the same validation as the files, so that all problems are reported at once. Every field of the dataclass
+The defaults, the files and the flags are layers of nested tables. Each layer overrides the layers before it.
+Files and flags pass the same validation, so all problems are reported at once. Every field of the dataclass
 has a default, and a field that may be None has None as its default.
 """
 
@@ -27,11 +27,11 @@ _Table = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded(Generic[T]):
-    """The configuration of a command line."""
+    """The configuration that a command line describes."""
 
     config: T
     dry_run: bool
-    """Whether the user asked to see the configuration only."""
+    """True if the user only asked to see the configuration (--dry-run)."""
     world_size: int
     """The number of ranks that the configuration was checked for."""
 
@@ -41,17 +41,21 @@ def load(
     argv: Sequence[str],
     *,
     prog: str,
-    settle: Callable[[list[_Table]], list[_Table]] = lambda layers: layers,
+    expand: Callable[[list[_Table]], list[_Table]] = lambda layers: layers,
     check: Callable[[T, int, bool], list[Problem]] = lambda config, world_size, dry_run: [],
     world_size: int = 1,
     plugins: str = "",
 ) -> Loaded[T]:
-    """Read the command line `argv`, and the files that it names, into a `cls`.
+    """Load the command line `argv`, and the files that it names, into a `cls`.
 
-    `settle` may rewrite the layers before they are laid over each other. `check(config, world_size, dry_run)`
-    finds what is wrong between values that are right in themselves; a dry run may name another `world_size`
-    than this one. `plugins` is the key that names modules to import first. `--help` prints the options, with
-    the values read so far as their defaults, and raises SystemExit(0). Raises ConfigError with all problems.
+    `--help` prints the options, with the values read so far as their defaults, and raises SystemExit(0).
+    Raises ConfigError with all problems.
+
+    Args:
+        expand: rewrites the layers (files, then flags) before they are merged.
+        check: `check(config, world_size, dry_run)` returns the problems between values that are valid alone.
+        world_size: the number of ranks, unless --world-size names another number for a dry run.
+        plugins: the key that lists the modules to import first. Empty: no key does.
     """
     flags = read_flags(cls, argv)
     tables, unread = [], []
@@ -60,14 +64,14 @@ def load(
         tables.append(table)
         unread += found
     faults = _import_plugins([*tables, flags.keys], plugins, flags.files)
-    flags = read_flags(cls, argv)  # again: a plugin may have added options
-    config, found = validate(cls, settle([*tables, flags.keys, *flags.others]))
+    flags = read_flags(cls, argv)  # read again, because a plugin may have added options
+    config, found = validate(cls, expand([*tables, flags.keys, *flags.others]))
     problems = [*unread, *flags.problems, *found]
     world_size = flags.world_size or world_size
-    # A file that could not be read may have held any value.
+    # A file that could not be read may set any value, so checks between values would mislead.
     if not unread and not flags.help:
         problems += of_sound_keys(check(config, world_size, flags.dry_run), problems)
-    # The sections that plugins add to cannot be judged without all plugins.
+    # If a plugin failed, sections that plugins extend may lack options: drop the problems there.
     unsound = {name for name, annotation in field_types(cls).items() if faults and is_open(annotation)}
     problems = [*faults, *(found for found in problems if found.key.partition(".")[0] not in unsound)]
     if flags.help:
@@ -83,15 +87,15 @@ def load(
 
 
 def last_said(layers: Sequence[_Table], key: str) -> Any:
-    """The value of the dotted `key` in the last layer that has the key; None if no layer has it."""
+    """Return the value of the dotted `key` in the last layer that has the key, or None if no layer has it."""
     path = tuple(key.split("."))
     said = [holder(layer, path).get(path[-1]) for layer in layers]
     return next((value for value in reversed(said) if value is not None), None)
 
 
 def _import_plugins(layers: list[_Table], key: str, files: list[str]) -> list[Problem]:
-    """Import the modules that `key` names; returns what is wrong with them."""
+    """Import the modules that the value of `key` lists. Return the problems with these modules."""
     names = last_said(layers, key) if key else None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        return []  # validation refuses any other value
+        return []  # validation refuses this value
     return import_plugins(names, [Path(path).parent for path in files if os.path.isfile(path)], key)

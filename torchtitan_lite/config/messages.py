@@ -1,4 +1,6 @@
-"""Turns the errors of pydantic into problems: by the place of an error, its type and the annotation there.
+"""Turn pydantic's errors into problems, the messages for the user.
+
+A message follows from the place of the error, its type, and the annotation of the key:
 
 ("training", "steps"), "int_type"  ->  training.steps = "ten" is not an integer: write a whole number ...
 """
@@ -33,7 +35,7 @@ _LIMITS = {
     "lt": ("less than", ")"),
     "min_length": ("a list of at least", ""),
 }
-"""The names of pydantic's limits: the words before a limit that stands alone, and the bracket of a range."""
+"""Pydantic's limits by name: the words for a limit that stands alone, and the bracket for a range."""
 _NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a string", dict: "a table"}
 _REMEDIES = {
     int: "write a whole number such as 64",
@@ -44,13 +46,13 @@ _REMEDIES = {
 }
 
 
-class Refused(NamedTuple):
-    """A value that pydantic refused: its place in the table, and what the user is told."""
+class WrongValue(NamedTuple):
+    """A value that pydantic refused: its path in the table, and the problem to report."""
 
     path: Path
     problem: Problem
     is_of_another_member: bool = False
-    """The key belongs to a member of the choice that is not chosen; a later layer may still choose it."""
+    """True if only members that are not chosen have the key. A later layer may still choose such a member."""
 
 
 class _Place(NamedTuple):
@@ -63,9 +65,12 @@ class _Place(NamedTuple):
     """The class of the section."""
 
 
-def refused(cls: type, table: dict[str, Any], errors: Sequence[Any], key: str) -> list[Refused]:
-    """One refusal for each place in `table`, which was read as a `cls` and stands at `key`."""
-    types: dict[_Place, set[str]] = {}  # a union of values has an error for each of its types
+def wrong_values(cls: type, table: dict[str, Any], errors: Sequence[Any], key: str) -> list[WrongValue]:
+    """Return a WrongValue for each key of `table` that pydantic's `errors` name.
+
+    `table` was validated as a `cls`, and stands at `key` in the user's input.
+    """
+    types: dict[_Place, set[str]] = {}  # a union has an error for each of its types
     for error in errors:
         types.setdefault(_place(cls, error["loc"]), set()).add(error["type"])
     found = []
@@ -76,12 +81,12 @@ def refused(cls: type, table: dict[str, Any], errors: Sequence[Any], key: str) -
         if annotation is None:
             found.append(_unknown_key(cls, place, key_there, value))
         else:
-            found.append(Refused(place.path, _wrong_value(annotation, key_there, value, kinds)))
+            found.append(WrongValue(place.path, _wrong_value(annotation, key_there, value, kinds)))
     return found
 
 
 def _place(cls: type, loc: Sequence[int | str]) -> _Place:
-    """The place of an error. `loc` also has the tags of chosen members and the parts of a value."""
+    """Return the place in the table that pydantic's `loc` names. Tags and parts of a value are skipped."""
     section, owner, path, rest = cls, cls, [], [str(part) for part in loc]
     while True:
         path.append(rest.pop(0))
@@ -93,7 +98,7 @@ def _place(cls: type, loc: Sequence[int | str]) -> _Place:
 
 
 def _wrong_value(annotation: Any, key: str, value: Any, types: set[str]) -> Problem:
-    """The problem of a value for which pydantic has errors of these `types`."""
+    """Return the problem of `value`, which pydantic refused with errors of these `types`."""
     choice = choice_of(annotation)
     if classes(annotation) and not isinstance(value, dict):
         is_member = isinstance(value, str) and choice is not None and value in choice.members
@@ -107,8 +112,8 @@ def _wrong_value(annotation: Any, key: str, value: Any, types: set[str]) -> Prob
     return Problem(key, value, f"is not {_described(annotation)}", _remedy(annotation, value))
 
 
-def _unknown_key(cls: type, place: _Place, key: str, value: object) -> Refused:
-    """The refusal of a key that the class of its section lacks."""
+def _unknown_key(cls: type, place: _Place, key: str, value: object) -> WrongValue:
+    """Return the WrongValue of a key that is not a field of its section's class."""
     name, choice = place.path[-1], choice_of(place.section)
     kinds = [kind for kind, member in choice.members.items() if name in field_types(member)] if choice else []
     if choice and kinds:
@@ -116,7 +121,7 @@ def _unknown_key(cls: type, place: _Place, key: str, value: object) -> Refused:
         chosen = choice.name_of(place.owner)
         rule = f'belongs to {choice.tag} {either(map(literal, kinds))}, and {by} is "{chosen}"'
         remedy = f'leave it out, or set {by} = "{kinds[0]}"'
-        return Refused(place.path, Problem(key, value, rule, remedy, (by,)), is_of_another_member=True)
+        return WrongValue(place.path, Problem(key, value, rule, remedy, (by,)), is_of_another_member=True)
     is_section = key == dotted("", name)
     elsewhere = [leaf for leaf in leaves(cls) if leaf.rpartition(".")[2] == name]
     if not isinstance(value, dict) and 0 < len(elsewhere) <= (3 if is_section else 1):
@@ -126,11 +131,11 @@ def _unknown_key(cls: type, place: _Place, key: str, value: object) -> Refused:
     if note(place.section, Sections):
         remedy = f"{remedy.rstrip('?')}, or name the plugin that has it in job.plugins"
     rule = f"is not a known {'section' if is_section else 'key'}"
-    return Refused(place.path, Problem(key, value, rule, remedy))
+    return WrongValue(place.path, Problem(key, value, rule, remedy))
 
 
 def limits(annotation: Any) -> str:
-    """The range of a value in words ("at least 1", "in [0, 1)", "-1 or at least 1"); empty without one."""
+    """Return the range of a value in words ("in [0, 1)", "-1 or at least 1"). Empty if there is no range."""
     ranges = [_range(option) for option in alternatives(annotation)]
     fixed = [literal(value) for tp in plain_types(annotation) if _is_literal(tp) for value in get_args(tp)]
     return either([*fixed, *filter(None, ranges)]) if any(ranges) else ""
@@ -145,13 +150,13 @@ def _range(option: Any) -> str:
 
 
 def _limits(option: Any) -> dict[str, Any]:
-    """The limits in the pydantic `Field` beside a type, by name."""
+    """Return the limits, by name, that a pydantic `Field` in the annotation sets."""
     metadata = getattr(note(option, FieldInfo), "metadata", ())
     return {name: getattr(limit, name) for limit in metadata for name in _LIMITS if hasattr(limit, name)}
 
 
 def _example(annotation: Any) -> str:
-    """The remedy for a value out of range."""
+    """Return the remedy for a value out of range."""
     for option in alternatives(annotation):
         if remedy := note(option, Remedy):
             return remedy.text
@@ -167,13 +172,13 @@ def _is_literal(tp: Any) -> bool:
 
 
 def _described(annotation: Any) -> str:
-    """The type of a value in words: "an integer or a list of 2 integers"."""
+    """Return the type of a value in words, such as "an integer or a list of 2 integers"."""
     names = [_name(tp) for tp in plain_types(annotation) if tp is not type(None)]
     return " or ".join(dict.fromkeys(names))
 
 
 def _remedy(annotation: Any, value: object) -> str:
-    """How to write a value of this type instead of the wrong `value`."""
+    """Return the remedy for a `value` of the wrong type: how to write a value of the annotated type."""
     types = plain_types(annotation)
     options = [tp for tp in types if tp is not type(None)]
     optional = ", or leave it out" if len(options) < len(types) else ""

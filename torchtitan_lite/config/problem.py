@@ -1,4 +1,4 @@
-"""Problems in the input of the user: one line per problem."""
+"""Problems in the user's input. Each problem is reported in one line."""
 
 import difflib
 import json
@@ -7,14 +7,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 MISSING = type("Missing", (), {"__repr__": lambda self: "MISSING"})()
-"""The value of a problem that has none, such as a flag without its value."""
+"""The placeholder for an absent value, as in the problem of a flag that lacks its value."""
 
 _LONGEST_VALUE = 120
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong: `key = value rule: remedy`, always on one line."""
+    """One problem in the user's input. Its text is always one line: `key = value rule: remedy`."""
 
     key: str
     value: object
@@ -30,15 +30,15 @@ class Problem:
 
 @dataclass(frozen=True)
 class Remedy:
-    """The remedy for a value out of range: a note beside pydantic's `Field` in an annotation."""
+    """The remedy for a value out of range. It stands in an annotation, beside pydantic's `Field`."""
 
     text: str
 
 
 class ConfigError(Exception):
-    """Everything that is wrong with the user's input, one line per problem.
+    """An error with all problems in the user's input, one line per problem.
 
-    `config` is the configuration that was read, without the wrong values; None in a dry run.
+    `config` is the configuration without the wrong values, or None if it is not known, as in a dry run.
     """
 
     def __init__(self, problems: Sequence[Problem], config: object = None) -> None:
@@ -51,9 +51,9 @@ class ConfigError(Exception):
 
 
 def of_sound_keys(found: Iterable[Problem], refused: Iterable[Problem]) -> list[Problem]:
-    """The problems in `found` whose check used no key of a problem in `refused`.
+    """Return the problems in `found` whose check used no key of a problem in `refused`.
 
-    Another value stood in for a refused one, so a check that used it says nothing about the user's input.
+    A refused value was replaced, so a check of the replacement says nothing about the user's input.
     """
     keys = [problem.key for problem in refused]
     return [
@@ -64,12 +64,12 @@ def of_sound_keys(found: Iterable[Problem], refused: Iterable[Problem]) -> list[
 
 
 def _overlap(one: str, other: str) -> bool:
-    """True if the keys are the same, or if one is a section that holds the other."""
+    """Return True if the keys are equal, or if one key is a section that holds the other key."""
     return one == other or one.startswith(f"{other}.") or other.startswith(f"{one}.")
 
 
 def near(name: object, choices: Iterable[object]) -> str:
-    """The remedy for a name that is not among `choices`: the closest of them, otherwise all of them."""
+    """Return the remedy for a name that is not in `choices`: the closest choice, or a list of all choices."""
     known = {_fold(choice): literal(choice) for choice in choices}
     if not known:
         return "leave it out"
@@ -79,13 +79,13 @@ def near(name: object, choices: Iterable[object]) -> str:
 
 
 def either(choices: Iterable[object]) -> str:
-    """The choices in words: "1, 2 or 4"."""
+    """Return the choices in words, such as "1, 2 or 4"."""
     words = list(map(str, choices))
     return " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))
 
 
 def literal(value: object) -> str:
-    """`value` as a TOML or JSON file has it, cut short if it is very long."""
+    """Return `value` as TOML or JSON writes it, cut short if it is very long."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     try:
@@ -96,7 +96,7 @@ def literal(value: object) -> str:
 
 
 def dotted(key: str, name: object) -> str:
-    """`name` below `key`, in quotes if TOML needs them."""
+    """Return the key `key.name`. The name is in quotes if TOML needs quotes."""
     bare = isinstance(name, str) and name and all(c.isascii() and (c.isalnum() or c in "-_") for c in name)
     part = name if bare else literal(name)
     return f"{key}.{part}" if key else str(part)
@@ -107,5 +107,5 @@ def _fold(name: object) -> str:
 
 
 def printable(text: str) -> str:
-    """`text` on one line: line separators and control characters are escaped."""
+    """Return `text` on one line, with line separators and control characters escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

@@ -1,7 +1,8 @@
-"""Reads the annotations of configuration dataclasses.
+"""Read the annotations of configuration dataclasses.
 
-A section is a dataclass. A choice is a section of several kinds: `Annotated[..., door]` with a `Choice` of
-the registry, whose members are told apart by a tag such as `kind`. Every other annotation is a value.
+A section is a dataclass. A choice is a section that can be one of several dataclasses, its members. A tag
+such as `kind` names the chosen member. A choice is annotated `Annotated[..., door]`, where `door` is a
+`Choice` of the registry. Every other annotation is a value.
 """
 
 import dataclasses
@@ -14,25 +15,25 @@ from torchtitan_lite.registry import Choice, Door, Sections
 
 @functools.cache
 def field_types(cls: type) -> dict[str, Any]:
-    """Name and annotation of each field of a dataclass, in order."""
+    """Return the name and the annotation of each field of a dataclass, in order."""
     hints = get_type_hints(cls, include_extras=True)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
 def note(annotation: Any, wanted: type) -> Any:
-    """The note of class `wanted` beside the type in `Annotated[type, note]`; None without one."""
+    """Return the note of class `wanted` in `Annotated[type, note]`, or None if there is no such note."""
     notes = getattr(annotation, "__metadata__", ())
     return next((note for note in notes if isinstance(note, wanted)), None)
 
 
 def alternatives(annotation: Any) -> tuple[Any, ...]:
-    """The members of a union, with their notes; any other type is its own only member."""
+    """Return the types in a union, with their notes. An annotation that is no union is the only type."""
     tp = _without_notes(annotation)
     return get_args(tp) if get_origin(tp) in (Union, types.UnionType) else (annotation,)
 
 
 def plain_types(annotation: Any) -> list[Any]:
-    """The members of a union, without their notes."""
+    """Return the types in a union, without their notes. An annotation that is no union is the only type."""
     return [_without_notes(option) for option in alternatives(annotation)]
 
 
@@ -41,12 +42,12 @@ def _without_notes(annotation: Any) -> Any:
 
 
 def choice_of(annotation: Any) -> Choice | None:
-    """The choice beside a type; None for every other annotation."""
+    """Return the `Choice` in `Annotated[type, choice]`, or None for any other annotation."""
     return note(annotation, Choice)
 
 
 def classes(annotation: Any) -> list[type]:
-    """The dataclasses that a table under this annotation may become; empty for a value."""
+    """Return the dataclasses that a table with this annotation may become. A value has none."""
     if choice := choice_of(annotation):
         return list(choice.members.values())
     if sections := note(annotation, Sections):
@@ -55,13 +56,13 @@ def classes(annotation: Any) -> list[type]:
 
 
 def is_open(annotation: Any) -> bool:
-    """True for a section that plugins may add options to."""
+    """Return True if plugins may add options to a section with this annotation."""
     children = (child for owner in classes(annotation) for child in field_types(owner).values())
     return note(annotation, Door) is not None or any(map(is_open, children))
 
 
 def first_key(annotation: Any) -> str:
-    """A key of a section, for an example."""
+    """Return a key of a section, to show as an example."""
     if choice := choice_of(annotation):
         return choice.tag
     types = field_types(classes(annotation)[0])
@@ -69,12 +70,15 @@ def first_key(annotation: Any) -> str:
 
 
 def is_fixed(annotation: Any) -> bool:
-    """True if a key takes one value only, as the tag of a member does."""
+    """Return True if a key takes only one value, as the tag of a member does."""
     return get_origin(annotation) is Literal and len(get_args(annotation)) == 1
 
 
 def at(cls: type, path: list[str]) -> Any:
-    """The annotation of the key at `path`; a union if several members have the key, None without it."""
+    """Return the annotation of the key at `path`.
+
+    If several members of a choice have the key, return a union. If no class has the key, return None.
+    """
     found: list[Any] = [cls]
     for name in path:
         owners = [owner for annotation in found for owner in classes(annotation)]
@@ -85,7 +89,7 @@ def at(cls: type, path: list[str]) -> Any:
 
 
 def leaves(annotation: Any, key: str = "") -> list[str]:
-    """The dotted keys of all values below `annotation`."""
+    """Return the dotted keys of all values below `annotation`."""
     owners = classes(annotation)
     if not owners:
         return [key]

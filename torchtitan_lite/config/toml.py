@@ -1,4 +1,4 @@
-"""TOML files: read to nested tables, and the values that they can hold."""
+"""Read TOML files into nested tables, and find the values that a TOML file cannot hold."""
 
 import math
 from typing import Any
@@ -6,11 +6,11 @@ from typing import Any
 from torchtitan_lite.config.problem import MISSING, Problem, dotted
 
 _DEEPEST = 32
-"""Levels of nested tables and lists."""
+"""The most levels of nested tables and lists."""
 
 
 def read_toml(path: str) -> tuple[dict[str, Any], list[Problem]]:
-    """The tables of a TOML file; empty, with the problem, if the file cannot be read."""
+    """Return the tables of a TOML file. If the file cannot be read, return an empty table and the problem."""
     import tomli
 
     try:
@@ -29,16 +29,16 @@ def read_toml(path: str) -> tuple[dict[str, Any], list[Problem]]:
 
 
 def storable(table: dict[str, Any], key: str = "") -> tuple[dict[str, Any], list[Problem]]:
-    """`table` without the values that no TOML file or no 64-bit machine can hold, and a problem for each.
+    """Return `table` without the values that TOML or 64 bits cannot hold, and a problem for each such value.
 
-    A null in a table stays: it takes the key back.
+    A null in a table stays, because a null removes its key from the layers below.
     """
     problems: list[Problem] = []
     return _storable(table, key, 0, problems), problems
 
 
 def _storable(value: Any, key: str, depth: int, problems: list[Problem]) -> Any:
-    """`value` without what cannot be stored; MISSING if nothing is left of it."""
+    """Return `value` without the parts that cannot be stored, or MISSING if nothing is left of `value`."""
     if fault := _fault(value, depth):
         problems.append(Problem(key, *fault))
         return MISSING
@@ -56,7 +56,7 @@ def _storable(value: Any, key: str, depth: int, problems: list[Problem]) -> Any:
 
 
 def _fault(value: object, depth: int) -> tuple[object, str, str] | None:
-    """The value that cannot be stored, why, and the remedy; None if a single value can be."""
+    """Return the faulty value, the rule and the remedy if `value` cannot be stored, otherwise None."""
     if depth > _DEEPEST:
         return MISSING, f"is nested more than {_DEEPEST} levels deep", "write a flatter table"
     if isinstance(value, float) and not math.isfinite(value):

@@ -1,7 +1,8 @@
-"""Lays tables over each other, and has pydantic make a frozen dataclass of the result.
+"""Merge layers of tables, and let pydantic turn the result into a frozen dataclass.
 
-Every layer must be right in itself: a value that a later layer replaces is checked too. So pydantic reads the
-table again after each layer. A wrong value is taken out of its layer, and the value below stands in.
+Every layer must be valid: a value that a later layer replaces is checked too. So pydantic reads the merged
+table again after each layer. A wrong value is removed from its layer, and the value of the layer below is
+used.
 """
 
 import copy
@@ -13,7 +14,7 @@ from typing import Any, TypeVar
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
 from torchtitan_lite import registry
-from torchtitan_lite.config.messages import Path, refused
+from torchtitan_lite.config.messages import Path, wrong_values
 from torchtitan_lite.config.problem import Problem
 from torchtitan_lite.config.schema import choice_of, classes, field_types, plain_types
 from torchtitan_lite.config.toml import storable
@@ -23,10 +24,10 @@ _Table = dict[str, Any]
 
 
 def validate(cls: type[T], layers: Sequence[_Table], key: str = "") -> tuple[T, list[Problem]]:
-    """Lay `layers` over the defaults of `cls`, from left to right; returns the config and the problems.
+    """Merge `layers` over the defaults of `cls`, from left to right. Return the config and the problems.
 
-    `key` is where the tables stand in the user's input. The default of a section must be that of its class,
-    and the default of a choice must be its first member.
+    `key` is the place of the tables in the user's input. The default of a section must equal its class
+    without arguments. The default of a choice must be its first member.
     """
     table: _Table = {}
     problems: list[Problem] = []
@@ -40,7 +41,7 @@ def validate(cls: type[T], layers: Sequence[_Table], key: str = "") -> tuple[T, 
         problems += [one for path, one in waiting.items() if not holder(table, path) and one.key not in seen]
     assert config is not None
     problems += unchosen.values()
-    # In the order of the sections; unknown sections come first.
+    # Sort the problems by section. Problems of unknown sections come first.
     order = {section: place for place, section in enumerate(field_types(cls))}
     return config, sorted(
         problems, key=lambda one: order.get(one.key.removeprefix(key).lstrip(".").partition(".")[0], -1)
@@ -50,10 +51,10 @@ def validate(cls: type[T], layers: Sequence[_Table], key: str = "") -> tuple[T, 
 def _lay(
     cls: type[T], table: _Table, layer: _Table, key: str
 ) -> tuple[T, _Table, list[Problem], dict[Path, Problem]]:
-    """`layer` over `table`: the config, the table for the next layer, and the problems of wrong values.
+    """Merge `layer` over `table`. Return the config, the merged table and the problems of wrong values.
 
-    The last result has, by path, the problems of keys that only other members of a choice have. These keys
-    stay in the table, because a later layer may choose such a member.
+    The fourth result has, by path, the problems of keys that only other members of a choice have. These keys
+    stay in the merged table, because a later layer may choose such a member.
     """
     wrong: list[Problem] = []
     unchosen: dict[Path, Problem] = {}
@@ -66,23 +67,23 @@ def _lay(
             config = adapter(cls).validate_json(json.dumps(read))
             return config, merged, wrong, unchosen
         except ValidationError as error:
-            found = refused(cls, read, error.errors(include_url=False), key)
+            found = wrong_values(cls, read, error.errors(include_url=False), key)
         for path, problem, is_of_another_member in found:
             if is_of_another_member:
                 unchosen[path] = problem
                 continue
             if problem not in wrong:  # two layers may have the same wrong value
                 wrong.append(problem)
-            # In `table` if the range of a member that this layer has chosen is narrower.
+            # The value is in `table` if this layer has chosen a member with a narrower range.
             del (holder(layer, path) or holder(table, path))[path[-1]]
 
 
 def overlay(annotation: Any, low: Any, high: Any) -> Any:
-    """`high` laid over `low`: tables merge key by key, anything else is replaced.
+    """Return `high` merged over `low`: tables merge key by key, any other value of `high` replaces `low`.
 
-    In a choice, another tag drops the keys of `low` that the new member lacks or has with another type; keys
-    that the old member lacked too stay. In a free table, a null takes its key back, and an empty table takes
-    back everything.
+    If `high` chooses another member of a choice, the old member's keys are dropped, except keys that the new
+    member has with the same type. Keys that the old member lacks stay. In a `dict` field, a null removes its
+    key, and an empty table removes all keys.
     """
     if not isinstance(high, dict):
         return high
@@ -101,7 +102,7 @@ def overlay(annotation: Any, low: Any, high: Any) -> Any:
 
 
 def _kept(table: _Table, old: dict[str, Any], new: dict[str, Any]) -> _Table:
-    """The keys of `table`, once `old` fields become `new`: those of the same type, and those not in `old`."""
+    """Return `table` without the `old` fields that `new` lacks or has with another type."""
     return {
         name: value
         for name, value in table.items()
@@ -110,14 +111,14 @@ def _kept(table: _Table, old: dict[str, Any], new: dict[str, Any]) -> _Table:
 
 
 def holder(table: Any, path: Path) -> _Table:
-    """The table inside `table` that has the last key of `path`; empty if there is none."""
+    """Return the inner table that holds the last key of `path`, or an empty table if the key is missing."""
     for name in path[:-1]:
         table = table.get(name) if isinstance(table, dict) else None
     return table if isinstance(table, dict) and path[-1] in table else {}
 
 
 def to_toml(config: Any) -> str:
-    """The TOML that loads back to an equal `config`. None, which is always the default, is left out."""
+    """Return TOML that loads back to an equal `config`. None is left out, as it is always the default."""
     import tomli_w
 
     tables = adapter(type(config)).dump_python(config, exclude_none=True)
@@ -125,11 +126,11 @@ def to_toml(config: Any) -> str:
 
 
 def adapter(cls: type) -> Any:
-    """The pydantic adapter of a configuration class, with all members that are registered."""
+    """Return the pydantic adapter of a configuration class, with all registered members."""
     return _adapter(cls, registry.classes())
 
 
 @functools.cache
 def _adapter(cls: type, members: tuple[type, ...]) -> Any:
-    # The sections inside `cls` take over its settings, and so does the JSON schema.
+    # pydantic applies these settings also to the sections inside `cls`, and in the JSON schema.
     return TypeAdapter(with_config(ConfigDict(extra="forbid", strict=True))(cls))

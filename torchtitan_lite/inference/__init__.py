@@ -1,1 +1,1 @@
-"""Using a trained model: generate text, and measure how well the model predicts text."""
+"""Use a trained model: generate text, and measure how well the model predicts text."""

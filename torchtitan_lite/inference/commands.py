@@ -29,36 +29,43 @@ from torchtitan_lite.data import (
 )
 from torchtitan_lite.inference.evaluate import evaluate
 from torchtitan_lite.inference.generate import Sampling, generate
-from torchtitan_lite.inference.trained import KEY, Trained, build, find, lay_out_for_text, renaming_keys
+from torchtitan_lite.inference.trained import (
+    KEY,
+    Trained,
+    build,
+    find_trained,
+    lay_out_for_text,
+    renaming_keys,
+)
 from torchtitan_lite.launch.end import status_of
 from torchtitan_lite.launch.world import World, join, leave
 from torchtitan_lite.models.decoder import DecoderConfig
 from torchtitan_lite.models.registry import AnyAttention, attention_refusals
 from torchtitan_lite.training import hub
 
-_KEYS = {  # key of a run: key of eval
+_KEYS = {  # a key of the run's configuration: the option of `eval` with the same meaning
     "data.path": "data",
     "data.field": "field",
     "data.cache_dir": "cache_dir",
     "training.seq_len": "seq_len",
 }
 _SEQ_LEN = 2048
-"""Longest sample in the evaluation of a model that was not trained here, in tokens."""
+"""The longest sample, in tokens, when `eval` does not know the length of the training samples."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _OfRun:
-    """A trained model, and the parts of its run that a command needs."""
+    """The options for finding the tokenizer and the plugins of a trained model."""
 
     tokenizer: str = ""
     """File or folder of the tokenizer, if it has moved since the run."""
     plugins: tuple[str, ...] = ()
-    """The run's job.plugins: modules to import first. A checkpoint imports no module by itself."""
+    """Modules to import first: the run's job.plugins. A checkpoint imports no module by itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Use(_OfRun):
-    """How the model is computed."""
+    """The device, precision and attention backend of a model in use."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -71,7 +78,7 @@ class GenerateConfig(Sampling, _Use):
     """Continue prompts with a trained model: torchtitan-lite generate RUN_OR_STEP --prompt "Once upon" """
 
     prompt: Annotated[tuple[str, ...], Field(min_length=1, examples=["some text"])] = ("",)
-    """Texts to continue, all at once: one after the other, or a JSON list."""
+    """Texts to continue together: several arguments, or one JSON list."""
     max_new_tokens: Annotated[int, Field(ge=1, le=2**20, examples=[128])] = 128
 
 
@@ -80,13 +87,13 @@ class EvalConfig(_Use):
     """Measure how well a trained model predicts text: torchtitan-lite eval RUN_OR_STEP --data FILE"""
 
     data: str = ""
-    """A text file, a .jsonl file, a folder of either, or "python_stdlib". Empty: the run's held-out text."""
+    """A text file, a .jsonl file, a folder of such files, or "python_stdlib". Empty: the held-out text."""
     field: str = "text"
     """Key of the text in the JSON objects of a .jsonl file."""
     seq_len: Annotated[int, Field(ge=0)] = 0
-    """Tokens of a sample; 0: as in the run's training."""
+    """Tokens of a sample. 0: as many as in the run's training."""
     cache_dir: str = ""
-    """Folder for the tokens of the text; empty: as in training."""
+    """Folder for the tokens of the text. Empty: the same folder as in training."""
     batch_size: Annotated[int, Field(ge=1)] = 8
 
 
@@ -95,7 +102,7 @@ class ExportConfig(_OfRun):
     """Write a trained model for transformers and others: torchtitan-lite export-hf RUN_OR_STEP --out DIR"""
 
     out: str = ""
-    """The new folder."""
+    """The folder to write, new or empty."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Precision of the weights."""
 
@@ -105,18 +112,18 @@ class ImportConfig:
     """Turn a Hugging Face model into a step, to start runs with: torchtitan-lite import-hf PATH --out DIR"""
 
     out: str = ""
-    """The new folder, for checkpoint.initial_load_path."""
+    """The folder to write, new or empty. Pass it to a run as checkpoint.initial_load_path."""
 
 
 def run(command: str, argv: Sequence[str]) -> int:
-    """Run a command with the words `argv` that follow it; return the exit status."""
+    """Run `command` with its arguments `argv`, and return the exit status."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a model may generate any character
     options, act = _COMMANDS[command]
     path = argv[0] if argv and not argv[0].startswith("-") else ""
     try:
         act(path, _read(options, command, path, argv[1:] if path else argv))
-    except BaseException as error:  # noqa: BLE001 - raised again unless it is an end that a line explains
+    except BaseException as error:  # noqa: BLE001 - status_of raises it again unless one line explains it
         return status_of(error)
     return 0
 
@@ -124,8 +131,8 @@ def run(command: str, argv: Sequence[str]) -> int:
 def _read(options: type, command: str, path: str, argv: Sequence[str]) -> Any:
     """Return a command's options from `argv`.
 
-    Raises ConfigError if the options are wrong, if `path` is empty, and if torchrun has started several
-    processes of a command that needs one.
+    Raises ConfigError if the options are wrong, if `path` is empty, or if torchrun has started several
+    processes of a command that needs only one process.
     """
     n_ranks = os.environ.get("WORLD_SIZE", "1")
     if command != "generate" and n_ranks != "1":
@@ -143,7 +150,7 @@ def _read(options: type, command: str, path: str, argv: Sequence[str]) -> Any:
 
 
 def _out_problems(config: object, *_: object) -> list[Problem]:
-    """An output folder that is not named, or that is not empty, if the command writes one."""
+    """Return a problem if the command writes a folder and the folder has no name, or is not empty."""
     if not isinstance(config, ExportConfig | ImportConfig):
         return []
     if not config.out:
@@ -162,13 +169,13 @@ def _generate(path: str, config: GenerateConfig) -> None:
     world = join(device.type)
     ranks = world.saving
     try:
-        trained = find(path, ranks, config.tokenizer)
+        trained = find_trained(path, ranks, config.tokenizer)
         _check(trained.config, config.attention, device, dtype)
         model = build(trained, attention=config.attention, device=device, dtype=dtype, ranks=ranks)
         if device.type == "cpu" and world.size == 1:
             lay_out_for_text(model, len(config.prompt))
         tokenizer = trained.tokenizer
-        # An empty prompt becomes the end of a document, so that a new one begins.
+        # An empty prompt becomes the token that ends a document, so that a new document begins.
         prompts = [tokenizer.encode(text).tolist() or [tokenizer.eos_id] for text in config.prompt]
         generate(
             model,
@@ -185,7 +192,7 @@ def _generate(path: str, config: GenerateConfig) -> None:
 
 
 class _Stream:
-    """Prints the texts while they grow, in order: a text waits until those before it have ended."""
+    """A printer of texts while they grow. It shows a text once all texts before it have ended."""
 
     def __init__(self, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]]) -> None:
         self._tokenizer = tokenizer
@@ -194,7 +201,7 @@ class _Stream:
         self._show()
 
     def __call__(self, tokens: Sequence[int | None]) -> None:
-        """Take the next token of every text; None if the text has ended."""
+        """Append one token to each text. A token is None if its text has ended."""
         for row, token in enumerate(tokens):
             if token is None:
                 self._ended[row] = True
@@ -206,7 +213,7 @@ class _Stream:
         while self._row < len(self._tokens):
             ended = self._ended[self._row]
             text = self._tokenizer.decode(self._tokens[self._row])
-            # A character may need several tokens: until they are complete, the text ends with replacements.
+            # A character may need several tokens. Until then the text ends with replacement characters.
             end = len(text) if ended else len(text.rstrip("\N{REPLACEMENT CHARACTER}"))
             if end > self._n_shown:
                 print(text[self._n_shown : end], end="", flush=True)
@@ -219,7 +226,7 @@ class _Stream:
 
 def _eval(path: str, config: EvalConfig) -> None:
     device, dtype = _placement(config)
-    trained = find(path, World(), config.tokenizer)
+    trained = find_trained(path, World(), config.tokenizer)
     _check(trained.config, config.attention, device, dtype)
     split = _text(config, trained)
     longest = min(trained.config.max_seq_len, _SEQ_LEN)
@@ -234,7 +241,7 @@ def _eval(path: str, config: EvalConfig) -> None:
 
 
 def _text(config: EvalConfig, trained: Trained) -> Split:
-    """The text to evaluate on: all of `config.data`, or the held-out text of the run."""
+    """Return the text to evaluate on: all of `config.data`, or if unset, the run's held-out text."""
     if config.data:
         with renaming_keys(_KEYS):
             return prepare(_named_data(config), trained.tokenizer).train
@@ -247,19 +254,22 @@ def _text(config: EvalConfig, trained: Trained) -> Split:
 
 
 def _saved_data(config: EvalConfig, saved: object, where: str) -> DataConfig | None:
-    """The data section of the run, from the config `saved` in the step at `where`; None if there is none."""
+    """Return the data config of a run from `saved`, its `[data]` table, or None if there is no such table.
+
+    `where` is the folder of the step that holds the table, for error messages.
+    """
     if not isinstance(saved, dict) or not isinstance(name := saved.get("dataset"), str):
         return None
     if name not in registry.datasets.members:
         rule = f'was trained on the dataset "{name}", which is not registered'
         raise ConfigError([Problem(KEY, where, rule, "name the module that has it with --plugins")])
-    # Keys that the dataset does not have come from another version: ignore them.
+    # Ignore keys that the dataset does not have: another version of it wrote them.
     data, _ = validate(registry.datasets.members[name], [saved])
     return replace(data, cache_dir=config.cache_dir or data.cache_dir)
 
 
 def _named_data(config: EvalConfig) -> DataConfig:
-    """The data section for `config.data`, all of whose text is used."""
+    """Return a data config that reads all of the text in `config.data`."""
     common: dict[str, Any] = {"validation_fraction": 0.0, "cache_dir": config.cache_dir}
     if config.data == "python_stdlib":
         return PythonStdlib(**common)
@@ -273,7 +283,7 @@ def _named_data(config: EvalConfig) -> DataConfig:
 
 
 def _export(path: str, config: ExportConfig) -> None:
-    trained = find(path, World(), config.tokenizer)
+    trained = find_trained(path, World(), config.tokenizer)
     out = Path(os.path.expanduser(config.out)).absolute()
     with _reporting_os_errors(config.out), refusing_bad_step(KEY, path):
         hub.export(trained.found, trained.tokenizer, out, config.dtype)
@@ -291,7 +301,7 @@ def _import(path: str, config: ImportConfig) -> None:
 
 @contextmanager
 def _reporting_os_errors(out: str) -> Iterator[None]:
-    """Turn an OSError raised inside into a ConfigError about the folder `out`."""
+    """A context manager: an OSError inside becomes a ConfigError about the folder `out`."""
     try:
         yield
     except OSError as error:
@@ -300,7 +310,7 @@ def _reporting_os_errors(out: str) -> Iterator[None]:
 
 
 def _placement(config: GenerateConfig | EvalConfig) -> tuple[torch.device, torch.dtype]:
-    """The device and the precision that the options come to here."""
+    """Return the torch device and dtype for the options of a command, with "auto" resolved."""
     if config.device == "cuda" and not torch.cuda.is_available():
         rule, remedy = "is not available, as torch finds no GPU", 'use "cpu" or "auto"'
         raise ConfigError([Problem("device", config.device, rule, remedy)])
@@ -313,7 +323,7 @@ def _placement(config: GenerateConfig | EvalConfig) -> tuple[torch.device, torch
 def _check(
     config: DecoderConfig, attention: AttentionConfig, device: torch.device, dtype: torch.dtype
 ) -> None:
-    """Raise ConfigError if the attention backend cannot run this model here."""
+    """Raise ConfigError if `attention` cannot run this model on `device` in `dtype`."""
     refused = attention_refusals(attention, config, device=device.type, dtype=dtype)
     if refused:
         raise ConfigError(
@@ -327,4 +337,4 @@ _COMMANDS: dict[str, tuple[type, Callable[[str, Any], None]]] = {
     "export-hf": (ExportConfig, _export),
     "import-hf": (ImportConfig, _import),
 }
-"""The options of each command, and the function that does its work."""
+"""The options class of each command, and the function that runs the command."""

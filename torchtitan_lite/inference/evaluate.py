@@ -1,4 +1,4 @@
-"""How well a trained model predicts a text."""
+"""Measure how well a trained model predicts a text."""
 
 import math
 from collections.abc import Iterator
@@ -15,30 +15,33 @@ from torchtitan_lite.training.validation import mean_loss
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """The loss on a text, and the usual measures that follow from it."""
+    """The loss of a model on a text, and the measures computed from the loss."""
 
     loss: float
-    """Nats per token. The tokens that end documents count too."""
+    """The mean loss, in nats per token. The tokens that end documents count too."""
     n_tokens: int
     n_bytes: int
 
     @property
     def perplexity(self) -> float:
-        """Per token."""
+        """The perplexity per token."""
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
     @property
     def bits_per_byte(self) -> float:
-        """Per byte of the UTF-8 text. The first token of a document, not predicted, counts as the mean."""
+        """The loss in bits per byte of the UTF-8 text.
+
+        The first token of a document is never predicted, so it counts with the mean loss.
+        """
         return self.loss * self.n_tokens / self.n_bytes / math.log(2)
 
 
 @torch.inference_mode()
 def evaluate(model: Decoder, split: Split, *, seq_len: int, batch_size: int, rest: bool = True) -> Evaluation:
-    """The mean loss of `model` over the tokens of `split`, cut into samples of `seq_len` tokens.
+    """Measure the loss of `model` on the tokens of `split`, cut into samples of `seq_len` tokens.
 
-    A token sees only tokens of its own sample. `rest`: also measure the last, shorter sample; without this
-    sample the loss is that of a validation during training.
+    A token attends only to tokens of its own sample. With `rest`, the last, shorter sample counts too.
+    Without `rest`, the loss is the same as that of a validation during training.
     """
 
     def loss_of(batch: Batch) -> tuple[Tensor, Tensor]:
@@ -57,7 +60,7 @@ def evaluate(model: Decoder, split: Split, *, seq_len: int, batch_size: int, res
 
 
 def _last(split: Split, n_tokens: int) -> Split:
-    """The last `n_tokens` tokens of a split."""
+    """Return a split of the last `n_tokens` tokens of `split`."""
     start = split.n_tokens - n_tokens
     offsets = np.concatenate(([0], split.offsets[split.offsets > start] - start))
     return replace(split, tokens_T=split.tokens_T[start:], offsets=offsets)

@@ -1,6 +1,7 @@
-"""Text from a model: the prompts in one forward, then token by token, with cached keys and values.
+"""Generate text: one forward for all prompts, then one per token, with cached keys and values.
 
-B batch, S tokens of a forward, T tokens so far (with padding), G key/value heads, K head dim, V vocab.
+B batch, S tokens of a forward, T tokens so far (with padding), H query heads, G key/value heads, K head dim,
+V vocab.
 
 Shorter prompts are padded on the left, so that all rows end together. Padding has position -1, and no token
 attends to it. The mask of a forward has S queries and T keys, aligned at their ends.
@@ -20,19 +21,19 @@ from torchtitan_lite.models.decoder import Decoder
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How a token is drawn from the logits."""
+    """The rules for drawing a token from the logits."""
 
     temperature: Annotated[float, Field(ge=0)] = 0.0
-    """The logits are divided by this number; 0: always the likeliest token."""
+    """The number that divides the logits. 0: always the likeliest token."""
     top_k: Annotated[int, Field(ge=0)] = 0
-    """Draw from this many of the likeliest tokens; 0: from all."""
+    """Draw from this many of the likeliest tokens. 0: from all tokens."""
     top_p: Annotated[float, Field(gt=0, le=1, examples=[1.0])] = 1.0
-    """Draw from the likeliest tokens that together have this probability."""
+    """Draw from the fewest likeliest tokens that together have at least this probability."""
     seed: Annotated[int, Field(ge=0)] = 0
 
 
 class Cached(nn.Module):
-    """An inner attention that keeps keys and values for later forwards."""
+    """A wrapper of an attention module that keeps keys and values for later forwards."""
 
     def __init__(self, attend: nn.Module, n_tokens: int) -> None:
         super().__init__()
@@ -54,21 +55,24 @@ class Cached(nn.Module):
 
 @dataclass(frozen=True)
 class Newest:
-    """The share of a forward: the last tokens of a sequence. Keys and values of the others are cached."""
+    """The tokens of one forward: the last `n_tokens` of a sequence. Earlier keys and values are cached."""
 
     n_tokens: int
 
     def queries(self, seq_len: int) -> Ranges:
-        """The ranges of these tokens in the sequence."""
+        """Return the range of the last `n_tokens` tokens in a sequence of `seq_len` tokens."""
         return ((seq_len - self.n_tokens, seq_len),)
 
     def shard(self, x_BS: Tensor) -> Tensor:
-        """The part of `x_BS` that belongs to these tokens."""
+        """Return the last `n_tokens` columns of `x_BS`."""
         return x_BS[:, -self.n_tokens :]
 
 
 class Cache:
-    """A batch of sequences that grow together. A context manager: on exit the model is restored."""
+    """A batch of sequences that grow together.
+
+    A context manager: inside, the attention of `model` keeps keys and values. On exit the model is restored.
+    """
 
     def __init__(self, model: Decoder, n_rows: int, n_tokens: int) -> None:
         self.model, self.n_tokens, self.n_so_far = model, n_tokens, 0
@@ -85,7 +89,7 @@ class Cache:
 
     @torch.inference_mode()
     def step(self, tokens_BS: Tensor, is_token_BS: Tensor) -> Tensor:
-        """The logits [B, V] after appending tokens to every row; `is_token_BS` is False for padding."""
+        """Append tokens to every row, and return new logits [B, V]. `is_token_BS` is False for padding."""
         start, end = self.n_so_far, self.n_so_far + tokens_BS.shape[1]
         counted = is_token_BS.long()
         positions_BS = torch.where(is_token_BS, self.next_B[:, None] + counted.cumsum(1) - 1, -1)
@@ -107,10 +111,10 @@ def generate(
     sampling: Sampling = Sampling(),
     on_tokens: Callable[[list[int | None]], Any] = lambda tokens: None,
 ) -> list[list[int]]:
-    """The tokens that follow each prompt: at most `max_new_tokens`, and up to one of `stop_ids`.
+    """Return the tokens that follow each prompt: at most `max_new_tokens`, before the first of `stop_ids`.
 
-    `on_tokens` receives the next token of every row as soon as it is drawn, or None if the row's text has
-    ended. The last call has None for every row.
+    `on_tokens` is called with the next token of every row as soon as the tokens are drawn. A token is None if
+    the row's text has ended. In the last call all tokens are None.
     """
     longest = max(map(len, prompts))
     tokens_BS = torch.zeros(len(prompts), longest, dtype=torch.int64)

@@ -23,7 +23,7 @@ from torchtitan_lite.training.record import pieces
 
 KEY = "RUN_OR_STEP"
 _SMALL = 2**19
-"""Numbers in a weight that is small."""
+"""The most elements of a weight that counts as small."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,10 +35,11 @@ class Trained:
     tokenizer: Tokenizer
 
 
-def find(path: str, ranks: World, tokenizer: str = "") -> Trained:
-    """The step in `path`, or the newest step if `path` is the folder of a run. All bytes are verified.
+def find_trained(path: str, ranks: World, tokenizer: str = "") -> Trained:
+    """Return the trained model of the step in `path`, or of the newest step if `path` is a run's folder.
 
-    `tokenizer` names the tokenizer if it has moved since the run. Raises ConfigError.
+    All bytes of the step are verified. `tokenizer` names the tokenizer if it has moved since the run. Raises
+    ConfigError if the step is missing or damaged, or if the tokenizer is not found or does not fit.
     """
     found = find_initial(path, ranks, KEY)
     with refusing_bad_step(KEY, path):
@@ -50,7 +51,7 @@ def find(path: str, ranks: World, tokenizer: str = "") -> Trained:
 
 @contextmanager
 def renaming_keys(keys: Mapping[str, str]) -> Iterator[None]:
-    """Translate the keys in errors raised inside, from those of a run to those of a command."""
+    """A context manager: a ConfigError inside is raised again, with its keys replaced as `keys` says."""
     try:
         yield
     except ConfigError as error:
@@ -58,7 +59,11 @@ def renaming_keys(keys: Mapping[str, str]) -> Iterator[None]:
 
 
 def _tokenizer(found: Found, given: str) -> Tokenizer:
-    """The tokenizer with the fingerprint of the step: `given`, beside the step, or where the run found it."""
+    """Return the tokenizer whose fingerprint the step has.
+
+    The tokenizer is read from `given`. If `given` is empty, it is searched beside the step and at the place
+    where the run found it.
+    """
     wanted = found.state.identity.get("data.tokenizer_fingerprint")
     saved = found.state.config.get("tokenizers")
     options, _ = validate(registry.tokenizers.section, [saved] if isinstance(saved, dict) else [])
@@ -78,7 +83,7 @@ def _tokenizer(found: Found, given: str) -> Tokenizer:
     rule = f"is not beside {found.folder}, nor where its run found it"
     remedy = "name its file or folder with --tokenizer"
     plugins = settings.get("job.plugins")
-    if plugins and isinstance(plugins, list):  # only the user decides what is imported
+    if plugins and isinstance(plugins, list):  # a hint only, because the user alone decides what is imported
         remedy += f", or its module with --plugins {' '.join(map(str, plugins))}"
     raise ConfigError([Problem("tokenizer", given, rule, remedy)])
 
@@ -91,9 +96,9 @@ def build(
     dtype: torch.dtype,
     ranks: World,
 ) -> Decoder:
-    """The model, for inference: weights in `dtype`, split over all ranks.
+    """Return the model for inference, with weights in `dtype`, split over all ranks by tensor parallel.
 
-    Raises ConfigError if the number of ranks does not divide what they split.
+    Raises ConfigError if the number of ranks does not divide the model's sizes.
     """
     sizes = trained.config.splits
     if wrong := [name for name in sizes if sizes[name] % ranks.size]:
@@ -104,7 +109,7 @@ def build(
     with torch.device("meta"):
         model = replace(trained.config, attention=attention).build(compute_dtype=dtype)
     if len(stored) == 1:
-        model.to(stored.pop())  # a last step with only the model may have another precision
+        model.to(stored.pop())  # the last step of a run may store only the model, in another precision
     if ranks.size > 1:
         mesh = init_device_mesh(device.type, (ranks.size,))
         apply_tensor_parallel_to_predict(model, mesh)
@@ -116,7 +121,7 @@ def build(
 def lay_out_for_text(model: nn.Module, n_rows: int) -> None:
     """Store weights transposed in memory where a CPU then multiplies `n_rows` tokens faster.
 
-    That is always so for one row, and for small weights with several rows: see benchmarks/generate.py.
+    It is faster for one row, and with several rows for small weights: see benchmarks/generate.py.
     """
     for module in model.modules():
         if isinstance(module, nn.Linear) and (n_rows == 1 or module.weight.numel() <= _SMALL):

@@ -1,7 +1,7 @@
-"""From a family's name, a flavor and overrides to a `DecoderConfig`.
+"""Turn the name of a model family, a flavor and overrides into a `DecoderConfig`.
 
-A flavor is a size, alone or with a suffix that names an attention backend: `8B`, `8B_flex`, `8B_varlen`. With
-the name `hf`, the flavor is a folder that holds a config.json of Hugging Face, with or without such a suffix.
+A flavor is a size, with or without a suffix that names an attention backend: `8B`, `8B_flex`, `8B_varlen`.
+With the name `hf`, the flavor is a folder with a config.json of Hugging Face. It may have a suffix too.
 """
 
 import copy
@@ -22,14 +22,14 @@ from torchtitan_lite.models import huggingface, llama3, qwen3
 from torchtitan_lite.models.decoder import DecoderConfig
 from torchtitan_lite.models.presets import Family
 
-# Attention knows nothing of the registry, so that it can be used without the rest.
+# The attention package does not import the registry, so that it can be used alone.
 for backend in BACKENDS:
     registry.attentions.register(backend)
 registry.families.register(Family(name="llama3", presets=llama3.PRESETS))
 registry.families.register(Family(name="qwen3", presets=qwen3.PRESETS))
 
 AnyAttention = Annotated[AttentionConfig, registry.attentions]
-"""An attention backend as a key of a configuration: any that is registered."""
+"""The annotation of a configuration key that takes any registered attention backend."""
 
 
 class _Families(Mapping[str, Mapping[str, DecoderConfig]]):
@@ -44,9 +44,9 @@ class _Families(Mapping[str, Mapping[str, DecoderConfig]]):
 
 
 families = _Families()
-"""Presets by family and size, of all families that are registered."""
+"""The presets of all registered model families: the name of a family, then a size, then the config."""
 DEFAULT_FAMILY = "qwen3"
-"""The family of a configuration that names none."""
+"""The model family of a configuration that names no family."""
 FOLDER = "hf"
 """The name of a model whose flavor is a folder with a config.json."""
 
@@ -57,7 +57,7 @@ _REFUSED_KEYS = {
     "deterministic": "debug.deterministic",
     **{name: f"{_OVERRIDES}.{name}" for name in ("head_dim", "n_heads", "sliding_window")},
 }
-"""The keys of the values that an attention backend is checked against, other than its own options."""
+"""The configuration key of each refusal that is not about an option of the attention backend itself."""
 _SDPA: dict[str, Any] = {"kind": "sdpa"}
 _SUFFIXES: dict[str, dict[str, Any]] = {
     "_flex": {"kind": "flex"},
@@ -67,12 +67,12 @@ _SUFFIXES: dict[str, dict[str, Any]] = {
 
 
 def flavors(name: str) -> list[str]:
-    """All flavors of a family: every size, alone and with every suffix."""
+    """Return all flavors of a family: every size, without a suffix and with every suffix."""
     return [size + suffix for size in families[name] for suffix in ("", *_SUFFIXES)]
 
 
 def split_flavor(flavor: str) -> tuple[str, dict[str, Any] | None]:
-    """The size of a flavor, and the attention table that its suffix stands for (None without a suffix)."""
+    """Return the size in a flavor, and the attention table that its suffix means (None without a suffix)."""
     for suffix, attention in _SUFFIXES.items():
         if flavor.endswith(suffix):
             return flavor.removesuffix(suffix), copy.deepcopy(attention)
@@ -80,19 +80,18 @@ def split_flavor(flavor: str) -> tuple[str, dict[str, Any] | None]:
 
 
 def own_attention(flavor: str) -> AttentionConfig:
-    """The attention of a flavor: that of its suffix, otherwise SDPA."""
+    """Return the attention that the suffix of a flavor means, or SDPA without a suffix."""
     table = dict(split_flavor(flavor)[1] or _SDPA)
     return registry.attentions.members[table.pop("kind")](**table)
 
 
-def settle_model(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """`layers` of a configuration, changed in place, with what the short forms in `model` stand for.
+def expand_model(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Write out the short forms in `model`. Return new layers. The given `layers` are changed too.
 
-    - The attention of a flavor comes below what the same layer says of `model.attention`. A flavor with a
-      suffix takes back what earlier layers say of the attention.
-    - If the flavor does not exist, nobody knows the kind of an attention table without `kind`, so such tables
-      are emptied.
-    - A null for `rope_scaling` becomes a scaling by 1, which undoes that of the flavor.
+    - SDPA comes below all layers. A flavor's suffix becomes a `model.attention` below the flavor's layer, and
+      drops the `model.attention` of earlier layers.
+    - If the flavor does not exist, an attention table without `kind` has no known kind, and is emptied.
+    - A null for `rope_scaling` becomes a scaling by 1, which undoes the flavor's scaling.
     """
     for layer in layers:
         overrides = holder(layer, ("model", "overrides", "rope_scaling"))
@@ -104,17 +103,17 @@ def settle_model(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for model in (holder(layer, ("model", "attention")) for layer in layers):
             model["attention"] = {}
         return [{"model": {"attention": _SDPA}}, *layers]
-    settled: list[dict[str, Any]] = [{"model": {"attention": _SDPA}}]
+    expanded: list[dict[str, Any]] = [{"model": {"attention": _SDPA}}]
     for layer in layers:
         said = last_said([layer], "model.flavor")
         if isinstance(said, str) and (own := split_flavor(said)[1]):
-            settled += [{"model": {"attention": None}}, {"model": {"attention": own}}]
-        settled.append(layer)
-    return settled
+            expanded += [{"model": {"attention": None}}, {"model": {"attention": own}}]
+        expanded.append(layer)
+    return expanded
 
 
 def _exists(name: object, flavor: object) -> bool:
-    """Whether the kind of the flavor's own attention is known. Validation refuses what is no text."""
+    """Return True if the flavor's kind of attention is known. Validation refuses a non-string flavor."""
     if name == FOLDER or not isinstance(flavor, str) or split_flavor(flavor)[1] is not None:
         return True
     return isinstance(name, str) and flavor in families.get(name, {})
@@ -129,7 +128,7 @@ def attention_problems(
     deterministic: bool,
     is_compiled: bool,
 ) -> list[Problem]:
-    """The problems of a run's attention: `attention_refusals`, and a kernel that no compiled block has."""
+    """Return the problems of a run's attention: its refusals, and a block size that compile cannot use."""
     found = []
     options: dict[str, Any] = {"device": device, "dtype": dtype, "deterministic": deterministic}
     for name, value, rule, remedy in attention_refusals(attention, decoder, **options):
@@ -151,7 +150,10 @@ def attention_refusals(
     dtype: torch.dtype,
     deterministic: bool = False,
 ) -> list[Refusal]:
-    """Why `attention` cannot run in `decoder` on "cpu" or "cuda"; None: only its options are judged."""
+    """Return the reasons why `attention` cannot run in `decoder` on the device "cpu" or "cuda".
+
+    If `decoder` is None, only the options of `attention` are checked.
+    """
     if decoder is None:
         return attention.option_refusals(device)
     return refusals(
@@ -167,7 +169,7 @@ def attention_refusals(
 
 
 def true_flavor(flavor: str, attention: AttentionConfig) -> str:
-    """`flavor` without its suffix if that does not stand for `attention`, so that the name is never wrong."""
+    """Return `flavor`, without its suffix if `attention` is not the attention that the suffix means."""
     size, own = split_flavor(flavor)
     chosen = {name: getattr(attention, name, None) for name in own or {}}
     return flavor if own is None or overlay(None, chosen, own) == chosen else size
@@ -179,10 +181,10 @@ def resolve(
     attention: AttentionConfig | None = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> DecoderConfig:
-    """The config of a flavor with `overrides` of its fields; None as `attention` is the flavor's own.
+    """Return the config of a flavor with `overrides` of its fields. By default `attention` is the flavor's.
 
-    Raises ConfigError with every problem: an unknown name or flavor, overrides that are unknown, of the wrong
-    type or out of range.
+    Raises ConfigError with every problem: an unknown name or flavor, or overrides that are unknown, of the
+    wrong type or out of range.
     """
     config, problems = read(name, flavor, attention, overrides)
     if config is None or problems:
@@ -196,12 +198,12 @@ def read(
     attention: AttentionConfig | None = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> tuple[DecoderConfig | None, list[Problem]]:
-    """The config as `resolve` returns it, or None without such a flavor, and all problems.
+    """Return the config that `resolve` returns, and all problems. The config is None for an unknown flavor.
 
-    The flavor's value stands in for a wrong override.
+    A wrong override is ignored, so the config has the flavor's value.
     """
     preset, problems = _preset(name, split_flavor(flavor)[0], flavor)
-    # Any preset shows what is wrong with the overrides themselves.
+    # If the flavor is unknown, the overrides are still checked, on another preset.
     base, overrides = preset or qwen3.PRESETS["debugmodel"], dict(overrides or {})
     if "attention" in overrides:
         value, remedy = overrides.pop("attention"), "set model.attention"
@@ -226,9 +228,9 @@ def _preset(name: str, size: str, flavor: str) -> tuple[DecoderConfig | None, li
 
 
 def config_class(architecture: str) -> type[DecoderConfig] | None:
-    """The class of the decoders of an architecture; None if no family has it.
+    """Return the config class of the decoders with this `architecture`, or None if no family has any.
 
-    Raises ConfigError if several classes have it.
+    Raises ConfigError if several classes have the architecture.
     """
     configs = [config for sizes in families.values() for config in sizes.values()]
     found = {type(config) for config in configs if config.architecture == architecture}

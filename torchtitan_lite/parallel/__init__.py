@@ -1,1 +1,1 @@
-"""What is done to the finished single-device model from outside, and in which order."""
+"""Parallelism, recompute and compile, applied from outside to the finished single-device model."""

@@ -19,20 +19,20 @@ from torchtitan_lite.parallel.tensor import apply_tensor_parallel, check_readers
 
 @dataclass(frozen=True, kw_only=True)
 class CompileConfig:
-    """Whether and how the model is compiled."""
+    """The options for compiling the model."""
 
     enable: bool = False
-    """Compile each block with torch.compile: slow to start, faster after."""
+    """Compile each block with torch.compile. The start is slower, and the steps are faster."""
     backend: str = "inductor"
     """Backend of torch.compile."""
 
     @property
     def uses_inductor(self) -> bool:
-        """Whether the model is compiled by inductor."""
+        """True if inductor compiles the model."""
         return self.enable and self.backend == "inductor"
 
     def problems(self, key: str, device: str | None = None) -> list[Problem]:
-        """A backend that torch does not list, or no compiler for `device` (None: not known)."""
+        """Return a problem if torch lacks the backend, or if the device "cpu" has no C++ compiler."""
         if not self.enable:
             return []
         known = torch.compiler.list_backends(exclude_tags=())
@@ -60,11 +60,11 @@ def apply(
     compile: CompileConfig = _EAGER,
     offload: bool = False,
 ) -> ContextParallel:
-    """Change `model` in place, on any device, and return the context parallelism of its sequences.
+    """Change `model` in place, on any device. Return how its sequences are split by context parallel.
 
-    1. Tensor parallel rewrites the projections; every later step finds them rewritten.
-    2. Context parallel wraps the inner attention, whose heads are now this rank's share.
-    3. Recompute wraps a block's forward, exchanges included.
+    1. Tensor parallel rewrites the projections. Every later step finds them rewritten.
+    2. Context parallel wraps the attention of each block, which now has only this rank's heads.
+    3. Recompute wraps a block's forward, including its exchanges between ranks.
     4. Compile freezes a block, so it comes after every change inside the block. Each block is compiled
        alone, so that all blocks share one graph and the head's chunked loss stays eager.
     5. FSDP acts around the call of a block, and shards this rank's share of the weights.
@@ -100,7 +100,7 @@ def apply(
 
 
 def model_problems(config: DecoderConfig, degrees: Degrees) -> list[Problem]:
-    """Problems of another family's model: parameters without a row, and modules that cannot read a share."""
+    """Return the problems of a plugin's model: parameters that `rows` lacks, modules that cannot be split."""
     try:
         with torch.device("meta"):
             model = config.build()
@@ -112,7 +112,7 @@ def model_problems(config: DecoderConfig, degrees: Degrees) -> list[Problem]:
 
 
 def compile_attention(config: CompileConfig, model: DecoderConfig, device: str) -> None:
-    """Compile the attention kernel for CPUs, if inductor compiles the run; other runs use torch's kernel."""
+    """Compile the attention kernel for CPUs if inductor compiles the run. Other runs use torch's kernel."""
     if device == "cpu":
         forget_kernels()  # kernels of an earlier trainer in this process
         if config.uses_inductor:
@@ -128,7 +128,7 @@ def plan(
     compile: CompileConfig,
     offload: bool,
 ) -> list[str]:
-    """The changes of `apply` to a `model` of this config, as lines of text; needs no ranks."""
+    """Return lines of text on what `apply` does to a model of the config `model`. No rank need be running."""
     axes = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, degrees.sizes, strict=True))
     total, tp = model.n_params, degrees.tensor
     largest = sum(
@@ -168,7 +168,7 @@ def plan(
 
 
 def _projection_words(model: DecoderConfig) -> str:
-    """The matrices that tensor parallel splits by columns of the product, and by rows."""
+    """Return the names of the matrices that tensor parallel splits by columns, and by rows, as text."""
     words = []
     for dim, way in ((0, "by columns"), (1, "by rows")):
         rows = [row for row in model.rows.values() if row.group == "matrix" and row.shard_dim == dim]
@@ -178,7 +178,7 @@ def _projection_words(model: DecoderConfig) -> str:
 
 
 def _largest_shard(shape: torch.Size, dim: int | None, degrees: Degrees) -> int:
-    """The number of elements in the largest shard of a parameter that tensor parallel splits along `dim`."""
+    """Return the number of elements in a parameter's largest shard. Tensor parallel splits along `dim`."""
     sizes = list(shape)
     if dim is not None:
         sizes[dim] //= degrees.tensor
@@ -187,6 +187,9 @@ def _largest_shard(shape: torch.Size, dim: int | None, degrees: Degrees) -> int:
 
 
 def _refuse_to_predict(model: torch.nn.Module, args: tuple, kwargs: dict) -> None:
-    """A hook that refuses logits: the last token of a row is on one rank only, or the vocabulary is split."""
+    """Raise AssertionError if a forward of a split model has no labels, and so would return logits.
+
+    Only one rank has the last token of a row (cp), or each rank has only a part of the vocabulary (tp).
+    """
     labels = args[3] if len(args) > 3 else kwargs.get("labels_BS")
     assert labels is not None, "a model split by tp or cp has a loss, and no logits"

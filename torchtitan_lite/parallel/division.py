@@ -1,4 +1,4 @@
-"""Checks that the degrees of the mesh divide heads, widths, the vocabulary and the sequence."""
+"""Check that the degrees of the mesh divide heads, widths, the vocabulary and the sequence."""
 
 from dataclasses import replace
 from math import ceil, gcd, lcm
@@ -18,7 +18,7 @@ _SPLIT_SEQUENCES = (
 
 
 class Division:
-    """The section `[parallelism]`, and the sizes of a run that its degrees must divide.
+    """The degrees in the section `[parallelism]`, and the sizes of a run that the degrees must divide.
 
     `decoder` is a `DecoderConfig`, or None if the model is not known.
     """
@@ -29,7 +29,7 @@ class Division:
         tensor, context = parallelism.tensor_parallel_degree, parallelism.context_parallel_degree
         self.sizes: dict[str, int] = decoder.splits if decoder else {}
         self.undivided = [name for name, size in self.sizes.items() if size % tensor]
-        # A degree that is refused counts as 1, so that the other checks stand alone.
+        # A tensor parallel degree that is wrong counts as 1, so that the other checks are independent.
         self.tensor = 1 if self.undivided else tensor
         self.heads = self.sizes.get(decoder.dealt_by_ulysses, 0) // self.tensor if decoder else 0
         is_ulysses = parallelism.context_parallel_method == "ulysses"
@@ -40,7 +40,7 @@ class Division:
         self.unit = context * lcm(self.n_chunks, self.tensor)
 
     def problems(self) -> list[Problem]:
-        """The degrees that do not divide evenly, for any number of ranks."""
+        """Return a problem for each degree that does not divide the model's sizes or the sequence."""
         found = []
         reads = tuple(f"model.overrides.{name}" for name in self.sizes)
         if self.undivided:
@@ -68,7 +68,7 @@ class Division:
         return found
 
     def _sequence_rule(self) -> tuple[str, str]:
-        """The rule that the length of the sequence breaks, and the remedy."""
+        """Return the rule that the length of the sequence breaks, and the remedy."""
         degree, degrees = self.parallelism.context_parallel_degree, []
         if degree > 1:
             balanced = " (headtail)" if self.n_chunks > 1 else ""
@@ -85,12 +85,12 @@ class Division:
         return f"is not a multiple of {self.unit}, as {' and '.join(degrees)} {ask}", remedy
 
     def _better_degrees(self, name: str, whole: int) -> str:
-        """The remedy: the degrees that divide `whole`, and if possible everything else too."""
+        """Return the remedy: values of the degree `name` that divide `whole`, and if possible all sizes."""
         divisors = [n for n in range(1, min(whole, _MOST_TRIED) + 1) if whole % n == 0]
         return f"use {either([n for n in divisors if self._suits(**{name: n})] or divisors)}"
 
     def _suits(self, **changes: object) -> bool:
-        """True if the changed degrees divide everything and suit the number of ranks."""
+        """Return True if the degrees, after `changes`, divide all sizes and suit the number of ranks."""
         mesh: Any = replace(self.parallelism, **changes)
         if mesh.problems("parallelism", self.world_size):
             return False

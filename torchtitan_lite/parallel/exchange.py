@@ -16,28 +16,28 @@ _reduce_scatter = getattr(collectives, "reduce_scatter_single", None) or collect
 def all_gather(x: Tensor, group: ProcessGroup) -> Tensor:
     """Concatenate the tensors of all ranks along the first dim.
 
-    Along another dim torch 2.11 would break the graph of torch.compile.
+    Along another dim, torch 2.11 would break the graph of torch.compile.
     """
     return _wait(_all_gather(x.contiguous(), 0, group))
 
 
 def reduce_scatter(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
-    """Sum over all ranks; each rank gets its share of the sum along `dim`."""
+    """Sum `x` over all ranks. Return this rank's share of the sum along `dim`."""
     return _wait(_reduce_scatter(x, "sum", dim, group))
 
 
 def all_to_all(x: Tensor, group: ProcessGroup) -> Tensor:
-    """Send share i along the first dim to rank i; return the shares received, in the order of ranks."""
+    """Send part i of `x` along the first dim to rank i. Return the received parts in the order of ranks."""
     return _wait(collectives.all_to_all_single(x, None, None, group))
 
 
 def _wait(x: Tensor) -> Tensor:
-    # The asynchronous tensor is a subclass: torch.compile loses its gradient when it is a block's input.
+    # An asynchronous tensor is a subclass, whose gradient torch.compile loses if it is a block's input.
     return x.wait() if isinstance(x, collectives.AsyncCollectiveTensor) else x
 
 
 class Exchange(torch.autograd.Function):
-    """`Exchange.apply(x, send, send_gradient, *args)` returns `send(x, *args)`.
+    """An autograd function: `Exchange.apply(x, send, send_gradient, *args)` returns `send(x, *args)`.
 
     The backward pass returns `send_gradient(gradient of the result, *args)` as the gradient of `x`.
     """

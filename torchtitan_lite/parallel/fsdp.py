@@ -1,4 +1,4 @@
-"""FSDP2: weights, gradients and optimizer state in shards, each block's weights gathered when it runs."""
+"""FSDP2: each rank has a shard of weights, gradients and optimizer state, and gathers a block to run it."""
 
 from itertools import pairwise
 from typing import Any
@@ -14,13 +14,13 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 def apply_fsdp(
     model: Any, mesh: DeviceMesh, *, compute_dtype: torch.dtype, reshard: bool, offload: bool
 ) -> None:
-    """Shard `model`, in place, layer by layer; embedding, last norm and head are one group of their own.
+    """Shard `model`, in place. Each block is a group. Embedding, last norm and head are one more group.
 
-    That group is gathered in the dtype of the weights: the gradient of an embedding adds up thousands of rows
-    for a frequent token, in the dtype of the gathered weight.
+    The last group is gathered in the dtype of the weights: the gradient of an embedding adds up thousands of
+    rows for a frequent token, in the dtype of the gathered weight.
 
     Args:
-        mesh: one axis over the shards; or two axes, the first over copies of the shards (HSDP).
+        mesh: one axis over the shards, or two axes of which the first is over copies of the shards (HSDP).
         compute_dtype: the dtype in which the weights of blocks are gathered.
         reshard: drop a block's gathered weights after its forward and gather them again for its backward.
         offload: keep shards, gradients and optimizer state in the host's memory.
@@ -37,22 +37,21 @@ def apply_fsdp(
         fully_shard(layer, reshard_after_forward=reshard, mp_policy=precision, **options)
         for layer in model.layers
     ]
-    # Never dropped: the loss reads the head's weight outside of the head's own forward.
+    # This group stays gathered, because the loss reads the head's weight outside of the head's forward.
     groups.insert(0, fully_shard(model, reshard_after_forward=False, **options))
     for module, following in pairwise(groups):
-        # The gather of the next block starts before this block is computed. In the backward FSDP does so by
-        # itself; in the forward only while the host is ahead of the device, and after a wait the host is not
-        # ahead.
+        # Start the gather of the next block before this block is computed. In the backward, FSDP does so by
+        # itself. In the forward, FSDP does so only while the host is ahead of the device: not after a wait.
         module.set_modules_to_forward_prefetch([following])
     for module in groups:
-        # The loss is divided by the global count of tokens, so the ranks' gradients are terms of a sum. The
-        # factor alone would ask for a scaling reduction, which gloo does not have.
+        # The loss is divided by the global count of tokens, so the ranks' gradients are terms of a sum.
+        # The divide factor alone would make FSDP use a scaling reduction, which gloo does not have.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
 
 
 def sync_gradients(model: nn.Module, *, last: bool) -> None:
-    """Sum gradients over ranks in the coming backward only if it is the `last` of the step."""
+    """Let the next backward sum gradients over ranks only if it is the `last` backward of the step."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)
         model.set_is_last_backward(last)
@@ -60,7 +59,7 @@ def sync_gradients(model: nn.Module, *, last: bool) -> None:
 
 
 def own_shard(x: Tensor) -> tuple[Tensor, list[tuple[int, int]]]:
-    """This rank's shard of `x`, in the same memory, and its box: its start and length in each dim of `x`."""
+    """Return this rank's shard of `x`, not copied, and its box: a start and a length in each dim of `x`."""
     if not isinstance(x, DTensor):
         return x.detach(), [(0, n) for n in x.shape]
     shape, offset = compute_local_shape_and_global_offset(x.shape, x.device_mesh, x.placements)

@@ -1,4 +1,4 @@
-"""The gradients of a step, whatever their shards: their global norm, and scaling them."""
+"""Compute the global norm of sharded gradients, and scale the gradients."""
 
 from collections.abc import Iterable, Sequence
 from math import prod
@@ -10,9 +10,9 @@ from torch.distributed.tensor import DTensor
 
 
 def sum_partial(parameters: Iterable[nn.Parameter]) -> None:
-    """Sum, in one exchange, the gradients of the weights that tensor parallel leaves whole.
+    """Sum, in one all-reduce, the gradients of the weights that tensor parallel leaves whole.
 
-    Each rank has a term of such a gradient. Under FSDP, FSDP has summed the terms already.
+    Each rank has a term of such a gradient. Under FSDP, FSDP has already summed the terms.
     """
     pairs = [
         (p, p.grad)
@@ -32,9 +32,9 @@ def sum_partial(parameters: Iterable[nn.Parameter]) -> None:
 
 @torch.no_grad()
 def squared_norm(parameters: Iterable[nn.Parameter], world_size: int) -> Tensor:
-    """This rank's term of the square of the global norm; the terms of all `world_size` ranks add up to it.
+    """Return this rank's term of the squared global norm. The terms of all `world_size` ranks sum to it.
 
-    So one all-reduce of one number is enough; the norm of a DTensor would take one for each axis of its mesh.
+    So one all-reduce of one number is enough. The norm of a DTensor takes one all-reduce per mesh axis.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     local = _local(gradients)
@@ -49,7 +49,7 @@ def squared_norm(parameters: Iterable[nn.Parameter], world_size: int) -> Tensor:
 
 @torch.no_grad()
 def scale(parameters: Iterable[nn.Parameter], factor: float) -> None:
-    """Multiply every gradient, in place."""
+    """Multiply every gradient by `factor`, in place."""
     gradients = _local([p.grad for p in parameters if p.grad is not None])
     torch._foreach_mul_(gradients, factor)  # pyright: ignore[reportPrivateImportUsage]
 
@@ -61,7 +61,7 @@ def _local(gradients: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _n_shards(gradient: Tensor) -> int:
-    """The number of different shards of the gradient; other ranks have copies of them."""
+    """Return the number of distinct shards of the gradient. Ranks beyond that number hold copies."""
     if not isinstance(gradient, DTensor):
         return 1
     mesh = gradient.device_mesh

@@ -1,11 +1,11 @@
 """The mesh of all ranks of a run.
 
-It has four axes. Ranks along a later axis exchange more data, so their numbers are closer together:
+The mesh has four axes. Ranks along a later axis exchange more data, so their numbers are closer together:
 
     dp_replicate   each rank has a copy of the model (HSDP's outer axis)
     dp_shard       the ranks share one copy of the weights, and see different samples
-    cp             the ranks share one copy of the weights, and each sequence
-    tp             the ranks share each matrix
+    cp             the ranks share one copy of the weights, and split each sequence
+    tp             the ranks split each matrix
 """
 
 from dataclasses import dataclass
@@ -51,13 +51,13 @@ class Degrees:
         return prod(self.sizes)
 
     def data_rank(self, rank: int) -> int:
-        """The number of the `data` group that `rank` belongs to."""
+        """Return the number of the group of `rank`, among the `data` groups that see different samples."""
         return rank // (self.context * self.tensor)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelismConfig:
-    """How many ranks share the work, and along which axis; the degrees multiply to the number of ranks."""
+    """The number of ranks along each axis of the mesh. The degrees multiply to the number of ranks."""
 
     data_parallel_replicate_degree: Annotated[int, Field(ge=1), Remedy("use 1 for none")] = 1
     """Groups of ranks that each hold the whole model and see different samples."""
@@ -66,21 +66,22 @@ class ParallelismConfig:
     ) = -1
     """Ranks that share one copy of the weights and see different samples. -1: all remaining ranks."""
     tensor_parallel_degree: Annotated[int, Field(ge=1), Remedy("use 1 for none")] = 1
-    """Ranks that share each matrix, and the sequence in between."""
+    """Ranks that split each matrix. Between the matrices they split the sequence."""
     context_parallel_degree: Annotated[int, Field(ge=1), Remedy("use 1 for none")] = 1
-    """Ranks that share each sequence."""
+    """Ranks that split each sequence."""
     context_parallel_method: Literal["allgather", "ulysses"] = "allgather"
-    """allgather: each rank gathers all keys and values; ulysses: ranks trade sequence shares for heads."""
+    """allgather: each rank gathers all keys and values. ulysses: ranks trade parts of sequences for heads."""
     context_parallel_load_balancer: Literal["headtail", "none"] = "headtail"
-    """headtail: each rank has one chunk of the first half and its mirror image; none: one stretch each."""
+    """headtail: each rank has a chunk of the first half and its mirror image. none: one chunk each."""
     fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
-    """never: keep a block's whole weights from forward to backward, faster and larger. default: always."""
+    """default, always: drop a block's weights after its forward. never: faster, but takes more memory."""
     disable_loss_parallel: bool = False
     """Each tensor-parallel rank projects its own tokens onto the whole vocabulary, instead of all tokens onto
-    its share."""
+    its share of the vocabulary.
+    """
 
     def degrees(self, world_size: int) -> Degrees:
-        """The size of each axis among `world_size` ranks; the degrees must suit that number."""
+        """Return the size of each axis for `world_size` ranks. `problems` must accept this number."""
         replicate, context, tensor = self._fixed()
         shard = self.data_parallel_shard_degree
         if shard == -1:
@@ -88,7 +89,7 @@ class ParallelismConfig:
         return Degrees(replicate=replicate, shard=shard, context=context, tensor=tensor)
 
     def problems(self, key: str, world_size: int = 1) -> list[Problem]:
-        """Degrees whose product is not `world_size`."""
+        """Return a problem if the product of the degrees is not `world_size`."""
         fixed, shard = prod(self._fixed()), self.data_parallel_shard_degree
         words = " x ".join(
             f"{name} {degree}"
@@ -117,15 +118,15 @@ def _started(n_ranks: int) -> str:
 
 
 def build_mesh(degrees: Degrees, device_type: str) -> DeviceMesh:
-    """The mesh over all ranks of the default process group, with the axes AXES."""
+    """Return the mesh over all ranks of the default process group, with the axes AXES."""
     return init_device_mesh(device_type, degrees.sizes, mesh_dim_names=AXES)
 
 
 def weights_mesh(mesh: DeviceMesh) -> DeviceMesh:
-    """FSDP's mesh: an axis over copies if there are several, then one over the ranks that share a copy."""
+    """Return FSDP's mesh: an axis over the shards of a copy, after an axis over copies if there are any."""
     has_copies = mesh["dp_replicate"].size() > 1
     if mesh["cp"].size() == 1:
         return mesh["dp_replicate", "dp_shard"] if has_copies else mesh["dp_shard"]
-    # One axis for FSDP: gradients are summed over the ranks of a sequence and over sequences alike.
+    # FSDP sees dp_shard and cp as one axis, because gradients are summed over all ranks of these axes.
     shards = mesh["dp_shard", "cp"]._flatten("dp_shard_cp")
     return DeviceMesh._concatenate([mesh["dp_replicate"], shards]) if has_copies else shards

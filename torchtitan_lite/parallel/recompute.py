@@ -17,15 +17,15 @@ from torchtitan_lite.config.load import Problem
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationCheckpointConfig:
-    """Activations that the backward pass computes again, to save memory."""
+    """The activations that the backward pass computes again, to save memory."""
 
     mode: Literal["none", "selective", "full"] = "none"
-    """none: keep all that the backward needs; full: only each block's input; selective: in between."""
+    """none: keep all activations. full: keep only each block's input. selective: keep some of them."""
     selective_ac_option: str = "op"
-    """Mode selective: "op" keeps attention and every 2nd matmul; "2" recomputes every 2nd block in full."""
+    """Mode selective: "op" keeps attention and every 2nd matmul. "2" recomputes every 2nd block in full."""
 
     def problems(self, key: str, n_blocks: int | None = None) -> list[Problem]:
-        """An option that is no choice of blocks, or is larger than `n_blocks` (None: not known)."""
+        """Return a problem if the option is malformed, or is larger than `n_blocks` (None: not known)."""
         name, option = f"{key}.selective_ac_option", self.selective_ac_option
         if not re.fullmatch("op|[1-9][0-9]{0,3}", option, re.ASCII):
             rule, remedy = 'is neither "op" nor a number of blocks', 'use "op", or "2" for every 2nd block'
@@ -37,14 +37,14 @@ class ActivationCheckpointConfig:
         return [Problem(name, option, rule, remedy, reads)]
 
     def described(self) -> str:
-        """The mode in words, for the plan."""
+        """Return the mode in words, for the plan of the run."""
         if self.mode != "selective":
             return self.mode
         option = self.selective_ac_option
         return "selective (op)" if option == "op" else f"full in one block out of {option}"
 
 
-# Names, since most of these operators are registered only if their package is installed.
+# The operators are given by name, because most of them exist only if their package is installed.
 _ATTENTION = (
     "torchtitan_lite::attend",
     "aten::_scaled_dot_product_flash_attention_for_cpu",
@@ -63,8 +63,8 @@ def apply_recompute(
     """Change `blocks`, in place: the backward pass recomputes the activations that `config` does not keep.
 
     Args:
-        by_operator: choose the results to keep by looking at every operator, which costs nothing while
-            torch.compile traces. Otherwise choose by the modules of a block, which is cheaper when eager.
+        by_operator: choose the results to keep operator by operator, which costs nothing while torch.compile
+            traces. Otherwise choose by the modules of a block, which is cheaper when eager.
     """
     if config.mode == "none":
         return
@@ -90,7 +90,7 @@ def _recompute(block: nn.Module, **options: Any) -> None:
 
 
 def _keep_attention_and_every_second_matmul() -> Any:
-    """The contexts of a block's forward and of its recompute. Each counts its own matmuls."""
+    """Return the contexts of a block's forward and of its recompute. Each context counts its own matmuls."""
     n_matmuls = {False: 0, True: 0}
 
     def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -114,15 +114,15 @@ def _qualified(op: Any) -> str:
 
 
 class Keeper:
-    """Keeps attention and every second matmul of a block for its recompute, by the modules of the block.
+    """The selective recompute of a block: keep the results of attention and of every second matmul.
 
     A dispatch mode around the whole block would call Python for each operator, which takes longer than
-    launching the kernels. So only the attention runs under a mode. A kept product is an autograd function:
-    forward and recompute save the same tensors, and the recompute returns the kept result.
+    launching the kernels. So only the attention runs under a mode. A kept matmul is an autograd function.
+    Forward and recompute save the same tensors, and the recompute returns the kept result.
     """
 
     def __init__(self, block: Any) -> None:
-        """`block` is a module with `wrap_attention`, like the decoder's blocks."""
+        """Change `block`, in place: a module with a method `wrap_attention`, like the decoder's blocks."""
         self.now: Kept | None = None
         products = [module for module in block.modules() if isinstance(module, nn.Linear)]
         self.n_products = len(products)
@@ -131,12 +131,12 @@ class Keeper:
         block.wrap_attention(self._wrap)
 
     def contexts(self) -> tuple[Any, Any]:
-        """The contexts of the block's forward and of its recompute."""
+        """Return the context of the block's forward, and the same context for its recompute."""
         kept = Kept(self)
         return kept, kept
 
     def multiply(self, x: Tensor, weight: Tensor) -> Tensor:
-        """F.linear, or a kept product."""
+        """Return `F.linear(x, weight)`. Some results are kept for the recompute (see `Kept.keeps_next`)."""
         if self.now is None or not self.now.keeps_next():
             return F.linear(x, weight)
         return _KeptProduct.apply(x, weight, self.now)
@@ -155,7 +155,7 @@ class Keeper:
 
 
 class Kept:
-    """The results that a block's forward keeps for its recompute; also the context in which both run."""
+    """The results that a block's forward keeps for its recompute, and the context of these two passes."""
 
     def __init__(self, keeper: Keeper) -> None:
         self.keeper, self.n_passes, self.n_counted = keeper, 0, 0
@@ -180,13 +180,13 @@ class Kept:
         self.keeper.now = None
 
     def keeps_next(self) -> bool:
-        """True if the next product is kept: every second one, but not the last, which no gradient needs."""
+        """Count a matmul. Return True for every second one, but not for the last, which no gradient needs."""
         self.n_counted += 1
         return self.n_counted % 2 == 1 and self.n_counted < self.keeper.n_products
 
 
 class _KeptProduct(torch.autograd.Function):
-    """F.linear without bias, with its own backward; the recompute returns the kept result."""
+    """F.linear without bias, as an autograd function. The recompute returns the result of the forward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, kept: Kept) -> Tensor:

@@ -1,11 +1,11 @@
-"""Tensor parallel with sequence parallel: each rank has a share of every matrix, and of the residual stream.
+"""Tensor parallel with sequence parallel: each rank has a share of every matrix and of the residual stream.
 
-B batch, S tokens of this rank's context share, s = S / n on each of n ranks, D model dim, V vocab.
+B batch, S tokens of this rank's context-parallel part, s = S / n on each of n ranks, D model dim, V vocab.
 
-The residual stream is split along the sequence. Attention and feed-forward gather it before their column-wise
-projections, and scatter the sum of their row-wise ones (https://arxiv.org/abs/2205.05198). Every parameter
-becomes a DTensor, the norms too, since one optimizer updates them all. Activations are this rank's plain
-tensors: they cost less than DTensors, and torch.compile sees nothing but tensors.
+The residual stream is split along the sequence. Attention and feed-forward gather the stream before their
+column-wise projections, and scatter the sum of the row-wise ones (https://arxiv.org/abs/2205.05198). Every
+parameter becomes a DTensor, the norms too, since one optimizer updates all parameters. Activations are this
+rank's plain tensors: they cost less than DTensors, and torch.compile sees nothing but tensors.
 
 A model to split has `config.rows`, `token_vectors`, `sums`, `loss` and `logits`: see `models.decoder`.
 """
@@ -34,12 +34,12 @@ def apply_tensor_parallel(model: Any, mesh: DeviceMesh, *, loss_parallel: bool) 
     """Split `model`, in place, over the one axis of `mesh`.
 
     Args:
-        loss_parallel: each rank projects all tokens onto its share of the vocabulary; otherwise each rank
+        loss_parallel: each rank projects all tokens onto its share of the vocabulary. Otherwise each rank
             projects its own tokens onto the whole vocabulary.
     """
     _split_weights(model, mesh)
     group = mesh.get_group()
-    # The embedding takes token ids, which every rank has already.
+    # The embedding needs no gather, because every rank already has all token ids.
     model.token_vectors.forward = _scatter_sum_of(model.token_vectors.forward, group)
     for part in model.sums:
         part.forward = _gather_and_scatter_sum_of(part.forward, group)
@@ -48,7 +48,7 @@ def apply_tensor_parallel(model: Any, mesh: DeviceMesh, *, loss_parallel: bool) 
 
 
 def apply_tensor_parallel_to_predict(model: Any, mesh: DeviceMesh) -> None:
-    """Split `model`, in place, for logits without gradients: every rank has all tokens, maybe only one."""
+    """Split `model`, in place, to compute logits without gradients. Every rank has all tokens."""
     _split_weights(model, mesh)
     for part in (model.token_vectors, *model.sums):
         part.forward = _sum_of(part.forward, mesh.get_group())
@@ -68,7 +68,7 @@ def _split_weights(model: Any, mesh: DeviceMesh) -> None:
 
 
 def check_readers(model: Any) -> None:
-    """Raise ConfigError unless every module with a parameter has only one, and reads it by `weight_for`."""
+    """Raise ConfigError if a module has several parameters, or a parameter that no `weight_for` reads."""
     found = []
     for path, module in model.named_modules():
         names = [name for name, _ in module.named_parameters(recurse=False)]
@@ -87,12 +87,12 @@ def _read_share(weight: Any, x: Tensor) -> Tensor:
 
 
 def _read_whole(weight: Any, x: Tensor) -> Tensor:
-    # Each rank has the gradient of its own tokens or heads: the ranks' gradients must be summed.
+    # Each rank has the gradient from its own tokens or heads, so the ranks' gradients must be summed.
     return weight.to_local(grad_placements=[Partial()]).to(x.dtype)
 
 
 def _look_up(mesh: DeviceMesh, tokens_BS: Tensor, weight_VD: DTensor) -> Tensor:
-    """The vectors of the tokens whose rows this rank has; zeros for other tokens."""
+    """Return the vectors of the tokens whose rows this rank has, and zeros for other tokens."""
     share_VD = weight_VD.to_local()
     row_BS, here_BS = VocabularyShare(mesh, len(share_VD)).rows(tokens_BS)
     return F.embedding(row_BS, share_VD) * here_BS[..., None]
@@ -102,7 +102,7 @@ def _look_up(mesh: DeviceMesh, tokens_BS: Tensor, weight_VD: DTensor) -> Tensor:
 
 
 def _gather_and_scatter_sum_of(forward: _Forward, group: ProcessGroup) -> _Forward:
-    """`forward` from and to this rank's tokens: gather all tokens, then sum the results of the ranks."""
+    """Wrap `forward`: all-gather the tokens before, and reduce-scatter the results of the ranks after."""
 
     def summed(x_BsD: Tensor, *rest: Any) -> Tensor:
         x_BSD = Exchange.apply(x_BsD, _gather, _scatter_sum, group)
@@ -112,12 +112,12 @@ def _gather_and_scatter_sum_of(forward: _Forward, group: ProcessGroup) -> _Forwa
 
 
 def _scatter_sum_of(forward: _Forward, group: ProcessGroup) -> _Forward:
-    """`forward` from all tokens to this rank's tokens: sum the results of the ranks."""
+    """Wrap `forward`: reduce-scatter the results of the ranks, so that each rank has its own tokens."""
     return lambda *args: Exchange.apply(forward(*args), _scatter_sum, _gather, group)
 
 
 def _sum_of(forward: _Forward, group: ProcessGroup) -> _Forward:
-    """`forward` from all tokens to all tokens, without a gradient: sum the results of the ranks."""
+    """Wrap `forward`: all-reduce the results of the ranks, without a gradient."""
 
     def summed(*args: Any) -> Tensor:
         x = forward(*args)
@@ -128,18 +128,18 @@ def _sum_of(forward: _Forward, group: ProcessGroup) -> _Forward:
 
 
 def _gather(x_BsD: Tensor, group: ProcessGroup) -> Tensor:
-    """The tokens of all ranks, [B, S, D]."""
+    """Return the tokens of all ranks, [B, S, D]."""
     x_nBsD = all_gather(x_BsD, group).unflatten(0, (-1, len(x_BsD)))
     return x_nBsD.movedim(0, 1).flatten(1, 2)
 
 
 def _scatter_sum(x_BSD: Tensor, group: ProcessGroup) -> Tensor:
-    """The sum over all ranks, of this rank's tokens: [B, s, D]."""
+    """Return the sum over all ranks, only of this rank's tokens: [B, s, D]."""
     return reduce_scatter(x_BSD, 1, group)
 
 
 class VocabularyShare:
-    """A `models.loss.Vocabulary` of which this rank has `n_rows` rows of the weight. It overwrites `x`."""
+    """This rank's `n_rows` rows of a `models.loss.Vocabulary`. The methods `max` and `sum` overwrite `x`."""
 
     def __init__(self, mesh: DeviceMesh, n_rows: int) -> None:
         self.group, self.n_parts, self.n_rows = mesh.get_group(), mesh.size(), n_rows
@@ -162,7 +162,7 @@ class VocabularyShare:
 def loss_by_vocabulary(
     loss: _Loss, mesh: DeviceMesh, x_BsD: Tensor, weight_VD: DTensor, labels_BS: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`loss` of all tokens on this rank's share of the vocabulary: no rank has all logits."""
+    """Return `loss` of all tokens. Each rank computes the logits of its share of the vocabulary."""
     # Each rank's gradient is the term of its share of the vocabulary; the gather's backward sums the terms.
     x_BSD = Exchange.apply(x_BsD, _gather, _scatter_sum, mesh.get_group())
     share_VD = weight_VD.to_local()
@@ -172,19 +172,19 @@ def loss_by_vocabulary(
 def loss_by_tokens(
     loss: _Loss, mesh: DeviceMesh, x_BsD: Tensor, weight_VD: DTensor, labels_BS: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`loss` of this rank's tokens on the whole vocabulary, whose weight is gathered."""
+    """Return `loss` of all tokens. Each rank gathers the weight, and computes the logits of its tokens."""
     whole_VD = weight_VD.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
     labels_Bs = labels_BS.chunk(mesh.size(), dim=1)[mesh.get_local_rank()]
     own, n_valid = loss(x_BsD, whole_VD, labels_Bs)
     total = own.detach().clone()
     for sum_ in (total, n_valid):
         dist.all_reduce(sum_, group=mesh.get_group())
-    # The value of all tokens, with the gradient of this rank's tokens.
+    # The value is the loss of all tokens. The gradient comes from this rank's tokens only.
     return own + (total - own.detach()), n_valid
 
 
 def _logits_of_all(logits: _Forward, mesh: DeviceMesh, x_BD: Tensor, weight_VD: DTensor) -> Tensor:
-    """`logits` of the whole vocabulary on every rank, from each rank's share."""
+    """Return the logits of the whole vocabulary on every rank, gathered from the ranks' shares."""
     share_BV = logits(x_BD, weight_VD.to_local())
     shares = [torch.empty_like(share_BV) for _ in range(mesh.size())]
     dist.all_gather(shares, share_BV.contiguous(), group=mesh.get_group())
