@@ -9,13 +9,12 @@ from typing import IO, TypeVar
 
 from torchtitan_lite import registry
 from torchtitan_lite.checkpoint import CheckpointConfig
-from torchtitan_lite.checkpoint.restore import Found
+from torchtitan_lite.checkpoint.restore import VerifiedStep
 from torchtitan_lite.checkpoint.steps import Steps
 from torchtitan_lite.config.job import JobConfig
 from torchtitan_lite.config.load import ConfigError, Problem
 from torchtitan_lite.durable import new_folder
-from torchtitan_lite.launch.end import End
-from torchtitan_lite.launch.torchrun import SAVED
+from torchtitan_lite.launch.end import STATUS_STOPPED, End
 from torchtitan_lite.launch.world import World
 from torchtitan_lite.training import hub, outputs
 from torchtitan_lite.training.hooks import jsonl
@@ -45,10 +44,10 @@ class RunFolder:
         self.path = self._on_first(self._claim)
         return self.path
 
-    def settle(self, trainer: Trainer, resumed: Found | None) -> None:
+    def prepare(self, trainer: Trainer, resumed: VerifiedStep | None) -> None:
         """Accept the start: move aside the steps after `resumed`, and write config.toml."""
         self.trainer = trainer
-        self._on_first(lambda: self._settle(trainer, resumed))
+        self._on_first(lambda: self._prepare(trainer, resumed))
 
     def export(self) -> None:
         """If the run is done and so configured, write the model of the last step for Hugging Face."""
@@ -67,10 +66,10 @@ class RunFolder:
         end = End(rank=0, status=0, outcome="done")
         if trainer.is_stopping and not trainer.is_done:
             message = f"asked to stop by {signal_name or 'a signal to another rank'}"
-            end = End(rank=0, status=SAVED, outcome="stopped", message=message)
+            end = End(rank=0, status=STATUS_STOPPED, outcome="stopped", message=message)
         if self.world.is_first:
             self.write_exit(end)
-            if end.status == SAVED:
+            if end.status == STATUS_STOPPED:
                 step = trainer.state.step
                 print(f"{end.message}: saved step {step}; the same command goes on from there")
             _summarize(trainer, path)
@@ -123,7 +122,7 @@ class RunFolder:
             outputs.set_aside(folder, subfolders, used)
         return folder
 
-    def _settle(self, trainer: Trainer, resumed: Found | None) -> None:
+    def _prepare(self, trainer: Trainer, resumed: VerifiedStep | None) -> None:
         path, _ = self._begun()
         steps, last = Steps(path / self.job.checkpoint.folder), -1 if resumed is None else resumed.state.step
         # Including what only has the name of a step: the run comes to need the name.

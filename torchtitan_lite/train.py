@@ -68,7 +68,7 @@ def run(argv: Sequence[str], prog: str) -> int:
         path = folder.claim()
         start = find_start(job, path, world)
         trainer = Trainer(job, world, start, folder=path, is_asked=lambda: guard.stop.asked)
-        folder.settle(trainer, start.resumed)
+        folder.prepare(trainer, start.resumed)
         started()
         if start.resumed is not None and start.resumed.state.model_only:
             step = start.resumed.state.step

@@ -31,7 +31,7 @@ _DATA_KEYS = [f"data.{key}" for key in ("dataset", "path", "field", "tokenizer",
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
+class VerifiedStep:
     """A verified step."""
 
     folder: Path
@@ -40,7 +40,7 @@ class Found:
     index: dict[str, Stored]
 
 
-def verify(folder: Path, ranks: World) -> Found:
+def verify(folder: Path, ranks: World) -> VerifiedStep:
     """Verify the step in `folder`; each rank hashes its share of the files.
 
     Raises Damaged or Unreadable, the same on all ranks.
@@ -52,22 +52,22 @@ def verify(folder: Path, ranks: World) -> Found:
     return ranks.together(lambda: _read(folder, manifest, ranks))
 
 
-def _read(folder: Path, manifest: Manifest, ranks: World) -> Found:
+def _read(folder: Path, manifest: Manifest, ranks: World) -> VerifiedStep:
     with reading(STATE):
         state = read_state((folder / STATE).read_bytes())
     if state.step != manifest.step:
         raise Damaged(f"{STATE} is of step {state.step}, and the manifest of step {manifest.step}")
     index = read_index(folder, manifest, ranks)
-    return Found(folder=folder, manifest=manifest, state=state, index=index)
+    return VerifiedStep(folder=folder, manifest=manifest, state=state, index=index)
 
 
-def find(steps: Steps, load_step: int, ranks: World) -> Found | None:
+def find_step(steps: Steps, load_step: int, ranks: World) -> VerifiedStep | None:
     """Return the step `load_step`, or for -1 the newest good step; None if no step was published.
 
     Raises ConfigError on all ranks if the step `load_step` is missing or damaged, if all steps are damaged,
     and if a step cannot be read for now: it may be good.
     """
-    published = ranks.share(ranks.together(lambda: _published(steps) if ranks.is_first else []))
+    published = ranks.broadcast(ranks.together(lambda: _published(steps) if ranks.is_first else []))
     is_asked_for = load_step >= 0
     if is_asked_for and load_step not in published:
         there = ", ".join(map(str, published)) or "none"
@@ -107,13 +107,13 @@ def _published(steps: Steps) -> list[int]:
         raise ConfigError([Problem("checkpoint.folder", str(steps.folder), rule, remedy)]) from None
 
 
-def find_initial(path: str, ranks: World, key: str = "checkpoint.initial_load_path") -> Found:
+def find_initial(path: str, ranks: World, key: str = "checkpoint.initial_load_path") -> VerifiedStep:
     """Return the step at `path`: the folder of a step, or the newest step in a folder of steps or of a run.
 
     Raises ConfigError if no step is there or the step is damaged; no other step takes its place.
     """
     with refusing_bad_step(key, path):
-        return verify(ranks.share(ranks.together(lambda: _initial(path))), ranks)
+        return verify(ranks.broadcast(ranks.together(lambda: _initial(path))), ranks)
 
 
 def refusing_bad_step(key: str, path: str) -> AbstractContextManager[None]:
@@ -171,7 +171,9 @@ def _of_data(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in flat(config).items() if key in _DATA_KEYS}
 
 
-def load(found: Found, pieces: Mapping[str, Piece], ranks: World, key: str = "checkpoint.folder") -> None:
+def load(
+    found: VerifiedStep, pieces: Mapping[str, Piece], ranks: World, key: str = "checkpoint.folder"
+) -> None:
     """Load `pieces`. Every stored tensor of the same kind (model, optimizer) must be asked for.
 
     Raises ConfigError about `key` on all ranks if names, shapes or dtypes differ, or if a file can no longer

@@ -205,7 +205,7 @@ def probe(steps: Steps, ranks: World) -> None:
 @contextlib.contextmanager
 def _scratch(steps: Steps, step: int, ranks: World, *, keep: bool = True) -> Iterator[Path]:
     """Have the first rank make a folder for `step`. It is removed if the block fails, and without `keep`."""
-    scratch = ranks.share(ranks.together(lambda: steps.scratch(step) if ranks.is_first else None))
+    scratch = ranks.broadcast(ranks.together(lambda: steps.scratch(step) if ranks.is_first else None))
     assert scratch is not None
     done = False
     try:

@@ -46,7 +46,7 @@ def collectives() -> dict[str, int]:
     return counts
 
 
-def is_settled(answers: Mapping[int, Answer]) -> bool:
+def is_explained(answers: Mapping[int, Answer]) -> bool:
     """Whether an answer explains the trouble. Otherwise the rank that does has yet to report its error."""
     return any(answer.is_late or answer.end.reason in ("error", "signal") for answer in answers.values())
 

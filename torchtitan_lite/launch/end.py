@@ -15,6 +15,9 @@ from typing import ClassVar, Literal
 
 from torchtitan_lite.config.load import ConfigError
 
+STATUS_STOPPED = 75
+"""The exit status of a run that was asked to stop and has saved: EX_TEMPFAIL of sysexits.h, "try again"."""
+
 
 class RunError(Exception):
     """An error that ends a run with one line instead of a traceback."""
@@ -38,7 +41,7 @@ class End:
     """The text that this rank prints."""
     status: int = 1
     outcome: str = "failed"
-    reason: Literal["error", "echo", "signal", "none"] = "error"
+    reason: Literal["error", "consequence", "signal", "none"] = "error"
     """The event that ended the work of the rank. An echo reports the error of another rank. none: a hang."""
     quiet: bool = False
     """The other ranks print nothing: their lines would only repeat the message."""
@@ -75,7 +78,7 @@ def end_of(error: BaseException, rank: int = 0, size: int = 1) -> End:
     if isinstance(error, SystemExit) and isinstance(error.code, int) and error.code > 128:
         return signalled(rank, error.code - 128)
     causes = _with_causes(error)
-    reason = "echo" if any(isinstance(cause, OnAnotherRank) for cause in causes) else "error"
+    reason = "consequence" if any(isinstance(cause, OnAnotherRank) for cause in causes) else "error"
     message = _text(error)
     line = End(rank=rank, message=message, reason=reason, quiet=True)
     if isinstance(error, BrokenPipeError):

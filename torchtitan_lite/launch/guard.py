@@ -27,7 +27,7 @@ import torch.distributed as dist
 from pydantic import TypeAdapter
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from torchtitan_lite.launch.cause import Answer, collectives, find_cause, is_settled
+from torchtitan_lite.launch.cause import Answer, collectives, find_cause, is_explained
 from torchtitan_lite.launch.end import End, end_of, say, signalled, tell_launcher
 from torchtitan_lite.launch.process import is_orphan
 from torchtitan_lite.launch.signals import STOPS, StopRequest
@@ -108,7 +108,7 @@ class Guard:
     def _is_late(self) -> bool:
         return self.world.size > 1 and self.world.progress.is_late
 
-    def hurry(self, number: int = signal.SIGTERM) -> None:
+    def set_deadline(self, number: int = signal.SIGTERM) -> None:
         """Let the main thread end the process within `_GRACE` seconds; then end it as on signal `number`."""
         if self._must_end_at == math.inf:
             self._signal, self._must_end_at = number, time.monotonic() + _GRACE
@@ -174,7 +174,7 @@ class Guard:
             # All of them anew: the error that a rank reports later replaces its first answer.
             there = {rank: self._store.get(key) for rank, key in enumerate(keys) if self._store.check([key])}
             answers = {rank: _ANSWER.validate_json(text) for rank, text in there.items()}
-            if is_over or (len(answers) == len(keys) and is_settled(answers)):
+            if is_over or (len(answers) == len(keys) and is_explained(answers)):
                 break
             time.sleep(0.05)
         if dead := [rank for rank in range(len(keys)) if rank not in answers]:
@@ -206,7 +206,7 @@ class Guard:
             return
         if end.rank == rank:  # and the main thread hangs, or is about to end the process
             self.end(end)
-        self.hurry()
+        self.set_deadline()
 
     def _wait_for_trouble(self) -> None:
         while True:
@@ -230,7 +230,7 @@ class Guard:
         return replace(end, words=end.line_on(end.rank))
 
     def _hang(self) -> End:
-        rank, seconds = self.world.rank, time.monotonic() - self.world.progress.last
+        rank, seconds = self.world.rank, time.monotonic() - self.world.progress.reported_at
         message = f"rank {rank} hangs: no progress for {seconds:.0f} s"
         main = sys._current_frames()[threading.main_thread().ident or 0]
         stack = "".join(traceback.format_stack(main)).rstrip()

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torchtitan_lite.launch.guard import Guard
 
 STOPS = frozenset({signal.SIGTERM, signal.SIGUSR1})
-_ECHO = 1.0
+_REPEAT = 1.0
 """Seconds in which a launcher may pass on the same signal that this process has received directly."""
 _PAUSE = 1.0
 """Seconds in which a rank learns that another rank has failed. A launcher then sends SIGTERM too."""
@@ -83,19 +83,19 @@ class StopRequest:
 
     def _take(self, number: int) -> None:
         if number == signal.SIGINT or (number in STOPS and not self._saves):
-            self._guard.hurry(number)
+            self._guard.set_deadline(number)
         elif number not in STOPS or self._is_done.is_set():
             return
         elif not self.asked:
             self.signal_name, self._asked_at = signal.Signals(number).name, time.monotonic()
             self._telling.start()
             self.asked = True
-        elif not self._is_echo(number):
+        elif not self._is_repeat(number):
             self._end(number)
 
-    def _is_echo(self, number: int) -> bool:
+    def _is_repeat(self, number: int) -> bool:
         is_same = signal.Signals(number).name == self.signal_name
-        return self._launched and is_same and time.monotonic() < self._asked_at + _ECHO
+        return self._launched and is_same and time.monotonic() < self._asked_at + _REPEAT
 
     def _tell(self) -> None:
         """Say what the signal does. In a thread of its own: printing blocks while nobody reads the output."""

@@ -16,9 +16,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch.distributed.elastic.agent.server.api import RunResult
 
-SAVED = 75
-"""Exit status of a process that was asked to stop and has saved: EX_TEMPFAIL of sysexits.h, "try again"."""
-
 
 def children() -> list[int]:
     """The processes that this one has started: the ranks."""
@@ -31,7 +28,7 @@ def children() -> list[int]:
     return found
 
 
-def refusal(words: list[str]) -> str:
+def reason_to_refuse(words: list[str]) -> str:
     """Why torchrun must not be given `words`; empty if it may."""
     from torch.distributed.run import parse_args
 
@@ -94,16 +91,19 @@ def main(argv: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    if why := refusal(words):
+    if why := reason_to_refuse(words):
         print(why, file=sys.stderr)
         return 2
     outlive_the_store()
     try:
         torchrun.main(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *words])
     except ChildFailedError as error:
+        # This import takes 0.3 s, and only a run that fails or stops needs it.
+        from torchtitan_lite.launch.end import STATUS_STOPPED
+
         statuses = [failure.exitcode for failure in error.failures.values()]
-        if SAVED in statuses:
-            return SAVED
+        if STATUS_STOPPED in statuses:
+            return STATUS_STOPPED
         print(error, file=sys.stderr)
         first = error.get_first_failure()[1].exitcode
         return first if first > 0 else 128 - first

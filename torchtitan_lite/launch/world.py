@@ -56,8 +56,8 @@ class Progress:
 
     def report(self, seconds: float) -> None:
         """Report progress: the next report is due in `seconds`."""
-        self.seconds, self.last = seconds, time.monotonic()
-        self.due = self.last + seconds
+        self.seconds, self.reported_at = seconds, time.monotonic()
+        self.due = self.reported_at + seconds
 
     @property
     def is_late(self) -> bool:
@@ -127,7 +127,7 @@ class World:
         dist.all_gather_object(values, value, group=self.group)
         return values
 
-    def share(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """The value of rank 0, on every rank."""
         if self.size == 1:
             return value
@@ -153,7 +153,7 @@ class World:
 
     def on_first(self, act: Callable[[], T]) -> T:
         """Run `act` on rank 0, and return its result on every rank. Errors as in `together`."""
-        return cast(T, self.share(self.together(act if self.is_first else lambda: None)))
+        return cast(T, self.broadcast(self.together(act if self.is_first else lambda: None)))
 
     def in_turn(self, build: Callable[[], T]) -> T:
         """Run `build` on one rank of each machine, then on the others, which find what that rank has cached.
@@ -165,7 +165,7 @@ class World:
         second = self.together(lambda: None if is_first_here else build())
         return cast(T, first if is_first_here else second)
 
-    def steady(self, seconds: int) -> None:
+    def set_timeout(self, seconds: int) -> None:
         """The slow start is over: from now on a rank may go `seconds` without progress, or longer to save."""
         if dist.is_initialized():
             self.alive(seconds)
