@@ -125,7 +125,7 @@ class RunFolder:
     def _prepare(self, trainer: Trainer, resumed: VerifiedStep | None) -> None:
         path, _ = self._begun()
         steps, last = Steps(path / self.job.checkpoint.folder), -1 if resumed is None else resumed.state.step
-        # Also move files and links with the name of a step, because the run will need the name.
+        # This includes files and links with the name of a step: the run will save a step with that name.
         if later := [step for step in steps.named() if step > last]:
             steps.set_aside(later, outputs.free_folder(path, "earlier") / steps.folder.name)
         if resumed is not None:

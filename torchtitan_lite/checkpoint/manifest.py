@@ -38,7 +38,7 @@ class Digest:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """The manifest of one step."""
+    """The content of the manifest.json of one step."""
 
     step: int
     files: dict[str, Digest]
@@ -91,7 +91,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 @contextmanager
 def reading(name: str) -> Iterator[None]:
-    """A context manager: an OSError inside becomes Damaged if `name` is missing, otherwise Unreadable."""
+    """A context manager: an OSError inside becomes Damaged if the file `name` is missing, else Unreadable."""
     try:
         yield
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):

@@ -132,7 +132,7 @@ def _initial(path: str) -> Path:
         for place in (folder, *inside):
             if published := Steps(place).published():
                 return Steps(place).path(published[-1])
-    except (OSError, RuntimeError) as error:  # too long a name, or ~ of an unknown user
+    except (OSError, RuntimeError) as error:  # the name is too long, or ~ names no user
         raise Unreadable(f"it cannot be read ({error})") from None
     if not folder.name.startswith("step-") and not (folder / MANIFEST).exists():
         raise Damaged("it has none (checkpoint.enable has a run save some)")

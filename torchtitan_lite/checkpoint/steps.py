@@ -113,7 +113,7 @@ class Steps:
             shutil.rmtree(doomed)
 
     def set_aside(self, steps: list[int], to: Path) -> None:
-        """Move `steps` to the folder `to` on the same disk, because the run will need their names."""
+        """Move `steps` to the folder `to` on the same disk: the run will save steps with the same names."""
         if steps and not self.latest_problem():
             (self.folder / LATEST).unlink(missing_ok=True)  # `latest` names one of `steps`
         for step in steps:

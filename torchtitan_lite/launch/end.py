@@ -130,7 +130,7 @@ def status_of(error: BaseException) -> int:
             time.sleep(5)  # the first rank prints and ends, then the launcher ends this process
             return end.status
     if isinstance(error, BrokenPipeError):
-        # The reader of the output, such as `head`, is gone. Python would print an error at exit.
+        # The reader of the output, such as `head`, is gone. With /dev/null Python prints no error at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     say(end.words)
     return end.status

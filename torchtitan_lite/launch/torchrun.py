@@ -77,7 +77,7 @@ def main(argv: Sequence[str]) -> int:
         nonlocal passed_on
         found = children()
         if not found and not passed_on:
-            # Not by an exception, which would abort the process in the middle of torch's import.
+            # An exception in the middle of torch's import would abort the process, so use _exit.
             os._exit(128 + number)
         passed_on = True
         for pid in found:
