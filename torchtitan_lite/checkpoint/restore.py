@@ -157,7 +157,7 @@ def check_same_run(
 def check_same(
     saved: Mapping[str, Any], now: Mapping[str, Any], step: int, *, allow_changes: bool
 ) -> list[Problem]:
-    """Return a problem for each value changed since `step`. Raises ConfigError unless `allow_changes`."""
+    """Return a problem for each value of `saved` that differs in `now`. Raise them unless `allow_changes`."""
     remedy = "set it back, or use --checkpoint.allow-changes"
     found = [
         Problem(key, new, f"was {literal(old)} when step {step} was saved", remedy)

@@ -113,8 +113,9 @@ class Saver:
     def report(self, *, fatal: bool = False, quiet: bool = False) -> None:
         """If the last save has failed, log that, or raise SaveFailed if the failure ends the run.
 
-        Every failure with `fatal` ends the run, and so does every failed collective. With `quiet`, no other
-        failure ends the run: the present step is saved next, or another error ends the run already.
+        A failure with `fatal` and a failed collective always end the run. Any other failure is only logged if
+        `quiet`, because the present step is saved next or another error ends the run. Otherwise
+        `on_failure` decides.
         """
         self.wait()
         failure, self._failure = self._failure, None

@@ -136,7 +136,7 @@ class World:
         return values[0]
 
     def together(self, act: Callable[[], T]) -> T:
-        """Run `act` on every rank. If it raises on one rank, every rank raises.
+        """Run `act` on every rank. If `act` raises on one rank, every rank raises.
 
         The other ranks raise the same error if it is a ConfigError or SameOnAllRanks, else OnAnotherRank.
         """
