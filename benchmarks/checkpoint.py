@@ -42,7 +42,7 @@ def main() -> None:
     # Where there is one process, torch says so at every save.
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     ranks = join()
-    place = Path(ranks.share(tempfile.mkdtemp(dir=args.folder) if ranks.is_first else ""))
+    place = Path(ranks.broadcast(tempfile.mkdtemp(dir=args.folder) if ranks.is_first else ""))
     n = args.mib * 2**18 // args.tensors
     own = {f"model.{ranks.rank}.{i}": torch.randn(n) for i in range(args.tensors)}
     pieces = {name: Piece(local=x, shape=x.shape, offsets=torch.Size([0])) for name, x in own.items()}

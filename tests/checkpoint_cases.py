@@ -210,7 +210,7 @@ def probe_folders(folders: list[Path]) -> str:
     """Probe a folder of each rank, as on machines with folders of one name; return the refusal."""
     ranks = here()
     own = Steps(folders[ranks.rank] / "checkpoint")
-    with mock.patch.object(World, "share", _share_in(folders)):
+    with mock.patch.object(World, "broadcast", _broadcast_in(folders)):
         try:
             probe(own, ranks)
         except ConfigError as error:
@@ -218,12 +218,12 @@ def probe_folders(folders: list[Path]) -> str:
     return ""
 
 
-def _share_in(folders: list[Path]) -> Callable[[World, Any], Any]:
-    share = World.share
+def _broadcast_in(folders: list[Path]) -> Callable[[World, Any], Any]:
+    broadcast = World.broadcast
 
     def shared(ranks: World, path: Path) -> Path:
         """Return the same name in the rank's own file system."""
-        return folders[ranks.rank] / share(ranks, path).relative_to(folders[0])
+        return folders[ranks.rank] / broadcast(ranks, path).relative_to(folders[0])
 
     return shared
 

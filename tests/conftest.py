@@ -1,6 +1,7 @@
 """Hooks of pytest and fixtures for all tests."""
 
 import functools
+import logging
 import random
 import shutil
 import signal
@@ -78,6 +79,13 @@ def _signals_as_before() -> Iterator[None]:
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
+def _log_as_before() -> Iterator[None]:
+    """Remove the handlers of the log: a run in this process adds one that writes where the test's output goes."""
+    yield
+    logging.getLogger("torchtitan_lite").handlers.clear()
 
 
 @pytest.fixture(autouse=True)

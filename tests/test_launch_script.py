@@ -29,7 +29,7 @@ from types import SimpleNamespace
 from torchtitan_lite.launch import signals
 from torchtitan_lite.launch.signals import StopRequest
 
-signals._ECHO = 60.0  # instead of 1 second: a busy machine may be slower
+signals._REPEAT = 60.0  # instead of 1 second: a busy machine may be slower
 rank = int(os.environ["RANK"])
 if len(sys.argv) > 2:
     exec(sys.argv[2])

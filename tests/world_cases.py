@@ -27,8 +27,8 @@ def total() -> list[float]:
     return world().sum(torch.tensor([1.0, dist.get_rank()])).tolist()
 
 
-def shared() -> Path:
-    return world().share(Path(f"of-{dist.get_rank()}"))
+def broadcast_path() -> Path:
+    return world().broadcast(Path(f"of-{dist.get_rank()}"))
 
 
 def order_of_turns(folder: Path, machines: int) -> list[str]:
@@ -62,10 +62,10 @@ def error_in_turn(raising: list[int], is_input: bool) -> str:
 
 
 def seconds_of_a_wait() -> list[float]:
-    """The seconds that rank 0 of a steady run waits in each of its groups for a rank that does not come."""
+    """The seconds that rank 0 waits in each group for a rank that does not come, given set_timeout(1)."""
     here = world()
     groups = [dist.group.WORLD, dist.new_group(timeout=timedelta(seconds=1000))]
-    here.steady(1)
+    here.set_timeout(1)
     store = dist.distributed_c10d._get_default_store()
     if not here.is_first:
         store.wait(["waited"])  # stay alive: the end of this rank would end the wait
@@ -88,9 +88,9 @@ def any_flag(flags: list[bool]) -> bool:
 
 
 def waits_of_a_joined_run(port: int) -> list[float]:
-    """The seconds that rank 0 of a steady run waits for a rank: late to save, then never coming."""
+    """The seconds that rank 0 waits, given set_timeout(1): for a saving rank, then for an absent rank."""
     here = joined(port)
-    here.steady(1)
+    here.set_timeout(1)
     assert here.store is not None
     if not here.is_first:
         here.store.wait(["saving"])

@@ -1,4 +1,4 @@
-"""The folder of a run: claimed at the start, made this run's own, and left with how the run ended."""
+"""The folder of a run: claim it, prepare it for training, and record in exit.json how the run ended."""
 
 import os
 import shlex
@@ -9,28 +9,27 @@ from typing import IO, TypeVar
 
 from torchtitan_lite import registry
 from torchtitan_lite.checkpoint import CheckpointConfig
-from torchtitan_lite.checkpoint.restore import Found
+from torchtitan_lite.checkpoint.restore import VerifiedStep
 from torchtitan_lite.checkpoint.steps import Steps
 from torchtitan_lite.config.job import JobConfig
 from torchtitan_lite.config.load import ConfigError, Problem
 from torchtitan_lite.durable import new_folder
-from torchtitan_lite.launch.end import End
-from torchtitan_lite.launch.torchrun import SAVED
+from torchtitan_lite.launch.end import STATUS_STOPPED, End
 from torchtitan_lite.launch.world import World
 from torchtitan_lite.training import hub, outputs
 from torchtitan_lite.training.hooks import jsonl
 from torchtitan_lite.training.trainer import Trainer
 
 _SECONDS_TO_DIE = 10
-"""How long the processes of a run whose launcher was killed may keep the folder locked."""
+"""The longest time that a run whose launcher was killed may still keep the folder locked."""
 
 T = TypeVar("T")
 
 
 class RunFolder:
-    """The folder of the run `job`. Only rank 0 writes to it; all ranks call the same methods.
+    """The folder of the run `job`. All ranks call the same methods, but only rank 0 writes files.
 
-    Where rank 0 cannot write, every rank raises the same ConfigError.
+    If rank 0 cannot write, every rank raises the same ConfigError.
     """
 
     def __init__(self, job: JobConfig, world: World) -> None:
@@ -38,20 +37,20 @@ class RunFolder:
         self.path: Path | None = None
         self.trainer: Trainer | None = None
         self._lock: IO[str] | None = None
-        """Held by rank 0 as long as the process lives."""
+        """The lock file, which rank 0 keeps open until its process ends."""
 
     def claim(self) -> Path:
-        """Make and lock the folder, move aside what this run does not continue, and return the path."""
+        """Make, lock and return the folder. Move aside the files of an earlier run that saved no step."""
         self.path = self._on_first(self._claim)
         return self.path
 
-    def settle(self, trainer: Trainer, resumed: Found | None) -> None:
-        """Accept the start: move aside the steps after `resumed`, and write config.toml."""
+    def prepare(self, trainer: Trainer, resumed: VerifiedStep | None) -> None:
+        """Move all steps after `resumed` (None: all steps) to a folder "earlier", and write config.toml."""
         self.trainer = trainer
-        self._on_first(lambda: self._settle(trainer, resumed))
+        self._on_first(lambda: self._prepare(trainer, resumed))
 
     def export(self) -> None:
-        """If the run is done and so configured, write the model of the last step for Hugging Face."""
+        """If the run is done and last_save_in_hf is set, write the last model in Hugging Face's format."""
         path, trainer = self._begun()
         checkpoint = self.job.checkpoint
         if checkpoint.last_save_in_hf and trainer.is_done:
@@ -59,25 +58,25 @@ class RunFolder:
             self._on_first(lambda: hub.export_last(path, checkpoint, trainer.state.step, tokenizer))
 
     def finish(self, signal_name: str) -> int:
-        """Write exit.json, say where the files are, and return the exit status.
+        """Write exit.json, print where the files are, and return the exit status.
 
-        `signal_name` is the signal that asked this rank to stop, if one did.
+        `signal_name` is the name of the signal that asked this rank to stop, or "".
         """
         path, trainer = self._begun()
         end = End(rank=0, status=0, outcome="done")
         if trainer.is_stopping and not trainer.is_done:
             message = f"asked to stop by {signal_name or 'a signal to another rank'}"
-            end = End(rank=0, status=SAVED, outcome="stopped", message=message)
+            end = End(rank=0, status=STATUS_STOPPED, outcome="stopped", message=message)
         if self.world.is_first:
             self.write_exit(end)
-            if end.status == SAVED:
+            if end.status == STATUS_STOPPED:
                 step = trainer.state.step
                 print(f"{end.message}: saved step {step}; the same command goes on from there")
             _summarize(trainer, path)
         return end.status
 
     def write_exit(self, end: End) -> None:
-        """Write in exit.json how the run ended, once the run has claimed its folder."""
+        """Write to exit.json how the run ended. Do nothing if the run has not claimed its folder."""
         if self.path is not None:
             outputs.write_exit(self.path, end, self.trainer.state.step if self.trainer else 0)
 
@@ -86,7 +85,7 @@ class RunFolder:
         return self.path, self.trainer
 
     def _on_first(self, act: Callable[[], T]) -> T:
-        """Run `act` on rank 0, however long it takes, and return the result on every rank."""
+        """Run `act` on rank 0, however long it takes, and return its result on every rank."""
 
         def written() -> T:
             try:
@@ -109,7 +108,7 @@ class RunFolder:
             rule = f"is the folder of a run that goes on ({owner})"
             remedy = "name another folder, or stop that run first"
             raise ConfigError([Problem("job.dump_folder", job.job.dump_folder, rule, remedy)]) from None
-        self.path = folder  # where the outcome is left, should the rest of this fail
+        self.path = folder  # for exit.json, if the rest of this method fails
         steps = Steps(folder / checkpoint.folder)
         published = steps.published()
         if problem := _steps_problem(checkpoint, steps, published):
@@ -117,16 +116,16 @@ class RunFolder:
         steps.clean()
         if not published and checkpoint.load_step < 0:
             subfolders = (job.metrics.save_tb_folder, job.profiling.save_traces_folder)
-            # What the run reads may lie in its folder.
+            # The run may read files that are in its folder. They stay.
             paths = (job.data.tokenizer, checkpoint.initial_load_path, job.model.flavor)
             used = [os.path.abspath(os.path.expanduser(path)) for path in paths if path]
             outputs.set_aside(folder, subfolders, used)
         return folder
 
-    def _settle(self, trainer: Trainer, resumed: Found | None) -> None:
+    def _prepare(self, trainer: Trainer, resumed: VerifiedStep | None) -> None:
         path, _ = self._begun()
         steps, last = Steps(path / self.job.checkpoint.folder), -1 if resumed is None else resumed.state.step
-        # Including what only has the name of a step: the run comes to need the name.
+        # This includes files and links with the name of a step: the run will save a step with that name.
         if later := [step for step in steps.named() if step > last]:
             steps.set_aside(later, outputs.free_folder(path, "earlier") / steps.folder.name)
         if resumed is not None:
@@ -137,7 +136,7 @@ class RunFolder:
         (path / "config.toml").write_text(self.job.to_toml(self.world.size), encoding="utf-8")
 
     def _keep_tokenizer(self, place: Path, trainer: Trainer) -> None:
-        """Copy the files of the tokenizer into the run's folder: the folder may be moved without them."""
+        """Copy the tokenizer's files to `place` in the run's folder, which then needs no files elsewhere."""
         own = trainer.corpus.tokenizer
         is_registered = self.job.data.tokenizer in registry.tokenizers.members
         if is_registered or hub.tokenizer_fingerprint(place) == own.fingerprint:
@@ -149,7 +148,7 @@ class RunFolder:
 
 
 def _steps_problem(checkpoint: CheckpointConfig, steps: Steps, published: list[int]) -> Problem | None:
-    """The reason why earlier steps in the folder keep this run from starting; None if there is none."""
+    """Return the reason why steps of an earlier run keep this run from starting, or None."""
     if steps.folder.is_symlink():
         rule = f"is a link in the run's folder ({steps.folder}), and no step is removed through links"
         return Problem("checkpoint.folder", checkpoint.folder, rule, "make job.dump_folder the link instead")

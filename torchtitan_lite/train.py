@@ -1,8 +1,8 @@
 """Train a model: torchrun torchtitan_lite/train.py --config configs/debugmodel.toml
 
-Works by path, as `-m torchtitan_lite.train`, and without torchrun. Exit status: 0 done, 2 wrong input,
-75 stopped on request and saved, 130 interrupted, 143 terminated, 1 any other failure. torchrun turns all of
-these into 1, so exit.json has the status too.
+This file also runs as `python -m torchtitan_lite.train`, and without torchrun. Exit status: 0 done, 2 wrong
+input, 75 stopped on request and saved, 130 interrupted, 143 terminated, 1 any other failure. torchrun turns
+every status but 0 into 1, so exit.json has the status too.
 """
 
 import contextlib
@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 if not __package__:
-    # Started by path, Python has put this file's folder first, and nothing is to be imported from there.
+    # If the file is run by its path, Python searches its folder for imports first. Remove that folder.
     here = Path(__file__).resolve().parent
     sys.path[:] = [str(here.parent), *(entry for entry in sys.path if Path(entry).resolve() != here)]
 
-# Our imports stay inside the functions, so that --dry-run and wrong input are answered without the slow ones.
+# Imports are inside the functions, so that --dry-run and errors in the input need no slow import.
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m torchtitan_lite.train") -> int:
@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m torchtitan_li
     with starting():
         try:
             return run(sys.argv[1:] if argv is None else argv, prog)
-        except BaseException as error:  # noqa: BLE001 - raised again unless it is an end that a line explains
+        except BaseException as error:  # noqa: BLE001 - status_of raises unexpected errors again
             from torchtitan_lite.launch.end import status_of
 
             status = status_of(error)
@@ -36,8 +36,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m torchtitan_li
 def run(argv: Sequence[str], prog: str) -> int:
     """Train to the last step, or until a signal asks to stop, and return the exit status.
 
-    The outcome is left in the run's folder, also when it is an exception. In a run of several ranks an
-    exception ends all processes, this one included.
+    exit.json in the run's folder records the outcome, even if that is an exception. In a run of several ranks
+    an exception ends the processes of all ranks, this process too.
     """
     from torchtitan_lite.config.job import load_job
     from torchtitan_lite.launch.world import world_size
@@ -63,12 +63,12 @@ def run(argv: Sequence[str], prog: str) -> int:
         )
     show_log(world.is_first)
     folder = RunFolder(job, world)
-    # Only now: a rank that waits for others that never come can do no better than end at the first signal.
+    # Not before `join`: a rank that still waits for other ranks should end at the first signal.
     with Guard(world, saves=job.checkpoint.enable, on_end=folder.write_exit) as guard:
         path = folder.claim()
         start = find_start(job, path, world)
         trainer = Trainer(job, world, start, folder=path, is_asked=lambda: guard.stop.asked)
-        folder.settle(trainer, start.resumed)
+        folder.prepare(trainer, start.resumed)
         started()
         if start.resumed is not None and start.resumed.state.model_only:
             step = start.resumed.state.step
@@ -83,7 +83,7 @@ def run(argv: Sequence[str], prog: str) -> int:
 
 
 def _write_refusal(error: BaseException) -> None:
-    """Write a ConfigError in exit.json, if the configuration is good enough to tell the folder."""
+    """Write a ConfigError to exit.json, if the configuration is valid enough to name the run's folder."""
     from torchtitan_lite.config.job import JobConfig
     from torchtitan_lite.config.load import ConfigError
     from torchtitan_lite.launch.end import end_of, is_first_here
@@ -91,7 +91,7 @@ def _write_refusal(error: BaseException) -> None:
 
     job = error.config if isinstance(error, ConfigError) else None
     if is_first_here() and isinstance(job, JobConfig) and job.job.dump_folder:
-        with contextlib.suppress(OSError, RuntimeError):  # the folder itself may be what is wrong
+        with contextlib.suppress(OSError, RuntimeError):  # the folder itself may be the problem
             write_refusal(Path(job.job.dump_folder).expanduser(), end_of(error))
 
 

@@ -15,7 +15,7 @@ import torch
 from checkpoint_cases import Start, Starts, forged_manifest, publish, tree, whole
 
 from torchtitan_lite.checkpoint.manifest import FORMAT_VERSION, MANIFEST, Damaged, Unreadable, read_manifest
-from torchtitan_lite.checkpoint.restore import find, load, verify
+from torchtitan_lite.checkpoint.restore import find_step, load, verify
 from torchtitan_lite.checkpoint.steps import Steps
 from torchtitan_lite.checkpoint.tensors import read_index
 from torchtitan_lite.config.load import ConfigError
@@ -147,7 +147,7 @@ def test_a_file_that_cannot_be_read_refuses_the_start_and_nothing_else_is_taken(
     monkeypatch.setattr(Path, "open", fails)
     shutil.copytree(step, step.parent / "step-4", dirs_exist_ok=True)
     with pytest.raises(ConfigError, match=rf"{name} cannot be read \(Input/output error\)") as refused:
-        find(Steps(step.parent), load_step, World())
+        find_step(Steps(step.parent), load_step, World())
     assert "holds step 5, which cannot be told to be good or not" in str(refused.value)
 
 
@@ -177,21 +177,21 @@ def test_a_step_that_cannot_be_read_any_more_after_it_was_verified_is_a_line(ste
 def test_a_folder_of_steps_that_cannot_be_read_is_not_taken_for_empty(step: Path, monkeypatch) -> None:
     monkeypatch.setattr(os, "listdir", mock.Mock(side_effect=PermissionError(13, "Permission denied")))
     with pytest.raises(ConfigError, match=r"cannot be read \(Permission denied\): see to that"):
-        find(Steps(step.parent), -1, World())
+        find_step(Steps(step.parent), -1, World())
 
 
 def test_a_step_of_a_later_version_is_not_passed_over(step: Path) -> None:
     forged_manifest(step, format_version=FORMAT_VERSION + 1)
     with pytest.raises(ConfigError, match=f"{MANIFEST} has format {FORMAT_VERSION + 1}"):
-        find(Steps(step.parent), -1, World())
+        find_step(Steps(step.parent), -1, World())
 
 
 def test_a_step_under_the_name_of_another_is_found(step: Path) -> None:
     step.rename(step.parent / "step-6")
     with pytest.raises(ConfigError, match="it is step 5 under another name"):
-        find(Steps(step.parent), 6, World())
+        find_step(Steps(step.parent), 6, World())
     with pytest.raises(ConfigError, match="it is step 5 under another name"):
-        find(Steps(step.parent), -1, World())
+        find_step(Steps(step.parent), -1, World())
 
 
 # --- which step a start takes ---
@@ -242,12 +242,12 @@ def test_a_damaged_step_is_passed_over_loudly_or_refused_where_it_is_asked_for(
     publish(step.parent, 4)
     damage(step)
     before = tree(step.parent)
-    found = find(Steps(step.parent), -1, World())
+    found = find_step(Steps(step.parent), -1, World())
     assert found is not None and found.state.step == 4
     (line,) = caplog.messages
     assert line.startswith(f"step 5 in {step.parent} is DAMAGED and is passed over: {words}")
     with pytest.raises(ConfigError) as refused:
-        find(Steps(step.parent), 5, World())
+        find_step(Steps(step.parent), 5, World())
     assert str(refused.value).startswith(f"checkpoint.load_step = 5 is damaged: {words}")
     assert tree(step.parent) == before
 

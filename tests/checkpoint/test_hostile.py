@@ -14,7 +14,7 @@ from checkpoint_cases import Starts, forge, forged_manifest, publish, tree
 
 import torchtitan_lite
 from torchtitan_lite.checkpoint.manifest import Damaged
-from torchtitan_lite.checkpoint.restore import find, verify
+from torchtitan_lite.checkpoint.restore import find_step, verify
 from torchtitan_lite.checkpoint.steps import Steps
 from torchtitan_lite.config.load import ConfigError
 from torchtitan_lite.launch.world import World
@@ -306,7 +306,7 @@ def test_a_manifest_with_a_wrong_value_is_refused(step: Path, changes: dict[str,
     forged_manifest(step, **changes)
     before = tree(step.parent)
     with pytest.raises(ConfigError):
-        find(Steps(step.parent), -1, World())
+        find_step(Steps(step.parent), -1, World())
     assert tree(step.parent) == before
 
 

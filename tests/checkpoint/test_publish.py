@@ -12,7 +12,7 @@ from checkpoint_cases import Start, Starts, die_in_save, publish
 from ranks import RankFailed, RanksOf
 
 from torchtitan_lite.checkpoint.manifest import read_manifest
-from torchtitan_lite.checkpoint.restore import find, verify
+from torchtitan_lite.checkpoint.restore import find_step, verify
 from torchtitan_lite.checkpoint.steps import Steps
 from torchtitan_lite.launch.world import World
 
@@ -231,6 +231,6 @@ def test_a_rank_killed_between_the_files_leaves_the_step_before(
         ranks(2).run(die_in_save, tmp_path, rank, fault)
     steps = Steps(tmp_path)
     steps.clean()
-    found = find(steps, -1, World())
+    found = find_step(steps, -1, World())
     assert found is not None and found.state.step == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-1"]

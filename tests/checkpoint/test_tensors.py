@@ -22,7 +22,7 @@ from checkpoint_cases import (
 from ranks import RanksOf
 from safetensors import safe_open
 
-from torchtitan_lite.checkpoint.restore import find, load, verify
+from torchtitan_lite.checkpoint.restore import find_step, load, verify
 from torchtitan_lite.checkpoint.steps import Steps
 from torchtitan_lite.checkpoint.tensors import Piece, Stored, differences, read_tensors, write_tensors
 from torchtitan_lite.config.load import ConfigError
@@ -236,7 +236,7 @@ def test_a_rank_without_space_fails_the_save_on_all_and_leaves_nothing(
             assert (f"rank {first}: " in said[1]) == (rank not in full)
             assert said[1].endswith("; step 1 is the newest that was")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-1", "step-3"]
-    found = find(Steps(tmp_path), -1, World())
+    found = find_step(Steps(tmp_path), -1, World())
     assert found is not None and found.state.step == 3
 
 

@@ -7,7 +7,7 @@ import pytest
 import world_cases as cases
 from ranks import RanksOf
 
-from torchtitan_lite.launch.cause import Answer, find_cause, is_settled
+from torchtitan_lite.launch.cause import Answer, find_cause, is_explained
 from torchtitan_lite.launch.end import End
 
 # A mesh of 2 x 2: the groups of tensor parallel are 0, 1 and 2, 3; those of data parallel 0, 2 and 1, 3.
@@ -16,7 +16,7 @@ TP, DP = ("tp0", "tp0", "tp2", "tp2"), ("dp0", "dp1", "dp0", "dp1")
 
 def answer(
     rank: int,
-    reason: Literal["error", "echo", "signal", "none"] = "none",
+    reason: Literal["error", "consequence", "signal", "none"] = "none",
     *,
     late: bool = False,
     n: int = 0,
@@ -48,7 +48,7 @@ def mesh(*counts: tuple[int, int]) -> list[Answer]:
         ([answer(0, n=3), answer(1, late=True, n=3), answer(2, n=3)], 1, 1),
         ([answer(0, "signal", n=3), answer(1, "error", n=2)], 0, 1),
         ([answer(0, "signal", n=3), answer(1, n=2)], 0, 0),
-        ([answer(0, "echo", n=3), answer(1, "echo", n=3), answer(2, "error", n=3)], 0, 2),
+        ([answer(0, "consequence", n=3), answer(1, "consequence", n=3), answer(2, "error", n=3)], 0, 2),
         ([answer(0), answer(1, "error"), answer(2, "error")], 2, 2),
         # Rank 3 hangs, 2 waits for it in tp, 0 for 2 in dp, 1 for 0 in tp or for 3 in dp.
         (mesh((5, 5), (5, 5), (5, 4), (4, 4)), 0, 3),
@@ -62,9 +62,9 @@ def test_the_rank_that_the_others_wait_for_is_named(
     assert find_cause(dict(enumerate(answers)), announcer) == cause
 
 
-def test_an_echo_alone_settles_nothing() -> None:
-    assert not is_settled({0: answer(0, "echo"), 1: answer(1)})
-    assert is_settled({0: answer(0, "echo"), 1: answer(1, "error")})
+def test_a_consequence_alone_explains_nothing() -> None:
+    assert not is_explained({0: answer(0, "consequence"), 1: answer(1)})
+    assert is_explained({0: answer(0, "consequence"), 1: answer(1, "error")})
 
 
 @pytest.mark.parametrize("hanging", [0, 1, 3])

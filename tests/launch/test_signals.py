@@ -21,8 +21,8 @@ class Guard:
     world = SimpleNamespace(rank=0, is_first={is_first})
     is_ending = False
 
-    def hurry(self, number):
-        os.write(1, b"hurry %d\\n" % number)
+    def set_deadline(self, number):
+        os.write(1, b"deadline %d\\n" % number)
         ending.set()
 
     def end(self, end):
@@ -135,7 +135,7 @@ def test_a_second_signal_ends_the_process_even_if_nobody_reads_the_output(start)
 
 def test_under_a_launcher_the_same_signal_within_a_second_is_ignored(start) -> None:
     # A busy machine may deliver the signals later than that: wait longer here.
-    before = "signals._ECHO = 1000.0"
+    before = "signals._REPEAT = 1000.0"
     process = start(TELL + WAIT + "time.sleep(1); request.ignore_signals()", launched=True, before=before)
     process.ask(signal.SIGUSR1)
     for _ in range(2):
@@ -145,10 +145,10 @@ def test_under_a_launcher_the_same_signal_within_a_second_is_ignored(start) -> N
 
 
 @pytest.mark.parametrize(
-    ("first", "echo"), [(signal.SIGTERM, 0.0), (signal.SIGUSR1, 1000.0)], ids=["later", "another signal"]
+    ("first", "repeat"), [(signal.SIGTERM, 0.0), (signal.SIGUSR1, 1000.0)], ids=["later", "another signal"]
 )
-def test_under_a_launcher_any_other_signal_is_a_second_request(first: int, echo: float, start) -> None:
-    process = start(TELL + FOREVER, launched=True, before=f"signals._ECHO = {echo}")
+def test_under_a_launcher_any_other_signal_is_a_second_request(first: int, repeat: float, start) -> None:
+    process = start(TELL + FOREVER, launched=True, before=f"signals._REPEAT = {repeat}")
     process.ask(first)
     process.send_signal(signal.SIGTERM)
     assert process.end() == (143, "terminated 143\n", AGAIN)
@@ -192,7 +192,7 @@ def test_a_signal_to_the_process_group_does_not_end_child_processes(start) -> No
         (signal.SIGUSR1, False, "SystemExit(138)"),
     ],
 )
-def test_a_signal_that_is_not_a_request_raises_in_the_main_thread_and_calls_hurry(
+def test_a_signal_that_is_not_a_request_raises_in_the_main_thread_and_sets_a_deadline(
     number: int, saves: bool, error: str, start
 ) -> None:
     code = (
@@ -202,11 +202,11 @@ def test_a_signal_that_is_not_a_request_raises_in_the_main_thread_and_calls_hurr
     process = start(code, saves=saves)
     process.read("in")
     process.send_signal(number)
-    assert process.end() == (0, f"hurry {int(number)}\n{error}\n", "")
+    assert process.end() == (0, f"deadline {int(number)}\n{error}\n", "")
 
 
-def test_hurry_is_called_even_while_the_main_thread_is_in_c(start) -> None:
+def test_the_deadline_is_set_even_while_the_main_thread_is_in_c(start) -> None:
     process = start(f"while True:\n    try: {DEEP}\n    except SystemExit: pass", saves=False)
     time.sleep(0.3)
     process.send_signal(signal.SIGTERM)
-    process.read("hurry 15")
+    process.read("deadline 15")

@@ -1,4 +1,4 @@
-"""Ranks that meet, and what they settle between them."""
+"""Ranks that meet, and what they exchange."""
 
 import socket
 import time
@@ -45,12 +45,12 @@ def test_without_a_launcher_a_run_is_one_rank_without_a_process_group(environmen
     x = torch.ones(2)
     assert world.sum(x) is x
     assert x.tolist() == [1, 1]
-    assert world.share("folder") == "folder"
+    assert world.broadcast("folder") == "folder"
     assert world.in_turn(lambda: 3) == 3
     assert [world.any(flag) for flag in (False, True)] == [False, True]
     assert world.saving is world
     assert world.gather(3) == [3] and world.together(lambda: 3) == 3
-    world.steady(1)
+    world.set_timeout(1)
     leave()
 
 
@@ -109,7 +109,7 @@ def test_a_report_of_progress_is_due_after_the_seconds_that_were_named_last() ->
 
 def test_all_ranks_get_the_sum_and_what_rank_0_has(ranks) -> None:
     assert ranks(4).run(cases.total) == [[4, 6]] * 4
-    assert ranks(4).run(cases.shared) == [Path("of-0")] * 4
+    assert ranks(4).run(cases.broadcast_path) == [Path("of-0")] * 4
 
 
 @pytest.mark.parametrize(
@@ -139,13 +139,13 @@ def test_another_exception_stops_all_ranks_and_stays_as_it_is_on_its_own(raising
     assert ranks(4).run(cases.error_in_turn, [raising], False) == expected
 
 
-def test_a_steady_run_waits_at_most_the_given_seconds_in_every_group(ranks) -> None:
+def test_with_a_timeout_a_rank_waits_at_most_the_given_seconds_in_every_group(ranks) -> None:
     waits, _ = ranks(2).run(cases.seconds_of_a_wait, timeout=1000)
     assert len(waits) == 2
-    assert all(0.9 < seconds < 60 for seconds in waits)  # and not 1,000, as before it is steady
+    assert all(0.9 < seconds < 60 for seconds in waits)  # and not 1,000, as before the timeout is set
 
 
-def test_a_steady_run_waits_longer_while_it_saves(ranks) -> None:
+def test_with_a_timeout_a_rank_waits_longer_while_it_saves(ranks) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -1,8 +1,8 @@
-"""The checkpoints of a run: a run that resumes from one continues as if it had never stopped.
+"""The checkpoints of a run. A resumed run continues as if it had never stopped.
 
-steps: folders, published by a rename              save: Saver, in the background if configured
+steps: folders, published by a rename              save: Saver, which may write in the background
 manifest: sizes and SHA-256                        restore: find a step, verify it, load it
-tensors: safetensors with pieces of many ranks     weights: folders in Hugging Face's format
+tensors: safetensors with pieces of all ranks      weights: folders in Hugging Face's format
 state: the step and the identity of a run
 
 See docs/checkpoints.md.
@@ -19,14 +19,14 @@ from torchtitan_lite.launch.end import RunError
 
 
 class SaveFailed(RunError):
-    """A step could not be saved. The steps before it are unchanged."""
+    """An error: a step could not be saved. The steps before it are unchanged."""
 
     outcome = "not-saved"
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When a run saves checkpoints, and which checkpoint it starts from."""
+    """The settings that decide when a run saves checkpoints, and which checkpoint it starts from."""
 
     enable: bool = False
     """Save checkpoints, and resume from the newest step in the run's folder."""
@@ -35,7 +35,7 @@ class CheckpointConfig:
     interval: Annotated[int, Field(ge=1, examples=[500])] = 500
     """Steps between two saves. The last step is always saved."""
     keep_latest_k: Annotated[int, Field(ge=0), Remedy("use 0 for all")] = 10
-    """Number of steps to keep, the newest; 0: all."""
+    """Number of newest steps to keep. 0: all steps."""
     async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = "disabled"
     """disabled: training waits until a step is written. async: training waits only for a copy in host memory.
     async_with_pinned_mem: the copy is in pinned memory, which is faster from a GPU and kept between saves."""
@@ -44,7 +44,7 @@ class CheckpointConfig:
     load_step: Annotated[int, Field(ge=-1), Remedy("use -1 for the newest step")] = -1
     """Step to resume from; later steps move to the folder "earlier". -1: the newest undamaged step."""
     initial_load_path: str = ""
-    """Folder of a step, of steps or of a run. A new run starts with the weights of that step."""
+    """Folder of a step, of steps or of a run. A new run starts with the weights of the newest step there."""
     initial_load_in_hf: bool = False
     """initial_load_path is a folder in Hugging Face's format: config.json and safetensors."""
     allow_changes: bool = False
@@ -58,7 +58,7 @@ class CheckpointConfig:
     """Precision of the weights in the folder hf, and in a last step with only the weights."""
 
     def problems(self, key: str) -> list[Problem]:
-        """Options of a feature that is off, and a last step that no run could resume from."""
+        """Return a problem for each option of a feature that is off, and if no run could resume later."""
         found: list[Problem] = []
 
         def add(name: str, rule: str, remedy: str, *reads: str) -> None:

@@ -1,4 +1,4 @@
-"""The manifest of a step: size and SHA-256 of every file, and which run, mesh and torch made the step."""
+"""The manifest of a step: size and SHA-256 of every file, and the run, mesh and torch that made the step."""
 
 import hashlib
 import json
@@ -16,21 +16,21 @@ from torchtitan_lite.config.load import ConfigError, Problem
 from torchtitan_lite.launch.world import SameOnAllRanks
 
 FORMAT_VERSION = 1
-"""Goes up by one whenever steps of the format before can no longer be read."""
+"""The version of the format. A change that makes older steps unreadable raises it by one."""
 MANIFEST = "manifest.json"
 
 
 class Damaged(SameOnAllRanks):
-    """A step is not as it was written; the message says which file, and how it differs."""
+    """An error: a step differs from what was written. The message says which file differs, and how."""
 
 
 class Unreadable(SameOnAllRanks):
-    """A step cannot be read for now, so nobody knows whether it is good; the message says why."""
+    """An error: a step cannot be read now, so it may be good or damaged. The message says why."""
 
 
 @dataclass(frozen=True)
 class Digest:
-    """Size and hash of a file."""
+    """The size and SHA-256 of a file."""
 
     size: int
     sha256: str
@@ -38,27 +38,27 @@ class Digest:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """The manifest of one step."""
+    """The content of the manifest.json of one step."""
 
     step: int
     files: dict[str, Digest]
-    """Every file of the step but the manifest itself."""
+    """All files of the step except the manifest."""
     made: dict[str, Any]
-    """Fingerprints of configuration, tokenizer and data, the mesh, and the version of torch."""
+    """The fingerprints of configuration, tokenizer and data, the mesh, and the version of torch."""
 
     def text(self) -> str:
-        """Return the manifest as JSON that ends with its own hash. No other text stands for this manifest."""
+        """Return the manifest as JSON that ends with its own hash. A manifest has exactly one text."""
         return _signed({"format_version": FORMAT_VERSION, **asdict(self)})
 
 
 def write_file(path: Path, content: bytes) -> Digest:
-    """Write a small file, and return its digest. It reaches the disk when its folder is published."""
+    """Write a small file, and return its digest. `Steps.publish` makes sure that it is on the disk."""
     path.write_bytes(content)
     return Digest(len(content), hashlib.sha256(content).hexdigest())
 
 
 def _signed(content: dict[str, Any]) -> str:
-    """Return `content` as JSON, and at its end the hash of the JSON without that hash."""
+    """Return `content` as JSON, with the hash of this JSON added as the last value."""
     return _text({**content, "sha256": hashlib.sha256(_text(content).encode()).hexdigest()})
 
 
@@ -67,7 +67,7 @@ def _text(content: dict[str, Any]) -> str:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Return the manifest in `folder`; raises Damaged unless every byte of it is as it was written."""
+    """Return the manifest in `folder`. Raises Damaged if any byte of the manifest has changed."""
     path = folder / MANIFEST
     with reading(MANIFEST):
         if not stat.S_ISREG(path.lstat().st_mode):
@@ -82,7 +82,7 @@ def read_manifest(folder: Path) -> Manifest:
                 f"{MANIFEST} has format {version}, and this version reads up to {FORMAT_VERSION}"
             )
         manifest = TypeAdapter(Manifest).validate_json(found, strict=True)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):  # pydantic's is a ValueError
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):  # pydantic raises ValueError
         raise Damaged(f"{MANIFEST} is not what was written") from None
     if manifest.text().encode() != found:
         raise Damaged(f"{MANIFEST} is not what was written")
@@ -91,7 +91,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 @contextmanager
 def reading(name: str) -> Iterator[None]:
-    """Raise Damaged if the file `name` is missing in the block, and Unreadable for any other OSError."""
+    """A context manager: an OSError inside becomes Damaged if the file `name` is missing, else Unreadable."""
     try:
         yield
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
@@ -102,7 +102,7 @@ def reading(name: str) -> Iterator[None]:
 
 @contextmanager
 def refusing_damage(key: str, value: object, rule: str, remedy: str) -> Iterator[None]:
-    """Turn Damaged and Unreadable, raised in the block, into a ConfigError about `key`."""
+    """A context manager: Damaged or Unreadable inside becomes a ConfigError about `key`."""
     try:
         yield
     except (Damaged, Unreadable) as problem:
@@ -110,7 +110,7 @@ def refusing_damage(key: str, value: object, rule: str, remedy: str) -> Iterator
 
 
 def check_files(folder: Path, manifest: Manifest) -> None:
-    """Raise Damaged unless `folder` holds the files of the manifest, in their sizes, and nothing else."""
+    """Raise Damaged unless `folder` holds exactly the files of the manifest, with the same sizes."""
     with reading("the folder"):
         there = {entry.name: entry.stat(follow_symlinks=False) for entry in os.scandir(folder)}
     for name in sorted({*manifest.files, *there} - {MANIFEST}):
@@ -126,7 +126,7 @@ def check_files(folder: Path, manifest: Manifest) -> None:
 
 
 def check_hash(folder: Path, name: str, digest: Digest) -> None:
-    """Raise Damaged unless the file has the hash in `digest`."""
+    """Raise Damaged unless the file `name` has the hash in `digest`."""
     with reading(name), (folder / name).open("rb") as stream:
         found = hashlib.file_digest(stream, "sha256")
     if found.hexdigest() != digest.sha256:

@@ -27,12 +27,12 @@ from torchtitan_lite.launch.world import World
 
 _LOG = logging.getLogger(__name__)
 _DATA_KEYS = [f"data.{key}" for key in ("dataset", "path", "field", "tokenizer", "validation_fraction")]
-"""The settings that decide the data's fingerprint."""
+"""The settings that determine the fingerprint of the data."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
-    """A verified step."""
+class VerifiedStep:
+    """A step whose files have all been verified."""
 
     folder: Path
     manifest: Manifest
@@ -40,10 +40,10 @@ class Found:
     index: dict[str, Stored]
 
 
-def verify(folder: Path, ranks: World) -> Found:
-    """Verify the step in `folder`; each rank hashes its share of the files.
+def verify(folder: Path, ranks: World) -> VerifiedStep:
+    """Verify the step in `folder`. Each rank hashes some of the files.
 
-    Raises Damaged or Unreadable, the same on all ranks.
+    Raises Damaged or Unreadable, the same error on all ranks.
     """
     manifest = ranks.together(lambda: read_manifest(folder))
     ranks.together(lambda: check_files(folder, manifest))
@@ -52,22 +52,23 @@ def verify(folder: Path, ranks: World) -> Found:
     return ranks.together(lambda: _read(folder, manifest, ranks))
 
 
-def _read(folder: Path, manifest: Manifest, ranks: World) -> Found:
+def _read(folder: Path, manifest: Manifest, ranks: World) -> VerifiedStep:
     with reading(STATE):
         state = read_state((folder / STATE).read_bytes())
     if state.step != manifest.step:
         raise Damaged(f"{STATE} is of step {state.step}, and the manifest of step {manifest.step}")
     index = read_index(folder, manifest, ranks)
-    return Found(folder=folder, manifest=manifest, state=state, index=index)
+    return VerifiedStep(folder=folder, manifest=manifest, state=state, index=index)
 
 
-def find(steps: Steps, load_step: int, ranks: World) -> Found | None:
-    """Return the step `load_step`, or for -1 the newest good step; None if no step was published.
+def find_step(steps: Steps, load_step: int, ranks: World) -> VerifiedStep | None:
+    """Return the step `load_step`, or for -1 the newest good step, or None if no step was published.
 
-    Raises ConfigError on all ranks if the step `load_step` is missing or damaged, if all steps are damaged,
-    and if a step cannot be read for now: it may be good.
+    For -1, a damaged step is logged and passed over. `RunFolder.prepare` later moves the step to a folder
+    "earlier". Raises ConfigError on all ranks if the step `load_step` is missing or damaged, if all steps are
+    damaged, or if a step cannot be read now, because the step may be good.
     """
-    published = ranks.share(ranks.together(lambda: _published(steps) if ranks.is_first else []))
+    published = ranks.broadcast(ranks.together(lambda: _published(steps) if ranks.is_first else []))
     is_asked_for = load_step >= 0
     if is_asked_for and load_step not in published:
         there = ", ".join(map(str, published)) or "none"
@@ -107,17 +108,17 @@ def _published(steps: Steps) -> list[int]:
         raise ConfigError([Problem("checkpoint.folder", str(steps.folder), rule, remedy)]) from None
 
 
-def find_initial(path: str, ranks: World, key: str = "checkpoint.initial_load_path") -> Found:
-    """Return the step at `path`: the folder of a step, or the newest step in a folder of steps or of a run.
+def find_initial(path: str, ranks: World, key: str = "checkpoint.initial_load_path") -> VerifiedStep:
+    """Return the step in the folder `path`, or the newest step if `path` is a folder of steps or of a run.
 
-    Raises ConfigError if no step is there or the step is damaged; no other step takes its place.
+    Raises ConfigError if there is no step or if the step is damaged: an older step is not tried.
     """
     with refusing_bad_step(key, path):
-        return verify(ranks.share(ranks.together(lambda: _initial(path))), ranks)
+        return verify(ranks.broadcast(ranks.together(lambda: _initial(path))), ranks)
 
 
 def refusing_bad_step(key: str, path: str) -> AbstractContextManager[None]:
-    """Turn damage that the block finds in the step at `path` into a ConfigError about `key`."""
+    """Return a context manager: Damaged or Unreadable inside becomes a ConfigError about `key` = `path`."""
     return refusing_damage(key, path, "holds no good step", "name a step-N folder that a run has published")
 
 
@@ -126,12 +127,12 @@ def _initial(path: str) -> Path:
         folder = Path(path).expanduser().absolute()
         if not folder.is_dir():
             raise Damaged("no folder is there")
-        # Steps that were put aside are in a folder "earlier".
+        # The folders "earlier" hold steps that a run has moved aside.
         inside = sorted(path for path in folder.iterdir() if not path.name.startswith("earlier"))
         for place in (folder, *inside):
             if published := Steps(place).published():
                 return Steps(place).path(published[-1])
-    except (OSError, RuntimeError) as error:  # the name is too long; ~ of an unknown user
+    except (OSError, RuntimeError) as error:  # the name is too long, or ~ names no user
         raise Unreadable(f"it cannot be read ({error})") from None
     if not folder.name.startswith("step-") and not (folder / MANIFEST).exists():
         raise Damaged("it has none (checkpoint.enable has a run save some)")
@@ -141,14 +142,14 @@ def _initial(path: str) -> Path:
 def check_same_run(
     state: State, identity: Mapping[str, Any], config: Mapping[str, Any], *, allow_changes: bool
 ) -> list[Problem]:
-    """Return what differs between this run and the run that saved the step.
+    """Return a problem for each difference between this run and the run that saved the step.
 
-    If the data's fingerprint differs, so do some settings in `config`. Raises ConfigError unless
-    `allow_changes`.
+    If the data has another fingerprint, the settings of the data in `config` are compared too. Raises
+    ConfigError with the problems unless `allow_changes`.
     """
     saved, now = dict(state.identity), dict(identity)
     if saved.get("data.fingerprint") != now.get("data.fingerprint"):
-        # The user can set back these settings, but not a fingerprint.
+        # The user can set these settings back, but not a fingerprint.
         saved, now = {**_of_data(state.config), **saved}, {**_of_data(config), **now}
     return check_same(saved, now, state.step, allow_changes=allow_changes)
 
@@ -156,7 +157,7 @@ def check_same_run(
 def check_same(
     saved: Mapping[str, Any], now: Mapping[str, Any], step: int, *, allow_changes: bool
 ) -> list[Problem]:
-    """Return what differs from when `step` was saved; raises ConfigError unless `allow_changes`."""
+    """Return a problem for each value of `saved` that differs in `now`. Raise them unless `allow_changes`."""
     remedy = "set it back, or use --checkpoint.allow-changes"
     found = [
         Problem(key, new, f"was {literal(old)} when step {step} was saved", remedy)
@@ -171,8 +172,10 @@ def _of_data(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in flat(config).items() if key in _DATA_KEYS}
 
 
-def load(found: Found, pieces: Mapping[str, Piece], ranks: World, key: str = "checkpoint.folder") -> None:
-    """Load `pieces`. Every stored tensor of the same kind (model, optimizer) must be asked for.
+def load(
+    found: VerifiedStep, pieces: Mapping[str, Piece], ranks: World, key: str = "checkpoint.folder"
+) -> None:
+    """Load values from the step into `pieces`: all or no stored tensors of each kind (model, optimizer).
 
     Raises ConfigError about `key` on all ranks if names, shapes or dtypes differ, or if a file can no longer
     be read.

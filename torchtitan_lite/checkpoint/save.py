@@ -1,4 +1,4 @@
-"""Saving a step: every rank writes its tensors, the first rank publishes; in the background if configured."""
+"""Save a step: every rank writes its tensors, then rank 0 publishes the step. A thread may do this work."""
 
 import contextlib
 import json
@@ -35,16 +35,16 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
-    """The content of a step, as one rank has it."""
+    """The content of a step on one rank."""
 
     pieces: Mapping[str, Piece]
     state: State
     made: dict[str, Any]
-    """For the manifest: fingerprints, mesh and version of torch."""
+    """The value of `Manifest.made`: fingerprints, mesh and version of torch."""
 
 
 class Saver:
-    """Saves the steps of a run. All ranks call the same methods at the same steps."""
+    """The writer of the steps of a run. All ranks call the same methods at the same steps."""
 
     def __init__(
         self,
@@ -58,25 +58,25 @@ class Saver:
     ) -> None:
         self.config, self.steps, self.ranks, self.say = config, steps, ranks, say
         self.on_published = on_published
-        """Called with each published step, on all ranks, once this rank has waited for the save."""
+        """The function that each rank calls with a published step, once the rank has waited for the save."""
         self.saved = saved
-        """The step that was published last."""
+        """The last published step."""
         self._pinned = {} if config.async_mode == "async_with_pinned_mem" else None
         self._writing: Future[None] | None = None
         self._failure: SaveFailed | None = None
         self._is_cut_off = False
-        """Whether an exchange between the ranks has failed: gloo's groups do not recover from that."""
+        """True if a collective of the ranks has failed. gloo groups do not recover from that."""
 
     @property
     def has_failed(self) -> bool:
-        """Whether a save in the background has failed and `report` has not said so yet."""
+        """True if a save in the background has failed and `report` has not reported the failure yet."""
         return self._failure is not None and (self._writing is None or self._writing.done())
 
     def save(self, step: int, take: Callable[[], Snapshot], *, last: bool = False) -> None:
-        """Save `step`, whose snapshot `take` returns; in the background if configured and not `last`.
+        """Save `step`, whose snapshot `take` returns. With `async_mode`, do not wait for it unless `last`.
 
-        Waits for the save before this one. Raises SaveFailed if a save fails: this one, or in background mode
-        the one before (see `report`).
+        The method first waits for the previous save. It raises SaveFailed if this save fails, or with
+        `async_mode` if the previous save has failed (see `report`).
         """
         began = perf_counter()
         self.wait()
@@ -86,18 +86,18 @@ class Saver:
         in_foreground = last or self.config.async_mode == "disabled"
         try:
             snapshot = self.ranks.together(take if in_foreground else lambda: _copy(take(), self._pinned))
-        except Exception as error:  # noqa: BLE001 - whatever it is, such as no memory, `report` raises it
+        except Exception as error:  # noqa: BLE001 - `report` raises any error, such as no memory
             self._failure = self._failed(step, error)
         else:
             stood_still = None if in_foreground else perf_counter() - began
-            # In a thread in either mode: a write may take longer than a rank may go without a sign of life.
+            # Both modes use a thread: a write may take longer than the timeout of a progress report.
             self._writing = in_thread(lambda: self._write(snapshot, began, stood_still))
         if in_foreground:
             self.report(fatal=last)
-        # In background mode the ranks notice a failure at different times: they agree on when to `report` it.
+        # In background mode ranks notice a failure at different times, so they agree on when to `report` it.
 
     def wait(self) -> None:
-        """Wait until the save that is under way has published its step or has failed."""
+        """Wait until the current save has published its step or has failed."""
         if self._writing is not None:
             self.ranks.wait_for(self._writing)
             self._writing = None
@@ -105,7 +105,7 @@ class Saver:
                 self.on_published(self.saved)
 
     def finish(self) -> None:
-        """Finish the save that is under way when another error ends the run; log a failure."""
+        """Finish the current save when another error ends the run. Log the failure if the save fails."""
         if self._writing is not None and not self._writing.done():
             self.say("finishing the save that is under way")
         self.report(quiet=True)
@@ -113,7 +113,9 @@ class Saver:
     def report(self, *, fatal: bool = False, quiet: bool = False) -> None:
         """If the last save has failed, log that, or raise SaveFailed if the failure ends the run.
 
-        A `fatal` failure always ends the run. A `quiet` one never does: the present step is saved next.
+        A failure with `fatal` and a failed collective always end the run. Any other failure is only logged if
+        `quiet`, because the present step is saved next or another error ends the run. Otherwise
+        `on_failure` decides.
         """
         self.wait()
         failure, self._failure = self._failure, None
@@ -125,13 +127,13 @@ class Saver:
             _LOG.error("%s%s", failure, "" if quiet else "; the run goes on")
 
     def _write(self, snapshot: Snapshot, began: float, stood_still: float | None) -> None:
-        """Write and publish a step; keep an error for `report`."""
+        """Write and publish a step. Keep an error for `report`."""
         step = snapshot.state.step
         try:
             n_bytes = write_step(self.steps, snapshot, self.ranks, self.config.keep_latest_k)
-        except Exception as error:  # noqa: BLE001 - whatever it is, `report` raises it
+        except Exception as error:  # noqa: BLE001 - `report` raises any error
             self._failure = self._failed(step, error)
-            # An error of a rank's own work is one of these on every rank.
+            # If one rank's work fails, every rank raises one of these. Otherwise a collective has failed.
             known = OSError | OnAnotherRank | Damaged | Unreadable
             self._is_cut_off = self.ranks.size > 1 and not isinstance(error, known)
             return
@@ -151,9 +153,9 @@ class Saver:
 
 
 def write_step(steps: Steps, snapshot: Snapshot, ranks: World, keep_latest_k: int = 0) -> int:
-    """Write a step beside the published ones, publish it and remove old ones; return the bytes of all ranks.
+    """Write a step to a new folder, publish it, and remove old steps. Return the bytes of all ranks' files.
 
-    If a rank fails, all raise, and nothing of the step is left.
+    If a rank fails, every rank raises, and the new folder is removed.
     """
     with _scratch(steps, snapshot.state.step, ranks) as scratch:
         digests = write_tensors(scratch, snapshot.pieces, ranks)
@@ -161,7 +163,7 @@ def write_step(steps: Steps, snapshot: Snapshot, ranks: World, keep_latest_k: in
         manifest = _manifest(snapshot.state.step, digests, ranks, snapshot.made)
 
         def publish() -> None:
-            # Files of other ranks are missing if each machine has a folder of this name.
+            # Files of other ranks are missing if each machine has its own folder of this name.
             check_files(scratch, manifest)
             (scratch / MANIFEST).write_bytes(manifest.text().encode())
             is_durable = steps.publish(scratch, manifest.step)
@@ -171,16 +173,16 @@ def write_step(steps: Steps, snapshot: Snapshot, ranks: World, keep_latest_k: in
                 except OSError as error:
                     _LOG.warning("old steps in %s could not be removed (%s)", steps.folder, error.strerror)
 
-        # The other ranks wait here for the removal of old steps: within a training step they wait less long.
+        # The other ranks wait here while old steps are removed. In a training step the timeout is shorter.
         ranks.together(lambda: publish() if ranks.is_first else None)
     return sum(digest.size for digest in manifest.files.values())
 
 
 def probe(steps: Steps, ranks: World) -> None:
-    """Let all ranks write a tensor as a step is written, read it, and remove it.
+    """Check that a step can be saved: every rank writes a tensor, and reads the tensor of another rank.
 
-    Raises ConfigError on all ranks if that fails: the run then ends before its first step, not at its first
-    save.
+    Raises ConfigError on all ranks if that fails, so that the run ends before its first step and not at its
+    first save. The files are removed.
     """
     own = torch.full((1,), float(ranks.rank))
     other = (ranks.rank + 1) % ranks.size
@@ -204,8 +206,8 @@ def probe(steps: Steps, ranks: World) -> None:
 
 @contextlib.contextmanager
 def _scratch(steps: Steps, step: int, ranks: World, *, keep: bool = True) -> Iterator[Path]:
-    """Have the first rank make a folder for `step`. It is removed if the block fails, and without `keep`."""
-    scratch = ranks.share(ranks.together(lambda: steps.scratch(step) if ranks.is_first else None))
+    """A context manager: yield a new folder for `step`. If the block raises, or without `keep`, remove it."""
+    scratch = ranks.broadcast(ranks.together(lambda: steps.scratch(step) if ranks.is_first else None))
     assert scratch is not None
     done = False
     try:
@@ -230,9 +232,9 @@ def _manifest(step: int, digests: Mapping[str, Digest], ranks: World, made: dict
 
 
 def _copy(snapshot: Snapshot, pinned: dict[str, torch.Tensor] | None) -> Snapshot:
-    """Return a copy of a step in host memory, which does not change while training continues.
+    """Return a copy of the snapshot in host memory, which does not change while training continues.
 
-    `pinned` keeps pinned memory for the next copy; None: the memory is not pinned.
+    `pinned` keeps the pinned memory for the next copy. If `pinned` is None, the memory is not pinned.
     """
     copies = {}
     for name, piece in snapshot.pieces.items():

@@ -1,4 +1,4 @@
-"""state.json of a step: the progress of the run, and its identity."""
+"""state.json of a step: the progress and the identity of the run."""
 
 import hashlib
 import json
@@ -17,19 +17,19 @@ _Count = Annotated[int, Field(ge=0, le=2**62)]
 
 @dataclass(frozen=True, kw_only=True)
 class State:
-    """The progress of a run, over all ranks, and its identity."""
+    """The progress of a run, with the counts of all ranks, and the identity of the run."""
 
     step: _Count
-    """Finished steps."""
+    """The number of finished steps."""
     n_tokens_seen: _Count
     consumed_samples: _Count
-    """Samples taken from the global order: the position in the data, which no number of ranks changes."""
+    """The number of samples taken from the global order, which is the same for any number of ranks."""
     validated: int
-    """Step of the last validation; -1 before the first validation."""
+    """The step of the last validation, or -1 before the first validation."""
     model_only: bool
-    """Whether the step holds only the weights: other runs can load them, but no run can resume from it."""
+    """True if the step holds only the weights: other runs can load them, but no run can resume from it."""
     identity: dict[str, Any]
-    """Values that a resumed run must have too: the table "model", and tokenizer, data, seed and batch."""
+    """The values that a resumed run must share: the table "model", tokenizer, data, seed and batch."""
     schedule: dict[str, Any]
     """The learning-rate schedule, with its resolved numbers of steps."""
     config: dict[str, Any]
@@ -37,7 +37,7 @@ class State:
 
 
 def read_state(text: bytes) -> State:
-    """Return the state in the JSON `text`; raises Damaged if it holds anything else."""
+    """Return the state in the JSON `text`. Raises Damaged if the JSON is not a valid state."""
     try:
         return TypeAdapter(State).validate_json(text, strict=True)
     except ValidationError as error:
@@ -47,14 +47,14 @@ def read_state(text: bytes) -> State:
 def changed(
     saved: Mapping[str, Any], now: Mapping[str, Any], but: tuple[str, ...] = ()
 ) -> dict[str, tuple[Any, Any]]:
-    """Return the old and new value of each dotted key that differs and starts with none of `but`."""
+    """Return the old and new value of each dotted key that differs, except keys with a prefix in `but`."""
     old, new = flat(saved), flat(now)
     pairs = {key: (old.get(key), new.get(key)) for key in sorted({*old, *new}) if not key.startswith(but)}
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the values of nested tables by dotted key."""
+    """Return the values of nested tables by dotted key, such as "training.steps"."""
     found: dict[str, Any] = {}
     for key, value in table.items():
         if isinstance(value, Mapping):

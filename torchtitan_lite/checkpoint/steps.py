@@ -1,9 +1,9 @@
-"""The steps of a run on disk. A folder with a step's name was published whole and is never written again.
+"""The steps of a run on disk. A folder with the name of a step is complete and never written again.
 
     checkpoint/step-500/  step-1000/  step-1500.tmp-6f1c92ab/  latest
 
-A step is written into a folder with another name, which is renamed once all of it is on the disk. `latest`
-names the newest step and the hash of its manifest, for other programs; a start looks at the folders alone.
+A step is written to a folder with another name. The folder is renamed when all of it is on the disk. `latest`
+names the newest step and the hash of its manifest, for other programs. A run itself reads only the folders.
 """
 
 import logging
@@ -23,22 +23,22 @@ _LOG = logging.getLogger(__name__)
 
 
 class Steps:
-    """The steps of one run, in a folder of their own inside the run's."""
+    """The steps of one run, in their own folder inside the folder of the run."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def path(self, step: int) -> Path:
-        """Return the folder that `step` has or will have."""
+        """Return the path of the folder of `step`, which need not exist."""
         return self.folder / f"step-{step}"
 
     def published(self) -> list[int]:
-        """Return the published steps in order; a link to a folder is no step."""
+        """Return the published steps in ascending order. A link to a folder is not a step."""
         paths = {step: self.path(step) for step in self.named()}
         return [step for step, path in paths.items() if path.is_dir() and not path.is_symlink()]
 
     def named(self) -> list[int]:
-        """Return the steps whose names are taken, in order: by steps, files or links."""
+        """Return the steps whose names are taken by a folder, file or link, in ascending order."""
         try:
             names = os.listdir(self.folder)
         except (FileNotFoundError, NotADirectoryError):
@@ -46,7 +46,7 @@ class Steps:
         return sorted(int(found[1]) for found in map(_STEP.fullmatch, names) if found)
 
     def scratch(self, step: int) -> Path:
-        """Make a new folder in which `step` is written."""
+        """Make and return a new folder to write `step` to."""
         if not self.folder.exists():
             self.folder.mkdir(parents=True)
             durable.sync(self.folder.parent)
@@ -55,10 +55,10 @@ class Steps:
         return place
 
     def publish(self, scratch: Path, step: int) -> bool:
-        """Rename `scratch` to the folder of `step`, and let `latest` name the step.
+        """Rename `scratch` to the folder of `step`, and write the name of the step to `latest`.
 
-        Returns whether the new name is on the disk; if not, a warning says so. Raises OSError if the step is
-        not published.
+        Returns whether the new name is on the disk, and logs a warning if it is not. Raises OSError if the
+        step is not published.
         """
         target = self.path(step)
         if os.path.lexists(target):  # a rename would replace an empty folder
@@ -77,7 +77,7 @@ class Steps:
         return True
 
     def latest_problem(self) -> str:
-        """Return what is wrong with `latest`; empty if nothing is."""
+        """Return what is wrong with the file `latest`, or "" if nothing is wrong."""
         try:
             found = (self.folder / LATEST).read_bytes()
         except FileNotFoundError:
@@ -93,7 +93,7 @@ class Steps:
         return f"{LATEST} names no step that is there with the manifest that it was published with"
 
     def clean(self) -> None:
-        """Remove the folders of steps that a killed run was writing or removing."""
+        """Remove the unfinished folders of steps that a killed run was writing or removing."""
         if not self.folder.is_dir() or self.folder.is_symlink():
             return
         for entry in sorted(os.scandir(self.folder), key=lambda entry: entry.name):
@@ -102,27 +102,27 @@ class Steps:
                 _LOG.info("removed %s, which a run that was stopped had left", entry.path)
 
     def keep_latest(self, n: int) -> None:
-        """Remove all but the newest `n` steps; none if the folder is a link."""
+        """Remove all steps except the newest `n`. Remove no step if the folder is a link."""
         for step in self.published()[:-n]:
             if self.folder.is_symlink():
                 _LOG.warning("%s is a link: its old steps stay", self.folder)
                 return
-            # Half a step must never have a step's name.
+            # Rename the step first: a partly removed step must never have a step's name.
             doomed = durable.scratch_path(self.path(step))
             self.path(step).rename(doomed)
             shutil.rmtree(doomed)
 
     def set_aside(self, steps: list[int], to: Path) -> None:
-        """Move `steps` to the folder `to` on the same disk, as the run will need their names."""
+        """Move `steps` to the folder `to` on the same disk: the run will save steps with the same names."""
         if steps and not self.latest_problem():
-            (self.folder / LATEST).unlink(missing_ok=True)  # it names one of them
+            (self.folder / LATEST).unlink(missing_ok=True)  # `latest` names one of `steps`
         for step in steps:
             to.mkdir(parents=True, exist_ok=True)
             self.path(step).rename(to / self.path(step).name)
             _LOG.warning("moved %s to %s", self.path(step), to)
 
     def point_to(self, step: int) -> None:
-        """Let `latest` name a published step; a failure is a warning, as no start depends on `latest`."""
+        """Write the published `step` to `latest`. Log a failure: no start of a run depends on `latest`."""
         if problem := self.latest_problem():
             _LOG.warning("%s in %s is DAMAGED and is written again: %s", LATEST, self.folder, problem)
         try:

@@ -1,13 +1,13 @@
 """The tensors of a step: each rank writes its pieces to a file, and any number of ranks can read them.
 
-A step has a file `tensors-<rank>.safetensors` of each rank that writes something. There a chunk, a part of a
-tensor, stands under the tensor's name. `index.json` has the dtype, shape and chunks of each tensor: where a
-chunk is in the tensor, and where in which file. A file is hashed while it is written. Its format is
+A rank that writes has a file `tensors-<rank>.safetensors`. The file holds chunks, which are parts of tensors,
+under the names of the tensors. `index.json` has the dtype and shape of each tensor, and the place of each
+chunk in its tensor and in its file. A file is hashed while it is written. The format of a file is
 
     8 bytes: length of the header, little-endian | header: JSON, padded with spaces | the tensors' bytes
 
-https://github.com/huggingface/safetensors#format. Names, dtypes and shapes alone decide every byte before the
-tensors: a reader computes the header that must be there, and never parses the header that is there.
+https://github.com/huggingface/safetensors#format. Names, dtypes and shapes alone determine every byte before
+the tensors. So a reader computes the header from the index, and compares it with the header in the file.
 """
 
 import hashlib
@@ -34,9 +34,9 @@ from torchtitan_lite.launch.world import World
 INDEX = "index.json"
 _FILE = "tensors-{rank}.safetensors"
 _BLOCK = 16 << 20
-"""Bytes that are read at a time where they cannot be read straight into a tensor."""
+"""The bytes to read at a time if they cannot be read straight into a tensor."""
 _MOST_LINES = 10
-"""The most tensors that an error names."""
+"""The most tensors that an error message names."""
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -55,19 +55,19 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""The format's names of dtypes."""
+"""The dtypes, by their names in the safetensors format."""
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """A rank's part of a tensor: a box of it."""
+    """The part of a tensor that a rank holds: a box, which is a range of indices in each dim."""
 
     local: Tensor
     shape: torch.Size
-    """Of the whole tensor."""
+    """The shape of the whole tensor."""
     offsets: torch.Size
-    """Where the part starts in the whole, in each dim."""
+    """The index in the whole tensor at which the part starts, for each dim."""
 
 
 def _dtype(name: object) -> torch.dtype:
@@ -82,7 +82,7 @@ _Dims = Annotated[tuple[Annotated[int, Field(ge=0, lt=2**63)], ...], Field(max_l
 
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
-    """A box of a tensor, and which bytes of which file hold it, row by row."""
+    """A box of a tensor, and the file that holds the box in the bytes from `start` to `stop`, row by row."""
 
     offsets: _Dims
     sizes: _Dims
@@ -93,7 +93,7 @@ class Chunk:
 
 @dataclass(frozen=True, kw_only=True)
 class Stored:
-    """A tensor in a checkpoint."""
+    """The dtype, shape and chunks of a tensor in a checkpoint."""
 
     dtype: _Dtype
     shape: _Dims
@@ -104,7 +104,7 @@ _Index = TypeAdapter(dict[str, Stored])
 
 
 class _Box(NamedTuple):
-    """A piece without its numbers, as the ranks exchange it."""
+    """The dtype and place of a piece, without its values. The ranks exchange boxes."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -113,17 +113,17 @@ class _Box(NamedTuple):
 
 
 def write_tensors(folder: Path, pieces: Mapping[str, Piece], ranks: World) -> dict[str, Digest]:
-    """Write the pieces of all ranks into `folder`, and wait until they are on the disk.
+    """Write the pieces of all ranks to `folder`, and wait until the pieces are on the disk.
 
     A piece that several ranks hold is written once. Returns the digests of the files that this rank wrote. If
-    a rank fails, all raise: that rank its own error, the others OnAnotherRank.
+    a rank fails, it raises its own error, and the other ranks raise OnAnotherRank.
     """
     held = {
         name: _Box(piece.local.dtype, tuple(piece.shape), tuple(piece.offsets), tuple(piece.local.shape))
         for name, piece in pieces.items()
         if piece.local.numel()  # with more ranks than rows, some ranks hold nothing
     }
-    # Every rank computes the same division from the same boxes: no rank has to hand it out.
+    # Every rank computes the same division from the same boxes, so no rank needs to send it.
     division = _divide(ranks.gather(held))
 
     def write() -> dict[str, Digest]:
@@ -139,10 +139,10 @@ def write_tensors(folder: Path, pieces: Mapping[str, Piece], ranks: World) -> di
 
 
 def _write_file(path: Path, tensors: Mapping[str, Tensor]) -> Digest:
-    """Write `tensors` to a new file, and wait until it is on the disk.
+    """Write `tensors` to a new file, wait until the file is on the disk, and return its digest.
 
-    The tensors must not change meanwhile: a thread hashes the memory that this one writes. At most two
-    tensors of a GPU are in host memory at a time. Raises OSError.
+    The tensors must not change meanwhile: a second thread hashes the memory that this thread writes. At most
+    two tensors of a GPU are in host memory at a time. Raises OSError.
     """
     layout = _layout({name: (x.dtype, tuple(x.shape)) for name, x in tensors.items()})
     sha256 = hashlib.sha256(layout.header)
@@ -162,19 +162,19 @@ def _write_file(path: Path, tensors: Mapping[str, Tensor]) -> Digest:
 
 
 class _Layout(NamedTuple):
-    """Where everything is in a file."""
+    """The layout of a tensor file: the header, the byte range of each tensor, and the size."""
 
     header: bytes
-    """All bytes before the tensors."""
+    """The bytes before the tensors."""
     places: dict[str, tuple[int, int]]
-    """Of each tensor, in the file's order, the bytes that it has: from, to."""
+    """The start and stop of each tensor in bytes from the start of the file, in the order of the file."""
     n_bytes: int
-    """Size of the file."""
+    """The size of the file."""
 
 
 def _layout(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> _Layout:
     """Return the layout of a file with tensors of these dtypes and shapes."""
-    # The widest first, so that each tensor starts at a multiple of its item size.
+    # The widest dtypes first, so that each tensor starts at a multiple of its item size.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1][0].itemsize, item[0]))
     described, ranges, end = {}, {}, 0
     for name, (dtype, shape) in ordered:
@@ -189,16 +189,16 @@ def _layout(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> _Layo
 
 
 def _divide(held: Sequence[Mapping[str, _Box]]) -> list[dict[str, _Box]]:
-    """Return the boxes that each rank writes, by name, so that the ranks write about as many bytes each.
+    """Return the boxes that each rank writes, by tensor name. All ranks write about the same number of bytes.
 
-    `held`: the boxes of each rank.
+    `held` lists the boxes that each rank holds, by tensor name.
     """
     holders: dict[tuple[str, _Box], list[int]] = {}
     for rank, boxes in enumerate(held):
         for item in boxes.items():
             holders.setdefault(item, []).append(rank)
     size = {item: math.prod(item[1].sizes) * item[1].dtype.itemsize for item in holders}
-    # First the boxes without a choice, then the larger ones: the small ones even out.
+    # First the boxes that only one rank holds, then large boxes before small boxes, which even out.
     order = sorted(holders, key=lambda item: (len(holders[item]) > 1, -size[item], item[0], item[1].offsets))
     division: list[dict[str, _Box]] = [{} for _ in held]
     n_bytes = [0] * len(held)
@@ -224,10 +224,10 @@ def _index_of(division: Sequence[Mapping[str, _Box]]) -> dict[str, Stored]:
 
 
 def read_index(folder: Path, manifest: Manifest, ranks: World) -> dict[str, Stored]:
-    """Return which tensors a step holds, and where.
+    """Return the dtype, shape and chunks of each tensor of a step, by name.
 
-    Raises Damaged unless the chunks of each tensor fill it, and each file is what its chunks decide: its size
-    in `manifest`, the places of the chunks, and its header. Each rank looks at the headers of some files.
+    Raises Damaged unless the chunks of each tensor fill the tensor, and each file agrees with its chunks: in
+    its size in `manifest`, the places of the chunks, and its header. Each rank reads some of the headers.
     """
     with reading(INDEX):
         content = (folder / INDEX).read_bytes()
@@ -258,7 +258,7 @@ def read_index(folder: Path, manifest: Manifest, ranks: World) -> dict[str, Stor
 
 
 def _layouts_of(index: Mapping[str, Stored]) -> dict[str, _Layout]:
-    """Return the layout of each file of an index; raises Damaged if a file has two chunks of one name."""
+    """Return the layout of each file of an index. Raises Damaged if a file has two chunks of a tensor."""
     files: dict[str, dict[str, tuple[torch.dtype, tuple[int, ...]]]] = {}
     for name, stored in index.items():
         for chunk in stored.chunks:
@@ -270,9 +270,10 @@ def _layouts_of(index: Mapping[str, Stored]) -> dict[str, _Layout]:
 
 
 def _fill(chunks: Sequence[Chunk], shape: Sequence[int], dim: int = 0) -> bool:
-    """Return whether chunks that are equal in the dims before `dim` fill the others, without overlaps.
+    """Return whether chunks that agree in the dims before `dim` fill the remaining dims without overlaps.
 
-    Slab by slab of this dim, then of the next: ranks cut a tensor into nothing but slabs.
+    The function groups the chunks into slabs along `dim`, and checks each slab along the next dim. This is
+    enough, because ranks cut a tensor only into slabs.
     """
     if dim == len(shape):
         return len(chunks) == 1
@@ -293,7 +294,7 @@ def differences(
     dtypes: Sequence[torch.dtype] = (),
     place: str = "the checkpoint",
 ) -> list[str]:
-    """Return why `pieces` cannot be read from the stored tensors: names, shapes and dtypes, a line each.
+    """Return how `pieces` and the stored tensors differ in names, shapes and dtypes: one line for each.
 
     Args:
         dtypes: the dtypes from which pieces of any dtype can be read.
@@ -316,10 +317,10 @@ def differences(
 
 @torch.no_grad()
 def read_tensors(folder: Path, pieces: Mapping[str, Piece], index: Mapping[str, Stored]) -> None:
-    """Read every piece from the chunks that overlap it. `differences` must have found none.
+    """Read every piece from the chunks that overlap it. `differences` must have returned no lines.
 
-    Bytes go straight into a piece whose memory is laid out as the file. Otherwise they are read in blocks of
-    16 MiB or one row, which also changes their dtype. Raises Damaged if a file has become shorter.
+    If a piece has the layout and dtype of the file, the bytes go straight into its memory. Otherwise they are
+    read in blocks of 16 MiB or one row, and converted. Raises Damaged if a file has become shorter.
     """
     chunks = [(chunk.file, chunk.start, name, chunk) for name in pieces for chunk in index[name].chunks]
     for file, of_file in groupby(sorted(chunks, key=lambda item: item[:2]), key=lambda item: item[0]):
@@ -331,7 +332,7 @@ def read_tensors(folder: Path, pieces: Mapping[str, Piece], index: Mapping[str, 
 
 
 def _overlap(piece: Piece, chunk: Chunk) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
-    """Return the overlap of the two as slices of the chunk and slices of the piece; None if there is none."""
+    """Return the overlap as slices of the chunk and slices of the piece, or None if they do not overlap."""
     in_chunk, in_piece = [], []
     for a, n_a, b, n_b in zip(piece.offsets, piece.local.shape, chunk.offsets, chunk.sizes, strict=True):
         start, stop = max(a, b), min(a + n_a, b + n_b)
@@ -345,8 +346,8 @@ def _overlap(piece: Piece, chunk: Chunk) -> tuple[tuple[slice, ...], tuple[slice
 def _read(
     stream: io.BufferedReader, chunk: Chunk, dtype: torch.dtype, source: tuple[slice, ...], target: Tensor
 ) -> None:
-    """Read the box `source` of a chunk into `target`."""
-    if not chunk.sizes:  # a scalar is a row of one number
+    """Read the box `source` of a chunk, which is stored in `dtype`, into `target`."""
+    if not chunk.sizes:  # read a scalar as a row of one number
         source, target = (slice(0, 1),), target.view(1)
     rows, *rest = source
     row = list(chunk.sizes[1:])
@@ -365,12 +366,12 @@ def _read(
 
 
 def _read_into(stream: io.BufferedReader, target: Tensor) -> None:
-    """Read the next bytes into the memory of a contiguous tensor."""
+    """Read the next bytes of the file into the memory of a contiguous tensor."""
     memory = _bytes_of(target)
     if stream.readinto(memory) != len(memory):
         raise Damaged(f"{Path(stream.name).name} has become shorter")
 
 
 def _bytes_of(x: Tensor) -> memoryview:
-    """Return the memory of a contiguous tensor of the CPU, without a copy."""
+    """Return the memory of a contiguous CPU tensor, without a copy."""
     return x.detach().reshape(-1).view(torch.uint8).numpy().data

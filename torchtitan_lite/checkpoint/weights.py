@@ -1,4 +1,4 @@
-"""Weights in safetensors files, laid out as on the Hugging Face Hub: one file, or several with an index."""
+"""Weights in safetensors files, as on the Hugging Face Hub: one file, or several files with an index."""
 
 import errno
 import json
@@ -15,13 +15,13 @@ from torchtitan_lite.checkpoint.tensors import DTYPES, Chunk, Stored
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 EXACT = (torch.float32, torch.float16, torch.bfloat16)
-"""The dtypes that become float32 without losing a bit."""
+"""The dtypes that convert to float32 without loss."""
 
 
 def read_weights_index(folder: Path) -> dict[str, Stored]:
-    """Return which tensors the safetensors files of a folder hold, and where.
+    """Return the dtype, shape and place of each tensor in the safetensors files of `folder`, by name.
 
-    Raises Damaged unless every file is whole and the index is true of the files.
+    Raises Damaged unless every file is complete and the index, if there is one, agrees with the files.
     """
     listed = _listed(folder)
     index: dict[str, Stored] = {}
@@ -38,7 +38,7 @@ def read_weights_index(folder: Path) -> dict[str, Stored]:
 
 
 def _stored(folder: Path, file: str) -> Iterator[tuple[str, Stored]]:
-    """Yield the tensors of a file, each of one chunk."""
+    """Yield the name of each tensor in a file, and the tensor as a single chunk."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -61,19 +61,19 @@ def _stored(folder: Path, file: str) -> Iterator[tuple[str, Stored]]:
 
 
 def are_equal(folder: Path, one: Stored, other: Stored) -> bool:
-    """Return whether two tensors are the same, bit by bit."""
+    """Return whether two stored tensors are equal, bit by bit."""
     if (one.shape, one.dtype) != (other.shape, other.dtype):
         return False
     chunks = one.chunks[0], other.chunks[0]
     a, b = (
         torch.from_file(str(folder / chunk.file), size=chunk.stop, dtype=torch.uint8)[chunk.start :]
-        for chunk in chunks  # mapped, not read into memory
+        for chunk in chunks  # memory-mapped, not read
     )
     return torch.equal(a, b)
 
 
 def _listed(folder: Path) -> dict[str, str]:
-    """Return the file of each tensor as the index says; empty if there is one file without an index."""
+    """Return the file of each tensor according to the index, or {} for a single file without an index."""
     index = folder / INDEX
     if not index.is_file():
         if (folder / SINGLE).exists():
@@ -92,7 +92,7 @@ def _listed(folder: Path) -> dict[str, str]:
         if not isinstance(file, str) or os.path.basename(file) != file or not file.endswith(".safetensors"):
             raise Damaged(f"{INDEX} names {file!r}, which is no safetensors file in the folder")
     if (folder / SINGLE).exists() and SINGLE not in listed.values():
-        # Some programs would read the file, others the index.
+        # Some programs would read the file, other programs the index.
         raise Damaged(f"{SINGLE} is there, and an {INDEX} of other files")
     return listed
 
@@ -110,9 +110,9 @@ def write_weights(
     read: Callable[[Sequence[str]], Mapping[str, Tensor]],
     most_bytes: int = 5 << 30,
 ) -> None:
-    """Write tensors of these names and shapes in `dtype`, in files of at most `most_bytes` and an index.
+    """Write tensors with these names and shapes in `dtype`, as files of at most `most_bytes` and an index.
 
-    `read(names)` returns the tensors of one file: no more are in memory at a time. Raises OSError.
+    `read(names)` returns the tensors of one file, and only these are in memory. Raises OSError.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -121,7 +121,7 @@ def write_weights(
     groups: list[list[str]] = []
     total = 0
     for name, size in sizes.items():
-        if not groups or total + size > most_bytes:  # a larger tensor has a file of its own
+        if not groups or total + size > most_bytes:  # a larger tensor gets its own file
             groups.append([])
             total = 0
         groups[-1].append(name)
@@ -132,7 +132,7 @@ def write_weights(
         tensors = {name: x.to(dtype).contiguous() for name, x in read(names).items()}
         try:
             save_file(tensors, folder / file, metadata={"format": "pt"})
-        except SafetensorError as error:  # raised for a full disk too
+        except SafetensorError as error:  # a full disk raises this error too
             raise OSError(errno.EIO, str(error), str(folder / file)) from None
         weight_map |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}

@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from torchtitan_lite import registry
 from torchtitan_lite.attention import AttentionConfig
-from torchtitan_lite.checkpoint.restore import Found, find_initial, load, refusing_bad_step
+from torchtitan_lite.checkpoint.restore import VerifiedStep, find_initial, load, refusing_bad_step
 from torchtitan_lite.checkpoint.state import flat
 from torchtitan_lite.config.load import ConfigError, Problem
 from torchtitan_lite.config.validation import validate
@@ -30,7 +30,7 @@ _SMALL = 2**19
 class Trained:
     """A verified step, its model's config, and its tokenizer."""
 
-    found: Found
+    found: VerifiedStep
     config: DecoderConfig
     tokenizer: Tokenizer
 
@@ -58,7 +58,7 @@ def renaming_keys(keys: Mapping[str, str]) -> Iterator[None]:
         raise ConfigError([replace(x, key=keys.get(x.key, x.key)) for x in error.problems]) from None
 
 
-def _tokenizer(found: Found, given: str) -> Tokenizer:
+def _tokenizer(found: VerifiedStep, given: str) -> Tokenizer:
     """Return the tokenizer whose fingerprint the step has.
 
     The tokenizer is read from `given`. If `given` is empty, it is searched beside the step and at the place

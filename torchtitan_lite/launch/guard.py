@@ -1,13 +1,14 @@
-"""One process of a run while it works: its signals, its watch, and what an exception makes of the run.
+"""Guard one process of a run: handle its signals, watch its progress, and end all ranks together.
 
-A run of several ranks ends as a whole when one rank fails: soon, and with that rank's error first. Each rank
-is watched by two threads of its own. One blocks at the store where the ranks met until some rank announces
-trouble, so a healthy run asks nothing of the store. The other looks, in this process alone, whether the
-launcher lives and whether the main thread makes progress.
+When one rank fails, all ranks end soon, and the error of that rank is printed first. Two threads watch each
+rank. The first thread blocks on a key of the store where the ranks met, until any rank announces
+trouble. So a healthy run sends no requests to the store. The second thread checks only its own process: that
+the launcher is alive, and that the main thread makes progress.
 
-When trouble is announced, by a rank with an error or by one without progress, every rank answers with what
-it knows (cause.Answer). The announcing rank picks the cause and writes the verdict. The rank that is the
-cause prints first, the others print a line each, and all processes end. A rank that does not answer is dead.
+A rank announces trouble if it has an error or makes no progress. Every rank then writes a report about itself
+to the store (cause.Answer). The announcing rank picks the cause and writes the verdict, an End. The rank that
+is the cause prints first, every other rank prints one line, and all processes end. A rank without an answer
+counts as dead.
 """
 
 import contextlib
@@ -27,46 +28,47 @@ import torch.distributed as dist
 from pydantic import TypeAdapter
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from torchtitan_lite.launch.cause import Answer, collectives, find_cause, is_settled
+from torchtitan_lite.launch.cause import Answer, collectives, find_cause, is_explained
 from torchtitan_lite.launch.end import End, end_of, say, signalled, tell_launcher
 from torchtitan_lite.launch.process import is_orphan
 from torchtitan_lite.launch.signals import STOPS, StopRequest
 from torchtitan_lite.launch.world import World, leave
 
 _TICK = 0.5
-"""Seconds between two looks at the main thread and the launcher."""
+"""The seconds between two checks of the main thread and the launcher."""
 _SILENCE = 3.0
-"""Seconds without an answer after which a rank is dead."""
+"""The seconds after which a rank that has not answered counts as dead."""
 _GRACE = 6.0
-"""Seconds that the main thread has to end the process by itself; more than a `_SILENCE`."""
+"""The seconds that the main thread has to end the process by itself. They must exceed `_SILENCE`."""
 _AT_MOST = 60.0
-"""Seconds that ending may take: a disk or a terminal that does not answer keeps no process."""
+"""The most seconds that ending may take, even if a disk or a terminal does not respond."""
 _FOREVER = timedelta(days=20)
-"""More than this is more milliseconds than poll() can count."""
+"""The longest timeout of a request to the store: poll() counts milliseconds, for at most 24 days."""
 
-# Keys in the store, beside answer/RANK. "trouble" holds the rank that announced it, or _OVER.
+# The keys in the store, besides answer/RANK. "trouble" holds the rank that announced trouble, or _OVER after
+# a run without trouble.
 _TROUBLE, _VERDICT, _TOLD = "trouble", "verdict", "told"
 _OVER = "over"
 _ANSWER, _END = TypeAdapter(Answer), TypeAdapter(End)
 
 
 class Guard:
-    """Guards the work in its `with` statement, which runs in the main thread.
+    """A context manager for the main thread: if the block raises, all ranks of the run end together.
 
-    If the work raises in a run of several ranks, or a rank makes no progress, all processes of the run end,
-    this one included. In a run of one process `on_end` is called and the error goes on. A second stop signal
-    ends the run in the same ways.
+    All ranks also end if any rank makes no progress. With one rank, the Guard calls `on_end` and the error
+    goes on. A second stop signal ends the run in the same way as an error.
 
     Args:
-        saves: whether the run saves checkpoints, so that a signal asks to stop. Otherwise it ends the run.
-        on_end: called with how the run ends, unless the work returns: on rank 0, or for a dead rank 0 on the
-            rank that announced the trouble.
+        saves: whether the run saves checkpoints. If so, the first signal asks to save and stop. Otherwise it
+            ends the run.
+        on_end: called with the End of the run, unless the block succeeds. Rank 0 calls it. If rank 0 is dead,
+            the rank that announced the trouble calls it.
     """
 
     def __init__(self, world: World, *, saves: bool, on_end: Callable[[End], None]) -> None:
         self.world, self.on_end = world, on_end
         self.stop = StopRequest(self, saves=saves)
-        """The request of a signal to stop."""
+        """The request to save and stop, which a signal makes."""
         self._signal, self._must_end_at = int(signal.SIGTERM), math.inf
         self._ending = threading.Lock()
         self._is_announced, self._is_over = threading.Event(), threading.Event()
@@ -88,12 +90,12 @@ class Guard:
         if error is None:
             self._is_over.set()
             if self._threads:
-                with contextlib.suppress(RuntimeError):  # the store is gone already
+                with contextlib.suppress(RuntimeError):  # the store is already gone
                     self._store.compare_set(_TROUBLE, "", _OVER)
             for thread in self._threads:
                 thread.join()
             return
-        while True:  # from the beginning again whenever a signal raises in it
+        while True:  # try again if a signal raises inside
             with contextlib.suppress(KeyboardInterrupt, SystemExit):
                 self.end(end_of(error, self.world.rank, self.world.size))
                 leave(wait=False)
@@ -101,38 +103,38 @@ class Guard:
 
     @property
     def is_ending(self) -> bool:
-        """Whether the run is about to end because of trouble, as far as this rank knows."""
+        """True if this rank knows that the run is about to end because of an error or a hang."""
         return self._is_announced.is_set() or self._ending.locked() or self._is_late
 
     @property
     def _is_late(self) -> bool:
         return self.world.size > 1 and self.world.progress.is_late
 
-    def hurry(self, number: int = signal.SIGTERM) -> None:
-        """Let the main thread end the process within `_GRACE` seconds; then end it as on signal `number`."""
+    def set_deadline(self, number: int = signal.SIGTERM) -> None:
+        """Give the main thread `_GRACE` seconds to end the process, then end it as on signal `number`."""
         if self._must_end_at == math.inf:
             self._signal, self._must_end_at = number, time.monotonic() + _GRACE
 
     def end(self, own: End) -> None:
-        """Agree with the other ranks on how the run ends, print that, and end this process.
+        """Agree with the other ranks on how the run ends, print the message, and end this process.
 
-        `own` is how the run ends if this rank is the cause. With one rank, only `on_end` is called.
+        `own` is the end of the run if this rank is the cause. With one rank, this method only calls `on_end`.
         """
         if self.world.size == 1:
             return self.on_end(own)
-        with self._ending:  # never released: the first thread that comes here ends the process
+        with self._ending:  # never released: the first thread to get the lock ends the process
             limit = threading.Timer(_AT_MOST, os._exit, [own.status])
             limit.daemon = True
             limit.start()
             for number in (*STOPS, signal.SIGINT):
-                with contextlib.suppress(ValueError):  # not in the main thread, and no exception comes here
+                with contextlib.suppress(ValueError):  # not the main thread, so no handler raises here
                     signal.signal(number, signal.SIG_IGN)
             end, rank = self._agree(own), self.world.rank
             is_cause = end.rank == rank
             line = end.line_on(rank)
-            if end.is_dead and own.reason == "error":  # which may be the reason, and would be lost
+            if end.is_dead and own.reason == "error":  # may be the reason, and is printed nowhere else
                 line += f" ({own.message})"
-            with contextlib.suppress(RuntimeError):  # no store any more
+            with contextlib.suppress(RuntimeError):  # the store is gone
                 if is_cause:
                     say(end.words)
                     self._store.set(_TOLD, "")
@@ -149,9 +151,9 @@ class Guard:
             os._exit(end.status)
 
     def _agree(self, own: End) -> End:
-        """How all ranks end the run; `own` if the others cannot be asked."""
+        """Return the end that all ranks agree on, or `own` if the other ranks cannot be asked."""
         if is_orphan():
-            return self._orphaned()  # the store has most likely ended with the launcher
+            return self._orphaned()  # the store has probably ended with the launcher
         rank = self.world.rank
         try:
             found = self._store.compare_set(_TROUBLE, "", str(rank)).decode()
@@ -166,19 +168,19 @@ class Guard:
             return own
 
     def _judge(self) -> End:
-        """Collect the answers of all ranks and find the cause."""
+        """Collect the answers of all ranks, and return the end of the rank that is the cause."""
         deadline = time.monotonic() + _SILENCE
         keys = [f"answer/{rank}" for rank in range(self.world.size)]
         while True:
             is_over = time.monotonic() > deadline
-            # All of them anew: the error that a rank reports later replaces its first answer.
+            # Read all answers again: a rank that has an error later replaces its first answer.
             there = {rank: self._store.get(key) for rank, key in enumerate(keys) if self._store.check([key])}
             answers = {rank: _ANSWER.validate_json(text) for rank, text in there.items()}
-            if is_over or (len(answers) == len(keys) and is_settled(answers)):
+            if is_over or (len(answers) == len(keys) and is_explained(answers)):
                 break
             time.sleep(0.05)
         if dead := [rank for rank in range(len(keys)) if rank not in answers]:
-            # A rank with an error of its own may have ended before a rank died.
+            # The dead ranks may have ended because of an error that no other rank can have caused (`is_own`).
             end = next((one.end for one in answers.values() if one.end.is_own), _no_answer(dead))
             return replace(end, writer=self.world.rank) if 0 in dead else end
         return answers[find_cause(answers, self.world.rank)].end
@@ -188,7 +190,7 @@ class Guard:
         return _ANSWER.dump_json(answer).decode()
 
     def _look_at_store(self) -> None:
-        """Wait until a rank announces trouble, answer, and see to it that this process ends."""
+        """Wait until a rank announces trouble, answer, and make sure that this process ends."""
         rank = self.world.rank
         try:
             self._wait_for_trouble()
@@ -196,25 +198,25 @@ class Guard:
             if announcer == _OVER:
                 return
             self._is_announced.set()
-            # The main thread answers too if it meets an error: that answer counts.
+            # If the main thread has an error, the answer of the main thread replaces this one.
             self._waiting.compare_set(f"answer/{rank}", "", self._answer(self._hang()))
             end = _verdict(self._waiting, int(announcer))
         except RuntimeError:
-            # At the end of a run the store may go a moment before this thread is told to stop.
+            # At the end of a run the store may close shortly before `_is_over` is set.
             if not self._is_over.wait(2):
                 self.end(self._orphaned())
             return
-        if end.rank == rank:  # and the main thread hangs, or is about to end the process
+        if end.rank == rank:  # the main thread hangs, or is about to end the process
             self.end(end)
-        self.hurry()
+        self.set_deadline()
 
     def _wait_for_trouble(self) -> None:
         while True:
-            with contextlib.suppress(dist.DistStoreError):  # the time is up, and the run goes on
+            with contextlib.suppress(dist.DistStoreError):  # no trouble for `_FOREVER`: wait again
                 return self._waiting.wait([_TROUBLE], _FOREVER)
 
     def _look_at_process(self) -> None:
-        """End the process when its launcher is gone, when it is late, and when it does not end in time."""
+        """End the process if its launcher is gone, if its main thread is late, or if its deadline is over."""
         while not self._is_over.wait(_TICK):
             if self._ending.locked():
                 return
@@ -230,7 +232,7 @@ class Guard:
         return replace(end, words=end.line_on(end.rank))
 
     def _hang(self) -> End:
-        rank, seconds = self.world.rank, time.monotonic() - self.world.progress.last
+        rank, seconds = self.world.rank, time.monotonic() - self.world.progress.reported_at
         message = f"rank {rank} hangs: no progress for {seconds:.0f} s"
         main = sys._current_frames()[threading.main_thread().ident or 0]
         stack = "".join(traceback.format_stack(main)).rstrip()
@@ -239,7 +241,7 @@ class Guard:
 
 
 def _connect(world: World) -> Store:
-    """A connection of its own to the store: a request keeps a connection busy until it is answered."""
+    """Return a new connection to the store. A request blocks its connection until the store answers."""
     assert world.store is not None
     own = world.store.clone()  # pyright: ignore[reportAttributeAccessIssue]
     own.set_timeout(timedelta(seconds=_GRACE))
@@ -247,7 +249,7 @@ def _connect(world: World) -> Store:
 
 
 def _verdict(store: Store, announcer: int) -> End:
-    """Wait for the verdict; if none comes, the rank that was to write it is dead."""
+    """Wait for the verdict and return it. If no verdict comes, the `announcer` counts as dead."""
     try:
         return _END.validate_json(store.get(_VERDICT))
     except dist.DistStoreError:
@@ -262,7 +264,7 @@ def _no_answer(ranks: list[int]) -> End:
 
 @contextlib.contextmanager
 def while_launched() -> Iterator[None]:
-    """End this process when its launcher ends in this context. For the time before there is a Guard."""
+    """A context manager: this process ends if its launcher ends inside. Used until there is a Guard."""
     is_over = threading.Event()
 
     def look() -> None:

@@ -1,6 +1,6 @@
 """The settings of the whole process, and how the process ends.
 
-Garbage collection, the log, warnings, generators, deterministic kernels, memory and inductor.
+The settings are garbage collection, log, warnings, generators, deterministic kernels, memory and inductor.
 """
 
 import atexit
@@ -17,12 +17,12 @@ from typing import NoReturn
 
 _GC_THRESHOLDS = gc.get_threshold()
 _launcher = os.getppid()
-"""The process that started this one."""
+"""The id of the process that started this process."""
 
 
 @contextlib.contextmanager
 def starting() -> Iterator[None]:
-    """Within it, Python collects garbage rarely, until `started`: during a start that saves half a second."""
+    """A context manager: Python rarely collects garbage inside, until `started`, to save half a second."""
     global _launcher
     _launcher = os.getppid()  # a fork of a process that had imported this module has another parent
     gc.set_threshold(100_000)
@@ -34,13 +34,13 @@ def starting() -> Iterator[None]:
 
 
 def started() -> None:
-    """Collect garbage as often as usual, but not among the objects that exist now: they stay."""
+    """Collect garbage as often as usual again, but never check the objects that exist now."""
     gc.freeze()
     gc.set_threshold(*_GC_THRESHOLDS)
 
 
 def show_log(is_first: bool) -> None:
-    """Print the log of this package on standard error, and warnings; on rank 0 alone."""
+    """Print warnings and the log of this package to standard error, on rank 0 only."""
     if not is_first:
         warnings.simplefilter("ignore")
     log = logging.getLogger("torchtitan_lite")
@@ -52,14 +52,14 @@ def show_log(is_first: bool) -> None:
 
 
 def is_orphan() -> bool:
-    """Whether the process that started this one, such as a launcher, has ended."""
+    """Return whether the process that started this process, such as a launcher, has ended."""
     return os.getppid() != _launcher
 
 
 def end_process(status: int) -> NoReturn:
-    """End the process without Python's own clearing up, which aborts if a thread is in torch then."""
+    """End the process without Python's own cleanup, which aborts if a thread is running torch code."""
     if "RANK" not in os.environ:
-        atexit._run_exitfuncs()  # such as those of plugins
+        atexit._run_exitfuncs()  # plugins may have registered some
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
@@ -67,14 +67,14 @@ def end_process(status: int) -> NoReturn:
 
 
 def set_up_process(*, device: str, seed: int, deterministic: bool, uses_inductor: bool) -> None:
-    """Set the generators, kernels, memory and inductor for a run on `device`, "cpu" or "cuda".
+    """Seed the random generators, and set up kernels, memory and inductor for `device`, "cpu" or "cuda".
 
     Call this function before the first CUDA kernel: cuBLAS reads its environment variable only once.
     """
-    import numpy as np  # slow to import, like torch: the start needs neither
+    import numpy as np  # numpy and torch are slow to import, and the start needs neither
     import torch
 
-    # For plugins that draw from the global generators: our own code has its own generators.
+    # Only plugins draw from the global generators. Our own code has its own generators.
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -83,7 +83,7 @@ def set_up_process(*, device: str, seed: int, deterministic: bool, uses_inductor
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
-        # Filling new tensors with NaN costs time, and only serves to find reads of uninitialised memory.
+        # Filling new tensors with NaN costs time, and only helps to find reads of uninitialised memory.
         torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
     if device == "cpu":
         _keep_freed_memory()
@@ -93,10 +93,10 @@ def set_up_process(*, device: str, seed: int, deterministic: bool, uses_inductor
 
 
 def _keep_freed_memory() -> None:
-    """Make glibc keep the memory that a step frees, for the next step. Other C libraries are left alone.
+    """Make glibc keep freed memory for the next step. Other C libraries keep their settings.
 
-    By default glibc returns much of this memory to the system, which clears each page before it hands the
-    page out again: 40,000 pages in a step of the tiny preset. The settings are in mallopt(3). 32 MiB is the
+    By default glibc returns much of this memory to the system, and the system clears each page before it is
+    used again: 40,000 pages in a step of the tiny preset. mallopt(3) describes the settings. 32 MiB is the
     largest threshold that glibc accepts.
     """
     trim_threshold, mmap_threshold = -1, -3
@@ -110,10 +110,10 @@ def _set_up_inductor(has_vectors: bool) -> None:
     from torch._functorch import config as functorch
     from torch._inductor import config as inductor
 
-    # Let the backward recompute the normalised and gated inputs of a block's products. These elementwise
-    # functions of other kept tensors would be a quarter of the memory of a block.
+    # Let the backward recompute the normalised and gated inputs of a block's products. These inputs
+    # are elementwise functions of other kept tensors, and would take a quarter of the memory of a block.
     functorch.ban_recompute_materialized_backward = False
-    # Skip the programs that inductor compiles to try out vector instructions: 6 s of 19. torch's own kernels
-    # rely on the same answer of the processor.
+    # Skip the test programs that inductor compiles to try vector instructions. They take 6 s of 19 s, and
+    # torch's own kernels rely on the same report of the processor.
     if has_vectors and inductor.cpp.vec_isa_ok is None:
         inductor.cpp.vec_isa_ok = True

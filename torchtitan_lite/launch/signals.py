@@ -1,11 +1,11 @@
-"""SIGTERM and SIGUSR1, with which schedulers announce the end of a job: a request to save and stop.
+"""Turn SIGTERM and SIGUSR1, with which schedulers announce the end of a job, into a request to save and stop.
 
-A thread reads the signals from a pipe (signal.set_wakeup_fd), so they count even while the main thread is in
-a library, where no Python handler runs.
+A thread reads the signals from a pipe (signal.set_wakeup_fd). So a signal is noticed even while the main
+thread is in C code, where no Python handler runs.
 
-From the signal to exit status 75: `StopRequest.asked` is set here. At its next exchange the Trainer agrees
-with the other ranks on one step to stop at, and saves that step. Then train.run calls `ignore_signals` and
-returns the status of RunFolder.finish.
+From the signal to exit status 75: `StopRequest.asked` is set here. In the all-reduce of its next step
+(`Stepper.reduce_and_clip`) the Trainer agrees with the other ranks on one step to stop at, and saves that
+step. Then train.run calls `ignore_signals` and returns the exit status of `RunFolder.finish`.
 """
 
 import os
@@ -21,39 +21,40 @@ if TYPE_CHECKING:
     from torchtitan_lite.launch.guard import Guard
 
 STOPS = frozenset({signal.SIGTERM, signal.SIGUSR1})
-_ECHO = 1.0
-"""Seconds in which a launcher may pass on the same signal that this process has received directly."""
+_REPEAT = 1.0
+"""The seconds in which a launcher may forward the signal that this process has also received directly."""
 _PAUSE = 1.0
-"""Seconds in which a rank learns that another rank has failed. A launcher then sends SIGTERM too."""
+"""The seconds before a request is printed. The launcher also sends SIGTERM when another rank has failed, and
+this rank learns of the failure in this time."""
 _LAST_WORDS = 5.0
-"""Seconds for the last words; more than the ranks need to agree on how the run ends."""
+"""The most seconds from a second signal to the end. The ranks need less time to agree on the end."""
 
 
 class StopRequest:
-    """Whether a signal has asked this process to save and stop.
+    """The request to save and stop that the first SIGTERM or SIGUSR1 makes.
 
-    A second signal ends the process. But under a launcher, the same signal within a second is not a second
-    request: a scheduler may signal the launcher and the ranks, and the launcher passes its signal on.
+    A second signal ends the process. But under a launcher, the same signal within a second does not count: a
+    scheduler may signal the launcher and the ranks, and the launcher forwards its signal to the ranks.
 
     Args:
-        guard: ends the process on a second signal.
-        saves: whether the run saves checkpoints. Otherwise a signal raises SystemExit in the main thread.
+        guard: the Guard, which ends the process on a second signal.
+        saves: whether the run saves checkpoints. If not, a signal raises SystemExit in the main thread.
     """
 
     def __init__(self, guard: "Guard", *, saves: bool) -> None:
         self.asked = False
         self.signal_name = ""
-        """The signal that asked."""
+        """The name of the signal that made the request, or "" before a request."""
         self._guard, self._saves = guard, saves
         self._launched, self._asked_at = "RANK" in os.environ, 0.0
         self._is_done = threading.Event()
         self._telling = threading.Thread(target=self._tell, daemon=True)
 
     def install(self) -> None:
-        """Handle the signals. Called from the main thread.
+        """Install the signal handlers. This method must be called in the main thread.
 
-        If the run saves, all other threads and all processes that start later block the signals, so that a
-        compiler goes on when a whole process group is signalled.
+        If the run saves, all other threads and all processes that start later block the signals. So a child
+        process, such as a compiler, continues when a scheduler signals the whole process group.
         """
         for number in STOPS:
             signal.signal(number, _pass if self._saves else _exit)
@@ -67,7 +68,7 @@ class StopRequest:
             signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
 
     def ignore_signals(self) -> None:
-        """Ignore SIGTERM and SIGUSR1 from now on. A launcher signals all ranks once one of them has ended."""
+        """Ignore SIGTERM and SIGUSR1 from now on. A launcher signals all ranks when the first rank ends."""
         for number in STOPS:
             signal.signal(number, signal.SIG_IGN)
         self._is_done.set()
@@ -83,22 +84,22 @@ class StopRequest:
 
     def _take(self, number: int) -> None:
         if number == signal.SIGINT or (number in STOPS and not self._saves):
-            self._guard.hurry(number)
+            self._guard.set_deadline(number)
         elif number not in STOPS or self._is_done.is_set():
             return
         elif not self.asked:
             self.signal_name, self._asked_at = signal.Signals(number).name, time.monotonic()
             self._telling.start()
             self.asked = True
-        elif not self._is_echo(number):
+        elif not self._is_repeat(number):
             self._end(number)
 
-    def _is_echo(self, number: int) -> bool:
+    def _is_repeat(self, number: int) -> bool:
         is_same = signal.Signals(number).name == self.signal_name
-        return self._launched and is_same and time.monotonic() < self._asked_at + _ECHO
+        return self._launched and is_same and time.monotonic() < self._asked_at + _REPEAT
 
     def _tell(self) -> None:
-        """Say what the signal does. In a thread of its own: printing blocks while nobody reads the output."""
+        """Print what the signal does. A thread runs this: printing blocks if nobody reads the output."""
         if self._launched:
             self._is_done.wait(_PAUSE)
         if not self._guard.is_ending:
@@ -119,9 +120,9 @@ class StopRequest:
 
 
 def _pass(*_: object) -> None:
-    """The handler in the main thread: the other thread reads the signal."""
+    """Do nothing: this is the handler in the main thread, and the thread of `_listen` reads the signal."""
 
 
 def _exit(number: int, _: object) -> None:
-    # An exception, so that the outcome is written on the way out.
+    # Raise an exception, so that Guard.__exit__ writes the outcome.
     sys.exit(128 + number)

@@ -1,8 +1,9 @@
 """torchrun for schedulers: `torchtitan-lite launch` or `python -m torchtitan_lite.launch.torchrun`.
 
-SIGTERM and SIGUSR1 are passed on to the ranks, which may take as long as they need to save, and the exit
-status is that of the ranks. torchrun itself kills the ranks 30 seconds after a SIGTERM, dies of a SIGUSR1
-without them, and turns every exit status into 1. For Linux, where the ranks are found in /proc.
+This launcher forwards SIGTERM and SIGUSR1 to the ranks, lets them take as long as they need to save, and
+returns the exit status of the ranks. Plain torchrun kills the ranks 30 seconds after a SIGTERM. On a SIGUSR1
+it dies and leaves the ranks running. It turns every exit status but 0 into 1. This launcher works on Linux
+only, because it finds the ranks in /proc.
 """
 
 import contextlib
@@ -16,23 +17,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch.distributed.elastic.agent.server.api import RunResult
 
-SAVED = 75
-"""Exit status of a process that was asked to stop and has saved: EX_TEMPFAIL of sysexits.h, "try again"."""
-
 
 def children() -> list[int]:
-    """The processes that this one has started: the ranks."""
+    """Return the ids of the processes that this process has started: the ranks."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # the process has ended meanwhile
+        with contextlib.suppress(OSError):  # the process has just ended
             after_name = path.read_text(errors="replace").rpartition(")")[2].split()
             if int(after_name[1]) == os.getpid():
                 found.append(int(path.parent.name))
     return found
 
 
-def refusal(words: list[str]) -> str:
-    """Why torchrun must not be given `words`; empty if it may."""
+def reason_to_refuse(words: list[str]) -> str:
+    """Return the reason why torchrun must not run with the arguments `words`, or "" if there is none."""
     from torch.distributed.run import parse_args
 
     own = "none of the user's"
@@ -49,9 +47,9 @@ def refusal(words: list[str]) -> str:
 
 
 def outlive_the_store() -> None:
-    """Let torchrun report how its ranks ended also where the store is gone, in which the nodes meet.
+    """Patch torchrun to report how its ranks ended even if the store where the nodes meet is gone.
 
-    The store is in the first node, which may end while ranks of other nodes still end.
+    The store runs on the first node, which may end before the ranks of other nodes have ended.
     """
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
     from torch.distributed.elastic.rendezvous import RendezvousError
@@ -75,11 +73,11 @@ def main(argv: Sequence[str]) -> int:
     words, passed_on = list(argv), False
 
     def pass_on(number: int, _: object) -> None:
-        """Pass a signal on to the ranks; end this process if none has started."""
+        """Forward a signal to the ranks, or end this process if no rank has started."""
         nonlocal passed_on
         found = children()
         if not found and not passed_on:
-            # At once: an exception in the middle of torch's import would abort the process.
+            # An exception in the middle of torch's import would abort the process, so use _exit.
             os._exit(128 + number)
         passed_on = True
         for pid in found:
@@ -89,21 +87,24 @@ def main(argv: Sequence[str]) -> int:
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, pass_on)
 
-    # Not at the top of the file: the signals are handled before this slow import.
+    # Not at the top of the file, so that the signals are handled before this slow import.
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    if why := refusal(words):
+    if why := reason_to_refuse(words):
         print(why, file=sys.stderr)
         return 2
     outlive_the_store()
     try:
         torchrun.main(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *words])
     except ChildFailedError as error:
+        # This import takes 0.3 s, and only a run that fails or stops needs it.
+        from torchtitan_lite.launch.end import STATUS_STOPPED
+
         statuses = [failure.exitcode for failure in error.failures.values()]
-        if SAVED in statuses:
-            return SAVED
+        if STATUS_STOPPED in statuses:
+            return STATUS_STOPPED
         print(error, file=sys.stderr)
         first = error.get_first_failure()[1].exitcode
         return first if first > 0 else 128 - first

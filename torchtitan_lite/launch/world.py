@@ -1,4 +1,4 @@
-"""The ranks of a run: who this one is, how they meet, and what they exchange."""
+"""The ranks of a run: the number of this rank, how the ranks meet, and their collectives."""
 
 import math
 import os
@@ -27,83 +27,83 @@ _BACKEND = {"cpu": "gloo", "cuda": "nccl"}
 _NCCL_GRACE = 20
 _MOST_RANKS = 1_000_000
 SAVING = "saving"
-"""Name of the process group of the thread that saves."""
+"""The name of the process group that the saving thread uses."""
 _SAVING_TIMEOUT = timedelta(minutes=30)
-"""How long a rank may save or load while the others wait for it."""
+"""The longest time that the other ranks wait for a rank that saves or loads."""
 _PERIOD = 0.5
-"""Seconds between two reports of progress while the main thread waits."""
+"""The seconds between two progress reports while the main thread waits for another thread."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CommConfig:
-    """How long a rank waits for the others before the run counts as hung."""
+    """The timeouts after which a run counts as hung, because a rank still waits for other ranks."""
 
     init_timeout_seconds: Annotated[int, Field(ge=1)] = 300
-    """Seconds until the first step is done, and for each save."""
+    """Timeout in seconds until the first step is done, and for each save."""
     train_timeout_seconds: Annotated[int, Field(ge=1)] = 100
-    """Seconds for every later step."""
+    """Timeout in seconds for every later step."""
 
 
 class SameOnAllRanks(Exception):
-    """An error that `World.together` raises unchanged on every rank, as it does with ConfigError."""
+    """An error that `World.together` raises unchanged on every rank, like a ConfigError."""
 
 
 class Progress:
-    """When the main thread last reported progress, and when its next report is due."""
+    """The time of the main thread's last progress report, and the time when the next report is due."""
 
     def __init__(self, seconds: float = math.inf) -> None:
         self.report(seconds)
 
     def report(self, seconds: float) -> None:
-        """Report progress: the next report is due in `seconds`."""
-        self.seconds, self.last = seconds, time.monotonic()
-        self.due = self.last + seconds
+        """Report progress now. The next report is due in `seconds`."""
+        self.seconds, self.reported_at = seconds, time.monotonic()
+        self.due = self.reported_at + seconds
 
     @property
     def is_late(self) -> bool:
-        """Whether a report is overdue. May be asked in any thread: it reads one number."""
+        """True if a report is overdue. Any thread may read this property, because it reads one number."""
         return time.monotonic() > self.due
 
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """All ranks of a run, as one of them sees them. Without arguments: a run of one process."""
+    """The ranks of a run, seen from one rank. `World()` is a run of one process."""
 
     rank: int = 0
     local_rank: int = 0
-    """Number of this rank among the ranks of its machine."""
+    """The number of this rank among the ranks of its machine."""
     size: int = 1
     store: Store | None = None
-    """Where the ranks met; None without a process group."""
+    """The store where the ranks met; None without a process group."""
     group: ProcessGroup | None = None
-    """The process group that the methods use; None for the default one."""
+    """The process group that the methods use; None: the default group."""
     saving_group: ProcessGroup | None = None
-    """A gloo group of all ranks, with long timeouts; None where there is one rank."""
+    """A gloo process group of all ranks, with long timeouts; None in a run of one rank."""
     progress: Progress = field(default_factory=Progress, compare=False)
-    """Of the main thread; the guard of a run of several ranks ends a rank that is late."""
+    """The progress of the main thread. The Guard ends a run of several ranks if a rank is late."""
 
     @property
     def is_first(self) -> bool:
-        """Whether this rank prints and writes for all."""
+        """True on rank 0, which prints and writes for all ranks."""
         return self.rank == 0
 
     @property
     def saving(self) -> "World":
-        """The same ranks over the group that waits long, for the one thread that saves or loads."""
+        """The same ranks with the long timeouts of `saving_group`: for the one thread that saves or loads."""
         return self if self.saving_group is None else replace(self, group=self.saving_group)
 
     def alive(self, seconds: float | None = None) -> None:
-        """Report progress of the main thread, which from now on may take `seconds` between two reports."""
+        """Report progress of the main thread. The next report is due in `seconds` (None: as before)."""
         self.progress.report(self.progress.seconds if seconds is None else seconds)
 
     def wait_for(self, working: Future[T]) -> T:
-        """Wait for work in a thread, report progress meanwhile, and return or raise the work's result."""
+        """Report progress until `working` is done in another thread. Return its result or raise its error."""
         while not wait([working], _PERIOD).done:
             self.alive()
         return working.result()
 
     def patiently(self, act: Callable[["World"], T]) -> T:
-        """Run `act(self.saving)` in a thread, however long it takes, and return or raise its result."""
+        """Run `act(self.saving)` in a thread, however long it takes. Return its result or raise its error."""
         return self.wait_for(in_thread(lambda: act(self.saving)))
 
     def sum(self, x: Tensor) -> Tensor:
@@ -113,22 +113,22 @@ class World:
         return x
 
     def any(self, flag: bool) -> bool:
-        """Whether `flag` is set on any rank."""
+        """Return whether `flag` is set on any rank."""
         if self.size == 1:
             return flag
         device = "cuda" if dist.get_backend(self.group) == "nccl" else "cpu"
         return bool(self.sum(torch.tensor(int(flag), device=device)))
 
     def gather(self, value: T) -> list[T]:
-        """The values of all ranks, on every rank."""
+        """Return the values of all ranks, ordered by rank, on every rank."""
         if self.size == 1:
             return [value]
         values: list[T] = [value] * self.size
         dist.all_gather_object(values, value, group=self.group)
         return values
 
-    def share(self, value: T) -> T:
-        """The value of rank 0, on every rank."""
+    def broadcast(self, value: T) -> T:
+        """Return the value of rank 0, on every rank."""
         if self.size == 1:
             return value
         values = [value]
@@ -136,13 +136,13 @@ class World:
         return values[0]
 
     def together(self, act: Callable[[], T]) -> T:
-        """Run `act` on every rank. If it raises on one rank, every rank raises.
+        """Run `act` on every rank. If `act` raises on one rank, every rank raises.
 
         The other ranks raise the same error if it is a ConfigError or SameOnAllRanks, else OnAnotherRank.
         """
         try:
             done, error = act(), None
-        except Exception as raised:  # noqa: BLE001 - raised again once the others know
+        except Exception as raised:  # noqa: BLE001 - raised again once the other ranks know
             done, error = None, raised
         is_shared = error is None or isinstance(error, (ConfigError, SameOnAllRanks))
         told = error if is_shared else OnAnotherRank(f"rank {self.rank}: {type(error).__name__}: {error}")
@@ -152,21 +152,21 @@ class World:
         return cast(T, done)
 
     def on_first(self, act: Callable[[], T]) -> T:
-        """Run `act` on rank 0, and return its result on every rank. Errors as in `together`."""
-        return cast(T, self.share(self.together(act if self.is_first else lambda: None)))
+        """Run `act` on rank 0, and return its result on every rank. Raise errors as `together` does."""
+        return cast(T, self.broadcast(self.together(act if self.is_first else lambda: None)))
 
     def in_turn(self, build: Callable[[], T]) -> T:
-        """Run `build` on one rank of each machine, then on the others, which find what that rank has cached.
+        """Run `build` on the first rank of each machine, then on the other ranks, which find cached results.
 
-        Errors as in `together`.
+        Raise errors as `together` does.
         """
         is_first_here = self.local_rank == 0
         first = self.together(lambda: build() if is_first_here else None)
         second = self.together(lambda: None if is_first_here else build())
         return cast(T, first if is_first_here else second)
 
-    def steady(self, seconds: int) -> None:
-        """The slow start is over: from now on a rank may go `seconds` without progress, or longer to save."""
+    def set_timeout(self, seconds: int) -> None:
+        """Set the timeouts of progress reports and collectives to `seconds`. A save may still take longer."""
         if dist.is_initialized():
             self.alive(seconds)
             timeout = _timeout(seconds, dist.get_backend())
@@ -175,7 +175,7 @@ class World:
 
 
 def in_thread(act: Callable[[], T]) -> Future[T]:
-    """Run `act` in a thread of its own, on this thread's GPU. The end of the process does not wait for it."""
+    """Run `act` in a new thread, on the GPU of this thread. The process may end before the thread does."""
     done: Future[T] = Future()
     # A new thread has GPU 0 as its current device, and would take memory there.
     gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
@@ -193,24 +193,24 @@ def in_thread(act: Callable[[], T]) -> Future[T]:
 
 
 def _timeout(seconds: int, backend: str) -> timedelta:
-    """How long a collective may take where a rank may go `seconds` without progress."""
-    # NCCL ends the process that waits, without a Python error: the watch must come first.
+    """Return the timeout of a collective if a rank may go `seconds` without progress."""
+    # After its timeout NCCL ends the process without a Python error, so the Guard must notice first.
     return timedelta(seconds=seconds + _NCCL_GRACE * (backend == "nccl"))
 
 
 def world_size() -> int:
-    """How many ranks the launcher started; 1 without a launcher."""
+    """Return the number of ranks that the launcher started, or 1 without a launcher."""
     return _number("WORLD_SIZE", 1, _MOST_RANKS) if "WORLD_SIZE" in os.environ else 1
 
 
 def join(device_type: str, *, init_seconds: int = 300, offload: bool = False) -> World:
     """Meet the other ranks that the launcher started, and take this rank's GPU.
 
-    Raises ConfigError where the launcher's variables make no sense, give this machine more ranks than GPUs,
-    or do not bring the ranks together.
+    Raises ConfigError if the launcher's variables make no sense, if this machine has more ranks than GPUs, or
+    if the ranks do not meet.
 
     Args:
-        offload: make a process group without a launcher too, as FSDP's offload to the CPU needs one.
+        offload: make a process group even without a launcher, because FSDP's CPU offload needs one.
     """
     size = world_size()
     if "RANK" not in os.environ and size == 1:
@@ -229,7 +229,7 @@ def join(device_type: str, *, init_seconds: int = 300, offload: bool = False) ->
         store, _, _ = next(rendezvous("env://", timeout=timeout))
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         saving_group = _build_saving_group(timeout) if size > 1 else None
-    except (dist.DistError, ValueError) as error:  # ValueError: no MASTER_PORT, or no number
+    except (dist.DistError, ValueError) as error:  # ValueError: MASTER_PORT is missing or not a number
         address = os.environ.get("MASTER_ADDR", MISSING)
         rule = f"did not bring the {size} ranks together ({str(error).splitlines()[0]})"
         remedy = "see what became of the others, or raise comm.init_timeout_seconds"
@@ -245,7 +245,7 @@ def join(device_type: str, *, init_seconds: int = 300, offload: bool = False) ->
 
 
 def _build_saving_group(timeout: timedelta) -> ProcessGroup:
-    """A gloo group of all ranks, which meet within `timeout` and then wait for `_SAVING_TIMEOUT` at most."""
+    """Return a gloo group of all ranks, with `timeout` to meet and `_SAVING_TIMEOUT` for each collective."""
     group = dist.new_group(backend="gloo", timeout=timeout, group_desc=SAVING)
     assert isinstance(group, ProcessGroup)
     distributed_c10d._set_pg_timeout(_SAVING_TIMEOUT, group)
@@ -253,7 +253,7 @@ def _build_saving_group(timeout: timedelta) -> ProcessGroup:
 
 
 def leave(wait: bool = True) -> None:
-    """Leave the process group; with `wait`, once every rank comes here."""
+    """Leave the process group. With `wait`, first wait until every rank gets here."""
     if dist.is_initialized():
         nccl = dist.get_backend() == "nccl"
         if wait:
@@ -263,7 +263,7 @@ def leave(wait: bool = True) -> None:
 
 def _take_gpu(local_rank: int, local_size: int) -> None:
     count = torch.cuda.device_count()
-    if count == 1 and "CUDA_VISIBLE_DEVICES" in os.environ:  # the launcher has given each rank its own
+    if count == 1 and "CUDA_VISIBLE_DEVICES" in os.environ:  # the launcher gave each rank one GPU
         local_rank, local_size = 0, 1
     if local_size > count:
         rule = f"is more ranks than this machine has GPUs, which is {count}"
@@ -273,7 +273,7 @@ def _take_gpu(local_rank: int, local_size: int) -> None:
 
 
 def _number(name: str, least: int, most: int) -> int:
-    """Read the launcher's variable `name` as a number from `least` to `most`."""
+    """Return the launcher's variable `name`, which must be a number from `least` to `most`."""
     given = os.environ.get(name)
     if given is not None and given.isascii() and given.isdecimal() and least <= int(given) <= most:
         return int(given)

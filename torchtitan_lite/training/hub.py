@@ -12,7 +12,7 @@ from torch import Tensor
 
 from torchtitan_lite.checkpoint import CheckpointConfig
 from torchtitan_lite.checkpoint.manifest import Damaged, refusing_damage
-from torchtitan_lite.checkpoint.restore import Found, verify
+from torchtitan_lite.checkpoint.restore import VerifiedStep, verify
 from torchtitan_lite.checkpoint.save import Snapshot, write_step
 from torchtitan_lite.checkpoint.state import State, fingerprint, flat
 from torchtitan_lite.checkpoint.steps import Steps
@@ -153,7 +153,7 @@ def check_vocabulary(tokenizer: Tokenizer, config: DecoderConfig, key: str, valu
         raise ConfigError([Problem(key, value, rule, "use the tokenizer that the model was trained with")])
 
 
-def export(found: Found, tokenizer: Tokenizer, out: Path, dtype: str, key: str = "dtype") -> None:
+def export(found: VerifiedStep, tokenizer: Tokenizer, out: Path, dtype: str, key: str = "dtype") -> None:
     """Write the model of the verified checkpoint `found` to a new folder `out`, for transformers or vLLM.
 
     The folder holds safetensors with their index, config.json, generation_config.json and the tokenizer. The

@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchtitan_lite.checkpoint.restore import Found, check_same, check_same_run, find, find_initial, load
+from torchtitan_lite.checkpoint.restore import (
+    VerifiedStep,
+    check_same,
+    check_same_run,
+    find_initial,
+    find_step,
+    load,
+)
 from torchtitan_lite.checkpoint.save import probe
 from torchtitan_lite.checkpoint.state import State, changed, fingerprint, flat
 from torchtitan_lite.checkpoint.steps import Steps
@@ -35,9 +42,9 @@ _NOT_NOTED = ("job.", "checkpoint.", "metrics.", "debug.log_sample_ids")
 class Start:
     """The source of a run's weights. At most one field is set. If none is set, the run draws its weights."""
 
-    resumed: Found | None = None
+    resumed: VerifiedStep | None = None
     """The checkpoint of this run to resume from."""
-    initial: Found | Path | None = None
+    initial: VerifiedStep | Path | None = None
     """The weights of a new run: a checkpoint, or the folder of a Hugging Face model."""
 
 
@@ -50,7 +57,7 @@ def find_start(job: JobConfig, folder: Path, world: World) -> Start:
     if checkpoint.enable:
         steps = Steps(folder / checkpoint.folder)
         world.patiently(lambda ranks: probe(steps, ranks))
-        if found := world.patiently(lambda ranks: find(steps, checkpoint.load_step, ranks)):
+        if found := world.patiently(lambda ranks: find_step(steps, checkpoint.load_step, ranks)):
             return Start(resumed=found)
     if checkpoint.initial_load_in_hf:
         path = Path(os.path.expanduser(checkpoint.initial_load_path)).absolute()
@@ -85,7 +92,7 @@ class Record:
         resolved = {"total_steps": schedule.total(steps), "warmup_steps": schedule.warmup(steps)}
         self.schedule: dict[str, Any] = {**asdict(schedule), **resolved}
 
-    def check(self, found: Found) -> list[str]:
+    def check(self, found: VerifiedStep) -> list[str]:
         """Return lines to print about the resume from `found`. Raise ConfigError if the run cannot resume."""
         state = found.state
         allow = self.job.checkpoint.allow_changes
@@ -119,7 +126,7 @@ class Record:
             lines.append(f"step {state.step} was saved in full and stays so: it is not the model alone")
         return [printable(line) for line in lines]
 
-    def check_initial(self, found: Found | Path) -> list[str]:
+    def check_initial(self, found: VerifiedStep | Path) -> list[str]:
         """Return lines to print about a new run's weights. Raise ConfigError if they do not fit the run."""
         if isinstance(found, Path):
             return [printable(f"starts with the weights of {found}"), *self._check_tokenizer_of(found)]
@@ -179,7 +186,7 @@ def _resolved(schedule: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load_initial(
-    found: Found | Path, config: DecoderConfig, parameters: Mapping[str, Tensor], ranks: World
+    found: VerifiedStep | Path, config: DecoderConfig, parameters: Mapping[str, Tensor], ranks: World
 ) -> None:
     """Load this rank's shards of a new run's weights from `found`. Raises ConfigError if they are damaged."""
     if isinstance(found, Path):

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from torchtitan_lite.checkpoint.restore import Found, load
+from torchtitan_lite.checkpoint.restore import VerifiedStep, load
 from torchtitan_lite.checkpoint.save import Snapshot
 from torchtitan_lite.checkpoint.state import State
 from torchtitan_lite.config.job import JobConfig
@@ -65,7 +65,7 @@ class TrainState:
         """The number of steps of the run that were done before this process started."""
         return self.resumed_step or 0
 
-    def _resume(self, found: Found, world: World) -> None:
+    def _resume(self, found: VerifiedStep, world: World) -> None:
         """Load the checkpoint `found`. If it holds only the model, the run is over: no tensor is loaded."""
         state = found.state
         if not state.model_only:

@@ -135,7 +135,7 @@ class Trainer:
             if self.state.step == self.state.steps_before + 1:
                 if self.saver:
                     self.state.check_optimizer(self.job.optimizer.name)
-                self.world.steady(self.job.comm.train_timeout_seconds)
+                self.world.set_timeout(self.job.comm.train_timeout_seconds)
             self.world.alive()
             seconds = self.hooks.take_seconds()
             self.hooks.step(replace(stats, seconds=stats.seconds + seconds, hook_seconds=seconds))
