@@ -83,7 +83,7 @@ def _signals_as_before() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _log_as_before() -> Iterator[None]:
-    """Remove the handlers of the log: a run in this process adds one that writes where the test's output goes."""
+    """Remove the handlers of the log: a run in this process adds one for the output of its test."""
     yield
     logging.getLogger("torchtitan_lite").handlers.clear()
 
