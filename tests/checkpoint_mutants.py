@@ -71,7 +71,7 @@ MUTANTS = {
     ),
     "checkpoints: a damaged step is passed over in silence": Mutant(
         "torchtitan_lite/checkpoint/restore.py",
-        "            if ranks.is_first:\n",
+        "            if world.is_first:\n",
         "            if False:\n",
         f"{TESTS}damage.py::{DAMAGED}",
     ),

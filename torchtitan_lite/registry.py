@@ -84,7 +84,10 @@ class Door:
 
 
 class _ClassDoor(Door):
-    """A door whose members are frozen dataclasses. Each field is an option, except the tag, the name."""
+    """A door whose members are frozen dataclasses: each field is an option.
+
+    Only the field `tag` is no option: it holds the name of the member.
+    """
 
     def name_of(self, member: object) -> Any:
         annotation = get_type_hints(member).get(self.tag)
@@ -139,7 +142,7 @@ class Sections(_ClassDoor):
 
     @property
     def section(self) -> type:
-        """The dataclass with a field for each member that has options."""
+        """A dataclass made for this section: it has a field for each registered class with options."""
         return _section(self.what, tuple(self.members.items()))
 
     def defaults(self) -> Any:

@@ -97,7 +97,7 @@ class RunFolder:
                 problem = Problem("job.dump_folder", self.job.job.dump_folder, rule, remedy)
                 raise ConfigError([problem]) from None
 
-        return self.world.patiently(lambda ranks: ranks.on_first(written))
+        return self.world.patiently(lambda saving: saving.on_first(written))
 
     def _claim(self) -> Path:
         job, checkpoint = self.job, self.job.checkpoint

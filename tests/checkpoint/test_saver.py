@@ -480,7 +480,7 @@ def test_the_last_step_is_saved_although_the_one_before_failed(tmp_path: Path, f
 
 def test_a_failed_exchange_between_the_ranks_ends_the_run_in_any_case(tmp_path: Path, monkeypatch) -> None:
     own = saver(tmp_path, on_failure="continue")
-    own.ranks = World(size=2)
+    own.world = World(size=2)
     monkeypatch.setattr(save, "write_step", mock.Mock(side_effect=RuntimeError("Timed out waiting")))
     own._write(snapshot(1), 0.0, None)
     with pytest.raises(SaveFailed, match="Timed out waiting"):

@@ -102,7 +102,7 @@ def test_a_run_on_a_cpu_does_not_touch_a_gpu(small_run, monkeypatch, tmp_path, a
 
 def test_a_save_may_take_as_long_as_the_start(small_run, monkeypatch, tmp_path: Path) -> None:
     allowed = []
-    monkeypatch.setattr(Saver, "save", lambda saver, *_, **__: allowed.append(saver.ranks.progress.seconds))
+    monkeypatch.setattr(Saver, "save", lambda saver, *_, **__: allowed.append(saver.world.progress.seconds))
     world = World(progress=Progress(seconds=7))
     words = ("--checkpoint.enable", "--training.steps", 1, "--comm.init-timeout-seconds", 300)
     Trainer(job(*small_run, *words), world, folder=tmp_path).run()

@@ -212,9 +212,9 @@ def _blocked(x_Q: Tensor, size: int, fill: int) -> Tensor:
 
 
 def _block_list(chosen_BMN: Tensor) -> tuple[Tensor, Tensor]:
-    """Return, for each row of blocks, the number of chosen blocks and an order of all blocks.
+    """Return, for each row of blocks, the number of chosen blocks and the indices of all blocks.
 
-    The number has shape [B, 1, M], the order [B, 1, M, N]. The chosen blocks come first in the order.
+    The numbers are [B, 1, M], the indices [B, 1, M, N]. The indices of the chosen blocks come first.
     """
     order_BMN = torch.argsort(chosen_BMN.int(), dim=-1, descending=True, stable=True)
     return chosen_BMN.sum(-1, dtype=torch.int32)[:, None], order_BMN.int()[:, None]

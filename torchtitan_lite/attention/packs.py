@@ -142,7 +142,7 @@ def _is_whole(calls: list[tuple[Pack, Documents]], q_BQHK: Tensor, k_BSGK: Tenso
 
 
 class PackEvaluator:
-    """An evaluator that computes each pack by `kernel`.
+    """An evaluator that calls `kernel` once for each pack: documents that follow each other in memory.
 
     The kernel's q and output are [T, H, K], its k and v [U, G, K], its log-sum-exp [H, T].
     """

@@ -40,44 +40,44 @@ class VerifiedStep:
     index: dict[str, Stored]
 
 
-def verify(folder: Path, ranks: World) -> VerifiedStep:
+def verify(folder: Path, world: World) -> VerifiedStep:
     """Verify the step in `folder`. Each rank hashes some of the files.
 
     Raises Damaged or Unreadable, the same error on all ranks.
     """
-    manifest = ranks.together(lambda: read_manifest(folder))
-    ranks.together(lambda: check_files(folder, manifest))
+    manifest = world.together(lambda: read_manifest(folder))
+    world.together(lambda: check_files(folder, manifest))
     by_size = sorted(manifest.files.items(), key=lambda item: -item[1].size)
-    ranks.together(lambda: [check_hash(folder, *file) for file in by_size[ranks.rank :: ranks.size]])
-    return ranks.together(lambda: _read(folder, manifest, ranks))
+    world.together(lambda: [check_hash(folder, *file) for file in by_size[world.rank :: world.size]])
+    return world.together(lambda: _read(folder, manifest, world))
 
 
-def _read(folder: Path, manifest: Manifest, ranks: World) -> VerifiedStep:
+def _read(folder: Path, manifest: Manifest, world: World) -> VerifiedStep:
     with reading(STATE):
         state = read_state((folder / STATE).read_bytes())
     if state.step != manifest.step:
         raise Damaged(f"{STATE} is of step {state.step}, and the manifest of step {manifest.step}")
-    index = read_index(folder, manifest, ranks)
+    index = read_index(folder, manifest, world)
     return VerifiedStep(folder=folder, manifest=manifest, state=state, index=index)
 
 
-def find_step(steps: Steps, load_step: int, ranks: World) -> VerifiedStep | None:
-    """Return the step `load_step`, or for -1 the newest good step, or None if no step was published.
+def find_step(steps: Steps, load_step: int, world: World) -> VerifiedStep | None:
+    """Return the step `load_step`, or for -1 the newest undamaged step, or None if no step was published.
 
     For -1, a damaged step is logged and passed over. `RunFolder.prepare` later moves the step to a folder
-    "earlier". Raises ConfigError on all ranks if the step `load_step` is missing or damaged, if all steps are
-    damaged, or if a step cannot be read now, because the step may be good.
+    "earlier". Raises ConfigError on all ranks if the step `load_step` is missing or damaged, or if all steps
+    are damaged. Also raises ConfigError if a step cannot be read now: the step may be undamaged.
     """
-    published = ranks.broadcast(ranks.together(lambda: _published(steps) if ranks.is_first else []))
-    is_asked_for = load_step >= 0
-    if is_asked_for and load_step not in published:
+    published = world.broadcast(world.together(lambda: _published(steps) if world.is_first else []))
+    is_explicit = load_step >= 0
+    if is_explicit and load_step not in published:
         there = ", ".join(map(str, published)) or "none"
         rule, remedy = f"is not in {steps.folder} (there: {there})", "use -1 for the newest that is there"
         raise ConfigError([Problem("checkpoint.load_step", load_step, rule, remedy)])
     problems = []
-    for step in [load_step] if is_asked_for else reversed(published):
+    for step in [load_step] if is_explicit else reversed(published):
         try:
-            found = verify(steps.path(step), ranks)
+            found = verify(steps.path(step), world)
             if found.state.step == step:
                 return found
             raise Damaged(f"it is step {found.state.step} under another name")
@@ -86,11 +86,11 @@ def find_step(steps: Steps, load_step: int, ranks: World) -> VerifiedStep | None
             remedy = "see to that and start again; where it stays so, move the step away"
             raise ConfigError([Problem("checkpoint.folder", str(steps.folder), rule, remedy)]) from None
         except Damaged as damage:
-            if is_asked_for:
+            if is_explicit:
                 rule, remedy = f"is damaged: {damage}", "use -1 for the newest step that is not"
                 raise ConfigError([Problem("checkpoint.load_step", step, rule, remedy)]) from None
             problems.append(f"step {step}: {damage}")
-            if ranks.is_first:
+            if world.is_first:
                 words = printable(str(damage))
                 _LOG.error("step %d in %s is DAMAGED and is passed over: %s", step, steps.folder, words)
     if not problems:
@@ -108,13 +108,13 @@ def _published(steps: Steps) -> list[int]:
         raise ConfigError([Problem("checkpoint.folder", str(steps.folder), rule, remedy)]) from None
 
 
-def find_initial(path: str, ranks: World, key: str = "checkpoint.initial_load_path") -> VerifiedStep:
+def find_initial(path: str, world: World, key: str = "checkpoint.initial_load_path") -> VerifiedStep:
     """Return the step in the folder `path`, or the newest step if `path` is a folder of steps or of a run.
 
     Raises ConfigError if there is no step or if the step is damaged: an older step is not tried.
     """
     with refusing_bad_step(key, path):
-        return verify(ranks.broadcast(ranks.together(lambda: _initial(path))), ranks)
+        return verify(world.broadcast(world.together(lambda: _initial(path))), world)
 
 
 def refusing_bad_step(key: str, path: str) -> AbstractContextManager[None]:
@@ -173,7 +173,7 @@ def _of_data(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load(
-    found: VerifiedStep, pieces: Mapping[str, Piece], ranks: World, key: str = "checkpoint.folder"
+    found: VerifiedStep, pieces: Mapping[str, Piece], world: World, key: str = "checkpoint.folder"
 ) -> None:
     """Load values from the step into `pieces`: all or no stored tensors of each kind (model, optimizer).
 
@@ -186,4 +186,4 @@ def load(
         rule, remedy = f"does not fit: {', '.join(lines)}", "use what it was saved from, in float32"
         raise ConfigError([Problem(key, str(found.folder), rule, remedy)])
     with refusing_damage(key, str(found.folder), "can no longer be read", "see to that and start again"):
-        ranks.together(lambda: read_tensors(found.folder, pieces, index))
+        world.together(lambda: read_tensors(found.folder, pieces, index))

@@ -50,13 +50,13 @@ class Saver:
         self,
         config: CheckpointConfig,
         steps: Steps,
-        ranks: World,
+        world: World,
         *,
         say: Callable[[str], None],
         saved: int | None = None,
         on_published: Callable[[int], None] = lambda step: None,
     ) -> None:
-        self.config, self.steps, self.ranks, self.say = config, steps, ranks, say
+        self.config, self.steps, self.world, self.say = config, steps, world, say
         self.on_published = on_published
         """The function that each rank calls with a published step, once the rank has waited for the save."""
         self.saved = saved
@@ -85,7 +85,7 @@ class Saver:
         self.report(quiet=last)
         in_foreground = last or self.config.async_mode == "disabled"
         try:
-            snapshot = self.ranks.together(take if in_foreground else lambda: _copy(take(), self._pinned))
+            snapshot = self.world.together(take if in_foreground else lambda: _copy(take(), self._pinned))
         except Exception as error:  # noqa: BLE001 - `report` raises any error, such as no memory
             self._failure = self._failed(step, error)
         else:
@@ -99,7 +99,7 @@ class Saver:
     def wait(self) -> None:
         """Wait until the current save has published its step or has failed."""
         if self._writing is not None:
-            self.ranks.wait_for(self._writing)
+            self.world.wait_for(self._writing)
             self._writing = None
             if self._failure is None and self.saved is not None:
                 self.on_published(self.saved)
@@ -123,19 +123,19 @@ class Saver:
             return
         if fatal or self._is_cut_off or (self.config.on_failure == "stop" and not quiet):
             raise failure
-        if self.ranks.is_first:
+        if self.world.is_first:
             _LOG.error("%s%s", failure, "" if quiet else "; the run goes on")
 
     def _write(self, snapshot: Snapshot, began: float, stood_still: float | None) -> None:
         """Write and publish a step. Keep an error for `report`."""
         step = snapshot.state.step
         try:
-            n_bytes = write_step(self.steps, snapshot, self.ranks, self.config.keep_latest_k)
+            n_bytes = write_step(self.steps, snapshot, self.world, self.config.keep_latest_k)
         except Exception as error:  # noqa: BLE001 - `report` raises any error
             self._failure = self._failed(step, error)
             # If one rank's work fails, every rank raises one of these. Otherwise a collective has failed.
             known = OSError | OnAnotherRank | Damaged | Unreadable
-            self._is_cut_off = self.ranks.size > 1 and not isinstance(error, known)
+            self._is_cut_off = self.world.size > 1 and not isinstance(error, known)
             return
         self.saved = step
         seconds = perf_counter() - began
@@ -152,15 +152,15 @@ class Saver:
         return SaveFailed(f"step {step} could not be saved ({_line(error)}); {before}")
 
 
-def write_step(steps: Steps, snapshot: Snapshot, ranks: World, keep_latest_k: int = 0) -> int:
+def write_step(steps: Steps, snapshot: Snapshot, world: World, keep_latest_k: int = 0) -> int:
     """Write a step to a new folder, publish it, and remove old steps. Return the bytes of all ranks' files.
 
     If a rank fails, every rank raises, and the new folder is removed.
     """
-    with _scratch(steps, snapshot.state.step, ranks) as scratch:
-        digests = write_tensors(scratch, snapshot.pieces, ranks)
-        digests |= ranks.together(lambda: _write_state(scratch, snapshot.state) if ranks.is_first else {})
-        manifest = _manifest(snapshot.state.step, digests, ranks, snapshot.made)
+    with _scratch(steps, snapshot.state.step, world) as scratch:
+        digests = write_tensors(scratch, snapshot.pieces, world)
+        digests |= world.together(lambda: _write_state(scratch, snapshot.state) if world.is_first else {})
+        manifest = _manifest(snapshot.state.step, digests, world, snapshot.made)
 
         def publish() -> None:
             # Files of other ranks are missing if each machine has its own folder of this name.
@@ -174,29 +174,29 @@ def write_step(steps: Steps, snapshot: Snapshot, ranks: World, keep_latest_k: in
                     _LOG.warning("old steps in %s could not be removed (%s)", steps.folder, error.strerror)
 
         # The other ranks wait here while old steps are removed. In a training step the timeout is shorter.
-        ranks.together(lambda: publish() if ranks.is_first else None)
+        world.together(lambda: publish() if world.is_first else None)
     return sum(digest.size for digest in manifest.files.values())
 
 
-def probe(steps: Steps, ranks: World) -> None:
+def probe(steps: Steps, world: World) -> None:
     """Check that a step can be saved: every rank writes a tensor, and reads the tensor of another rank.
 
     Raises ConfigError on all ranks if that fails, so that the run ends before its first step and not at its
     first save. The files are removed.
     """
-    own = torch.full((1,), float(ranks.rank))
-    other = (ranks.rank + 1) % ranks.size
+    own = torch.full((1,), float(world.rank))
+    other = (world.rank + 1) % world.size
 
     def piece(local: torch.Tensor, rank: int) -> dict[str, Piece]:
-        return {"probe": Piece(local=local, shape=torch.Size([ranks.size]), offsets=torch.Size([rank]))}
+        return {"probe": Piece(local=local, shape=torch.Size([world.size]), offsets=torch.Size([rank]))}
 
     try:
-        with _scratch(steps, 0, ranks, keep=False) as scratch:
-            manifest = _manifest(0, write_tensors(scratch, piece(own, ranks.rank), ranks), ranks, {})
-            ranks.together(lambda: check_files(scratch, manifest) if ranks.is_first else None)
+        with _scratch(steps, 0, world, keep=False) as scratch:
+            manifest = _manifest(0, write_tensors(scratch, piece(own, world.rank), world), world, {})
+            world.together(lambda: check_files(scratch, manifest) if world.is_first else None)
             read = torch.full((1,), -1.0)
-            index = ranks.together(lambda: read_index(scratch, manifest, ranks))
-            ranks.together(lambda: read_tensors(scratch, piece(read, other), index))
+            index = world.together(lambda: read_index(scratch, manifest, world))
+            world.together(lambda: read_tensors(scratch, piece(read, other), index))
             assert read.item() == other
     except (OSError, OnAnotherRank, Damaged, Unreadable) as error:
         rule = f"cannot hold what all ranks write and read ({_line(error)})"
@@ -205,9 +205,9 @@ def probe(steps: Steps, ranks: World) -> None:
 
 
 @contextlib.contextmanager
-def _scratch(steps: Steps, step: int, ranks: World, *, keep: bool = True) -> Iterator[Path]:
+def _scratch(steps: Steps, step: int, world: World, *, keep: bool = True) -> Iterator[Path]:
     """A context manager: yield a new folder for `step`. If the block raises, or without `keep`, remove it."""
-    scratch = ranks.broadcast(ranks.together(lambda: steps.scratch(step) if ranks.is_first else None))
+    scratch = world.broadcast(world.together(lambda: steps.scratch(step) if world.is_first else None))
     assert scratch is not None
     done = False
     try:
@@ -215,19 +215,19 @@ def _scratch(steps: Steps, step: int, ranks: World, *, keep: bool = True) -> Ite
         done = True
     finally:
         if not (done and keep):
-            if ranks.is_first:
+            if world.is_first:
                 with contextlib.suppress(OSError):
                     shutil.rmtree(scratch)
             with contextlib.suppress(Exception):
-                ranks.gather(None)  # the other ranks wait here until the folder is gone
+                world.gather(None)  # the other ranks wait here until the folder is gone
 
 
 def _write_state(folder: Path, state: State) -> dict[str, Digest]:
     return {STATE: write_file(folder / STATE, (json.dumps(asdict(state), indent=1) + "\n").encode())}
 
 
-def _manifest(step: int, digests: Mapping[str, Digest], ranks: World, made: dict[str, Any]) -> Manifest:
-    files = {name: digest for of_rank in ranks.gather(digests) for name, digest in of_rank.items()}
+def _manifest(step: int, digests: Mapping[str, Digest], world: World, made: dict[str, Any]) -> Manifest:
+    files = {name: digest for of_rank in world.gather(digests) for name, digest in of_rank.items()}
     return Manifest(step=step, files=dict(sorted(files.items())), made=made)
 
 

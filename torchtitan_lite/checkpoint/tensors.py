@@ -112,7 +112,7 @@ class _Box(NamedTuple):
     sizes: tuple[int, ...]
 
 
-def write_tensors(folder: Path, pieces: Mapping[str, Piece], ranks: World) -> dict[str, Digest]:
+def write_tensors(folder: Path, pieces: Mapping[str, Piece], world: World) -> dict[str, Digest]:
     """Write the pieces of all ranks to `folder`, and wait until the pieces are on the disk.
 
     A piece that several ranks hold is written once. Returns the digests of the files that this rank wrote. If
@@ -124,18 +124,18 @@ def write_tensors(folder: Path, pieces: Mapping[str, Piece], ranks: World) -> di
         if piece.local.numel()  # with more ranks than rows, some ranks hold nothing
     }
     # Every rank computes the same division from the same boxes, so no rank needs to send it.
-    division = _divide(ranks.gather(held))
+    division = _divide(world.gather(held))
 
     def write() -> dict[str, Digest]:
         digests = {}
-        if own := division[ranks.rank]:
-            file = _FILE.format(rank=ranks.rank)
+        if own := division[world.rank]:
+            file = _FILE.format(rank=world.rank)
             digests[file] = _write_file(folder / file, {name: pieces[name].local for name in own})
-        if ranks.is_first:
+        if world.is_first:
             digests[INDEX] = write_file(folder / INDEX, _Index.dump_json(_index_of(division)))
         return digests
 
-    return ranks.together(write)
+    return world.together(write)
 
 
 def _write_file(path: Path, tensors: Mapping[str, Tensor]) -> Digest:
@@ -223,7 +223,7 @@ def _index_of(division: Sequence[Mapping[str, _Box]]) -> dict[str, Stored]:
     return index
 
 
-def read_index(folder: Path, manifest: Manifest, ranks: World) -> dict[str, Stored]:
+def read_index(folder: Path, manifest: Manifest, world: World) -> dict[str, Stored]:
     """Return the dtype, shape and chunks of each tensor of a step, by name.
 
     Raises Damaged unless the chunks of each tensor fill the tensor, and each file agrees with its chunks: in
@@ -249,7 +249,7 @@ def read_index(folder: Path, manifest: Manifest, ranks: World) -> dict[str, Stor
         for chunk in stored.chunks:
             if (chunk.start, chunk.stop) != layouts[chunk.file].places[name]:
                 raise Damaged(f"{INDEX} places {name} where {chunk.file} does not have it")
-    for file in sorted(layouts)[ranks.rank :: ranks.size]:
+    for file in sorted(layouts)[world.rank :: world.size]:
         header = layouts[file].header
         with reading(file), (folder / file).open("rb") as stream:
             if stream.read(len(header)) != header:

@@ -38,7 +38,7 @@ def read_weights_index(folder: Path) -> dict[str, Stored]:
 
 
 def _stored(folder: Path, file: str) -> Iterator[tuple[str, Stored]]:
-    """Yield the name of each tensor in a file, and the tensor as a single chunk."""
+    """Yield the name of each tensor in a file, with its dtype, its shape and its bytes as one chunk."""
     from safetensors import SafetensorError, safe_open
 
     try:

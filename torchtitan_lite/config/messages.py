@@ -2,7 +2,7 @@
 
 A message follows from the place of the error, its type, and the annotation of the key:
 
-("training", "steps"), "int_type"  ->  training.steps = "ten" is not an integer: write a whole number ...
+("training", "steps"), "int_type" -> training.steps = "ten" is not an integer: write a whole number such as 64
 """
 
 import functools
@@ -52,7 +52,7 @@ class WrongValue(NamedTuple):
     path: Path
     problem: Problem
     is_of_another_member: bool = False
-    """True if only members that are not chosen have the key. A later layer may still choose such a member."""
+    """True if another member of the choice has the key. A later layer may still choose that member."""
 
 
 class _Place(NamedTuple):
@@ -108,7 +108,7 @@ def _wrong_value(annotation: Any, key: str, value: Any, types: set[str]) -> Prob
         tag, name = choice.tag, value[choice.tag]
         return Problem(f"{key}.{tag}", name, f"is not a known {tag}", near(name, choice.members))
     if not types.isdisjoint(_RANGES):
-        return Problem(key, value, f"must be {limits(annotation)}", _example(annotation))
+        return Problem(key, value, f"must be {limits(annotation)}", _range_remedy(annotation))
     return Problem(key, value, f"is not {_described(annotation)}", _remedy(annotation, value))
 
 
@@ -155,8 +155,8 @@ def _limits(option: Any) -> dict[str, Any]:
     return {name: getattr(limit, name) for limit in metadata for name in _LIMITS if hasattr(limit, name)}
 
 
-def _example(annotation: Any) -> str:
-    """Return the remedy for a value out of range."""
+def _range_remedy(annotation: Any) -> str:
+    """Return the remedy for a value that is out of its range."""
     for option in alternatives(annotation):
         if remedy := note(option, Remedy):
             return remedy.text

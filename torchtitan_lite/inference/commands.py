@@ -167,11 +167,11 @@ def _out_problems(config: object, *_: object) -> list[Problem]:
 def _generate(path: str, config: GenerateConfig) -> None:
     device, dtype = _placement(config)
     world = join(device.type)
-    ranks = world.saving
+    saving = world.saving
     try:
-        trained = find_trained(path, ranks, config.tokenizer)
+        trained = find_trained(path, saving, config.tokenizer)
         _check(trained.config, config.attention, device, dtype)
-        model = build(trained, attention=config.attention, device=device, dtype=dtype, ranks=ranks)
+        model = build(trained, attention=config.attention, device=device, dtype=dtype, world=saving)
         if device.type == "cpu" and world.size == 1:
             lay_out_for_text(model, len(config.prompt))
         tokenizer = trained.tokenizer
@@ -231,7 +231,7 @@ def _eval(path: str, config: EvalConfig) -> None:
     split = _text(config, trained)
     longest = min(trained.config.max_seq_len, _SEQ_LEN)
     seq_len = config.seq_len or trained.found.state.identity.get("training.seq_len", longest)
-    model = build(trained, attention=config.attention, device=device, dtype=dtype, ranks=World())
+    model = build(trained, attention=config.attention, device=device, dtype=dtype, world=World())
     with renaming_keys(_KEYS):
         result = evaluate(model, split, seq_len=seq_len, batch_size=config.batch_size, rest=bool(config.data))
     print(

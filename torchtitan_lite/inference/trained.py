@@ -35,13 +35,13 @@ class Trained:
     tokenizer: Tokenizer
 
 
-def find_trained(path: str, ranks: World, tokenizer: str = "") -> Trained:
+def find_trained(path: str, world: World, tokenizer: str = "") -> Trained:
     """Return the trained model of the step in `path`, or of the newest step if `path` is a run's folder.
 
     All bytes of the step are verified. `tokenizer` names the tokenizer if it has moved since the run. Raises
     ConfigError if the step is missing or damaged, or if the tokenizer is not found or does not fit.
     """
-    found = find_initial(path, ranks, KEY)
+    found = find_initial(path, world, KEY)
     with refusing_bad_step(KEY, path):
         config = decoder_of(found.state.identity)
     own = _tokenizer(found, tokenizer)
@@ -94,27 +94,27 @@ def build(
     attention: AttentionConfig,
     device: torch.device,
     dtype: torch.dtype,
-    ranks: World,
+    world: World,
 ) -> Decoder:
     """Return the model for inference, with weights in `dtype`, split over all ranks by tensor parallel.
 
     Raises ConfigError if the number of ranks does not divide the model's sizes.
     """
     sizes = trained.config.splits
-    if wrong := [name for name in sizes if sizes[name] % ranks.size]:
+    if wrong := [name for name in sizes if sizes[name] % world.size]:
         rule = f"does not divide the model's {wrong[0]} = {sizes[wrong[0]]}"
         remedy = "start a number of ranks that divides it"
-        raise ConfigError([Problem("WORLD_SIZE", ranks.size, rule, remedy)])
+        raise ConfigError([Problem("WORLD_SIZE", world.size, rule, remedy)])
     stored = {x.dtype for name, x in trained.found.index.items() if name.startswith("model.")}
     with torch.device("meta"):
         model = replace(trained.config, attention=attention).build(compute_dtype=dtype)
     if len(stored) == 1:
         model.to(stored.pop())  # the last step of a run may store only the model, in another precision
-    if ranks.size > 1:
-        mesh = init_device_mesh(device.type, (ranks.size,))
+    if world.size > 1:
+        mesh = init_device_mesh(device.type, (world.size,))
         apply_tensor_parallel_to_predict(model, mesh)
     model.to_empty(device=device).requires_grad_(False).eval()
-    load(trained.found, pieces(dict(model.named_parameters())), ranks, KEY)
+    load(trained.found, pieces(dict(model.named_parameters())), world, KEY)
     return model.to(dtype)
 
 

@@ -37,8 +37,9 @@ class End:
     rank: int
     """The rank that caused the end."""
     message: str = ""
+    """One line, for exit.json and for the other ranks."""
     words: str = ""
-    """The text that the rank `rank` prints."""
+    """The whole text that `rank` prints, with a traceback if there is one."""
     status: int = 1
     outcome: str = "failed"
     reason: Literal["error", "consequence", "signal", "none"] = "error"
@@ -46,7 +47,7 @@ class End:
     quiet: bool = False
     """True if the other ranks print nothing, because their lines would only repeat the message."""
     is_own: bool = False
-    """True if no other rank can have caused the error: communication raises no errors of this type."""
+    """True if the rank's own work has caused the error: communication between ranks raises no such error."""
     is_dead: bool = False
     """True if the rank no longer answers."""
     writer: int = 0

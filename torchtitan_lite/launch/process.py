@@ -34,7 +34,7 @@ def starting() -> Iterator[None]:
 
 
 def started() -> None:
-    """Collect garbage as often as usual again, but never check the objects that exist now."""
+    """Restore the usual garbage collection, and exempt all objects that exist now."""
     gc.freeze()
     gc.set_threshold(*_GC_THRESHOLDS)
 

@@ -27,7 +27,7 @@ _PAUSE = 1.0
 """The seconds before a request is printed. The launcher also sends SIGTERM when another rank has failed, and
 this rank learns of the failure in this time."""
 _LAST_WORDS = 5.0
-"""The most seconds from a second signal to the end. The ranks need less time to agree on the end."""
+"""The limit, in seconds, for ending after a second signal. The ranks usually agree on the end sooner."""
 
 
 class StopRequest:

@@ -45,7 +45,7 @@ class CommConfig:
 
 
 class SameOnAllRanks(Exception):
-    """An error that `World.together` raises unchanged on every rank, like a ConfigError."""
+    """The base of errors that `World.together` raises unchanged on every rank, as it raises a ConfigError."""
 
 
 class Progress:

@@ -51,14 +51,14 @@ def _all_of(parameter: Tensor) -> tuple[Tensor, Box]:
 def init_weights(
     model: "Decoder", seed: int, shard: Callable[[Tensor], tuple[Tensor, Box]] = _all_of
 ) -> None:
-    """Set every parameter in place to its initial values, as its row of the parameter table says.
+    """Fill every parameter in place with its initial values: normal numbers, ones or zeros.
 
     A normal parameter has the standard deviation 0.02. Parameters that add to the residual stream, twice in a
     block, have 0.02 / sqrt(2 * n_layers), so that the variance of the stream does not grow with depth
     (Radford et al. 2019, Language Models are Unsupervised Multitask Learners, section 2.3).
 
     Args:
-        shard: returns this rank's shard of a parameter, in the parameter's memory, and the shard's place.
+        shard: returns a view of this rank's shard of a parameter, and the place of the shard in each dim.
     """
     rows, n_layers = model.config.rows, model.config.n_layers
     stds = {"normal": _STD, "residual": _STD / (2 * n_layers) ** 0.5}

@@ -47,7 +47,10 @@ class Vocabulary:
     """The number of equal parts that the vocabulary is split into."""
 
     def rows(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return each label's row of the weight (or any row), and whether this part has the label's row."""
+        """Return a row of the weight for each label, and whether this part of the vocabulary has the label.
+
+        If this part does not have the label, the row is arbitrary.
+        """
         here = labels != IGNORE
         return torch.where(here, labels, 0), here
 

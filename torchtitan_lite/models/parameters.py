@@ -90,5 +90,5 @@ def _expression(pattern: str) -> re.Pattern[str]:
 
 
 def _with_wildcards(name: str) -> str:
-    """Return `name` with * for every number, so that an error names a parameter of all layers once."""
+    """Return `name` with * for every number, so that one error line serves all layers of a parameter."""
     return ".".join("*" if part.isdigit() else part for part in name.split("."))

@@ -100,7 +100,10 @@ def apply(
 
 
 def model_problems(config: DecoderConfig, degrees: Degrees) -> list[Problem]:
-    """Return the problems of a plugin's model: parameters that `rows` lacks, modules that cannot be split."""
+    """Return the problems of the model of a plugin's family.
+
+    A parameter may have no row in the table of parameters, or a module may not suit tensor parallel.
+    """
     try:
         with torch.device("meta"):
             model = config.build()

@@ -186,7 +186,7 @@ class Kept:
 
 
 class _KeptProduct(torch.autograd.Function):
-    """F.linear without bias, as an autograd function. The recompute returns the result of the forward."""
+    """A product with a weight. The forward keeps the result, and the recompute returns the kept result."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, kept: Kept) -> Tensor:

@@ -162,7 +162,7 @@ class VocabularyShare:
 def loss_by_vocabulary(
     loss: _Loss, mesh: DeviceMesh, x_BsD: Tensor, weight_VD: DTensor, labels_BS: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return `loss` of all tokens. Each rank computes the logits of its share of the vocabulary."""
+    """Return the loss and count of all tokens. Each rank has the logits of its part of the vocabulary."""
     # Each rank's gradient is the term of its share of the vocabulary; the gather's backward sums the terms.
     x_BSD = Exchange.apply(x_BsD, _gather, _scatter_sum, mesh.get_group())
     share_VD = weight_VD.to_local()

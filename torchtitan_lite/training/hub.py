@@ -40,7 +40,7 @@ SOURCE = "hf_source.json"
 _DAMAGED, _REMEDY = "cannot be loaded", "copy the model again, or choose the one that it is"
 
 
-def check(folder: Path, config: DecoderConfig, ranks: World, key: str) -> None:
+def check(folder: Path, config: DecoderConfig, world: World, key: str) -> None:
     """Raise ConfigError on all ranks unless `folder` holds a complete model with this `config`.
 
     The error names the setting `key` if a tensor is missing, unknown or of another shape, or if a file is
@@ -60,11 +60,11 @@ def check(folder: Path, config: DecoderConfig, ranks: World, key: str) -> None:
         _index_for(wanted, folder, config)
 
     with refusing_damage(key, str(folder), _DAMAGED, _REMEDY):
-        ranks.together(check_here)
+        world.together(check_here)
 
 
 def load_weights(
-    folder: Path, config: DecoderConfig, pieces: Mapping[str, Piece], ranks: World, key: str
+    folder: Path, config: DecoderConfig, pieces: Mapping[str, Piece], world: World, key: str
 ) -> None:
     """Load `pieces`, by this package's names of the parameters, from the safetensors in `folder`.
 
@@ -80,7 +80,7 @@ def load_weights(
                 raise Damaged(f"{name} has numbers that are not finite")
 
     with refusing_damage(key, str(folder), _DAMAGED, _REMEDY):
-        ranks.together(load_here)
+        world.together(load_here)
 
 
 def _index_for(wanted: Mapping[str, Piece], folder: Path, config: DecoderConfig) -> dict[str, Stored]:

@@ -82,7 +82,7 @@ class Reporter:
         raise NotImplementedError
 
     def _report(self) -> dict[str, float]:
-        """Return the last step's numbers, and the speed since the previous report."""
+        """Return the numbers of the most recent step, and the speed and shares since the previous report."""
         steps, last = self._unreported, self._unreported[-1]
         seconds = sum(step.seconds for step in steps)
         tokens_per_second = sum(step.n_tokens for step in steps) / seconds

@@ -56,15 +56,16 @@ def find_start(job: JobConfig, folder: Path, world: World) -> Start:
     checkpoint = job.checkpoint
     if checkpoint.enable:
         steps = Steps(folder / checkpoint.folder)
-        world.patiently(lambda ranks: probe(steps, ranks))
-        if found := world.patiently(lambda ranks: find_step(steps, checkpoint.load_step, ranks)):
+        world.patiently(lambda saving: probe(steps, saving))
+        if found := world.patiently(lambda saving: find_step(steps, checkpoint.load_step, saving)):
             return Start(resumed=found)
     if checkpoint.initial_load_in_hf:
         path = Path(os.path.expanduser(checkpoint.initial_load_path)).absolute()
-        world.patiently(lambda ranks: hub.check(path, job.decoder, ranks, INITIAL))
+        world.patiently(lambda saving: hub.check(path, job.decoder, saving, INITIAL))
         return Start(initial=path)
     if checkpoint.initial_load_path:
-        return Start(initial=world.patiently(lambda ranks: find_initial(checkpoint.initial_load_path, ranks)))
+        initial = checkpoint.initial_load_path
+        return Start(initial=world.patiently(lambda saving: find_initial(initial, saving)))
     return Start()
 
 
@@ -186,18 +187,18 @@ def _resolved(schedule: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load_initial(
-    found: VerifiedStep | Path, config: DecoderConfig, parameters: Mapping[str, Tensor], ranks: World
+    found: VerifiedStep | Path, config: DecoderConfig, parameters: Mapping[str, Tensor], world: World
 ) -> None:
     """Load this rank's shards of a new run's weights from `found`. Raises ConfigError if they are damaged."""
     if isinstance(found, Path):
         own = {name: _piece(weight) for name, weight in parameters.items()}
-        hub.load_weights(found, config, own, ranks, INITIAL)
+        hub.load_weights(found, config, own, world, INITIAL)
     else:
-        load(found, pieces(parameters), ranks, INITIAL)
+        load(found, pieces(parameters), world, INITIAL)
 
 
 def _piece(x: Tensor) -> Piece:
-    """Return this rank's shard of a tensor as a piece of the whole tensor."""
+    """Return this rank's shard of a tensor, with the whole tensor's shape and the shard's place in it."""
     local, box = own_shard(x)
     return Piece(local=local, shape=x.shape, offsets=torch.Size(start for start, _ in box))
 

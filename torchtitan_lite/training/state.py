@@ -58,7 +58,7 @@ class TrainState:
         if resumed is not None:
             self._resume(resumed, world)
         elif initial is not None:
-            world.patiently(lambda ranks: load_initial(initial, job.decoder, self.parameters, ranks))
+            world.patiently(lambda saving: load_initial(initial, job.decoder, self.parameters, saving))
 
     @property
     def steps_before(self) -> int:
@@ -72,7 +72,7 @@ class TrainState:
             if state.step > 0:  # before the first step an optimizer has no state
                 create_state(self.optimizer)
             own = pieces(self.parameters, self.optimizer if state.step > 0 else None)
-            world.patiently(lambda ranks: load(found, own, ranks))
+            world.patiently(lambda saving: load(found, own, saving))
         self.step, self.n_tokens_seen, self.validated = state.step, state.n_tokens_seen, state.validated
         if self.record.has_order_of(state):
             self.batches.consumed_samples = state.consumed_samples
