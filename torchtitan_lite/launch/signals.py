@@ -3,9 +3,10 @@
 A thread reads the signals from a pipe (signal.set_wakeup_fd). So a signal is noticed even while the main
 thread is in C code, where no Python handler runs.
 
-From the signal to exit status 75: `StopRequest.asked` is set here. In the all-reduce of its next step
-(`Stepper.reduce_and_clip`) the Trainer agrees with the other ranks on one step to stop at, and saves that
-step. Then train.run calls `ignore_signals` and returns the exit status of `RunFolder.finish`.
+From the signal to exit status 75: `StopRequest.asked` is set here. The next all-reduce of a step
+(`Stepper.reduce_and_clip`) tells all ranks, and so does an exchange within a validation or after a save. The
+Trainer of every rank then stops after the same step, and saves that step. Then train.run calls
+`ignore_signals` and returns the exit status of `RunFolder.finish`.
 """
 
 import os
