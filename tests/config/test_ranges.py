@@ -127,7 +127,7 @@ def test_the_help_shows_the_ranges(capsys: pytest.CaptureFixture[str]) -> None:
         load_job(["--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert "Optimizer steps of the whole run. At least 1. (default: 1000)" in text
-    assert "The decay ends at this share of the peak. In [0, 1]. (default: 0.0)" in text
+    assert "The decay ends at this share of the peak rate. In [0, 1]. (default: 0.0)" in text
 
 
 def test_a_member_of_a_plugin_has_ranges_by_annotations() -> None:
