@@ -1,4 +1,4 @@
-"""What each attention backend supports, as data for the config check, the documentation and the tests."""
+"""The capabilities of each attention backend: data for the config check, the documentation and tests."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping

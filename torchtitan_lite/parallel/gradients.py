@@ -34,7 +34,7 @@ def sum_partial(parameters: Iterable[nn.Parameter]) -> None:
 def squared_norm(parameters: Iterable[nn.Parameter], world_size: int) -> Tensor:
     """Return this rank's term of the squared global norm. The terms of all `world_size` ranks sum to it.
 
-    So one all-reduce of one number is enough. The norm of a DTensor takes one all-reduce per mesh axis.
+    The sum needs one all-reduce of one number. The norm of a DTensor needs one all-reduce per mesh axis.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     local = _local(gradients)
