@@ -185,7 +185,7 @@ def in_thread(act: Callable[[], T]) -> Future[T]:
             if gpu is not None:
                 torch.cuda.set_device(gpu)
             done.set_result(act())
-        except BaseException as error:  # noqa: BLE001 - raised again by `result`
+        except BaseException as error:  # noqa: BLE001 - raised again by `wait_for`
             done.set_exception(error)
 
     threading.Thread(target=run, name="background", daemon=True).start()
