@@ -52,7 +52,7 @@ MUTANTS = {
     ),
     "hub: the index is not compared with the files": Mutant(
         WEIGHTS,
-        "if listed and listed != found:",
+        "if has_index and listed != found:",
         "if False:",
         f"{FILES}::test_a_broken_or_hostile_folder_is_one_line",
     ),

@@ -95,6 +95,29 @@ def other_dtype(folder: Path) -> None:
     (folder / "two.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
 
 
+@pytest.mark.parametrize("is_listed", [True, False])
+def test_rotary_frequencies_are_left_out(is_listed: bool, folder: Path) -> None:
+    names = [
+        "rotary_emb.inv_freq",
+        "model.rotary_emb.inv_freq",
+        "model.layers.1.self_attn.rotary_emb.inv_freq",
+    ]
+    stored = {name: torch.ones(2, dtype=torch.float64) for name in names}
+    save_file({"a": TENSORS["a"], **stored}, folder / "one.safetensors")
+    save_file({"b": TENSORS["b"], "c": TENSORS["c"], names[0]: torch.ones(2)}, folder / "two.safetensors")
+    if is_listed:
+        lists(folder, **dict.fromkeys(names, "one.safetensors"))
+    assert read_weights_index(folder).keys() == TENSORS.keys()
+
+
+@pytest.mark.parametrize(
+    "name", ["model.inv_freq", "model.rotary_emb.inv_freqs", "my_rotary_emb.inv_freq", "model.rotary_emb"]
+)
+def test_other_tensors_with_similar_names_are_not_left_out(name: str, tmp_path: Path) -> None:
+    save_file({"a": TENSORS["a"], name: torch.ones(2)}, tmp_path / SINGLE)
+    assert read_weights_index(tmp_path).keys() == {"a", name}
+
+
 HARMS: dict[str, tuple[Callable[[Path], object], str]] = {
     "cut": (truncate, "two.safetensors is no whole safetensors file ("),
     "empty": (lambda folder: (folder / "two.safetensors").write_bytes(b""), "two.safetensors is no whole"),

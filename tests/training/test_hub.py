@@ -77,6 +77,34 @@ def test_a_tied_head_that_is_stored_twice_must_be_the_same(tmp_path: Path) -> No
     assert not (tmp_path / "other").exists()
 
 
+def with_frequencies(folder: Path) -> list[str]:
+    """Store rotary frequencies beside the weights of a model, as old versions of transformers did."""
+    names = [f"model.layers.{layer}.self_attn.rotary_emb.inv_freq" for layer in range(2)]
+    weights_say(folder, **{name: torch.full((8,), 7.0) for name in names})
+    return names
+
+
+@pytest.mark.parametrize("preset", ["llama3 1B", "llama3 8B", "qwen3 0.6B"])
+def test_rotary_frequencies_among_the_weights_are_ignored_as_by_transformers(
+    preset: str, tmp_path: Path
+) -> None:
+    place = tmp_path / "model"
+    place.mkdir()
+    cases.theirs(cases.small(cases.PRESETS[preset]), place).save_pretrained(place)
+    before = logits_of(place)
+    names = with_frequencies(place)
+    assert torch.equal(logits_of(place), before)
+    hub.import_(place, tmp_path / "steps", None)
+    found = verify(tmp_path / "steps" / "step-0", World())
+    hub.export(found, ByteTokenizer(), tmp_path / "out", "float32")
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert written.keys() == load_file(place / "model.safetensors").keys() - {*names}
+    assert torch.equal(logits_of(tmp_path / "out"), before)
+    weights_say(place, **{"model.layers.0.self_attn.rotary_emb.cos": torch.ones(8)})
+    with pytest.raises(ConfigError, match=r"rotary_emb\.cos is in the files alone"):
+        hub.import_(place, tmp_path / "other", None)
+
+
 def test_transformers_reads_the_byte_tokenizer(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
@@ -213,6 +241,20 @@ def test_a_start_from_a_broken_or_hostile_model_is_refused_in_one_line_and_write
     assert expected in line and str(broken) in line
     left = [path.relative_to(tmp_path / "run") for path in (tmp_path / "run").rglob("*") if path.is_file()]
     assert sorted(map(str, left)) == ["exit.json", "lock"]
+
+
+def test_a_run_starts_with_a_model_that_has_rotary_frequencies(
+    texts: Path, model: Path, tmp_path: Path
+) -> None:
+    old = Path(shutil.copytree(model, tmp_path / "old"))
+    with_frequencies(old)
+    for name, source in (("run", old), ("other", model)):
+        changes = {"job__dump_folder": tmp_path / name, "checkpoint__initial_load_path": source}
+        assert main(*words(texts, model, **changes)) == 0
+    one, other = (
+        [line.get("loss") for line in resume_cases.lines(tmp_path / name)] for name in ("run", "other")
+    )
+    assert one == other
 
 
 def test_every_rank_refuses_a_broken_model(ranks: RanksOf, texts: Path, model: Path, tmp_path: Path) -> None:

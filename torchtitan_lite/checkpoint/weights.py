@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,12 +17,19 @@ from torchtitan_lite.checkpoint.tensors import DTYPES, Chunk, Stored
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 EXACT = (torch.float32, torch.float16, torch.bfloat16)
 """The dtypes that convert to float32 without loss."""
+_FREQUENCIES = re.compile(r"(.+\.)?rotary_emb\.inv_freq")
+"""The names of buffers that old models hold beside their weights, in each layer or once.
+
+config.json says how to compute these frequencies. transformers does so and ignores the buffers, in
+`PreTrainedModel._adjust_missing_and_unexpected_keys`.
+"""
 
 
 def read_weights_index(folder: Path) -> dict[str, Stored]:
     """Return the dtype, shape and place of each tensor in the safetensors files of `folder`, by name.
 
-    Raises Damaged unless every file is complete and the index, if there is one, agrees with the files.
+    Rotary frequencies, which some models store, are left out. Raises Damaged unless every file is complete
+    and the index, if there is one, agrees with the files.
     """
     listed = _listed(folder)
     index: dict[str, Stored] = {}
@@ -31,7 +39,9 @@ def read_weights_index(folder: Path) -> dict[str, Stored]:
                 raise Damaged(f"{name} is in {index[name].chunks[0].file} and in {file}")
             index[name] = stored
     found = {name: stored.chunks[0].file for name, stored in index.items()}
-    if listed and listed != found:
+    has_index = bool(listed)
+    listed = {name: file for name, file in listed.items() if not _FREQUENCIES.fullmatch(name)}
+    if has_index and listed != found:
         name = min(name for name in {*listed, *found} if listed.get(name) != found.get(name))
         raise Damaged(f"{INDEX} is not true of {name}: {_whereabouts(name, listed, found)}")
     return index
@@ -52,6 +62,8 @@ def _stored(folder: Path, file: str) -> Iterator[tuple[str, Stored]]:
         raise Damaged(f"{file} is no whole safetensors file ({error})") from None
     header.pop("__metadata__", None)
     for name, entry in header.items():
+        if _FREQUENCIES.fullmatch(name):
+            continue
         if entry["dtype"] not in DTYPES:
             raise Damaged(f"{name} is {entry['dtype']}, which is not read here")
         shape = tuple(entry["shape"])
