@@ -127,6 +127,24 @@ def test_a_lock_keeps_others_out_and_names_its_owner(tmp_path: Path) -> None:
     assert (tmp_path / "lock").read_text().count("process") == 1
 
 
+def test_the_file_of_a_lock_is_recognised_at_any_time(tmp_path: Path, monkeypatch) -> None:
+    path, seen = tmp_path / "lock", []
+    assert not durable.is_lock(path)
+    for content in ("", "hello", "process one on here\n", "a process 5 on here\n"):
+        path.write_text(content)
+        assert not durable.is_lock(path)
+    durable.lock(path).close()
+
+    def host() -> str:  # is called just before the file is written
+        seen.append(durable.is_lock(path))
+        return "h"
+
+    monkeypatch.setattr(durable.socket, "gethostname", host)
+    durable.lock(path).close()
+    assert seen == [True] and durable.is_lock(path)
+    assert path.read_text() == f"process {os.getpid()} on h\n"
+
+
 def test_a_lock_that_will_be_free_is_waited_for(tmp_path: Path) -> None:
     own = durable.lock(tmp_path / "lock")
     threading.Timer(0.2, own.close).start()

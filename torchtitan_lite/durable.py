@@ -8,6 +8,7 @@ import fcntl
 import glob
 import logging
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -18,6 +19,9 @@ from pathlib import Path
 from typing import IO
 
 _LOG = logging.getLogger(__name__)
+FOLDER_LOCK = "lock"
+"""The name of the lock file inside of a folder that one process at a time may use, such as a run's folder."""
+_OWNER = re.compile(rb"process \d+ on \S*\n")
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 """The errno values of a file system that has no locks, such as Lustre mounted without locks."""
 
@@ -115,7 +119,7 @@ def lock(path: Path, seconds: float = 0, *, required: bool = True) -> IO[str]:
     """
     # The file is never removed. Otherwise one process could hold the lock of the removed file while the next
     # process locks a new file.
-    file = path.open("a+", encoding="utf-8")
+    file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+", encoding="utf-8")
     try:
         _wait_for_lock(file, path, seconds)
     except BlockingIOError:
@@ -131,10 +135,21 @@ def lock(path: Path, seconds: float = 0, *, required: bool = True) -> IO[str]:
             path,
             error.strerror,
         )
-    file.truncate(0)
+    # Write first and cut after that, so that the file always has an owner, which `is_lock` looks for.
+    file.seek(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.truncate()
     file.flush()
     return file
+
+
+def is_lock(path: Path) -> bool:
+    """Return True if the file at `path` was written by `lock`, now or earlier."""
+    try:
+        with path.open("rb") as stream:
+            return _OWNER.match(stream.read(400)) is not None
+    except OSError:
+        return False
 
 
 def _wait_for_lock(file: IO[str], path: Path, seconds: float) -> None:

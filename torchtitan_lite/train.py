@@ -90,6 +90,8 @@ def _write_refusal(error: BaseException) -> None:
     from torchtitan_lite.training.outputs import write_refusal
 
     job = error.config if isinstance(error, ConfigError) else None
+    if isinstance(error, ConfigError) and any(found.key == "job.dump_folder" for found in error.problems):
+        return  # nothing may be written there
     if is_first_here() and isinstance(job, JobConfig) and job.job.dump_folder:
         with contextlib.suppress(OSError, RuntimeError):  # the folder itself may be the problem
             write_refusal(Path(job.job.dump_folder).expanduser(), end_of(error))

@@ -419,3 +419,24 @@ def test_the_folder_of_steps_is_nothing_else_that_is_there(name: str, go: Go, tm
 def test_the_defaults_are_no_problem() -> None:
     assert CheckpointConfig().problems("checkpoint") == []
     assert CheckpointConfig(enable=True, load_step=0, keep_latest_k=0).problems("checkpoint") == []
+
+
+def test_a_run_below_its_text_goes_on_with_the_same_text(texts: Path, tmp_path: Path, caplog) -> None:
+    (tmp_path / "texts").mkdir()
+    shutil.copy(texts / "one.jsonl", tmp_path / "texts")
+    run, other = (tmp_path / "texts" / "runs" / name for name in ("mine", "other"))
+    for folder, steps in ((run, 2), (other, 4), (run, 4)):
+        changes = {"data__path": tmp_path / "texts", "job__dump_folder": folder, "training__steps": steps}
+        assert main(*words(texts, **changes)) == 0
+    assert trained(run) == [1, 2, 3, 4]
+    said = [line.partition(": left out ")[2] for line in caplog.messages if "run folder" in line]
+    assert said == ["1 run folder: runs/mine", *["2 run folders: runs/mine, runs/other"] * 2]
+
+
+def test_a_start_in_the_folder_of_the_text_writes_nothing_there(texts: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "texts").mkdir()
+    shutil.copy(texts / "one.jsonl", tmp_path / "texts")
+    changes = {"data__path": tmp_path / "texts", "job__dump_folder": tmp_path / "texts"}
+    assert main(*words(texts, **changes)) == 2
+    assert "is data.path too" in capsys.readouterr().err
+    assert os.listdir(tmp_path / "texts") == ["one.jsonl"]

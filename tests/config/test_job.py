@@ -175,3 +175,21 @@ def test_a_flag_with_the_default_value_undoes_the_file(tmp_path: Path) -> None:
     assert getattr(job.data, "field") == "text"  # noqa: B009
     with pytest.raises(ConfigError, match=r"data\.path = "):
         load_job(["--config", "run.toml", "--data.path", ""])
+
+
+def test_a_run_cannot_write_to_the_folder_of_its_text(tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("a")
+    (tmp_path / "link").symlink_to("texts")
+    text = ["--data.dataset", "text", "--data.path", "texts"]
+    for folder in ("texts", "texts/", "./link", str(tmp_path / "texts")):
+        with pytest.raises(ConfigError) as caught:
+            load_job([*text, "--job.dump-folder", folder])
+        rule = "is data.path too, and the run's own files must not become text"
+        expected = (
+            f'job.dump_folder = "{folder}" {rule}: name another folder, such as {folder.rstrip("/")}/run'
+        )
+        assert str(caught.value) == expected
+    for folder in ("texts/run", "other", ""):
+        load_job([*text, "--job.dump-folder", folder])
+    load_job([*text[:-1], "texts/a.txt", "--job.dump-folder", "texts"])

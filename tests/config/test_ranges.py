@@ -23,6 +23,7 @@ OUT_OF_RANGE = {
     "training.steps": [0, -5],
     "training.max_norm": [-1.0],
     "data.validation_fraction": [-0.1, 1.0],
+    "data.max_lost_fraction": [-0.1, 1.5],
     "optimizer.lr": [0.0],
     "optimizer.beta1": [1.0, -0.1],
     "optimizer.beta2": [1.0, -0.1],
@@ -48,6 +49,8 @@ OUT_OF_RANGE = {
     "profiling.profile_freq": [0],
     "debug.seed": [-1],
 }
+ALSO = {"data.max_lost_fraction": ["--data.dataset", "text", "--data.path", __file__]}
+"""The options without which a key does not belong to the configuration."""
 FOLDERS = ("metrics.save_tb_folder", "profiling.save_traces_folder", "checkpoint.folder")
 
 
@@ -74,7 +77,7 @@ def test_every_number_of_a_run_has_a_range() -> None:
     ("key", "value"), [(key, value) for key, values in OUT_OF_RANGE.items() for value in values]
 )
 def test_a_value_out_of_range_is_one_problem(key: str, value: float) -> None:
-    ((found, shown, rule),) = problems(f"--{key}", str(value))
+    ((found, shown, rule),) = problems(f"--{key}", str(value), *ALSO.get(key, []))
     assert (found, shown) == (key, value)
     assert rule.startswith("must be ")
 

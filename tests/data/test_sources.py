@@ -1,23 +1,25 @@
 """The files and documents of a dataset."""
 
+import gzip
 import json
 import os
 import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from torchtitan_lite.config.load import ConfigError
-from torchtitan_lite.data import Jsonl, PythonStdlib, Text, Texts, sources
+from torchtitan_lite.data import Jsonl, PythonStdlib, Text, Texts, files, sources
 from torchtitan_lite.data.datasets import DataConfig, open_source
 from torchtitan_lite.data.sources import FileSource
 
 DATASETS = {"python_stdlib": PythonStdlib, "text": Text, "jsonl": Jsonl}
 
 
-def source(path: Path | str = "", dataset: str = "text", **options: str) -> FileSource:
+def source(path: Path | str = "", dataset: str = "text", **options: Any) -> FileSource:
     options |= {"path": str(path)} if path else {}
     opened = open_source(DATASETS[dataset](**options))
     assert isinstance(opened, FileSource)
@@ -111,26 +113,37 @@ def test_the_digest_follows_content_and_names_but_not_the_place(tmp_path: Path):
     assert len({first, second, source(folder).digest}) == 3
 
 
-def test_a_folder_gives_its_utf_8_files_and_says_how_many_it_left_out(tmp_path: Path, caplog):
+def test_a_folder_gives_its_utf_8_files_and_says_what_it_leaves_out(tmp_path: Path, caplog):
     for name, content in {
-        "b.md": b"b",
+        "b.md": b"b" * 100,
         "a/2": b"two",
         "a/10.txt": b"ten",
         "a.txt": "\ufefftext é\r\n".encode(),
         "empty.txt": b"",
-        "latin.txt": "é".encode("latin-1"),
+        "latin.txt": "aé".encode("latin-1"),
         "wide.txt": "wide".encode("utf-16"),
-        "image.bin": b"\0\1\2",
-        "cut.txt": "é".encode()[:1],
+        "image.bin": b"\0\0\2",
+        "cut.txt": "\né".encode()[:2],
         ".hidden/x.txt": b"x",
         ".x.txt": b"x",
     }.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)
-    opened = source(tmp_path)
+    opened = source(tmp_path, max_lost_fraction=0.2)
     assert [file.name for file in opened.files] == ["a.txt", "a/10.txt", "a/2", "b.md"]
-    assert texts(opened) == ["text é\r\n", "ten", "two", "b"]
-    assert caplog.messages == [f"{tmp_path}: left out 1 empty files and 4 that are not UTF-8 text"]
+    assert texts(opened) == ["text é\r\n", "ten", "two", "b" * 100]
+    bad = "cut.txt (byte 0xc3 at offset 1, line 2), latin.txt (byte 0xe9 at offset 1, line 1)"
+    assert caplog.messages == [
+        f"{tmp_path}: left out {line}"
+        for line in (
+            "1 UTF-16 file, 10 bytes, 7.58 % of the text: wide.txt",
+            "1 binary file, 3 bytes: image.bin",
+            "1 empty file: empty.txt",
+            "1 hidden file: .x.txt",
+            "1 hidden folder: .hidden",
+            f"2 non-UTF-8 files, 4 bytes, 3.03 % of the text: {bad}",
+        )
+    ]
 
 
 def test_a_folder_that_is_all_text_gives_no_warning(text_folder: Path, caplog):
@@ -141,7 +154,7 @@ def test_a_folder_that_is_all_text_gives_no_warning(text_folder: Path, caplog):
 def test_a_file_that_turns_out_not_to_be_text_far_into_it_is_left_out(tmp_path: Path):
     (tmp_path / "a.txt").write_bytes(b"a" * (3 << 20) + b"\xff")
     (tmp_path / "b.txt").write_bytes("é".encode() * (1 << 20))  # no piece boundary may split a character
-    assert [file.name for file in source(tmp_path).files] == ["b.txt"]
+    assert [file.name for file in source(tmp_path, max_lost_fraction=1.0).files] == ["b.txt"]
 
 
 def test_a_path_may_start_at_the_home_folder(tmp_path: Path, monkeypatch):
@@ -151,23 +164,53 @@ def test_a_path_may_start_at_the_home_folder(tmp_path: Path, monkeypatch):
     assert PythonStdlib(cache_dir="~/c").cache_folder == tmp_path / "c"
 
 
+GUNZIP = "unpack it with `gunzip -k {}`, and name what that makes"
+PACKED = gzip.compress(b'{"text": "a"}\n')
+
+
 @pytest.mark.parametrize(
-    ("content", "rule"), [(b"", "is empty"), (b"\xff", "is not UTF-8 text"), (b"a\0b", "is not UTF-8 text")]
+    ("dataset", "content", "message"),
+    [
+        ("text", b"", "is empty: name a file that holds text"),
+        ("text", b"\xff", "is not UTF-8 text (byte 0xff at offset 0, line 1): convert it to UTF-8, or drop "),
+        ("text", b"\0\0\1\2", "is binary, not text: name a file that holds text"),
+        ("text", PACKED, f"is compressed (gzip): {GUNZIP}"),
+        ("jsonl", PACKED, f"is compressed (gzip): {GUNZIP}"),
+        (
+            "jsonl",
+            '{"text": "a"}'.encode("utf-16"),
+            "is UTF-16 text, not UTF-8: convert it with `iconv -f UTF",
+        ),
+        ("jsonl", b'[{"text": "a"}]', "is one JSON array, not one object on each line: convert it with `jq"),
+        ("jsonl", b'{\n"text": "a"}', "is a JSON object on several lines, not one object on each line: conv"),
+    ],
 )
-def test_a_single_file_without_text_is_an_error(tmp_path: Path, content: bytes, rule: str):
+def test_a_single_file_without_text_is_an_error(tmp_path: Path, dataset: str, content: bytes, message: str):
     (tmp_path / "x").write_bytes(content)
-    remedy = "name a file that holds text, or convert it to UTF-8"
-    assert error(source, tmp_path / "x") == f'data.path = "{tmp_path}/x" {rule}: {remedy}'
+    expected = f'data.path = "{tmp_path}/x" {message.format(tmp_path / "x")}'
+    assert error(source, tmp_path / "x", dataset).startswith(expected)
 
 
 def test_a_folder_without_text_is_an_error(tmp_path: Path):
     assert error(source, tmp_path).startswith(f'data.path = "{tmp_path}" holds no text file')
     (tmp_path / "x").write_bytes(b"\xff")
     (tmp_path / "y").write_bytes(b"")
-    assert "holds no UTF-8 text file (1 empty, 1 not UTF-8, hidden ones not counted)" in error(
+    (tmp_path / "z.gz").write_bytes(PACKED)
+    packed = f"1 compressed file (gzip), {len(PACKED)} bytes: z.gz"
+    bad = "1 non-UTF-8 file, 1 byte: x (byte 0xff at offset 0, line 1)"
+    assert f"holds no UTF-8 text file ({packed}; 1 empty file: y; {bad}): name a folder" in error(
         source, tmp_path
     )
-    assert "holds no .jsonl file" in error(source, tmp_path, "jsonl")
+    other = "1 non-UTF-8 file, 1 byte: x"
+    assert f"holds no .jsonl file ({packed}; 1 empty file: y; {other}): name a .jsonl file" in error(
+        source, tmp_path, "jsonl"
+    )
+
+
+@pytest.mark.parametrize("content", ["one\0NUL", "a\0b", "\0" * 30 + "text" * 20, "the\0end\0" * 50_000])
+def test_a_text_may_have_nuls(tmp_path: Path, content: str):
+    (tmp_path / "x").write_text(content)
+    assert texts(source(tmp_path / "x")) == [content]
 
 
 @pytest.mark.parametrize("dataset", ["text", "jsonl"])
@@ -175,7 +218,7 @@ def test_a_file_with_a_byte_order_mark_alone_is_empty(tmp_path: Path, dataset: s
     file = tmp_path / "x.jsonl"
     file.write_bytes(b"\xef\xbb\xbf")
     assert f'data.path = "{file}" is empty' in error(source, file, dataset)
-    assert "(1 empty, 0 not UTF-8" in error(source, tmp_path, dataset)
+    assert "(1 empty file, 3 bytes: x.jsonl)" in error(source, tmp_path, dataset)
     (tmp_path / "y.jsonl").write_text('{"text": "a"}')
     assert [opened.name for opened in source(tmp_path, dataset).files] == ["y.jsonl"]
 
@@ -208,7 +251,7 @@ def test_a_file_that_opens_but_cannot_be_read_is_named(tmp_path: Path, monkeypat
     message = f'data.path = "{file}" cannot be read (Input/output error): change its permissions'
     monkeypatch.setattr(sources, "_pieces", fail)
     assert message in error(texts, opened)
-    monkeypatch.setattr(sources, "_decodes", fail)
+    monkeypatch.setattr(files.TextCheck, "add", fail)
     assert message in error(source, file)
 
 
@@ -248,7 +291,8 @@ def test_the_field_of_json_lines_can_be_chosen(tmp_path: Path):
         ("{", "is not JSON (Expecting property name"),
         ("text", "is not JSON (Expecting value"),
         ('{"text": "a"} {"text": "b"}', "is not JSON (Extra data"),
-        ("\udcff", "is not JSON ('utf-8' codec can't decode"),
+        ("ab\udcff", "is not UTF-8 text (byte 0xff at offset 2 of the line): convert the file to UTF-8, or"),
+        ("\0", "is not JSON (Expecting value"),
         ("[" * 100_000, "is not JSON (maximum recursion depth"),
         ('{"text": ' + "9" * 5000 + "}", "is not JSON (Exceeds the limit"),
         ('["text"]', 'is not a JSON object: write {"text": "..."} on each line'),

@@ -20,6 +20,7 @@ from torchtitan_lite.data.tokenizer import ByteTokenizer
 from torchtitan_lite.inference import commands
 from torchtitan_lite.inference.evaluate import evaluate
 from torchtitan_lite.models.registry import families, resolve
+from torchtitan_lite.training import outputs
 
 ROOT = Path(__file__).parents[2]
 
@@ -115,6 +116,24 @@ def test_any_text_can_be_evaluated(run: Path, texts: Path, say, tmp_path: Path) 
         2,
         f'data = "{tmp_path / "none"}" does not exist: name a text file or a folder of them\n',
     )
+
+
+def test_a_folder_can_be_evaluated_that_holds_more_than_its_text(
+    run: Path, say, tmp_path: Path, caplog
+) -> None:
+    (tmp_path / "a.txt").write_text("ab cd " * 30)
+    outputs.lock(outputs.make_folder(str(tmp_path / "runs" / "one"), "", "")).close()
+    (tmp_path / "runs" / "one" / "metrics.jsonl").write_text('{"step": 1}\n')
+    status, out, _ = say("eval", run, "--data", tmp_path)
+    assert status == 0 and "180 bytes" in out
+    assert caplog.messages[0] == f"{tmp_path}: left out 1 run folder: runs/one"
+    (tmp_path / "b.txt").write_bytes(b"ab cd \xff" * 30)
+    status, _, err = say("eval", run, "--data", tmp_path)
+    assert status == 2 and err.startswith("max_lost_fraction = 0.1 is less than the 53.8 % of the text in ")
+    assert "180 bytes" in say("eval", run, "--data", tmp_path, "--max-lost-fraction", 1)[1]
+    (tmp_path / "B.JSONL").write_text('{"text": "abc"}\n')
+    assert "3 bytes" in say("eval", run, "--data", tmp_path)[1]
+    assert "3 bytes" in say("eval", run, "--data", tmp_path / "B.JSONL")[1]
 
 
 def test_every_token_counts_in_an_evaluation(run: Path, say, tmp_path: Path) -> None:

@@ -181,6 +181,7 @@ class JobConfig:
             rule, remedy = "needs held-out text, and data.validation_fraction is 0", "set that to 0.05"
             found.append(Problem("validation.enable", True, rule, remedy, ("data.validation_fraction",)))
         found += self._folder_problems()
+        found += self._text_problems()
         found += attention_problems(
             self.attention,
             decoder,
@@ -221,6 +222,16 @@ class JobConfig:
             rule = "is the name of something else in the run's folder"
             found.append(Problem("checkpoint.folder", folder, rule, remedy, tuple(reports)))
         return found
+
+    def _text_problems(self) -> list[Problem]:
+        """Return a problem if the text is read from the run's own folder: the run would add files to it."""
+        paths = self.job.dump_folder, getattr(self.data, "path", "")
+        ours, text = (os.path.expanduser(path) if isinstance(path, str) else "" for path in paths)
+        if not (os.path.isdir(ours) and os.path.isdir(text) and os.path.samefile(ours, text)):
+            return []
+        rule = "is data.path too, and the run's own files must not become text"
+        remedy = f"name another folder, such as {os.path.join(self.job.dump_folder, 'run')}"
+        return [Problem("job.dump_folder", self.job.dump_folder, rule, remedy, ("data.path",))]
 
     def _tokenizer_problems(self, decoder: DecoderConfig | None) -> list[Problem]:
         if self.tokenizers.problems("tokenizers"):

@@ -1,7 +1,7 @@
 """The pipeline from text to batches of token ids: each stage, with its module below.
 
 files -> documents -> pieces --tokenizer--> shards on disk -> samples of fixed length -> batches in order
-sources               heldout  tokenizer    shards            batch                      order, loader
+files    sources      heldout  tokenizer    shards            batch                      order, loader
 """
 
 from torchtitan_lite.data.batch import IGNORE, Batch, Samples

@@ -12,7 +12,9 @@ from pydantic import Field
 
 from torchtitan_lite.config.load import ConfigError, Problem
 from torchtitan_lite.config.problem import Remedy
-from torchtitan_lite.data.sources import FileSource, Place, Source
+from torchtitan_lite.data.files import Place, config_error
+from torchtitan_lite.data.leftout import LeftOut, percent
+from torchtitan_lite.data.sources import FileSource, Source
 from torchtitan_lite.registry import Names, datasets, tokenizers
 
 _NOT_LIBRARY = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
@@ -91,8 +93,8 @@ class PythonStdlib(DataConfig):
         return None
 
     def open(self) -> FileSource:
-        place = Place(root=Path(sysconfig.get_path("stdlib")), suffix=".py", left_out=_NOT_LIBRARY)
-        kept, *_ = place.read(only_text=True)
+        place = Place(root=Path(sysconfig.get_path("stdlib")), suffix=".py", without=_NOT_LIBRARY)
+        kept, _ = place.read()
         if not kept:
             rule = f"finds no source file of the standard library in {place.root}"
             remedy = 'use a Python that has them, or dataset "text"'
@@ -125,11 +127,12 @@ class _Files(DataConfig):
 
     @property
     def _place(self) -> Place:
-        return Place(root=Path(os.path.expanduser(self.path)), suffix=self.suffix)
+        root = Path(os.path.expanduser(self.path))
+        return Place(root=root, suffix=self.suffix, is_json_lines=self.json_field is not None)
 
     def problems(self, key: str) -> list[Problem]:
         """Return a problem if `path` has no file to read, and one if the cache folder cannot be used."""
-        found = super().problems(key)
+        found, left_out = super().problems(key), LeftOut()
         path = os.path.expanduser(self.path)
         kind = f"{self.suffix or 'text'} file"
         remedy = f"name a {kind} or a folder of them"
@@ -139,28 +142,31 @@ class _Files(DataConfig):
             rule = "does not exist"
         elif not os.access(path, os.R_OK | (os.X_OK if os.path.isdir(path) else 0)):
             rule, remedy = "cannot be read", "change its permissions, or name another"
-        elif not self._place.has_files():
-            rule = f"holds no {kind}"
+        elif not self._place.has_files(left_out):
+            rule = f"holds no {kind}{_in_brackets(left_out.lines())}"
         else:
             return found
         return [Problem(f"{key}.path", self.path, rule, remedy), *found]
 
     def open(self) -> FileSource:
         place = self._place
-        kept, n_empty, n_not_text = place.read(only_text=self.json_field is None)
-        if kept and n_empty + n_not_text:
-            message = "%s: left out %d empty files and %d that are not UTF-8 text"
-            _LOG.warning(message, place.root, n_empty, n_not_text)
-        if kept:
-            return FileSource(files=tuple(kept), json_field=self.json_field)
-        if place.root.is_file():
-            rule = "is empty" if n_empty else "is not UTF-8 text"
-            remedy = "name a file that holds text, or convert it to UTF-8"
-        else:
-            kind = f"{self.suffix} file that is not empty" if self.suffix else "UTF-8 text file"
-            rule = f"holds no {kind} ({n_empty} empty, {n_not_text} not UTF-8, hidden ones not counted)"
-            remedy = "name a folder that does, or a file"
-        raise ConfigError([Problem("data.path", self.path, rule, remedy)])
+        kept, left_out = place.read()
+        if not kept:
+            what = f"{self.suffix} file that is not empty" if self.suffix else "UTF-8 text file"
+            rule = f"holds no {what}{_in_brackets(left_out.lines())}"
+            raise config_error("data.path", self.path, rule, "name a folder that does, or a file")
+        n_kept = sum(file.size for file in kept)
+        self._check_loss(n_kept, left_out)
+        for line in left_out.lines(n_kept if self.json_field is None else 0):
+            _LOG.warning("%s: left out %s", place.root, line)
+        return FileSource(files=tuple(kept), json_field=self.json_field)
+
+    def _check_loss(self, n_kept: int, left_out: LeftOut) -> None:
+        """Raise ConfigError if too much text is left out. `n_kept` bytes are not left out."""
+
+
+def _in_brackets(lines: list[str]) -> str:
+    return f" ({'; '.join(lines)})" if lines else ""
 
 
 @datasets.register
@@ -169,6 +175,16 @@ class Text(_Files):
     """A UTF-8 file, or every UTF-8 file below a folder."""
 
     dataset: Literal["text"] = "text"
+    max_lost_fraction: Annotated[float, Field(ge=0, le=1), Remedy("use 0.1, or 1 to allow any loss")] = 0.1
+    """Share of the text, in bytes, that may be left out because files are not UTF-8. 1 allows any loss."""
+
+    def _check_loss(self, n_kept: int, left_out: LeftOut) -> None:
+        share = left_out.n_lost / (n_kept + left_out.n_lost)
+        if share > self.max_lost_fraction:
+            lost = "; ".join(left_out.lines(n_kept, only_lost=True))
+            rule = f"is less than the {percent(share)} of the text in {self.path} that is left out: {lost}"
+            remedy = "convert these files to UTF-8, or set 1 to use the rest"
+            raise config_error("data.max_lost_fraction", self.max_lost_fraction, rule, remedy)
 
 
 @datasets.register
@@ -185,6 +201,11 @@ class Jsonl(_Files):
     @property
     def json_field(self) -> str:
         return self.field
+
+    def has_jsonl(self) -> bool:
+        """Return True if `path` is a .jsonl file, or a folder in which .jsonl files are read."""
+        place = self._place
+        return place.has_files() if place.root.is_dir() else place.root.name.lower().endswith(self.suffix)
 
 
 def open_source(config: DataConfig) -> Source:

@@ -24,7 +24,8 @@ from torchtitan_lite import durable
 from torchtitan_lite.config.load import ConfigError, Problem
 from torchtitan_lite.data import heldout
 from torchtitan_lite.data.datasets import DataConfig, open_source
-from torchtitan_lite.data.sources import CACHED, Source
+from torchtitan_lite.data.files import CACHED
+from torchtitan_lite.data.sources import Source
 from torchtitan_lite.data.tokenizer import Tokenizer
 
 # Increase this number when the same text and tokenizer give other shards, or the format of the files changes.

@@ -47,6 +47,7 @@ _KEYS = {  # a key of the run's configuration: the option of `eval` with the sam
     "data.path": "data",
     "data.field": "field",
     "data.cache_dir": "cache_dir",
+    "data.max_lost_fraction": "max_lost_fraction",
     "training.seq_len": "seq_len",
 }
 _SEQ_LEN = 2048
@@ -90,6 +91,8 @@ class EvalConfig(_Use):
     """A text file, a .jsonl file, a folder of such files, or "python_stdlib". Empty: the held-out text."""
     field: str = "text"
     """Key of the text in the JSON objects of a .jsonl file."""
+    max_lost_fraction: Annotated[float, Field(ge=0, le=1)] = Text.max_lost_fraction
+    """Share of the text in --data that may be left out because files are not UTF-8. 1 allows any loss."""
     seq_len: Annotated[int, Field(ge=0)] = 0
     """Tokens of a sample. 0: as many as in the run's training."""
     cache_dir: str = ""
@@ -274,9 +277,9 @@ def _named_data(config: EvalConfig) -> DataConfig:
     if config.data == "python_stdlib":
         return PythonStdlib(**common)
     path = Path(os.path.expanduser(config.data))
-    is_jsonl = path.suffix == ".jsonl" or (path.is_dir() and any(path.rglob("*.jsonl")))
     common["path"] = str(path)
-    data = Jsonl(field=config.field, **common) if is_jsonl else Text(**common)
+    lines = Jsonl(field=config.field, **common)
+    data = lines if lines.has_jsonl() else Text(max_lost_fraction=config.max_lost_fraction, **common)
     if problems := data.problems("data"):
         raise ConfigError(problems)
     return data

@@ -17,14 +17,13 @@ _LOG = logging.getLogger(__name__)
 
 _FILES = ("config.toml", "metrics.jsonl", "exit.json", "sample_ids", "tokenizer", "hf", "hf_source.json")
 _EARLIER = "earlier"
-_LOCK = "lock"
 
 
 def is_inside(subfolder: str) -> bool:
     """Return True if the path `subfolder` stays inside the run's folder and takes no name in use there."""
     path = Path(subfolder)
     inside = bool(path.parts) and not path.is_absolute() and ".." not in path.parts
-    return inside and path.parts[0].removesuffix(".partial") not in (*_FILES, _EARLIER, _LOCK)
+    return inside and path.parts[0].removesuffix(".partial") not in (*_FILES, _EARLIER, durable.FOLDER_LOCK)
 
 
 def make_folder(dump_folder: str, name: str, flavor: str) -> Path:
@@ -43,7 +42,7 @@ def lock(folder: Path, seconds: float = 0) -> IO[str]:
     Another process that holds the lock may be ending, so this waits up to `seconds`, then raises InUse. On a
     file system without locks the folder is not protected, and a warning says so.
     """
-    return durable.lock(folder / _LOCK, seconds, required=False)
+    return durable.lock(folder / durable.FOLDER_LOCK, seconds, required=False)
 
 
 def set_aside(folder: Path, subfolders: tuple[str, ...] = (), used: Sequence[str] = ()) -> None:
