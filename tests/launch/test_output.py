@@ -17,7 +17,7 @@ import pytest
 from tqdm import tqdm
 
 from torchtitan_lite import cli, train
-from torchtitan_lite.launch import output
+from torchtitan_lite.launch import output, torchrun
 from torchtitan_lite.launch.end import end_of
 from torchtitan_lite.launch.output import ReaderGone, outlive_reader, protect
 
@@ -51,13 +51,16 @@ PrintTo = Callable[..., Printed]
 
 @pytest.fixture
 def print_to(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[PrintTo]:
-    """`print_to(stdout=descriptor)` gives this process protected streams, in files unless it names others.
+    """`print_to(stdout=descriptor)` gives this process streams of its own, to files unless it names others.
 
-    None: the stream was closed when the process started. `encoding` is that of standard output.
+    None: the stream was closed when the process started. `encoding` is that of standard output. If `by_entry`,
+    the test calls an entry of the program, which protects the streams.
     """
     opened = []
 
-    def print_to(encoding: str = "utf-8", buffering: int = -1, **descriptors: int | None) -> Printed:
+    def print_to(
+        encoding: str = "utf-8", buffering: int = -1, by_entry: bool = False, **descriptors: int | None
+    ) -> Printed:
         printed = Printed(tmp_path / "stdout.txt", tmp_path / "stderr.txt")
         monkeypatch.setattr(output, "_is_outlived", False)
         for name, path in zip(("stdout", "stderr"), printed, strict=True):
@@ -73,7 +76,8 @@ def print_to(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[PrintT
                 stream = io.TextIOWrapper(binary, encoding=words, write_through=buffering == 0)  # pyright: ignore[reportArgumentType]
             monkeypatch.setattr(sys, name, stream)
             monkeypatch.setattr(sys, f"__{name}__", stream)
-        protect()
+        if not by_entry:
+            protect()
         return printed
 
     yield print_to
@@ -103,6 +107,12 @@ def test_a_full_disk_is_said_once_on_the_other_stream(buffering: int, print_to: 
     for _ in range(3):
         print("x" * 10_000, flush=True)
     assert printed.text() == ("", f"standard output cannot be written ({REASON}): {LOST}\n")
+
+
+def test_an_unbuffered_stream_stays_unbuffered(print_to: PrintTo) -> None:
+    printed = print_to(buffering=0)
+    print("at once", end="")
+    assert printed.out.read_text() == "at once"
 
 
 def test_a_full_disk_under_standard_error_is_said_on_standard_output(print_to: PrintTo) -> None:
@@ -193,12 +203,14 @@ def test_a_slow_reader_of_a_pipe_that_does_not_block_gets_all(print_to: PrintTo)
     printed, received = print_to(stdout=writing), []
 
     def read() -> None:
-        while sum(map(len, received)) < 1_000_000:
-            received.append(os.read(reading, 1000))
+        while part := os.read(reading, 1000):
+            received.append(part)
 
     thread = threading.Thread(target=read)
     thread.start()
     print("x" * 999_999, flush=True)
+    with open(os.devnull, "w") as nothing:
+        os.dup2(nothing.fileno(), writing)  # closes the pipe
     thread.join()
     os.close(reading)
     assert b"".join(received) == b"x" * 999_999 + b"\n"
@@ -276,7 +288,9 @@ WITHOUT = {"full": refusing, "closed": lambda: None}
 def test_a_run_trains_to_its_end_without_output(
     out: str, err: str, small_run: list[str], tmp_path: Path, print_to: PrintTo
 ) -> None:
-    printed = print_to(stdout=WITHOUT[out](), **({} if err == "works" else {"stderr": WITHOUT[err]()}))
+    printed = print_to(
+        by_entry=True, stdout=WITHOUT[out](), **({} if err == "works" else {"stderr": WITHOUT[err]()})
+    )
     assert train.main(small_run) == 0
     assert json.loads((tmp_path / "run" / "exit.json").read_text())["outcome"] == "done"
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 5
@@ -290,7 +304,7 @@ def test_a_run_in_a_folder_whose_name_the_encoding_lacks(
     small_run: list[str], tmp_path: Path, print_to: PrintTo
 ) -> None:
     folder = tmp_path / "sorties-é"
-    printed = print_to("ascii")
+    printed = print_to("ascii", by_entry=True)
     assert train.main([*small_run, "--job.dump-folder", str(folder)]) == 0
     assert f"Files: {tmp_path}/sorties-\\u00e9\n" in printed.text()[0] and (folder / "exit.json").exists()
 
@@ -308,20 +322,20 @@ def test_a_command_does_its_work_without_output(
         "export-hf": [str(trained), "--out", str(tmp_path / "hf")],
         "train": ["--dry-run"],
     }
-    printed = print_to(stdout=WITHOUT[out]())
+    printed = print_to(by_entry=True, stdout=WITHOUT[out]())
     assert cli.main([command, *options.get(command, [])]) == 0
     reason = "is closed" if out == "closed" else f"cannot be written ({REASON})"
     assert printed.text() == ("", f"standard output {reason}: {LOST}\n")
 
 
 def test_a_dry_run_in_ascii_prints_a_configuration_that_can_be_read(print_to: PrintTo) -> None:
-    printed = print_to("ascii")
+    printed = print_to("ascii", by_entry=True)
     assert train.main(["--dry-run", "--job.dump-folder", "sorties-é"]) == 0
     assert tomllib.loads(printed.text()[0])["job"]["dump_folder"] == "sorties-é"
 
 
 def test_generated_text_in_ascii_escapes_what_ascii_lacks(trained: Path, print_to: PrintTo) -> None:
-    printed = print_to("ascii")
+    printed = print_to("ascii", by_entry=True)
     assert cli.main(["generate", str(trained), "--prompt", "é", "--max-new-tokens", "1"]) == 0
     assert printed.text()[0].startswith("\\u00e9")
 
@@ -329,9 +343,19 @@ def test_generated_text_in_ascii_escapes_what_ascii_lacks(trained: Path, print_t
 def test_a_refusal_keeps_its_status_and_its_outcome_without_output(
     small_run: list[str], tmp_path: Path, print_to: PrintTo
 ) -> None:
-    print_to(stdout=None, stderr=None)
+    print_to(by_entry=True, stdout=None, stderr=None)
     assert train.main([*small_run, "--training.steps", "-1"]) == 2
     assert json.loads((tmp_path / "run" / "exit.json").read_text())["outcome"] == "refused"
+
+
+def test_the_launcher_refuses_its_input_without_output_and_outlives_its_reader(
+    print_to: PrintTo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    print_to(by_entry=True, stdout=writing, stderr=refusing())
+    assert torchrun.main(["--max-restarts", "1", "train.py"]) == 2
+    print("lost", flush=True)
 
 
 @pytest.mark.parametrize("words", [["models"], ["train", "--training.steps", "-1"]])
