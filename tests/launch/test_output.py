@@ -53,8 +53,8 @@ PrintTo = Callable[..., Printed]
 def print_to(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[PrintTo]:
     """`print_to(stdout=descriptor)` gives this process streams of its own, to files unless it names others.
 
-    None: the stream was closed when the process started. `encoding` is that of standard output. If `by_entry`,
-    the test calls an entry of the program, which protects the streams.
+    None: the stream was closed when the process started. `encoding` is that of standard output. With
+    `by_entry` the test calls an entry of the program, which protects the streams.
     """
     opened = []
 
