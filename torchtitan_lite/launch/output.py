@@ -105,7 +105,7 @@ class _File(io.RawIOBase):
         line = f"{_NAMES[self._name]} {reason}: what is printed there is lost"
         if _is_outlived:
             line += "; the run goes on, and the files in its folder show how"
-        # Not by print: this thread has the lock of its stream, and another thread may do the same vice versa.
+        # Not by print, which takes the lock of the other stream: two threads could wait for each other.
         with contextlib.suppress(OSError):
             os.write(self._other, f"{line}\n".encode())
 
