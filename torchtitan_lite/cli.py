@@ -4,6 +4,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+from torchtitan_lite.launch.output import protect
+
 USAGE = """\
 usage: torchtitan-lite COMMAND
 
@@ -25,6 +27,7 @@ TRAINED = ("generate", "eval", "export-hf", "import-hf")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (by default this process's), and return the exit status."""
+    protect()
     command, *rest = (sys.argv[1:] if argv is None else list(argv)) or [""]
     if command == "train":
         from torchtitan_lite import train

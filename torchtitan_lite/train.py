@@ -20,8 +20,10 @@ if not __package__:
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m torchtitan_lite.train") -> int:
     """Train as the command line `argv` says, and return the exit status."""
+    from torchtitan_lite.launch.output import protect
     from torchtitan_lite.launch.process import starting
 
+    protect()
     with starting():
         try:
             return run(sys.argv[1:] if argv is None else argv, prog)
@@ -49,12 +51,14 @@ def run(argv: Sequence[str], prog: str) -> int:
         return 0
 
     from torchtitan_lite.launch.guard import Guard, while_launched
+    from torchtitan_lite.launch.output import outlive_reader
     from torchtitan_lite.launch.process import show_log, started
     from torchtitan_lite.launch.world import join, leave
     from torchtitan_lite.run_folder import RunFolder
     from torchtitan_lite.training.record import find_start
     from torchtitan_lite.training.trainer import Trainer
 
+    outlive_reader()
     with while_launched():
         world = join(
             job.device,

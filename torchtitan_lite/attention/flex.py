@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, FlexKernelOptions, flex_attention
 
+from torchtitan_lite.attention import kernel_cache
 from torchtitan_lite.attention.capabilities import FLOATS, HALVES, INSTALL_FA4, Capabilities, Refusal
 from torchtitan_lite.attention.mask import Ranges, check_inputs, check_positions, intervals, to_device
 from torchtitan_lite.attention.operator import Calls, attend
@@ -96,6 +97,8 @@ class Flex:
             found.append(Refusal("kernel_options", self.kernel_options, rule, remedy))
         if self.flash and device == "cuda" and (rule := self.implementation("cuda").unmet_here()):
             found.append(Refusal("kernel_options", self.kernel_options, rule, "use another BACKEND"))
+        if device == "cuda" and torch.cuda.is_available() and (fault := kernel_cache.fault(device)):
+            found.append(Refusal("kind", self.kind, *fault))
         return found
 
     def _block_refusals(self, device: str) -> Iterator[Refusal]:

@@ -1,8 +1,6 @@
 """The commands of `torchtitan-lite` that need a trained model: generate, eval, export-hf, import-hf."""
 
-import io
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -120,8 +118,6 @@ class ImportConfig:
 
 def run(command: str, argv: Sequence[str]) -> int:
     """Run `command` with its arguments `argv`, and return the exit status."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a model may generate any character
     options, act = _COMMANDS[command]
     path = argv[0] if argv and not argv[0].startswith("-") else ""
     try:

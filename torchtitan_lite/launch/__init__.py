@@ -6,5 +6,6 @@ guard.py        guard one process: handle its signals, watch its progress, end a
 signals.py      SIGTERM and SIGUSR1: a request to save and stop
 cause.py        find the rank that caused the run to end
 end.py          how a run ends: exit status, outcome, message
+output.py       standard output and standard error, whose failures must not end a run
 process.py      settings of the whole process
 """

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from torchtitan_lite.config.load import ConfigError
+from torchtitan_lite.launch.output import ReaderGone
 
 STATUS_STOPPED = 75
 """The exit status of a run that was asked to stop and has saved: EX_TEMPFAIL of sysexits.h, "try again"."""
@@ -82,7 +83,7 @@ def end_of(error: BaseException, rank: int = 0, size: int = 1) -> End:
     reason = "consequence" if any(isinstance(cause, OnAnotherRank) for cause in causes) else "error"
     message = _text(error)
     line = End(rank=rank, message=message, reason=reason, quiet=True)
-    if isinstance(error, BrokenPipeError):
+    if isinstance(error, ReaderGone):
         return replace(line, status=141, outcome="interrupted", reason="signal")
     if isinstance(error, ConfigError):
         return replace(line, words=message, status=2, outcome="refused")
@@ -130,9 +131,6 @@ def status_of(error: BaseException) -> int:
         if not is_first_here():
             time.sleep(5)  # the first rank prints and ends, then the launcher ends this process
             return end.status
-    if isinstance(error, BrokenPipeError):
-        # The reader of the output, such as `head`, is gone. With /dev/null Python prints no error at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     say(end.words)
     return end.status
 
@@ -145,9 +143,8 @@ def is_first_here() -> bool:
 def say(text: str) -> None:
     """Print `text` to standard error in one write, so that the lines of several ranks do not mix."""
     if text:
-        with contextlib.suppress(OSError):
-            sys.stderr.write(f"{text}\n")
-            sys.stderr.flush()
+        sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()
 
 
 def tell_launcher(message: str, late: bool = False) -> None:

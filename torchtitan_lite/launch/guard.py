@@ -146,8 +146,7 @@ class Guard:
                 with contextlib.suppress(OSError):
                     self.on_end(end)
             tell_launcher(end.message if is_cause else line or end.message, late=not is_cause)
-            with contextlib.suppress(OSError, ValueError):
-                sys.stdout.flush()
+            sys.stdout.flush()
             os._exit(end.status)
 
     def _agree(self, own: End) -> End:

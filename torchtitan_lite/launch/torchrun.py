@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torchtitan_lite.launch.output import outlive_reader, protect
+
 if TYPE_CHECKING:
     from torch.distributed.elastic.agent.server.api import RunResult
 
@@ -70,6 +72,8 @@ def outlive_the_store() -> None:
 
 def main(argv: Sequence[str]) -> int:
     """Handle the signals, run torchrun with `argv`, and return the exit status."""
+    protect()
+    outlive_reader()  # the ranks have the same reader, and go on
     words, passed_on = list(argv), False
 
     def pass_on(number: int, _: object) -> None:

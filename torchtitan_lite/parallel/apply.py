@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
+from torchtitan_lite.attention import kernel_cache
 from torchtitan_lite.attention.portable.native import CXX, compile_kernel, forget_kernels
 from torchtitan_lite.config.load import ConfigError, Problem, near
 from torchtitan_lite.models.decoder import Decoder, DecoderConfig
@@ -32,9 +33,16 @@ class CompileConfig:
         return self.enable and self.backend == "inductor"
 
     def problems(self, key: str, device: str | None = None) -> list[Problem]:
-        """Return a problem if torch lacks the backend, or if the device "cpu" has no C++ compiler."""
+        """Return a problem if torch lacks the backend, or if inductor cannot compile for `device`.
+
+        Inductor needs a folder that code can be loaded from, and on a CPU a C++ compiler. In a dry run, which
+        compiles nothing, `device` is None.
+        """
         if not self.enable:
             return []
+        if fault := kernel_cache.fault(device if self.uses_inductor else None):
+            rule, remedy = fault
+            return [Problem(f"{key}.enable", True, rule, f"{remedy}, or do not compile", ("job.device",))]
         known = torch.compiler.list_backends(exclude_tags=())
         if self.backend not in known:
             rule = "is not a backend of torch.compile"

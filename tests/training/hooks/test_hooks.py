@@ -186,13 +186,13 @@ def test_wrong_input_found_while_a_hook_is_built_is_an_error_of_the_user(error: 
         Hooks({"failing": Failing()}, run_info())
 
 
-def test_a_closed_output_is_not_a_failure_of_a_hook() -> None:
-    class Printing:
+def test_a_pipe_of_a_hook_that_breaks_is_a_failure_of_the_hook() -> None:
+    class Sending:
         def step(self, stats: StepStats) -> None:
             raise BrokenPipeError
 
-    with pytest.raises(BrokenPipeError):
-        Hooks({"printing": Ready(Printing())}).step(stats(1))
+    with pytest.raises(HookFailed, match=r'hook "sending" failed in step\(\): BrokenPipeError'):
+        Hooks({"sending": Ready(Sending())}).step(stats(1))
 
 
 def test_a_slow_hook_shows_in_the_time_of_the_step(
@@ -276,17 +276,6 @@ def test_an_object_without_any_method_of_a_hook_is_refused() -> None:
         HookFailed, match=r'hook "mine" failed in build\(\): TypeError: a hook has any of start'
     ):
         Hooks({"mine": Ready(object())}, run_info())
-
-
-def test_a_closed_output_is_not_logged_as_a_failure(caplog: pytest.LogCaptureFixture) -> None:
-    class Printing:
-        def end(self, outcome: Outcome) -> None:
-            raise BrokenPipeError
-
-    hooks = Hooks({"printing": Ready(Printing())}, run_info())
-    hooks.start()
-    hooks.end(Outcome(kind="failed", error=ValueError()))
-    assert caplog.messages == []
 
 
 def test_a_hook_that_fails_in_the_last_save_of_a_failed_run_does_not_hide_the_first_error(

@@ -151,8 +151,7 @@ class Hooks:
         if failures and outcome.error is None:
             raise failures[0]
         for failure in failures:
-            if not isinstance(failure, BrokenPipeError):
-                _LOG.error("%s", failure)
+            _LOG.error("%s", failure)
 
     def take_seconds(self) -> float:
         """Return the seconds spent in hooks since the previous call. `start` and `end` do not count."""
@@ -173,8 +172,6 @@ def _call(name: str, target: object, method: str, argument: object) -> Any:
         return None
     try:
         return act(argument)
-    except BrokenPipeError:  # the program that reads the output, such as `head`, has ended
-        raise
     except (Exception, SystemExit) as error:
         # Our signal handlers raise SystemExit with 128 + the signal's number. The hook did not fail.
         if isinstance(error, SystemExit) and isinstance(error.code, int) and error.code > 128:
