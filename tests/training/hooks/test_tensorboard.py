@@ -1,5 +1,6 @@
 """TensorBoard shows the numbers of metrics.jsonl, also after a run has resumed."""
 
+import math
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -50,6 +51,14 @@ def test_a_number_without_a_group_of_its_own_is_shown_too(tmp_path: Path) -> Non
     board.write({"step": 3, "temperature": 70.0})
     board.end(DONE)
     assert [e.value for e in shown_in(tmp_path / "tb" / tmp_path.name).Scalars("other/temperature")] == [70.0]
+
+
+def test_a_number_that_is_not_known_is_no_point(tmp_path: Path) -> None:
+    board = TensorBoard(MetricsConfig(peak_flops=1.0))
+    board.start(run_info(folder=tmp_path))
+    board.write({"step": 3, "loss": 2.0, "mfu": math.nan})
+    board.end(DONE)
+    assert shown_in(tmp_path / "tb" / tmp_path.name).Tags()["scalars"] == ["loss/train"]
 
 
 def test_the_losses_of_training_and_validation_are_two_runs_of_one_chart(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The hook that writes the numbers of metrics.jsonl, the configuration and the plan for TensorBoard."""
 
 import logging
+import math
 import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -70,8 +71,9 @@ class TensorBoard(Reporter):
     def write(self, record: Mapping[str, float]) -> None:
         step = int(record["step"])
         for key, value in record.items():
-            if key != "step":
-                self._write_scalar("", _TAGS.get(key, f"other/{key}"), value, step)
+            if key == "step" or not math.isfinite(value):  # NaN: a number that is not known
+                continue
+            self._write_scalar("", _TAGS.get(key, f"other/{key}"), value, step)
             if key in _CURVES:
                 self._write_scalar(_CURVES[key], _BOTH, value, step)
 
