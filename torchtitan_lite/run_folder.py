@@ -47,7 +47,8 @@ class RunFolder:
     def prepare(self, trainer: Trainer, resumed: VerifiedStep | None) -> None:
         """Move all steps after `resumed` (None: all) to "earlier", and write config.toml and run.json."""
         self.trainer = trainer
-        places = self.world.gather(provenance.place_of(trainer.stepper.device))
+        place = provenance.place_of(trainer.stepper.device)
+        places = self.world.patiently(lambda saving: saving.gather(place))
         self._on_first(lambda: self._prepare(trainer, resumed, places))
 
     def export(self) -> None:

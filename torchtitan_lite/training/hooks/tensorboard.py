@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 
+_FLUSH_SECONDS = 10
+"""The longest time until TensorBoard can show a number. The default, two minutes, is long in a first run."""
 _BOTH = "loss"
 """The tag of the one chart with two curves: the losses of training and of validation."""
 _TAGS = {
@@ -62,7 +64,8 @@ class TensorBoard(Reporter):
         folder = _folder(run, self.config.save_tb_folder)
         curves = _CURVES.values() if run.job.validation.enable else ()
         self._writers: dict[str, SummaryWriter] = {
-            name: SummaryWriter(str(folder / name), purge_step=purge_step) for name in ("", *curves)
+            name: SummaryWriter(str(folder / name), purge_step=purge_step, flush_secs=_FLUSH_SECONDS)
+            for name in ("", *curves)
         }
         plan = "\n".join(run.job.plan(run.world_size))
         self._write_text("configuration", run.job.to_toml(run.world_size), run.first_step)
