@@ -12,7 +12,7 @@ from torchtitan_lite.training.config import DebugConfig, TrainingConfig
 from torchtitan_lite.training.hooks import HookConfig, Hooks, Outcome, RunInfo, StepStats
 from torchtitan_lite.training.hooks.profiler import ProfilingConfig
 from torchtitan_lite.training.metrics import MetricsConfig
-from torchtitan_lite.training.validation import Validation
+from torchtitan_lite.training.validation import Validation, ValidationConfig
 
 DONE = Outcome(kind="done")
 
@@ -20,6 +20,11 @@ DONE = Outcome(kind="done")
 def job_with(**sections: Any) -> SimpleNamespace:
     """The sections of a job that hooks read, with `sections` in place of the defaults."""
     own = {"metrics": MetricsConfig(), "profiling": ProfilingConfig(), "debug": DebugConfig()}
+    own |= {
+        "validation": ValidationConfig(enable=True),
+        "plan": lambda n_ranks: [f"ranks: {n_ranks}", "plan"],
+    }
+    own |= {"to_toml": lambda n: f"# ranks: {n}\n\n[job]\nnote = '```'\n"}
     return SimpleNamespace(**{"training": TrainingConfig(mixed_precision_param="float32"), **own, **sections})
 
 

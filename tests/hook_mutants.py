@@ -5,6 +5,7 @@ from mutant import Mutant
 HOOKS = "torchtitan_lite/training/hooks/"
 TRAINER = "torchtitan_lite/training/trainer.py"
 CALLS = "tests/training/hooks/test_hooks.py"
+BOARD = "tests/training/hooks/test_tensorboard.py"
 VOTES = "tests/training/test_step.py"
 PREPARE = "tests/models/test_prepare.py"
 
@@ -44,6 +45,24 @@ MUTANTS = {
         "        start, state = perf_counter(), self.state\n",
         "        start, state, early = perf_counter(), self.state, votes()\n        votes = lambda: early\n",
         f"{VOTES}::test_votes_are_read_after_the_backward",
+    ),
+    "hooks: a run that has moved begins another run of TensorBoard": Mutant(
+        HOOKS + "tensorboard.py",
+        "        if earlier:\n            return earlier[0]\n",
+        "",
+        f"{BOARD}::test_a_resumed_run_keeps_its_name_when_its_folder_has_moved",
+    ),
+    "hooks: TensorBoard shows repeated steps of a chart with two curves twice": Mutant(
+        HOOKS + "tensorboard.py",
+        "purge_step=purge_step,",
+        "purge_step=None if name else purge_step,",
+        f"{BOARD}::test_only_a_resumed_run_has_tensorboard_hide_earlier_points[5-6]",
+    ),
+    "hooks: a resumed run forgets its earlier starts": Mutant(
+        "torchtitan_lite/training/provenance.py",
+        "_EARLIER: starts or []}",
+        "_EARLIER: (starts or [])[-1:]}",
+        "tests/training/test_provenance.py::test_a_resumed_run_keeps_the_facts_of_all_earlier_starts",
     ),
     "prepare: the newest tokens have the mask of the tokens before them": Mutant(
         "torchtitan_lite/inference/generate.py",

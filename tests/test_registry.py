@@ -61,7 +61,7 @@ def refusals(source: str) -> list[str]:
 
 
 def test_our_own_members_are_registered_in_the_same_way() -> None:
-    assert registry.attentions.members == {"sdpa": BACKENDS[0], "flex": BACKENDS[1], "varlen": BACKENDS[2]}
+    assert registry.attentions.members == {backend.kind: backend for backend in BACKENDS}
     assert registry.datasets.members == {"python_stdlib": PythonStdlib, "text": Text, "jsonl": Jsonl}
     assert registry.tokenizers.members["bytes"] is Bytes
     assert registry.optimizers.members["AdamW"] is AdamW

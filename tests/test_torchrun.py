@@ -59,8 +59,11 @@ def test_two_ranks_and_two_nodes_train_like_one_rank(alone: Path, small_run, tmp
         "exit.json",
         "lock",
         "metrics.jsonl",
+        "run.json",
         "profile_traces",
     }
+    facts = json.loads((folder / "run.json").read_text())
+    assert facts["ranks"] == sum(facts["devices"].values()) == facts["ranks_on_hosts"][facts["host"]] == 2
     traces = {path.name for path in (folder / "profile_traces").iterdir()}
     assert traces == {"step-5-rank-0.json", "step-5-rank-1.json"}
 
@@ -70,7 +73,13 @@ def test_two_ranks_and_two_nodes_train_like_one_rank(alone: Path, small_run, tmp
         assert first.left() + second.left() == []
     check(first.out.splitlines(), folder, alone)
     assert second.out == ""
-    assert {path.name for path in folder.iterdir()} == {"config.toml", "exit.json", "lock", "metrics.jsonl"}
+    assert {path.name for path in folder.iterdir()} == {
+        "config.toml",
+        "exit.json",
+        "lock",
+        "metrics.jsonl",
+        "run.json",
+    }
 
 
 def test_wrong_input_is_reported_in_one_line_although_every_rank_finds_it(small_run, tmp_path: Path) -> None:

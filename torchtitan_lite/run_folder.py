@@ -3,7 +3,7 @@
 import os
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, TypeVar
 
@@ -16,7 +16,7 @@ from torchtitan_lite.config.load import ConfigError, Problem
 from torchtitan_lite.durable import new_folder
 from torchtitan_lite.launch.end import STATUS_STOPPED, End
 from torchtitan_lite.launch.world import World
-from torchtitan_lite.training import hub, outputs
+from torchtitan_lite.training import hub, outputs, provenance
 from torchtitan_lite.training.hooks import jsonl
 from torchtitan_lite.training.trainer import Trainer
 
@@ -45,9 +45,11 @@ class RunFolder:
         return self.path
 
     def prepare(self, trainer: Trainer, resumed: VerifiedStep | None) -> None:
-        """Move all steps after `resumed` (None: all steps) to a folder "earlier", and write config.toml."""
+        """Move all steps after `resumed` (None: all) to "earlier", and write config.toml and run.json."""
         self.trainer = trainer
-        self._on_first(lambda: self._prepare(trainer, resumed))
+        place = provenance.place_of(trainer.stepper.device)
+        places = self.world.patiently(lambda saving: saving.gather(place))
+        self._on_first(lambda: self._prepare(trainer, resumed, places))
 
     def export(self) -> None:
         """If the run is done and last_save_in_hf is set, write the last model in Hugging Face's format."""
@@ -122,7 +124,9 @@ class RunFolder:
             outputs.set_aside(folder, subfolders, used)
         return folder
 
-    def _prepare(self, trainer: Trainer, resumed: VerifiedStep | None) -> None:
+    def _prepare(
+        self, trainer: Trainer, resumed: VerifiedStep | None, places: Sequence[provenance.Place]
+    ) -> None:
         path, _ = self._begun()
         steps, last = Steps(path / self.job.checkpoint.folder), -1 if resumed is None else resumed.state.step
         # This includes files and links with the name of a step: the run will save a step with that name.
@@ -134,6 +138,7 @@ class RunFolder:
             (path / "exit.json").unlink(missing_ok=True)
         self._keep_tokenizer(path / hub.TOKENIZER, trainer)
         (path / "config.toml").write_text(self.job.to_toml(self.world.size), encoding="utf-8")
+        provenance.write_start(path, places, None if resumed is None else last)
 
     def _keep_tokenizer(self, place: Path, trainer: Trainer) -> None:
         """Copy the tokenizer's files to `place` in the run's folder, which then needs no files elsewhere."""

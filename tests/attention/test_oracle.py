@@ -5,16 +5,17 @@ import pytest
 import torch
 from attention_cases import EXACT, KEYS, POSITIONS, QUERIES, DocumentByDocument, compare, qkv, rows
 
-from torchtitan_lite.attention import Flex, Sdpa, Varlen, WithLayout, flex, operator, reference_attention
+from torchtitan_lite import attention
+from torchtitan_lite.attention import Flex, Sdpa, WithLayout, flex, operator, reference_attention
 from torchtitan_lite.attention.mask import explicit_mask
 from torchtitan_lite.attention.packs import PackEvaluator, document_packs
 from torchtitan_lite.attention.sdpa import attend_whole_rows
 from torchtitan_lite.attention.varlen import VarlenAttention
 
 BACKENDS = {
-    "sdpa": Sdpa(),
-    "flex": Flex(block_size=16),
-    "varlen": Varlen(),
+    backend.kind: Flex(block_size=16) if backend is Flex else backend()
+    for backend in attention.BACKENDS
+    if any("cpu" in can.devices for can in backend.supports)
 }
 WINDOWS = (None, 1, 7, 60)
 

@@ -1,5 +1,6 @@
 """A start in a folder that holds a step to go on from, steps of another run, or a run that goes on."""
 
+import json
 import os
 import shutil
 import time
@@ -191,11 +192,13 @@ def test_an_earlier_step_may_be_asked_for_and_nothing_is_lost(go: Go, folder: Pa
 
 
 def test_a_run_at_its_last_step_is_done(go: Go, folder: Path, capsys) -> None:
-    written = ("exit.json", "lock", "config.toml")
+    written = ("exit.json", "lock", "config.toml", "run.json")
     before = files_in(folder, but=written)
     assert go(training__steps=4) == 0
     assert "goes on from step 4" in capsys.readouterr().out
     assert files_in(folder, but=written) == before
+    facts = json.loads((folder / "run.json").read_text())
+    assert (facts["resumed_step"], [one["resumed_step"] for one in facts["earlier_starts"]]) == (4, [None])
     assert outcome(folder) == {"status": 0, "outcome": "done", "step": 4, "message": ""}
 
 
@@ -410,7 +413,9 @@ def test_options_of_a_feature_that_is_off_are_problems(values: dict, key: str) -
     assert problem.remedy
 
 
-@pytest.mark.parametrize("name", ["config.toml", "metrics.jsonl", "earlier", "lock", "sample_ids", "tb"])
+@pytest.mark.parametrize(
+    "name", ["config.toml", "run.json", "metrics.jsonl", "earlier", "lock", "sample_ids", "tb"]
+)
 def test_the_folder_of_steps_is_nothing_else_that_is_there(name: str, go: Go, tmp_path: Path, capsys) -> None:
     assert go("--checkpoint.folder", name) == 2
     assert capsys.readouterr().err.startswith(f'checkpoint.folder = "{name}" ')

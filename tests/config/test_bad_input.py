@@ -6,7 +6,10 @@ from pathlib import Path
 import programs
 import pytest
 
+from torchtitan_lite.attention import BACKENDS
 from torchtitan_lite.train import main
+
+KINDS = ", ".join(f'"{backend.kind}"' for backend in BACKENDS)
 
 # Wrong flags and the line that reports them; "..." stands for any words.
 FLAGS = {
@@ -84,7 +87,7 @@ FLAGS = {
     "--model.attention": "model.attention.kind has no value: write --model.attention=VALUE",
     "--model.attention flx": 'model.attention.kind = "flx" is not a known kind: did you mean "flex"?',
     "--model.attention.kind ring": (
-        'model.attention.kind = "ring" is not a known kind: choose one of "sdpa", "flex", "varlen"'
+        f'model.attention.kind = "ring" is not a known kind: choose one of {KINDS}'
     ),
     "--model.attention.block-size 64": (
         'model.attention.block_size = 64 belongs to kind "flex", and model.attention.kind is "sdpa": '
@@ -196,9 +199,7 @@ FILES = {
     "[model]\nattention = 'flex'": (
         'model.attention = "flex" is not a table: write model.attention.kind = "flex"'
     ),
-    "[model.attention]\nkind = 5": (
-        'model.attention.kind = 5 is not a known kind: choose one of "sdpa", "flex", "varlen"'
-    ),
+    "[model.attention]\nkind = 5": (f"model.attention.kind = 5 is not a known kind: choose one of {KINDS}"),
     "[model.attention]\nkind = 'sdpa'\nkernel = 'auto'": (
         'model.attention.kernel = "auto" belongs to kind "varlen", and model.attention.kind is "sdpa": '
         'leave it out, or set model.attention.kind = "varlen"'

@@ -7,8 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from torchtitan_lite import registry
+from torchtitan_lite.attention import BACKENDS
 from torchtitan_lite.config.job import JobConfig, load_job
 from torchtitan_lite.config.schema import leaves
+
+KINDS = f"{{{','.join(backend.kind for backend in BACKENDS)}}}"
+"""The choices of model.attention, as in the help."""
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +38,7 @@ def test_help_shows_the_usage_and_the_form_of_each_option(capsys: pytest.Capture
         "--dry-run Check everything",
         "--world-size N With --dry-run: check for this many ranks, without torchrun.",
         "--job.device {auto,cpu,cuda} auto: cuda where there is one, else cpu. (default: auto)",
-        "--model.attention {sdpa,flex,varlen}",
+        f"--model.attention {KINDS}",
         "--model.overrides JSON",
         "--compile.enable, --compile.no-enable",
         "(default: 1e-08)",
@@ -42,11 +47,9 @@ def test_help_shows_the_usage_and_the_form_of_each_option(capsys: pytest.Capture
 
 
 def test_every_key_is_in_the_help_and_explained(capsys: pytest.CaptureFixture[str]) -> None:
-    choices = (("flex", "text"), ("varlen", "jsonl"), ("sdpa", "python_stdlib"))
-    text = " ".join(
-        printed(capsys, "-h", "--model.attention", kind, "--data.dataset", dataset)
-        for kind, dataset in choices
-    )
+    choices = [("--model.attention", backend.kind) for backend in BACKENDS]
+    choices += [("--data.dataset", name) for name in registry.datasets.members]
+    text = " ".join(printed(capsys, "-h", *choice) for choice in choices)
     for key in leaves(JobConfig):
         flag = f"--{key.replace('_', '-').removesuffix('.kind')}"
         shown = re.search(rf"{re.escape(flag)},? (\S+ )?(.*?)\(default", text)
@@ -59,7 +62,7 @@ def test_help_shows_the_values_of_files_and_flags_as_defaults(capsys: pytest.Cap
     text = printed(capsys, "--help", "--config", "run.toml", "--optimizer.lr", "0.125")
     assert "Optimizer steps of the whole run. At least 1. (default: 321)" in text
     assert "(default: 0.125)" in text
-    assert re.search(r"--model.attention \{sdpa,flex,varlen\} .*chosen one's. \(default: flex\)", text)
+    assert re.search(rf"--model.attention {re.escape(KINDS)} .*chosen one's. \(default: flex\)", text)
     assert re.search(r"--model.attention.block-size INT\|\{INT INT\} [^()]*\(default: 64\)", text)
     assert "--model.attention.kernel " not in text
     text = printed(capsys, "--config", "run.toml", "--model.attention=varlen", "--help")
@@ -96,7 +99,7 @@ def test_help_lists_the_backends_beside_a_flavor_that_does_not_exist(
 ) -> None:
     with pytest.raises(SystemExit):
         load_job(["--model.flavor", "7X", "--help"])
-    assert "--model.attention {sdpa,flex,varlen}" in capsys.readouterr().out
+    assert f"--model.attention {KINDS}" in capsys.readouterr().out
 
 
 def test_loading_a_configuration_has_no_slow_imports() -> None:

@@ -8,6 +8,7 @@ import plugin_cases as cases
 import pytest
 
 from torchtitan_lite import cli
+from torchtitan_lite.attention import BACKENDS
 from torchtitan_lite.config.job import JobConfig, load_job
 from torchtitan_lite.config.load import ConfigError, to_toml
 from torchtitan_lite.config.schema import at, choice_of, leaves
@@ -116,7 +117,7 @@ def test_help_shows_what_a_plugin_adds_at_every_door(capsys: pytest.CaptureFixtu
     for words in (
         "--job.plugins [STR [STR ...]] Modules to import",
         "Names: llama3, qwen3, olmo. (default: qwen3)",
-        "--model.attention {sdpa,flex,varlen,plain} ",
+        f"--model.attention {{{','.join([*(backend.kind for backend in BACKENDS), 'plain'])}}} ",
         "plain: Attention by another name. Each has options",
         "--model.attention.chunk INT Queries that are computed at a time. (default: 16)",
         "--data.dataset {python_stdlib,text,jsonl,counting} ",

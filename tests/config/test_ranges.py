@@ -101,7 +101,7 @@ def test_the_remedy_for_a_value_out_of_range(key: str, value: float, remedy: str
 
 @pytest.mark.parametrize("key", FOLDERS)
 @pytest.mark.parametrize(
-    "folder", ["", ".", "..", "../tb", "tb/../../tb", "/tmp/tb", "metrics.jsonl", "earlier/tb", "lock"]
+    "folder", ["", ".", "..", "../tb", "tb/../../tb", "/tmp/tb", "run.json", "earlier/tb", "lock"]
 )
 def test_a_folder_outside_of_the_folder_of_the_run_is_one_problem(key: str, folder: str) -> None:
     ((found, shown, _),) = problems(f"--{key}={folder}")

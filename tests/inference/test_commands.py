@@ -67,8 +67,8 @@ def test_generate_continues_a_prompt(run: Path, say) -> None:
 def test_several_texts_are_printed_one_after_the_other(attention: str, run: Path, say) -> None:
     more = ("--max-new-tokens", 12, "--temperature", 1, "--top-k", 40, "--seed", 3, "--attention", attention)
     status, out, _ = say("generate", run, "--prompt", "ab c", "x", *more)
-    first, second, rest = out.split("\n" + "-" * 20 + "\n")
-    assert status == 0 and first.startswith("ab c") and second.startswith("x") and rest == ""
+    first, second = out.removeprefix('=== 1 of 2: "ab c"\n').split('\n=== 2 of 2: "x"\n')
+    assert status == 0 and first.startswith("ab c") and second.startswith("x") and second.endswith("\n")
 
 
 def test_a_prompt_is_always_taken_as_text(run: Path, say) -> None:
@@ -90,8 +90,19 @@ def test_texts_are_shown_while_they_grow_and_in_order(
 
     monkeypatch.setattr(commands, "generate", tell)
     assert main(["generate", str(run), "--prompt", "ab", "x"]) == 0
-    rule = "\n" + "-" * 20 + "\n"
-    assert said == ["ab", "c", "", "", "\N{EURO SIGN}", f"{rule}xy{rule}"]
+    one, two = '=== 1 of 2: "ab"\n', '\n=== 2 of 2: "x"\n'
+    assert said == [f"{one}ab", "c", "", "", "\N{EURO SIGN}", f"{two}xy\n"]
+
+
+def test_a_line_of_json_has_the_prompt_and_the_text(run: Path, say) -> None:
+    more = ("--max-new-tokens", 12, "--temperature", 1, "--seed", 3)
+    prompts = ("ab\nc", "=== 1 of 2")
+    status, out, _ = say("generate", run, "--prompt", *prompts, *more, "--format", "json")
+    found = [json.loads(line) for line in out.splitlines()]
+    assert status == 0 and [one["prompt"] for one in found] == list(prompts)
+    as_text = say("generate", run, "--prompt", *prompts, *more)[1]
+    first, second = (one["text"] for one in found)
+    assert as_text == f'=== 1 of 2: "ab\\nc"\n{first}\n=== 2 of 2: "=== 1 of 2"\n{second}\n'
 
 
 def test_an_empty_prompt_begins_a_new_text(run: Path, say) -> None:

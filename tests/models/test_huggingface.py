@@ -250,6 +250,22 @@ def test_a_config_means_the_same_here_and_in_transformers(kind: str, changes: di
     assert (found - wanted).abs().max() <= 1e-5
 
 
+@pytest.mark.parametrize("name", cases.PRESETS)
+def test_transformers_has_no_warning_about_the_export_of_a_preset(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from transformers import AutoConfig, logging
+
+    content = config_json(cases.PRESETS[name], dtype="bfloat16", eos_id=3, bos_id=1)
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    logging.enable_propagation()
+    try:
+        AutoConfig.from_pretrained(tmp_path)
+    finally:
+        logging.disable_propagation()
+    assert caplog.messages == []
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{", "null", "[" * 100_000])
 def test_a_broken_config_json_is_reported_in_one_line(text: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(text)

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -188,6 +190,34 @@ def test_transformers_computes_the_logged_loss_before_and_after_training(
     for folder, loss in ((model, losses[0]), (tmp_path / "run" / "hf", losses[-1])):
         assert their_validation_loss(folder, texts, seq_len) == pytest.approx(loss, rel=1e-5)
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_every_file_has_the_mode_that_the_umask_gives(
+    umask: int, texts: Path, model: Path, tmp_path: Path
+) -> None:
+    before = os.umask(umask)
+    try:
+        (tmp_path / "bytes").mkdir()
+        ByteTokenizer().save(tmp_path / "bytes")
+        places = {"data__cache_dir": tmp_path / "cache", "data__tokenizer": tmp_path / "bytes"}
+        more = {"metrics__enable_tensorboard": "true", "profiling__enable_profiling": "true"}
+        more |= {"profiling__profile_freq": 2, "job__dump_folder": tmp_path / "run"}
+        assert main(*words(texts, model, **places, **more)) == 0
+        hub.import_(tmp_path / "run" / "hf", tmp_path / "imported", None)
+    finally:
+        os.umask(before)
+    found = list(tmp_path.rglob("*"))
+    assert {"model.safetensors", "run.json", "exit.json", "step-2.json", "train.tokens"} <= {
+        path.name for path in found
+    }
+    wrong = {
+        str(path.relative_to(tmp_path)): oct(mode)
+        for path in found
+        if not path.is_symlink()
+        and (mode := stat.S_IMODE(path.stat().st_mode)) != (0o777 if path.is_dir() else 0o666) & ~umask
+    }
+    assert wrong == {}
 
 
 def config_says(folder: Path, **changes: object) -> None:

@@ -52,6 +52,7 @@ def test_a_run_writes_its_files_and_prints_where_they_are(run, small_run, tmp_pa
         "exit.json",
         "lock",
         "metrics.jsonl",
+        "run.json",
         "logs",
     }
     assert [line["step"] for line in lines(folder)] == [1, 2, 3, 4, 5]

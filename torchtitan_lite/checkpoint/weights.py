@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import stat
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -142,10 +143,15 @@ def write_weights(
     for number, names in enumerate(groups, start=1):
         file = SINGLE if len(groups) == 1 else f"model-{number:05}-of-{len(groups):05}.safetensors"
         tensors = {name: x.to(dtype).contiguous() for name, x in read(names).items()}
+        path = folder / file
+        # safetensors replaces the file by one that only its owner may read. This one has the umask's mode.
+        path.touch()
+        mode = stat.S_IMODE(path.stat().st_mode)
         try:
-            save_file(tensors, folder / file, metadata={"format": "pt"})
+            save_file(tensors, path, metadata={"format": "pt"})
         except SafetensorError as error:  # a full disk raises this error too
-            raise OSError(errno.EIO, str(error), str(folder / file)) from None
+            raise OSError(errno.EIO, str(error), str(path)) from None
+        path.chmod(mode)
         weight_map |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -21,12 +21,12 @@ from torchtitan_lite.data import (
     PythonStdlib,
     Split,
     Text,
-    Tokenizer,
     load_tokenizer,
     prepare,
 )
 from torchtitan_lite.inference.evaluate import evaluate
 from torchtitan_lite.inference.generate import Sampling, generate
+from torchtitan_lite.inference.printer import PRINTERS
 from torchtitan_lite.inference.trained import (
     KEY,
     Trained,
@@ -79,6 +79,8 @@ class GenerateConfig(Sampling, _Use):
     prompt: Annotated[tuple[str, ...], Field(min_length=1, examples=["some text"])] = ("",)
     """Texts to continue together: several arguments, or one JSON list."""
     max_new_tokens: Annotated[int, Field(ge=1, le=2**20, examples=[128])] = 128
+    format: Literal["text", "json"] = "text"
+    """text: for people, while the texts grow. json: a line for each text, with its prompt and the text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,51 +178,19 @@ def _generate(path: str, config: GenerateConfig) -> None:
         tokenizer = trained.tokenizer
         # An empty prompt becomes the token that ends a document, so that a new document begins.
         prompts = [tokenizer.encode(text).tolist() or [tokenizer.eos_id] for text in config.prompt]
+        printer = PRINTERS[config.format](tokenizer, config.prompt, prompts) if world.is_first else None
         generate(
             model,
             prompts,
             max_new_tokens=config.max_new_tokens,
             stop_ids=tokenizer.stop_ids,
             sampling=config,
-            on_tokens=_Stream(tokenizer, prompts) if world.is_first else lambda tokens: None,
+            on_tokens=printer or (lambda tokens: None),
         )
         leave()
     except BaseException:
         leave(wait=False)
         raise
-
-
-class _Stream:
-    """A printer of texts while they grow. It shows a text once all texts before it have ended."""
-
-    def __init__(self, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]]) -> None:
-        self._tokenizer = tokenizer
-        self._tokens, self._ended = [list(prompt) for prompt in prompts], [False] * len(prompts)
-        self._row = self._n_shown = 0
-        self._show()
-
-    def __call__(self, tokens: Sequence[int | None]) -> None:
-        """Append one token to each text. A token is None if its text has ended."""
-        for row, token in enumerate(tokens):
-            if token is None:
-                self._ended[row] = True
-            else:
-                self._tokens[row].append(token)
-        self._show()
-
-    def _show(self) -> None:
-        while self._row < len(self._tokens):
-            ended = self._ended[self._row]
-            text = self._tokenizer.decode(self._tokens[self._row])
-            # A character may need several tokens. Until then the text ends with replacement characters.
-            end = len(text) if ended else len(text.rstrip("\N{REPLACEMENT CHARACTER}"))
-            if end > self._n_shown:
-                print(text[self._n_shown : end], end="", flush=True)
-                self._n_shown = end
-            if not ended:
-                return
-            print(f"\n{'-' * 20}" if len(self._tokens) > 1 else "", flush=True)
-            self._row, self._n_shown = self._row + 1, 0
 
 
 def _eval(path: str, config: EvalConfig) -> None:

@@ -11,6 +11,8 @@ _FAMILY = {
     "qk_norm": False,
 }
 _X8, _X32 = RopeScaling(factor=8.0), RopeScaling(factor=32.0)
+# transformers warns unless the original length is shorter than max_seq_len, which debugmodel has smaller.
+_X8_SHORT = RopeScaling(factor=8.0, original_max_seq_len=256)
 
 # Published sizes: https://huggingface.co/meta-llama/Llama-3.2-<size>/blob/main/config.json for 1B and 3B,
 # https://huggingface.co/meta-llama/Llama-3.1-<size>/blob/main/config.json for the others.
@@ -18,7 +20,7 @@ _COLUMNS = (
     "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "tie_embeddings", "rope_scaling"
 )  # fmt: skip
 _SIZES = {
-    "debugmodel": (256, 6, 8, 4, 32, 768, False, _X8),
+    "debugmodel": (256, 6, 8, 4, 32, 768, False, _X8_SHORT),
     "1B": (2048, 16, 32, 8, 64, 8192, True, _X32),
     "3B": (3072, 28, 24, 8, 128, 8192, True, _X32),
     "8B": (4096, 32, 32, 8, 128, 14336, False, _X8),

@@ -1,4 +1,4 @@
-"""The folder of a run: config.toml, metrics.jsonl, the TensorBoard and trace folders, and exit.json."""
+"""The folder of a run: config.toml, run.json, metrics.jsonl, exit.json, the TensorBoard and trace folders."""
 
 import contextlib
 import json
@@ -15,7 +15,16 @@ from torchtitan_lite.launch.end import End
 
 _LOG = logging.getLogger(__name__)
 
-_FILES = ("config.toml", "metrics.jsonl", "exit.json", "sample_ids", "tokenizer", "hf", "hf_source.json")
+_FILES = (
+    "config.toml",
+    "run.json",
+    "metrics.jsonl",
+    "exit.json",
+    "sample_ids",
+    "tokenizer",
+    "hf",
+    "hf_source.json",
+)
 _EARLIER = "earlier"
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ JOB = job_with(metrics=MetricsConfig(log_freq=1, peak_flops=6e6))
 LOGGED = job_with(debug=DebugConfig(log_sample_ids=True))
 
 
-def test_each_report_and_each_validation_is_a_line(tmp_path: Path) -> None:
+def test_each_report_and_each_validation_is_a_line_with_its_time(tmp_path: Path) -> None:
+    began = time.time()
     hooks = started(JsonlConfig(), run_info(folder=tmp_path, job=JOB))
     for step in (1, 2):
         hooks.step(stats(step))
@@ -23,10 +25,12 @@ def test_each_report_and_each_validation_is_a_line(tmp_path: Path) -> None:
     hooks.end(DONE)
     first, second, validated = json_lines(tmp_path / "metrics.jsonl")
     assert list(first) == [
-        *("step", "loss", "grad_norm", "lr", "n_tokens_seen", "tokens_per_second", "mfu"),
+        *("step", "time", "loss", "grad_norm", "lr", "n_tokens_seen", "tokens_per_second", "mfu"),
         *("peak_memory_gib", "data_wait_fraction", "hooks_fraction"),
     ]
     assert (first["step"], second["step"]) == (1, 2)
+    times = [line.pop("time") for line in (first, second, validated)]
+    assert began - 1 < times[0] <= times[1] <= times[2] < time.time() + 1
     assert validated == {"step": 2, "validation_loss": 3.5}
 
 
@@ -34,7 +38,7 @@ def test_a_loss_of_nan_is_null(tmp_path: Path) -> None:
     hooks = started(JsonlConfig(), run_info(folder=tmp_path, job=JOB))
     hooks.validated(validation(1, float("nan")))
     hooks.end(DONE)
-    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "validation_loss": null}\n'
+    assert (tmp_path / "metrics.jsonl").read_text().endswith('"validation_loss": null}\n')
 
 
 def test_other_ranks_write_nothing() -> None:

@@ -4,6 +4,7 @@ The log of sample ids shows that a resumed run reads the same data as an uninter
 """
 
 import math
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,10 @@ class JsonlConfig:
 
 
 class Jsonl(Reporter):
-    """A hook that appends a JSON object to metrics.jsonl for each report and each validation."""
+    """A hook that appends a JSON object to metrics.jsonl for each report and each validation.
+
+    `time` in each object is the time when the line was written, in seconds since 1970 (UTC).
+    """
 
     def start(self, run: RunInfo) -> None:
         super().start(run)
@@ -36,7 +40,8 @@ class Jsonl(Reporter):
 
     def write(self, record: Mapping[str, float]) -> None:
         # JSON has no NaN or infinity.
-        self._lines.write({key: value if math.isfinite(value) else None for key, value in record.items()})
+        numbers = {key: value if math.isfinite(value) else None for key, value in record.items()}
+        self._lines.write({"step": record["step"], "time": round(time.time(), 3), **numbers})
 
     def end(self, outcome: Outcome) -> None:
         self._lines.close()
