@@ -3,9 +3,10 @@
 import contextlib
 import json
 import logging
+import re
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,6 +17,8 @@ from torchtitan_lite.launch.end import End
 _LOG = logging.getLogger(__name__)
 
 _FILES = ("config.toml", "metrics.jsonl", "exit.json", "sample_ids", "tokenizer", "hf", "hf_source.json")
+_LONGEST_OVERRIDES = 80
+"""The most characters that overrides of the model add to the name of a run's folder."""
 _EARLIER = "earlier"
 _LOCK = "lock"
 
@@ -27,14 +30,44 @@ def is_inside(subfolder: str) -> bool:
     return inside and path.parts[0].removesuffix(".partial") not in (*_FILES, _EARLIER, _LOCK)
 
 
-def make_folder(dump_folder: str, name: str, flavor: str) -> Path:
-    """Make the run's folder: `dump_folder`, or `outputs/<name>-<flavor>-<time>` if `dump_folder` is empty."""
+def make_folder(dump_folder: str, name: str, flavor: str, overrides: Mapping[str, Any] | None = None) -> Path:
+    """Make the run's folder: `dump_folder`, or a new folder in `outputs` if `dump_folder` is empty.
+
+    The name of a new folder has the model's family, its size with the `overrides` of the size, and the time.
+    """
     if not dump_folder:
         size = Path(flavor).name  # the flavor is a path if the model is read from a folder
-        return free_folder(Path("outputs").absolute(), f"{name}-{size}-{time.strftime('%Y%m%d-%H%M%S')}")
+        stem = "-".join([name, size, *_short(overrides or {}), time.strftime("%Y%m%d-%H%M%S")])
+        return free_folder(Path("outputs").absolute(), stem)
     folder = Path(dump_folder).expanduser().absolute()
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def _short(overrides: Mapping[str, Any]) -> list[str]:
+    """Return a word for each override, such as "n_layers4" and "qk_norm_false".
+
+    The words are fit for a file name. Overrides whose words would make the name too long are only counted.
+    """
+    words, n_left = [], _LONGEST_OVERRIDES
+    for key, value in _leaves(overrides):
+        text = json.dumps(value)
+        word = key + ("" if text[0].isdigit() else "_") + text
+        words.append(re.sub(r"[^A-Za-z0-9_.+-]+", "_", word.replace('"', "")))
+    n_fit = 0
+    while n_fit < len(words) and (n_left := n_left - len(words[n_fit]) - 1) >= 0:
+        n_fit += 1
+    n_more = len(words) - n_fit
+    return [*words[:n_fit], *[f"{n_more}more" if n_fit else f"{n_more}overrides"] * (n_more > 0)]
+
+
+def _leaves(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Yield the dotted key and the value of each value in nested tables."""
+    for name, value in table.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def lock(folder: Path, seconds: float = 0) -> IO[str]:
