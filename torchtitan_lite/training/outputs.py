@@ -1,6 +1,7 @@
 """The folder of a run: config.toml, metrics.jsonl, the TensorBoard and trace folders, and exit.json."""
 
 import contextlib
+import itertools
 import json
 import logging
 import re
@@ -49,16 +50,15 @@ def _short(overrides: Mapping[str, Any]) -> list[str]:
 
     The words are fit for a file name. Overrides whose words would make the name too long are only counted.
     """
-    words, n_left = [], _LONGEST_OVERRIDES
+    words = []
     for key, value in _leaves(overrides):
         text = json.dumps(value)
-        word = key + ("" if text[0].isdigit() else "_") + text
-        words.append(re.sub(r"[^A-Za-z0-9_.+-]+", "_", word.replace('"', "")))
-    n_fit = 0
-    while n_fit < len(words) and (n_left := n_left - len(words[n_fit]) - 1) >= 0:
-        n_fit += 1
-    n_more = len(words) - n_fit
-    return [*words[:n_fit], *[f"{n_more}more" if n_fit else f"{n_more}overrides"] * (n_more > 0)]
+        word = key + text if text[0].isdigit() else f"{key}_{text}"
+        words.append(re.sub(r"[^A-Za-z0-9.+-]+", "_", word).strip("_"))
+    lengths = itertools.accumulate(len(word) + 1 for word in words)
+    fitting = [word for word, length in zip(words, lengths, strict=True) if length <= _LONGEST_OVERRIDES]
+    n_more = len(words) - len(fitting)
+    return [*fitting, f"{n_more}{'more' if fitting else 'overrides'}"] if n_more else fitting
 
 
 def _leaves(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
