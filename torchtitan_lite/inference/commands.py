@@ -182,7 +182,7 @@ def _generate(path: str, config: GenerateConfig) -> None:
         prompts = [tokenizer.encode(text).tolist() or [tokenizer.eos_id] for text in config.prompt]
         if world.is_first:
             longest = max(map(len, prompts))
-            whole = f"a prompt of {longest} tokens and max_new_tokens = {config.max_new_tokens}"
+            whole = f"prompt + max_new_tokens = {longest} + {config.max_new_tokens}"
             _warn_if_too_long(longest + config.max_new_tokens, whole, trained.config)
         generate(
             model,
