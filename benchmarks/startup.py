@@ -1,4 +1,4 @@
-"""Measures how soon a run starts: imports, the first step eager and compiled, saving and loading.
+"""Measures how soon a run starts: imports, help, the first step eager and compiled, saving and loading.
 
     benchmarks/startup.py --rounds 3 --dtype fp32 --json
 
@@ -28,11 +28,14 @@ from torchtitan_lite.launch.world import World
 from torchtitan_lite.training.record import find_start
 from torchtitan_lite.training.trainer import Trainer
 
-IMPORTS = {
-    "import torch": "import torch",
-    "import the entry": "import torch, torchtitan_lite.train",
-    "import all of a run": "import torch, torchtitan_lite.training.trainer",
+STARTS = {
+    "import torch": ["-c", "import torch"],
+    "import the entry": ["-c", "import torch, torchtitan_lite.train"],
+    "import all of a run": ["-c", "import torch, torchtitan_lite.training.trainer"],
+    "train --help": ["-m", "torchtitan_lite", "train", "--help"],
+    "torchtitan-lite --help": ["-m", "torchtitan_lite", "--help"],
 }
+"""The command lines of Python whose whole processes are timed."""
 
 
 def main() -> None:
@@ -44,9 +47,9 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print a line of JSON")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        timed(IMPORTS["import all of a run"])  # so that the files are in the page cache
-        turns = [{name: timed(code) for name, code in IMPORTS.items()} for _ in range(args.rounds)]
-        seconds = {name: [turn[name] for turn in turns] for name in IMPORTS}
+        timed(STARTS["import all of a run"])  # so that the files are in the page cache
+        turns = [{name: timed(words) for name, words in STARTS.items()} for _ in range(args.rounds)]
+        seconds = {name: [turn[name] for turn in turns] for name in STARTS}
         seconds |= first_steps(args, Path(folder))
         saving = save_and_load(args, Path(folder))
     report = {name: round(statistics.median(found), 2) for name, found in seconds.items()} | saving
@@ -56,10 +59,10 @@ def main() -> None:
         print("\n".join(f"{name:24} {value}" for name, value in report.items()))
 
 
-def timed(code: str) -> float:
-    """Seconds of a process that runs `code`."""
+def timed(words: Sequence[str]) -> float:
+    """Seconds of a process that runs `python *words`."""
     began = perf_counter()
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, *words], check=True, stdout=subprocess.DEVNULL)
     return perf_counter() - began
 
 

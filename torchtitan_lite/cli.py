@@ -1,9 +1,17 @@
-"""The command `torchtitan-lite`: train a model, use a trained model, or list the presets and backends."""
+"""The command `torchtitan-lite`: train a model, use a trained model, or list the presets and backends.
 
+Imports are inside the functions: the usage and the versions need no slow import, such as torch.
+"""
+
+import platform
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
 from typing import NoReturn
 
+from torchtitan_lite import __version__
 from torchtitan_lite.launch.output import protect
 
 USAGE = """\
@@ -18,9 +26,14 @@ usage: torchtitan-lite COMMAND
   import-hf PATH --out DIR          turn a Hugging Face model into a step, to start runs with
   models                            list the presets of every family with their parameter counts
   attention                         list the attention backends, what each can do, and what runs here
+  help [COMMAND]                    show this text, or the options of a command, as COMMAND --help does
 
+`torchtitan-lite --version` shows the versions of torchtitan_lite, torch and Python.
 models and attention take --plugins MODULE ..., and then also list what these modules add.
 """
+_LISTING_OPTIONS = ("--plugins", "-h", "--help")
+_WIDTH = 100
+"""The most columns of the attention listing."""
 TRAINED = ("generate", "eval", "export-hf", "import-hf")
 """The commands that use a trained model."""
 
@@ -29,6 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (by default this process's), and return the exit status."""
     protect()
     command, *rest = (sys.argv[1:] if argv is None else list(argv)) or [""]
+    if command == "help" and rest:
+        command, *rest = [*rest, "--help"]
+    # The words after the script that torchrun is to launch are the script's.
+    if "--version" in (command, *(rest[:1] if command == "launch" else rest)):
+        print(versions())
+        return 0
     if command == "train":
         from torchtitan_lite import train
 
@@ -41,26 +60,53 @@ def main(argv: Sequence[str] | None = None) -> int:
         from torchtitan_lite.inference.commands import run
 
         return run(command, rest)
-    if command in LISTINGS and rest[:1] in ([], ["--plugins"]):
-        return _list(LISTINGS[command], rest[1:])
-    if command in ("-h", "--help"):
+    # The text before "=" is an option; the words after --plugins are its value.
+    if command in LISTINGS and (not rest or rest[0].partition("=")[0] in _LISTING_OPTIONS):
+        return _list(command, rest)
+    if command in ("-h", "--help", "help"):
         print(USAGE, end="")
         return 0
     print(_refusal(command, rest), file=sys.stderr)
     return 2
 
 
-def _list(listing: Callable[[], list[str]], plugins: Sequence[str]) -> int:
-    """Print a listing, including what `plugins` add, and return the exit status."""
+def versions() -> str:
+    """Return a line with the versions of this package, torch and Python, without an import of torch."""
+    try:
+        torch = metadata.version("torch")
+    except metadata.PackageNotFoundError:
+        torch = "is not installed"
+    return f"torchtitan_lite {__version__}, torch {torch}, Python {platform.python_version()}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plugins:
+    """The option of the commands that print a list."""
+
+    plugins: tuple[str, ...] = ()
+    """Modules to import first. The list then includes what these modules add."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelsConfig(Plugins):
+    """List the presets of every model family with their parameter counts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionListConfig(Plugins):
+    """List the attention backends, what each can do, and what runs on this machine."""
+
+
+def _list(command: str, argv: Sequence[str]) -> int:
+    """Print the listing of `command`, as its options `argv` say, and return the exit status."""
     # Register our own members first. A plugin that takes one of their names is then refused.
     from torchtitan_lite.config import job  # noqa: F401
-    from torchtitan_lite.config.load import ConfigError
+    from torchtitan_lite.config.load import load
     from torchtitan_lite.launch.end import status_of
-    from torchtitan_lite.registry import import_plugins
 
+    options, listing = LISTINGS[command]
     try:
-        if problems := import_plugins(plugins, [], "plugins"):
-            raise ConfigError(problems)
+        load(options, argv, prog=f"torchtitan-lite {command}", plugins="plugins", of_a_run=False)
         print("\n".join(listing()), flush=True)
     except BaseException as error:  # noqa: BLE001 - status_of raises it again unless one line explains it
         return status_of(error)
@@ -83,7 +129,10 @@ def models() -> list[str]:
 
 
 def attention() -> list[str]:
-    """Return the lines of a table of attention implementations, and the kernel that `varlen` uses here."""
+    """Return the lines of a table of attention implementations, and the kernel that `varlen` uses here.
+
+    The table is too wide for one line per implementation, so the later columns stand below the row.
+    """
     import torch
 
     from torchtitan_lite import registry
@@ -92,15 +141,28 @@ def attention() -> list[str]:
 
     implementations = [can for backend in registry.attentions.members.values() for can in backend.supports]
     header, *words = table(implementations)
-    here = [(can.missing() or "yes",) for can in implementations]
-    rows = [(*header, "on this machine"), *((*row, *last) for row, last in zip(words, here, strict=True))]
+    here = ["on this machine", *(can.missing() or "yes" for can in implementations)]
+    columns = [(*row[:3], last) for row, last in zip([header, *words], here, strict=True)]
+    title, *rows = _aligned(columns, left=4)
+    lines = _folded(title)
+    for row, facts in zip(rows, words, strict=True):
+        *others, needs = (f"{name}: {fact}" for name, fact in zip(header[3:], facts[3:], strict=True))
+        lines += [*_folded(row), *_folded("; ".join(others), indent=4), *_folded(needs, indent=4)]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     kernel = Varlen().resolve(device)
     return [
-        *_aligned(rows, left=len(rows[0])),
+        *lines,
         "",
         f'kind = "varlen", kernel = "auto" comes to "{kernel}" on {device}',
     ]
+
+
+def _folded(text: str, indent: int = 0) -> list[str]:
+    """Return `text` as lines of at most `_WIDTH` columns, all indented, the later lines by two more."""
+    first = " " * indent
+    return textwrap.wrap(
+        text, _WIDTH, initial_indent=first, subsequent_indent=f"{first}  ", break_on_hyphens=False
+    )
 
 
 def _aligned(rows: Sequence[tuple[str, ...]], left: int) -> list[str]:
@@ -112,18 +174,21 @@ def _aligned(rows: Sequence[tuple[str, ...]], left: int) -> list[str]:
 
 
 def _refusal(command: str, rest: Sequence[str]) -> str:
-    from torchtitan_lite.config.load import near
-
     if command in LISTINGS:
         return f"torchtitan-lite {command} takes no option but --plugins: leave out {' '.join(rest)}"
     if command:
-        commands = ("train", "launch", *TRAINED, *LISTINGS)
+        from torchtitan_lite.config.problem import near
+
+        commands = ("train", "launch", *TRAINED, *LISTINGS, "help", "--help", "--version")
         return f"torchtitan-lite {command} is not a command: {near(command, commands)}"
     return USAGE.rstrip()
 
 
-LISTINGS = {"models": models, "attention": attention}
-"""The commands that print a list."""
+LISTINGS: dict[str, tuple[type, Callable[[], list[str]]]] = {
+    "models": (ModelsConfig, models),
+    "attention": (AttentionListConfig, attention),
+}
+"""The commands that print a list: the options of each, and the function that returns its lines."""
 
 
 def program() -> NoReturn:

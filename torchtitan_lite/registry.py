@@ -19,7 +19,7 @@ import importlib
 import keyword
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import field, fields, make_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -155,6 +155,24 @@ class Sections(_ClassDoor):
             name: getattr(section, name) if hasattr(section, name) else member()
             for name, member in self.members.items()
         }
+
+
+class FieldsOf:
+    """A note on a free table whose keys are fields of a dataclass: `Annotated[dict, FieldsOf(class_of)]`.
+
+    `class_of` returns the dataclass for the section that holds the table. The table has no key for the fields
+    in `but`.
+    """
+
+    def __init__(self, class_of: Callable[[Any], type], but: tuple[str, ...] = ()) -> None:
+        self.class_of, self.but = class_of, but
+
+
+class Lines:
+    """A note on a key: `lines_of` returns more lines of help for the section that holds the key."""
+
+    def __init__(self, lines_of: Callable[[Any], list[str]]) -> None:
+        self.lines_of = lines_of
 
 
 class Names:

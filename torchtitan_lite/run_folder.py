@@ -102,8 +102,8 @@ class RunFolder:
         return self.world.patiently(lambda saving: saving.on_first(written))
 
     def _claim(self) -> Path:
-        job, checkpoint = self.job, self.job.checkpoint
-        folder = outputs.make_folder(job.job.dump_folder, job.model.name, job.model.flavor)
+        job, checkpoint, model = self.job, self.job.checkpoint, self.job.model
+        folder = outputs.make_folder(job.job.dump_folder, model.name, model.flavor, model.overrides)
         try:
             self._lock = outputs.lock(folder, _SECONDS_TO_DIE)
         except outputs.InUse as owner:
@@ -119,7 +119,7 @@ class RunFolder:
         if not published and checkpoint.load_step < 0:
             subfolders = (job.metrics.save_tb_folder, job.profiling.save_traces_folder)
             # The run may read files that are in its folder. They stay.
-            paths = (job.data.tokenizer, checkpoint.initial_load_path, job.model.flavor)
+            paths = (job.data.tokenizer, checkpoint.initial_load_path, model.flavor)
             used = [os.path.abspath(os.path.expanduser(path)) for path in paths if path]
             outputs.set_aside(folder, subfolders, used)
         return folder

@@ -24,9 +24,15 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m torchtitan_li
     from torchtitan_lite.launch.process import starting
 
     protect()
+    argv = sys.argv[1:] if argv is None else argv
+    if "--version" in argv:
+        from torchtitan_lite.cli import versions
+
+        print(versions())
+        return 0
     with starting():
         try:
-            return run(sys.argv[1:] if argv is None else argv, prog)
+            return run(argv, prog)
         except BaseException as error:  # noqa: BLE001 - status_of raises unexpected errors again
             from torchtitan_lite.launch.end import status_of
 

@@ -102,7 +102,7 @@ FLAGS = {
     ),
     "--model.attention flex --model.attention.block-size 64 128 256": (
         "model.attention.block_size = [64, 128, 256] is not an integer or a list of 2 integers: "
-        "write a whole number such as 64"
+        "write a whole number such as 64, or a list such as [64, 64]"
     ),
     "--model.attention flex --model.attention.kernel-options FLASH": (
         'model.attention.kernel_options = "FLASH" is not a table: '
@@ -134,9 +134,14 @@ FLAGS = {
         'data.tokenizer = "bytes" has 257 tokens, and the model\'s vocab_size is 100: '
         "set model.overrides.vocab_size to 257 or more"
     ),
-    "--model.overrides.n_layers 2": (
-        "model.overrides.n_layers = 2 is inside model.overrides: write --model.overrides VALUE, a table "
-        "as JSON"
+    "--model.overrides.n-layer 2": (
+        'model.overrides.n_layer = 2 is not a known key: did you mean "n_layers"?'
+    ),
+    "--model.overrides.rope_scaling.facter 2": (
+        'model.overrides.rope_scaling.facter = 2 is not a known key: did you mean "factor"?'
+    ),
+    "--model.overrides.n_layers": (
+        "model.overrides.n_layers = true is not an integer: write a whole number such as 64"
     ),
     "--data.dataset c4": (
         'data.dataset = "c4" is not a known dataset: choose one of "python_stdlib", "text", "jsonl"'

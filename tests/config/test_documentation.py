@@ -17,14 +17,15 @@ FILES = re.findall(r"```toml\n(.*?)```", TEXT, re.DOTALL)
 PLUGINS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 CONSOLES = re.findall(r"```console\n\$ python -m torchtitan_lite.train (.*?)\n(.*?)```", TEXT, re.DOTALL)
 ROWS = re.findall(r"^\| `\[([\w.]+)\]` `(.*?)`(?:, `.*?`)? \| `(--.*?)`.* \|$", TEXT, re.MULTILINE)
+SECOND_FLAGS = re.findall(r"^\| `\[([\w.]+)\]` `(.*?)` \| `--.*?` or `(--.*?)` \|$", TEXT, re.MULTILINE)
 TABLES = re.findall(r"^\| `\[(\w+)\]` \| default \| \|\n\|.*\n((?:\|.*\n)+)", TEXT, re.MULTILINE)
 FLAVORS = re.findall(r"^\| `(\w+)` \| `([^`]*)`, `([^`]*)` \|$", TEXT, re.MULTILINE)
 
 
 def test_the_page_has_the_examples_and_tables_that_are_tested() -> None:
     assert [section for section, _ in TABLES] == ["parallelism", "comm", "activation_checkpoint"]
-    counts = [len(found) for found in (FILES, PLUGINS, CONSOLES, ROWS, FLAVORS)]
-    assert counts == [2, 1, 3, 6, 3]
+    counts = [len(found) for found in (FILES, PLUGINS, CONSOLES, ROWS, SECOND_FLAGS, FLAVORS)]
+    assert counts == [2, 1, 3, 6, 4, 3]
 
 
 @pytest.mark.parametrize("text", FILES)
@@ -52,7 +53,7 @@ def test_a_command_on_the_page_prints_the_lines_below_it(
     assert capsys.readouterr().err == lines
 
 
-@pytest.mark.parametrize(("section", "line", "flag"), ROWS)
+@pytest.mark.parametrize(("section", "line", "flag"), ROWS + SECOND_FLAGS)
 def test_a_flag_and_the_line_beside_it_set_the_same_value(
     section: str, line: str, flag: str, tmp_path: Path
 ) -> None:

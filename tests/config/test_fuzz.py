@@ -20,6 +20,10 @@ ODD_KEYS = [
     "model.",
     ".model",
     "training.steps.x",
+    "model.overrides.n_layers",
+    "model.overrides.rope_scaling.factor",
+    "model.overrides.",
+    "model.attention.kernel_options.BACKEND",
     "config",
     "dry-run",
     "world-size",
@@ -30,7 +34,7 @@ VALUES = [
     "jsonl", "bytes", "/", "/dev/null", "~", "~nobody/x", "a" * 5000, "\udcff", "\u2028", "\n", "%s", "-h-",
     "[", "[" * 5000, "{", "{}", "[]", "[64, 32]", "[1, [2]]", '"x"', "9" * 5000, "99999999999999999999",
     '{"n_layers": 2}', '{"n_layers": "2"}', '{"": {"": null}}', '{"rope_scaling": {"factor": 8.0}}',
-    '{"BACKEND": "FLASH"}', '{"BACKEND": []}',
+    '{"BACKEND": "FLASH"}', '{"BACKEND": []}', "64,32", "64,", ",",
 ]  # fmt: skip
 LINES = [
     "[training]", "[model]", "[model.attention]", "[model.overrides]", "[[model]]", "[data]", "[x]", "[",

@@ -1,16 +1,21 @@
 """What `--help` prints."""
 
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import plugin_cases
 import pytest
 
 from torchtitan_lite import registry
 from torchtitan_lite.attention import BACKENDS
+from torchtitan_lite.cli import main
 from torchtitan_lite.config.job import JobConfig, load_job
 from torchtitan_lite.config.schema import leaves
+from torchtitan_lite.models.decoder import DecoderConfig
+from torchtitan_lite.models.registry import families
 
 KINDS = f"{{{','.join(backend.kind for backend in BACKENDS)}}}"
 """The choices of model.attention, as in the help."""
@@ -39,7 +44,7 @@ def test_help_shows_the_usage_and_the_form_of_each_option(capsys: pytest.Capture
         "--world-size N With --dry-run: check for this many ranks, without torchrun.",
         "--job.device {auto,cpu,cuda} auto: cuda where there is one, else cpu. (default: auto)",
         f"--model.attention {KINDS}",
-        "--model.overrides JSON",
+        "--model.overrides JSON, --model.overrides.KEY VALUE",
         "--compile.enable, --compile.no-enable",
         "(default: 1e-08)",
     ):
@@ -102,10 +107,59 @@ def test_help_lists_the_backends_beside_a_flavor_that_does_not_exist(
     assert f"--model.attention {KINDS}" in capsys.readouterr().out
 
 
-def test_loading_a_configuration_has_no_slow_imports() -> None:
+def test_help_lists_the_flavors_of_each_family_on_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        load_job(["--help"])
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    for name, sizes in families.items():
+        assert f"{name}: {', '.join(sizes)}." in lines
+    assert "Each size also comes as <size>_flex, <size>_flex_flash and <size>_varlen." in " ".join(lines)
+
+
+def test_help_lists_the_fields_that_overrides_may_name(capsys: pytest.CaptureFixture[str]) -> None:
+    text = printed(capsys, "--help")
+    named = re.search(r"Keys: (.*?)\. \(default", text)
+    assert named
+    words = named[1].split(", ")
+    assert {"n_layers INT", "norm_eps FLOAT", "qk_norm BOOL", "sliding_window INT|{None}"} <= set(words)
+    fields = {key for key in leaves(DecoderConfig) if not key.startswith("attention")}
+    assert {word.split(" ")[0] for word in words} == fields
+
+
+def test_what_a_plugin_adds_is_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("mine.py").write_text(plugin_cases.ALL)
+    with plugin_cases.forgotten():
+        text = printed(
+            capsys, "--job.plugins", "mine", "--model.name", "olmo", "--model.flavor", "tiny", "-h"
+        )
+    assert "olmo: tiny." in text
+    assert re.search(r"Keys: [^()]*, norm \{", text)
+
+
+PACKAGE = Path(load_job.__code__.co_filename).parents[2]
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["--training.steps", "5", "--optimizer.lr", "0.5"]])
+def test_loading_a_configuration_has_no_slow_imports(argv: list[str]) -> None:
     code = (
-        "import sys; from torchtitan_lite.config.job import load_job; load_job(['--training.steps', '5']);"
-        "assert not {'tensorboard', 'torch._dynamo'} & set(sys.modules), sys.modules.keys()"
+        "import sys, torch; before = set(sys.modules); from torchtitan_lite.config.job import load_job\n"
+        f"try: load_job({argv})\nexcept SystemExit: pass\n"
+        "slow = {'tensorboard', 'tqdm.auto', 'torch._dynamo', 'torch.distributed.fsdp', 'safetensors.torch',"
+        "'torch.distributed.tensor', 'torch.distributed._tensor'} - before\n"
+        "assert not slow & set(sys.modules), slow & set(sys.modules)"
     )
-    package = Path(load_job.__code__.co_filename).parents[2]
-    subprocess.run([sys.executable, "-c", code], cwd=package, check=True, timeout=120)
+    command, nothing = [sys.executable, "-c", code], subprocess.DEVNULL
+    subprocess.run(command, cwd=PACKAGE, check=True, timeout=120, stdout=nothing)
+
+
+COMMANDS = ["train", "generate", "eval", "export-hf", "import-hf", "models", "attention"]
+
+
+def test_help_is_the_same_without_docstrings(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in COMMANDS:
+        assert main(["help", command]) == 0
+    code = f"from torchtitan_lite.cli import main; print([main(['help', x]) for x in {COMMANDS}])"
+    env = {**os.environ, "PYTHONPATH": str(PACKAGE)}
+    command = [sys.executable, "-OO", "-c", code]
+    found = subprocess.check_output(command, env=env, text=True, timeout=120)
+    assert found == capsys.readouterr().out + f"{[0] * len(COMMANDS)}\n"

@@ -1,6 +1,7 @@
 """The commands that use a trained model, as a user types them."""
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from torchtitan_lite import registry
 from torchtitan_lite.cli import main
 from torchtitan_lite.data import Jsonl, PythonStdlib, Samples, Text, prepare
 from torchtitan_lite.data.tokenizer import ByteTokenizer
-from torchtitan_lite.inference import commands
+from torchtitan_lite.inference import commands, progress
 from torchtitan_lite.inference.evaluate import evaluate
 from torchtitan_lite.models.registry import families, resolve
 from torchtitan_lite.training import outputs
@@ -161,6 +162,38 @@ def test_every_token_counts_in_an_evaluation(run: Path, say, tmp_path: Path) -> 
     assert (tmp_path / "cache").is_dir()
 
 
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        ("generate --max-new-tokens 2048 --prompt a", "prompt + max_new_tokens = 1 + 2048"),
+        (f"generate --max-new-tokens 1 --prompt b {'a' * 3000}", "prompt + max_new_tokens = 3000 + 1"),
+        ("eval --seq-len 2049", "seq_len = 2049"),
+        ("generate --max-new-tokens 2047 --prompt a", ""),
+        ("eval --seq-len 2048", ""),
+    ],
+)
+def test_more_tokens_than_the_model_is_meant_for_are_used_with_a_warning(
+    words: str, what: str, run: Path, say, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commands, "generate", lambda *_, **options: None)
+    command, *options = words.split()
+    data = ["--data", str(run / "config.toml")] if command == "eval" else []
+    assert say(command, run, *options, *data)[0] == 0
+    said = [record.message for record in caplog.records]
+    rest = "more than the 2048 tokens that the model is meant for (max_seq_len), so it may predict badly"
+    assert said == ([f"{what}: {rest}"] if what else [])
+
+
+def test_an_evaluation_shows_its_progress(run: Path, say, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "_SECONDS", 0.0)
+    _, out, err = say("eval", run, "--data", run / "config.toml", "--seq-len", 64, "--batch-size", 4)
+    (n_tokens,) = re.findall(r"([\d,]+) tokens", out)
+    n_samples, n_rest = divmod(int(n_tokens.replace(",", "")), 64)
+    n_batches = -(-n_samples // 4) + (n_rest > 0)
+    lines = [f"eval: {n_done} of {n_batches} batches" for n_done in range(1, n_batches)]
+    assert n_batches > 3 and err.splitlines() == lines
+
+
 def test_the_last_shorter_sample_is_treated_like_the_others(texts: Path) -> None:
     model = resolve("qwen3", "debugmodel", None, resume_cases.MODEL).build()
     data = Jsonl(path=str(texts / "short.jsonl"), cache_dir=str(texts / "cache"))
@@ -239,6 +272,8 @@ REFUSALS = {
     "export-hf RUN --out RUN": 'out = "RUN" is there already: name another folder',
     "export-hf RUN --out X --dtype float8": 'dtype = "float8" is not one of "float32", "bfloat16", "float16"',
     "generate RUN --dry-run": "--dry-run is for training: leave it out",
+    "eval RUN --world-size 2": '--world-size = "2" is for training: leave it out',
+    "export-hf RUN --config X --out X": '--config = "X" is for training: leave it out',
     "import-hf ~nobody-of-this-name/x --out X": "~nobody-of-this-name/x/config.json is not there",
     "eval RUN --seq-len 1000000": "seq_len = 1000000 is more than the",
     "eval RUN --data text.txt --cache-dir /proc/x": "data = ",

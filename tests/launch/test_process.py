@@ -39,6 +39,18 @@ def test_a_process_whose_modules_another_process_imported_is_no_orphan(
         assert not process.is_orphan()
 
 
+def test_garbage_is_not_collected_at_the_end_of_a_start() -> None:
+    events: list[str] = []
+    gc.callbacks.append(watch := lambda phase, info: events.append(phase))
+    try:
+        with process.starting():
+            kept = [[number] for number in range(20_000)]
+        kept += [[number] for number in range(USUAL[0] // 2)]
+    finally:
+        gc.callbacks.remove(watch)
+    assert not events and gc.get_threshold() == USUAL
+
+
 def test_a_deterministic_run_refuses_kernels_whose_result_depends_on_timing() -> None:
     set_up("cuda", deterministic=True)
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"

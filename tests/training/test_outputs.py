@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -40,6 +41,25 @@ def test_without_one_every_run_gets_its_own(tmp_path: Path, monkeypatch: pytest.
     assert first != second
     assert first.parent == second.parent == tmp_path / "outputs"
     assert first.name.startswith("qwen3-debugmodel-")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"n_layers": 4, "dim": 128}, "n_layers4-dim128"),
+        ({"rope_scaling": {"factor": 8.0}, "qk_norm": False}, "rope_scaling.factor8.0-qk_norm_false"),
+        ({"norm": "before / after: *"}, "norm_before_after"),
+        ({"steps": [1, 2]}, "steps_1_2"),
+        ({"a" * 70: 1, "b" * 70: 2, "c": 3}, "a" * 70 + "1-2more"),
+        ({"a" * 300: 1, "c": 3}, "2overrides"),
+    ],
+)
+def test_overrides_are_part_of_the_name(
+    overrides: dict[str, object], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = make_folder("", "qwen3", "8B_flex", overrides).name
+    assert re.fullmatch(rf"qwen3-8B_flex-{re.escape(words)}-\d{{8}}-\d{{6}}", name)
 
 
 def test_an_earlier_run_in_the_same_folder_is_moved_aside_whole(tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def test_the_printed_tensorboard_command_reads_the_run(run, small_run, tmp_path:
 def test_without_a_dump_folder_the_run_makes_a_folder_in_outputs(run, small_run, tmp_path: Path) -> None:
     assert run(SCRIPT, *small_run[2:]).returncode == 0
     (folder,) = (tmp_path / "outputs").iterdir()
-    assert folder.name.startswith("qwen3-debugmodel-")
+    assert re.match(r"qwen3-debugmodel-n_layers\d-", folder.name), folder.name
     assert len(losses(folder)) == 5
 
 

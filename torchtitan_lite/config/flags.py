@@ -3,6 +3,9 @@
 `--training.seq-len 128` sets the same key as `seq_len = 128` below `[training]`. If the key holds a string,
 the text of the flag is its value. Otherwise the text is read as JSON, or as a number of TOML or Python. Text
 that is neither stays a string, which validation may refuse.
+
+`--model.overrides.n_layers 4` sets one key of a free table, which is a `dict` field. It means the same as
+`--model.overrides '{"n_layers": 4}'`. All flags of one free table merge, in the order of the command line.
 """
 
 import itertools
@@ -14,10 +17,15 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin
 
 from torchtitan_lite.config.problem import MISSING, Problem
-from torchtitan_lite.config.schema import at, choice_of, classes, first_key, plain_types
+from torchtitan_lite.config.schema import at, choice_of, classes, first_key, note, plain_types
+from torchtitan_lite.registry import FieldsOf
 
 _MOST_RANKS = 2**31
 """The bound of --world-size, itself excluded: torch counts ranks in a C int."""
+_OF_A_RUN = ("config", "dry_run", "world_size")
+"""The flags that set no key. Only the configuration of a run takes them."""
+_ANYTHING = bool | int | float | None
+"""The annotation for a value in a free table: every word is read as the JSON that it may be."""
 
 
 @dataclass
@@ -27,7 +35,7 @@ class Flags:
     keys: dict[str, Any] = field(default_factory=dict)
     """The nested tables of the flags that set one key each. If a flag is given twice, the last wins."""
     others: list[dict[str, Any]] = field(default_factory=list)
-    """The tables to merge over `keys`: one for each flag that sets a `dict`, and one for each unknown key."""
+    """The tables to merge over `keys`: one for each flag of a free table, and one for each unknown key."""
     files: list[str] = field(default_factory=list)
     """The arguments of --config, in order."""
     dry_run: bool = False
@@ -48,8 +56,11 @@ class Flags:
         table[name] = value
 
 
-def read_flags(cls: type, argv: Sequence[str]) -> Flags:
-    """Return the flags in `argv`, which lacks the program's name, for the configuration class `cls`."""
+def read_flags(cls: type, argv: Sequence[str], *, of_a_run: bool = True) -> Flags:
+    """Return the flags in `argv`, which lacks the program's name, for the configuration class `cls`.
+
+    --config, --dry-run and --world-size are refused if `cls` is not the configuration `of_a_run`.
+    """
     flags = Flags()
     rest = list(argv)
     while rest:
@@ -59,10 +70,15 @@ def read_flags(cls: type, argv: Sequence[str]) -> Flags:
         elif word.startswith("--") and word != "--":
             name, equals, inline = word[2:].partition("=")
             words = [inline] if equals else list(itertools.takewhile(_is_value, rest))
-            used = _read_flag(flags, cls, name, words)
+            command = name.replace("-", "_")
+            if command in _OF_A_RUN:
+                used = (_read_command if of_a_run else _refuse_command)(flags, command, words)
+            else:
+                used = _read_flag(flags, cls, name, words)
             rest = rest if equals else rest[used:]
         else:
-            remedy = "write --section.key VALUE, and text with spaces in quotes"
+            option = "--section.key" if of_a_run else "--option"
+            remedy = f"write {option} VALUE, and text with spaces in quotes"
             flags.report("argument", word, "belongs to no flag", remedy)
     if flags.world_size is not None and not flags.dry_run:
         remedy = "start that many ranks with torchrun"
@@ -77,8 +93,8 @@ def _is_value(word: str) -> bool:
 def _read_flag(flags: Flags, cls: type, name: str, words: list[str]) -> int:
     """Store the flag `--name`. Return how many of `words`, the words after the flag, are its value."""
     path = name.replace("-", "_").split(".")
-    if path in (["config"], ["dry_run"], ["world_size"]):
-        return _read_command(flags, path[0], words)
+    if n_outer := next((n for n in range(1, len(path)) if _is_free(at(cls, path[:n]))), 0):
+        return _read_entry(flags, name, words, path[:n_outer], at(cls, path[:n_outer]))
     annotation = at(cls, path)
     positive = [*path[:-1], path[-1].removeprefix("no_")]
     if annotation is None and positive != path and bool in plain_types(at(cls, positive)):
@@ -90,10 +106,7 @@ def _read_flag(flags: Flags, cls: type, name: str, words: list[str]) -> int:
         path, annotation = [*path, "kind"], at(cls, [*path, "kind"])
     value, used = _value(annotation, words)
     key = ".".join(path)
-    table = next((".".join(path[:n]) for n in range(1, len(path)) if _is_free(at(cls, path[:n]))), None)
-    if table:
-        flags.report(key, value, f"is inside {table}", f"write --{table} VALUE, a table as JSON")
-    elif classes(annotation):
+    if classes(annotation):
         remedy = f"write --{key}.{first_key(annotation)} VALUE"
         flags.report(key, value, "is a section, and a flag sets one key", remedy)
     elif value is MISSING:
@@ -103,6 +116,30 @@ def _read_flag(flags: Flags, cls: type, name: str, words: list[str]) -> int:
     else:
         flags.put(path, value)
     return used
+
+
+def _read_entry(flags: Flags, name: str, words: list[str], table: list[str], annotation: Any) -> int:
+    """Store the flag `--name`, which sets a key inside of the free table at `table`.
+
+    Return how many of `words`, the words after the flag, are its value. Without a value, the key is true.
+    """
+    keys = name.split(".")[len(table) :]
+    if note(annotation, FieldsOf):
+        keys = [key.replace("-", "_") for key in keys]
+    value = _scalar(_ANYTHING, words[0]) if words else True
+    if "" in keys:
+        place = ".".join(table)
+        flags.report(f"--{name}", value, f"names no key of {place}", f"write --{place}.KEY VALUE")
+    else:
+        flags.others.append(_table([*table, *keys], value))
+    return len(words[:1])
+
+
+def _refuse_command(flags: Flags, name: str, words: list[str]) -> int:
+    """Report a flag that only a run takes. Return how many of `words`, which follow, are its value."""
+    value = words[0] if words else MISSING
+    flags.report(f"--{name.replace('_', '-')}", value, "is for training", "leave it out")
+    return len(words[:1])
 
 
 def _read_command(flags: Flags, name: str, words: list[str]) -> int:
@@ -127,8 +164,11 @@ def _read_command(flags: Flags, name: str, words: list[str]) -> int:
 
 def _table(path: list[str], value: object) -> dict[str, Any]:
     """Return nested tables that hold only `value`, at `path`."""
-    name, *rest = path
-    return {name: _table(rest, value) if rest else value}
+    *tables, name = path
+    found = {name: value}
+    for table in reversed(tables):
+        found = {table: found}
+    return found
 
 
 def _is_free(annotation: Any) -> bool:
@@ -141,12 +181,22 @@ def _value(annotation: Any, words: list[str]) -> tuple[object, int]:
     if not words:
         return (True if bool in options or annotation is None else MISSING), 0
     element = next((get_args(tp)[0] for tp in options if get_origin(tp) in (tuple, list)), None)
+    if element in (int, float) and (numbers := _numbers(element, " ".join(words))):
+        is_one = len(numbers) == 1 and element in options and not words[0].startswith("[")
+        return (numbers[0] if is_one else numbers), len(words)
     if element and len(words) > 1:
         return [_scalar(element, word) for word in words], len(words)
     if element is str:
         texts = _json(words[0])
         return (texts if isinstance(texts, list) else [words[0]]), 1
     return _scalar(annotation, words[0]), 1
+
+
+def _numbers(element: type, text: str) -> list[object]:
+    """Return the numbers in `text`, written "128,64", "128 64" or "[128, 64]". Return [] for other text."""
+    inside = text[1:-1] if text.startswith("[") and text.endswith("]") else text
+    found = [_scalar(element, word) for word in re.split(r"\s*,\s*|\s+", inside.strip())]
+    return found if all(type(number) in (int, float) for number in found) else []
 
 
 def _scalar(annotation: Any, word: str) -> object:

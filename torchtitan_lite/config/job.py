@@ -21,7 +21,9 @@ from torchtitan_lite.models.huggingface import export_problems
 from torchtitan_lite.models.registry import (
     DEFAULT_FAMILY,
     attention_problems,
+    class_of_flavor,
     expand_model,
+    flavors_in_words,
     own_attention,
     read,
     resolve,
@@ -46,7 +48,7 @@ class JobSection:
     """The output folder, description, device and plugins of the run."""
 
     dump_folder: str = ""
-    """The folder that the run writes to, used as given. Empty: outputs/<name>-<flavor>-<time>."""
+    """The folder that the run writes to, used as given. Empty: outputs/<name>-<flavor>-<overrides>-<time>."""
     description: str = ""
     """A note on what the run is for, kept with the run's files."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -79,11 +81,14 @@ class ModelSection:
 
     name: Annotated[str, registry.Names(registry.families)] = DEFAULT_FAMILY
     """Family of the model. With hf, the flavor is a folder with a config.json."""
-    flavor: str = "debugmodel"
+    flavor: Annotated[str, registry.Lines(lambda _: flavors_in_words())] = "debugmodel"
     """Size of the model, with or without an attention backend: 8B, 8B_flex, 8B_flex_flash, 8B_varlen."""
     attention: Annotated[AttentionConfig | None, registry.attentions] = None
     """The attention backend. Unset: the backend that belongs to the flavor."""
-    overrides: dict[str, Any] = field(default_factory=dict)
+    overrides: Annotated[
+        dict[str, Any],
+        registry.FieldsOf(lambda model: class_of_flavor(model.name, model.flavor), but=("attention",)),
+    ] = field(default_factory=dict)
     """Fields of the decoder that replace the flavor's fields, such as {"n_layers": 2}."""
 
 

@@ -45,6 +45,7 @@ def load(
     check: Callable[[T, int, bool], list[Problem]] = lambda config, world_size, dry_run: [],
     world_size: int = 1,
     plugins: str = "",
+    of_a_run: bool = True,
 ) -> Loaded[T]:
     """Load the command line `argv`, and the files that it names, into a `cls`.
 
@@ -56,15 +57,16 @@ def load(
         check: `check(config, world_size, dry_run)` returns the problems between values that are valid alone.
         world_size: the number of ranks, unless --world-size names another number for a dry run.
         plugins: the key that lists the modules to import first. Empty: no key does.
+        of_a_run: True if `cls` configures a run, which takes --config, --dry-run and --world-size.
     """
-    flags = read_flags(cls, argv)
+    flags = read_flags(cls, argv, of_a_run=of_a_run)
     tables, unread = [], []
     for path in flags.files:
         table, found = read_toml(path)
         tables.append(table)
         unread += found
     faults = _import_plugins([*tables, flags.keys], plugins, flags.files)
-    flags = read_flags(cls, argv)  # read again, because a plugin may have added options
+    flags = read_flags(cls, argv, of_a_run=of_a_run)  # read again, because a plugin may have added options
     config, found = validate(cls, expand([*tables, flags.keys, *flags.others]))
     problems = [*unread, *flags.problems, *found]
     world_size = flags.world_size or world_size
@@ -77,7 +79,7 @@ def load(
     if flags.help:
         from torchtitan_lite.config.help import print_help
 
-        print_help(config, prog)
+        print_help(config, prog, of_a_run=of_a_run)
         if problems:
             print(ConfigError(problems), file=sys.stderr)
         raise SystemExit(0)

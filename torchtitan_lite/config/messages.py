@@ -190,7 +190,9 @@ def _remedy(annotation: Any, value: object) -> str:
     if choices and len(options) == 1:
         return near(value, choices) + optional
     main = next(tp for tp in options if not _is_literal(tp) or len(options) == 1)
-    return _REMEDIES.get(get_origin(main) or main, f"write {_described(annotation)}") + optional
+    is_pair = main is int and any(get_origin(tp) is tuple for tp in options)
+    remedy = _REMEDIES.get(get_origin(main) or main, f"write {_described(annotation)}")
+    return remedy + ", or a list such as [64, 64]" * is_pair + optional
 
 
 def _name(tp: Any) -> str:

@@ -1,5 +1,6 @@
 """The commands of `torchtitan-lite` that need a trained model: generate, eval, export-hf, import-hf."""
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -40,6 +41,8 @@ from torchtitan_lite.launch.world import World, join, leave
 from torchtitan_lite.models.decoder import DecoderConfig
 from torchtitan_lite.models.registry import AnyAttention, attention_refusals
 from torchtitan_lite.training import hub
+
+_LOG = logging.getLogger(__name__)
 
 _KEYS = {  # a key of the run's configuration: the option of `eval` with the same meaning
     "data.path": "data",
@@ -141,9 +144,9 @@ def _read(options: type, command: str, path: str, argv: Sequence[str]) -> Any:
         raise ConfigError([Problem("WORLD_SIZE", n_ranks, f"is more than {command} needs", remedy)])
     name = "PATH" if command == "import-hf" else KEY
     prog = f"torchtitan-lite {command} {name}"
-    loaded = load(options, argv, prog=prog, check=_out_problems, plugins="plugins")
-    if loaded.dry_run:
-        raise ConfigError([Problem("--dry-run", MISSING, "is for training", "leave it out")])
+    if issubclass(options, ExportConfig | ImportConfig):
+        prog += " --out DIR"
+    loaded = load(options, argv, prog=prog, check=_out_problems, plugins="plugins", of_a_run=False)
     if not path:
         rule, remedy = "is not named", f"write torchtitan-lite {command} FOLDER"
         raise ConfigError([Problem(name, MISSING, rule, remedy)])
@@ -178,6 +181,10 @@ def _generate(path: str, config: GenerateConfig) -> None:
         tokenizer = trained.tokenizer
         # An empty prompt becomes the token that ends a document, so that a new document begins.
         prompts = [tokenizer.encode(text).tolist() or [tokenizer.eos_id] for text in config.prompt]
+        if world.is_first:
+            longest = max(map(len, prompts))
+            whole = f"prompt + max_new_tokens = {longest} + {config.max_new_tokens}"
+            _warn_if_too_long(longest + config.max_new_tokens, whole, trained.config)
         printer = PRINTERS[config.format](tokenizer, config.prompt, prompts) if world.is_first else None
         generate(
             model,
@@ -200,6 +207,7 @@ def _eval(path: str, config: EvalConfig) -> None:
     split = _text(config, trained)
     longest = min(trained.config.max_seq_len, _SEQ_LEN)
     seq_len = config.seq_len or trained.found.state.identity.get("training.seq_len", longest)
+    _warn_if_too_long(seq_len, f"seq_len = {seq_len}", trained.config)
     model = build(trained, attention=config.attention, device=device, dtype=dtype, world=World())
     with renaming_keys(_KEYS):
         result = evaluate(model, split, seq_len=seq_len, batch_size=config.batch_size, rest=bool(config.data))
@@ -207,6 +215,16 @@ def _eval(path: str, config: EvalConfig) -> None:
         f"loss {result.loss:.4f} nats per token, perplexity {result.perplexity:.2f}, "
         f"{result.bits_per_byte:.4f} bits per byte; {result.n_tokens:,} tokens, {result.n_bytes:,} bytes"
     )
+
+
+def _warn_if_too_long(n_tokens: int, what: str, model: DecoderConfig) -> None:
+    """Warn that `n_tokens`, described by `what`, are more than the model's max_seq_len, if they are."""
+    if n_tokens > model.max_seq_len:
+        _LOG.warning(
+            "%s: more than the %d tokens that the model is meant for (max_seq_len), so it may predict badly",
+            what,
+            model.max_seq_len,
+        )
 
 
 def _text(config: EvalConfig, trained: Trained) -> Split:

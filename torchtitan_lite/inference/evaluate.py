@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from torchtitan_lite.data import Batch, Samples, Split, in_order
+from torchtitan_lite.inference.progress import shown
 from torchtitan_lite.models.decoder import Decoder
 from torchtitan_lite.training.validation import mean_loss
 
@@ -41,21 +42,23 @@ def evaluate(model: Decoder, split: Split, *, seq_len: int, batch_size: int, res
     """Measure the loss of `model` on the tokens of `split`, cut into samples of `seq_len` tokens.
 
     A token attends only to tokens of its own sample. With `rest`, the last, shorter sample counts too.
-    Without `rest`, the loss is the same as that of a validation during training.
+    Without `rest`, the loss is the same as that of a validation during training. Standard error shows the
+    progress.
     """
+    n_rest = split.n_tokens % seq_len if rest else 0
+    n_batches = -(-(split.n_tokens // seq_len) // batch_size) + (n_rest > 0)
 
     def loss_of(batch: Batch) -> tuple[Tensor, Tensor]:
         tensors = batch.tokens_BS, batch.positions_BS, batch.labels_BS
         return model(*model.prepare(*tensors, device=model.device))
 
     def batches() -> Iterator[Batch]:
-        n_rest = split.n_tokens % seq_len if rest else 0
         if split.n_tokens >= seq_len or not rest:
             yield from in_order(Samples(split, seq_len), batch_size)
         if n_rest:
             yield Samples(_last(split, n_rest), n_rest).batch([0], [0])
 
-    loss = mean_loss(model, loss_of, batches())
+    loss = mean_loss(model, loss_of, shown(batches(), n_batches, "eval"))
     return Evaluation(loss=loss, n_tokens=split.n_tokens, n_bytes=split.n_bytes)
 
 

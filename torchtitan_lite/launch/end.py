@@ -121,8 +121,11 @@ def _storable(text: str) -> str:
 def status_of(error: BaseException) -> int:
     """Print an error that needs no traceback, and return the exit status. Raise any other error again.
 
-    All ranks have the same ConfigError, so only the first rank of each machine prints it.
+    SystemExit(0), with which --help ends, is status 0: the caller then ends the process without Python's slow
+    cleanup. All ranks have the same ConfigError, so only the first rank of each machine prints it.
     """
+    if isinstance(error, SystemExit) and error.code == 0:
+        return 0
     end = end_of(error)
     if not end.quiet or isinstance(error, SystemExit):
         raise error

@@ -29,6 +29,9 @@ def starting() -> Iterator[None]:
     try:
         yield
     finally:
+        # These two move all objects to the oldest generation. Otherwise the old thresholds would make Python
+        # collect garbage at once, for a tenth of a second, in a process that may be about to end.
+        gc.freeze()
         gc.unfreeze()
         gc.set_threshold(*_GC_THRESHOLDS)
 

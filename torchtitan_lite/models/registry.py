@@ -71,6 +71,19 @@ def flavors(name: str) -> list[str]:
     return [size + suffix for size in families[name] for suffix in ("", *_SUFFIXES)]
 
 
+def flavors_in_words() -> list[str]:
+    """Return a sentence on the sizes of each family, and a sentence on the suffixes that a size may have."""
+    sizes = [f"{name}: {', '.join(presets)}." for name, presets in families.items()]
+    *others, last = [f"<size>{suffix}" for suffix in _SUFFIXES]
+    return [*sizes, f"Each size also comes as {', '.join(others)} and {last}."]
+
+
+def class_of_flavor(name: str, flavor: str) -> type[DecoderConfig]:
+    """Return the class of a flavor's config, or `DecoderConfig` if the family or the flavor is unknown."""
+    preset = families.get(name, {}).get(split_flavor(flavor)[0])
+    return DecoderConfig if preset is None else type(preset)
+
+
 def split_flavor(flavor: str) -> tuple[str, dict[str, Any] | None]:
     """Return the size in a flavor, and the attention table that its suffix means (None without a suffix)."""
     for suffix, attention in _SUFFIXES.items():

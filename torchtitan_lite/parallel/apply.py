@@ -12,10 +12,11 @@ from torchtitan_lite.attention.portable.native import CXX, compile_kernel, forge
 from torchtitan_lite.config.load import ConfigError, Problem, near
 from torchtitan_lite.models.decoder import Decoder, DecoderConfig
 from torchtitan_lite.parallel.context import Chunks, ContextParallel
-from torchtitan_lite.parallel.fsdp import apply_fsdp
 from torchtitan_lite.parallel.mesh import AXES, Degrees, ParallelismConfig, weights_mesh
 from torchtitan_lite.parallel.recompute import ActivationCheckpointConfig, apply_recompute
-from torchtitan_lite.parallel.tensor import apply_tensor_parallel, check_readers
+
+# The functions below import tensor.py and fsdp.py, and so torch's DTensor, which takes half a second. Neither
+# --help nor --dry-run nor an error in the configuration needs a DTensor.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +80,8 @@ def apply(
     """
     context = ContextParallel()
     if mesh is not None and mesh["tp"].size() > 1:
+        from torchtitan_lite.parallel.tensor import apply_tensor_parallel
+
         loss_parallel = not parallelism.disable_loss_parallel
         apply_tensor_parallel(model, mesh["tp"], loss_parallel=loss_parallel)
     if mesh is not None and mesh["cp"].size() > 1:
@@ -97,6 +100,8 @@ def apply(
         for layer in model.layers:
             layer.compile(backend=compile.backend)
     if mesh is not None and (mesh.size() > mesh["tp"].size() or offload):
+        from torchtitan_lite.parallel.fsdp import apply_fsdp
+
         apply_fsdp(
             model,
             weights_mesh(mesh),
@@ -116,6 +121,8 @@ def model_problems(config: DecoderConfig, degrees: Degrees) -> list[Problem]:
         with torch.device("meta"):
             model = config.build()
         if degrees.tensor > 1:
+            from torchtitan_lite.parallel.tensor import check_readers
+
             check_readers(model)
     except ConfigError as error:
         return list(error.problems)

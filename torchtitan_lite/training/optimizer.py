@@ -7,7 +7,6 @@ from typing import Annotated, Any, Literal, Protocol
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from torchtitan_lite.config.problem import Remedy
 from torchtitan_lite.registry import optimizers
@@ -80,6 +79,8 @@ class LocalAdamW(torch.optim.AdamW):
     """
 
     def _init_group(self, group: Any, *lists: list[Tensor]) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
+        from torch.distributed.tensor import DTensor  # slow to import, and not needed for --dry-run
+
         has_complex = super()._init_group(group, *lists)
         for tensors in lists:  # weights, gradients and their state
             tensors[:] = [x.to_local() if isinstance(x, DTensor) else x for x in tensors]

@@ -1,11 +1,13 @@
 """The folder of a run: config.toml, run.json, metrics.jsonl, exit.json, the TensorBoard and trace folders."""
 
 import contextlib
+import itertools
 import json
 import logging
+import re
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,6 +27,8 @@ _FILES = (
     "hf",
     "hf_source.json",
 )
+_LONGEST_OVERRIDES = 80
+"""The most characters that overrides of the model add to the name of a run's folder."""
 _EARLIER = "earlier"
 
 
@@ -35,14 +39,43 @@ def is_inside(subfolder: str) -> bool:
     return inside and path.parts[0].removesuffix(".partial") not in (*_FILES, _EARLIER, durable.FOLDER_LOCK)
 
 
-def make_folder(dump_folder: str, name: str, flavor: str) -> Path:
-    """Make the run's folder: `dump_folder`, or `outputs/<name>-<flavor>-<time>` if `dump_folder` is empty."""
+def make_folder(dump_folder: str, name: str, flavor: str, overrides: Mapping[str, Any] | None = None) -> Path:
+    """Make the run's folder: `dump_folder`, or a new folder in `outputs` if `dump_folder` is empty.
+
+    The name of a new folder has the model's family, its size with the `overrides` of the size, and the time.
+    """
     if not dump_folder:
         size = Path(flavor).name  # the flavor is a path if the model is read from a folder
-        return free_folder(Path("outputs").absolute(), f"{name}-{size}-{time.strftime('%Y%m%d-%H%M%S')}")
+        stem = "-".join([name, size, *_short(overrides or {}), time.strftime("%Y%m%d-%H%M%S")])
+        return free_folder(Path("outputs").absolute(), stem)
     folder = Path(dump_folder).expanduser().absolute()
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def _short(overrides: Mapping[str, Any]) -> list[str]:
+    """Return a word for each override, such as "n_layers4" and "qk_norm_false".
+
+    The words are fit for a file name. Overrides whose words would make the name too long are only counted.
+    """
+    words = []
+    for key, value in _leaves(overrides):
+        text = json.dumps(value)
+        word = key + text if text[0].isdigit() else f"{key}_{text}"
+        words.append(re.sub(r"[^A-Za-z0-9.+-]+", "_", word).strip("_"))
+    lengths = itertools.accumulate(len(word) + 1 for word in words)
+    fitting = [word for word, length in zip(words, lengths, strict=True) if length <= _LONGEST_OVERRIDES]
+    n_more = len(words) - len(fitting)
+    return [*fitting, f"{n_more}{'more' if fitting else 'overrides'}"] if n_more else fitting
+
+
+def _leaves(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Yield the dotted key and the value of each value in nested tables."""
+    for name, value in table.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def lock(folder: Path, seconds: float = 0) -> IO[str]:
