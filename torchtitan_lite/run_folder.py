@@ -44,10 +44,13 @@ class RunFolder:
         self.path = self._on_first(self._claim)
         return self.path
 
-    def prepare(self, trainer: Trainer, resumed: VerifiedStep | None) -> None:
-        """Move all steps after `resumed` (None: all steps) to a folder "earlier", and write config.toml."""
+    def prepare(self, trainer: Trainer, resumed: VerifiedStep | None, *, is_over: bool = False) -> None:
+        """Move all steps after `resumed` (None: all steps) to a folder "earlier", and write config.toml.
+
+        If the run `is_over`, config.toml stays: no step is trained with the present settings.
+        """
         self.trainer = trainer
-        self._on_first(lambda: self._prepare(trainer, resumed))
+        self._on_first(lambda: self._prepare(trainer, resumed, is_over))
 
     def export(self) -> None:
         """If the run is done and last_save_in_hf is set, write the last model in Hugging Face's format."""
@@ -74,6 +77,14 @@ class RunFolder:
                 print(f"{end.message}: saved step {step}; the same command goes on from there")
             _summarize(trainer, path)
         return end.status
+
+    def pass_over(self, step: int) -> None:
+        """Say that there is nothing to do, as `step` is past the last step. Write nothing but exit.json."""
+        assert self.path is not None
+        if self.world.is_first:
+            line = f"step {step} is past training.steps = {self.job.training.steps}: nothing to do"
+            outputs.write_exit(self.path, End(rank=0, status=0, outcome="done", message=line), step)
+            print(f"{line}\nFiles: {self.path}")
 
     def write_exit(self, end: End) -> None:
         """Write to exit.json how the run ended. Do nothing if the run has not claimed its folder."""
@@ -122,7 +133,7 @@ class RunFolder:
             outputs.set_aside(folder, subfolders, used)
         return folder
 
-    def _prepare(self, trainer: Trainer, resumed: VerifiedStep | None) -> None:
+    def _prepare(self, trainer: Trainer, resumed: VerifiedStep | None, is_over: bool) -> None:
         path, _ = self._begun()
         steps, last = Steps(path / self.job.checkpoint.folder), -1 if resumed is None else resumed.state.step
         # This includes files and links with the name of a step: the run will save a step with that name.
@@ -133,7 +144,8 @@ class RunFolder:
             jsonl.cut(path, last, resumed.state.validated)
             (path / "exit.json").unlink(missing_ok=True)
         self._keep_tokenizer(path / hub.TOKENIZER, trainer)
-        (path / "config.toml").write_text(self.job.to_toml(self.world.size), encoding="utf-8")
+        if not is_over:
+            (path / "config.toml").write_text(self.job.to_toml(self.world.size), encoding="utf-8")
 
     def _keep_tokenizer(self, place: Path, trainer: Trainer) -> None:
         """Copy the tokenizer's files to `place` in the run's folder, which then needs no files elsewhere."""

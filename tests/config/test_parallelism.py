@@ -40,8 +40,9 @@ REFUSED = {
         "parallelism.tensor_parallel_degree = 4 does not divide model.ffn_dim = 770: use 1 or 2"
     ),
     (4, f'{TP} 4 {SHARD} 1 --model.overrides {{"ffn_dim":770}}'): (
-        # With the other degrees as they are, no degree suits four ranks: the divisors are proposed.
-        "parallelism.tensor_parallel_degree = 4 does not divide model.ffn_dim = 770: use 1 or 2"
+        # With the other degrees as they are, no degree suits four ranks.
+        "parallelism.tensor_parallel_degree = 4 does not divide model.ffn_dim = 770: "
+        "use 1, and set parallelism.data_parallel_shard_degree = -1"
     ),
     (8, f"{TP} 8 --training.seq-len 510"): (
         "parallelism.tensor_parallel_degree = 8 does not divide model.n_kv_heads = 4: use 1 or 2"

@@ -79,7 +79,7 @@ def attention_problems(
 ) -> list[Problem]:
     """Return the problems of `attention` under `conditions`, each with remedies that were tried.
 
-    If the suffix of `flavor` has chosen the refused option, the problem and the remedy are about the flavor.
+    If the suffix of `flavor` has chosen the refused option, the remedy names another flavor.
     """
     trial = _Trial(attention, conditions, keys, flavor)
     return [trial.problem(refusal) for refusal in trial.found]
@@ -102,12 +102,11 @@ class _Trial:
         elif not hasattr(self.attention, field.partition(".")[0]):  # a size of a model that cannot be changed
             key, rule = f"{self.keys.attention}.kind", f"does not fit: {field} = {literal(value)} {rule}"
             value, remedies = self.attention.kind, others
-        elif self._is_of_flavor(field):
-            key, rule = _FLAVOR, f"means {field} = {literal(value)}, which {rule}"
-            value, remedies = self.flavor, others
         else:
             key = f"{self.keys.attention}.{field}"
-            remedies = self._values(refusal) or (others if refusal.choices else [])
+            has_words = bool(remedy and not refusal.choices)
+            remedies = others if self._is_of_flavor(field) else self._values(refusal)
+            remedies = remedies or ([] if has_words else others)
         own = f"set {key} = "
         words = [f"use {words.removeprefix(own)}" if words.startswith(own) else words for words in remedies]
         reads = (self.keys.conditions["device"], self.keys.attention)

@@ -52,7 +52,7 @@ class Division:
             remedy = self._better_degrees("tensor_parallel_degree", gcd(*self.sizes.values()))
             enough = ceil(self.sizes.get(extensible, 0) / degree) * degree
             if self.undivided == [extensible] and self._suits(sizes={extensible: enough}):
-                remedy += f", or set model.overrides.{extensible} = {enough}"
+                remedy += f", or model.overrides.{extensible} = {enough}"
             found.append(Problem("parallelism.tensor_parallel_degree", degree, rule, remedy, reads))
         if self.heads_left:
             degree, dealt = self.parallelism.context_parallel_degree, self.decoder.dealt_by_ulysses
@@ -61,7 +61,7 @@ class Division:
                 rule += f" / parallelism.tensor_parallel_degree = {self.tensor}"
             remedy = self._better_degrees("context_parallel_degree", self.heads)
             if self._suits(context_parallel_method="allgather"):
-                remedy += ', or set parallelism.context_parallel_method = "allgather"'
+                remedy += ', or parallelism.context_parallel_method = "allgather"'
             found.append(Problem("parallelism.context_parallel_degree", degree, rule, remedy, reads))
         if self.seq_len % self.unit:
             reads = (*_SPLIT_SEQUENCES, *reads)
@@ -82,7 +82,7 @@ class Division:
         better = [length for length in (below, below + self.unit) if 0 < length <= most]
         remedy = f"use {either(better)}" if better else "use smaller degrees"
         if self._suits(context_parallel_load_balancer="none"):
-            remedy += ', or set parallelism.context_parallel_load_balancer = "none"'
+            remedy += ', or parallelism.context_parallel_load_balancer = "none"'
         return f"is not a multiple of {self.unit}, as {' and '.join(degrees)} {ask}", remedy
 
     def _better_degrees(self, name: str, whole: int) -> str:

@@ -105,7 +105,7 @@ class ParallelismConfig:
             rule = f"is not {words}, the product of the degrees in [{key}]"
             remedy = f"use {_started(fixed * shard)}"
             if world_size % fixed == 0:
-                remedy += f", or set {key}.data_parallel_shard_degree = -1"
+                remedy += f", or set {key}.data_parallel_shard_degree to -1"
             return [Problem("WORLD_SIZE", world_size, rule, remedy, (key,))]
         return []
 
