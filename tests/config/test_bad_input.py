@@ -5,6 +5,7 @@ from pathlib import Path
 
 import programs
 import pytest
+import remedies
 
 from torchtitan_lite.train import main
 
@@ -257,6 +258,11 @@ def test_wrong_flags_are_refused_in_one_line(
 ) -> None:
     (line,) = refusal(capsys, *flags.split(" "))
     assert says(line, expected), f"{line}\nis not\n{expected}"
+
+
+@pytest.mark.parametrize("flags", [flags for flags, line in FLAGS.items() if "did you mean" not in line])
+def test_what_the_line_proposes_is_accepted(flags: str) -> None:
+    remedies.check_values(remedies.flags_of(flags))
 
 
 @pytest.mark.parametrize(("text", "expected"), FILES.items(), ids=[text[:40] for text in FILES])

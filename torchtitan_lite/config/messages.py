@@ -206,6 +206,8 @@ def _remedy(annotation: Any, value: object, default: object) -> str:
     optional = ", or leave it out" if len(options) < len(types) else ""
     if optional and value is None:
         return "leave it out"
+    if int in options and isinstance(default, int) and not limits(annotation):
+        return f"write a whole number such as {default}{optional}"  # the range is checked elsewhere
     if int in options and isinstance(value, float) and value.is_integer():
         if not _is_in_range(annotation, int(value)):
             return _range_remedy(annotation)
@@ -216,8 +218,6 @@ def _remedy(annotation: Any, value: object, default: object) -> str:
     main = next(tp for tp in options if not _is_literal(tp) or len(options) == 1)
     if main is int and (special := _special_number(annotation)):
         return special if "leave it out" in special else special + optional
-    if main is int and not limits(annotation) and isinstance(default, int):
-        return f"write a whole number such as {default}{optional}"
     return _REMEDIES.get(get_origin(main) or main, f"write {_described(annotation)}") + optional
 
 

@@ -26,7 +26,7 @@ _RENAMED = {
 }
 """The name here of each key whose values are the same."""
 
-_TEXT = 'set data.dataset = "python_stdlib", or "text" or "jsonl" with your file or folder in data.path'
+_TEXT = 'set data.dataset = "python_stdlib", or name a text in data.path, with data.dataset "text" or "jsonl"'
 _REPLACED = {
     "job.config_file": "write --config FILE.toml on the command line instead",
     "job.custom_config_module": "name modules that add options in job.plugins",

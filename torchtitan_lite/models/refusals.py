@@ -42,7 +42,9 @@ class Conditions:
                 sliding_window=self.decoder.sliding_window,
                 deterministic=self.deterministic,
             )
-        if self.is_compiled and self.device == "cuda" and isinstance(attention, Flex) and attention.autotuned:
+        is_refused = any(refusal.field == "block_size" for refusal in found)
+        is_compiled = self.is_compiled and self.device == "cuda" and not is_refused
+        if is_compiled and isinstance(attention, Flex) and attention.autotuned:
             rule, remedy = "finds no kernel within compiled blocks", "use 128, or set compile.enable = false"
             found = [*found, Refusal("block_size", attention.block_size, rule, remedy)]
         return found
@@ -140,13 +142,11 @@ class _Trial:
         return bool(split_flavor(self.flavor)[1]) and self.attention == own_attention(self.flavor)
 
     def _is_of_flavor(self, field: str) -> bool:
-        """Return True if the suffix of the flavor has chosen the value of an option."""
+        """Return True if the suffix of the flavor has chosen the value of an option, or a part of a table."""
         own = split_flavor(self.flavor)[1] or {}
-        return (
-            field in own
-            and own["kind"] == self.attention.kind
-            and own[field] == getattr(self.attention, field)
-        )
+        if field not in own or own["kind"] != self.attention.kind:
+            return False
+        return _has(getattr(self.attention, field), own[field])
 
     def _flavors(self) -> Iterator[tuple[str, AttentionConfig]]:
         """Yield the other flavors of the same size, each with the attention that the flavor would lead to."""
@@ -154,12 +154,7 @@ class _Trial:
         for flavor in flavors_like(self.flavor) if type(self.attention) is type(own) else ():
             other = own_attention(flavor)
             if type(other) is type(own):
-                changed = [
-                    name for name in field_types(type(own)) if getattr(own, name) != getattr(other, name)
-                ]
-                if any(getattr(self.attention, name) != getattr(own, name) for name in changed):
-                    continue  # the user has set this option too
-                other = replace(self.attention, **{name: getattr(other, name) for name in changed})
+                other = _moved(self.attention, own, other)
             elif self.attention != own:
                 continue  # the options that the user has set belong to the kind of the attention
             yield f"set {_FLAVOR} = {literal(flavor)}", other
@@ -175,7 +170,7 @@ class _Trial:
                 changed.append(f"{section}.{name}")
             for value in (getattr(default, name), *choices):
                 if value != now:
-                    yield f"set {section}.{name} = {literal(value)}", replace(self.attention, **{name: value})
+                    yield f"set {section}.{name} = {literal(value)}", _with(self.attention, name, value)
         without = f" without {either(changed)}" if changed else ""
         for kind, other in registry.attentions.members.items():
             if other is not cls:
@@ -186,3 +181,25 @@ def _with(attention: Any, field: str, value: object) -> Any:
     """Return `attention` with another value of a field, which may be "table.key"."""
     name, _, key = field.partition(".")
     return replace(attention, **{name: {**getattr(attention, name), key: value} if key else value})
+
+
+def _moved(attention: Any, own: Any, other: Any) -> Any:
+    """Return `attention`, which was made by changes to `own`, with the same changes to `other`."""
+    changes = {}
+    for name in field_types(type(own)):
+        now, before, after = (getattr(one, name) for one in (attention, own, other))
+        if isinstance(now, dict):
+            changes[name] = {
+                **after,
+                **{key: value for key, value in now.items() if before.get(key) != value},
+            }
+        else:
+            changes[name] = after if now == before else now
+    return replace(attention, **changes)
+
+
+def _has(value: object, part: object) -> bool:
+    """Return True if `value` is `part`, or is a table that has all of the table `part`."""
+    if isinstance(value, dict) and isinstance(part, dict):
+        return value.items() >= part.items()
+    return value == part

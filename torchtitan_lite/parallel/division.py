@@ -51,7 +51,7 @@ class Division:
             )
             remedy = self._better_degrees("tensor_parallel_degree", gcd(*self.sizes.values()))
             enough = ceil(self.sizes.get(extensible, 0) / degree) * degree
-            if self.undivided == [extensible] and self._suits(sizes={extensible: enough}):
+            if self.undivided == [extensible] and self._suits({}, {extensible: enough}):
                 remedy += f", or model.overrides.{extensible} = {enough}"
             found.append(Problem("parallelism.tensor_parallel_degree", degree, rule, remedy, reads))
         if self.heads_left:
@@ -60,7 +60,7 @@ class Division:
             if self.tensor > 1:
                 rule += f" / parallelism.tensor_parallel_degree = {self.tensor}"
             remedy = self._better_degrees("context_parallel_degree", self.heads)
-            if self._suits(context_parallel_method="allgather"):
+            if self._suits({"context_parallel_method": "allgather"}):
                 remedy += ', or parallelism.context_parallel_method = "allgather"'
             found.append(Problem("parallelism.context_parallel_degree", degree, rule, remedy, reads))
         if self.seq_len % self.unit:
@@ -81,7 +81,7 @@ class Division:
         below = min(self.seq_len, most) // self.unit * self.unit
         better = [length for length in (below, below + self.unit) if 0 < length <= most]
         remedy = f"use {either(better)}" if better else "use smaller degrees"
-        if self._suits(context_parallel_load_balancer="none"):
+        if self._suits({"context_parallel_load_balancer": "none"}):
             remedy += ', or parallelism.context_parallel_load_balancer = "none"'
         return f"is not a multiple of {self.unit}, as {' and '.join(degrees)} {ask}", remedy
 
@@ -92,17 +92,14 @@ class Division:
         leaves over can only shard the data.
         """
         divisors = [n for n in range(1, min(whole, _MOST_TRIED) + 1) if whole % n == 0]
-        if good := [n for n in divisors if self._suits(**{name: n})]:
+        if good := [n for n in divisors if self._suits({name: n})]:
             return f"use {either(good)}"
         is_free = self.parallelism.data_parallel_shard_degree == -1
         return "use 1" if is_free else "use 1, and set parallelism.data_parallel_shard_degree = -1"
 
-    def _suits(self, sizes: Mapping[str, int] | None = None, **changes: object) -> bool:
-        """Return True if, after `changes` of degrees and of the decoder's `sizes`, all divides.
-
-        Then the degrees also suit the number of ranks.
-        """
-        mesh: Any = replace(self.parallelism, **changes)
+    def _suits(self, degrees: Mapping[str, object], sizes: Mapping[str, int] | None = None) -> bool:
+        """Return True if all divides, and suits the number of ranks, with other `degrees` and decoder `sizes`."""
+        mesh: Any = replace(self.parallelism, **degrees)
         if mesh.problems("parallelism", self.world_size):
             return False
         decoder = replace(self.decoder, **sizes) if sizes else self.decoder
