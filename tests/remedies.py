@@ -67,7 +67,7 @@ def changes_of(problem: Problem) -> Iterator[Change]:
         elif example := re.search(rf"such as ({VALUE})", part):
             yield {problem.key: json.loads(example[1])}
         elif re.match(rf"(?:set )?{KEY}", part):
-            set_there, _, left_out = part.partition(" without ")
+            set_there, _, left_out = part.partition(" and leave out ")
             yield {**_assignments(set_there), **dict.fromkeys(re.findall(KEY, left_out), LEFT_OUT)}
 
 

@@ -81,10 +81,8 @@ class _Comparison:
             fields = {name: pair for name, pair in fields.items() if name in overridden}
         found = [self._was(key, pair) for key, pair in named.items()]
         if "architecture" in fields:
-            old, new = fields.pop("architecture")
-            rule = (
-                f"is of the architecture {shown(new)}, which was {shown(old)} when step {self.step} was saved"
-            )
+            del fields["architecture"]
+            rule = f"is of another architecture than when step {self.step} was saved"
             name = self.new.get("model.name")
             found.append(Problem("model.name", name, rule, "name a model of that architecture"))
         return [*found, *(self._was(_OVERRIDES + name, pair) for name, pair in fields.items())]

@@ -171,7 +171,7 @@ class _Trial:
             for value in (getattr(default, name), *choices):
                 if value != now:
                     yield f"set {section}.{name} = {literal(value)}", _with(self.attention, name, value)
-        without = f" without {either(changed)}" if changed else ""
+        without = f" and leave out {' and '.join(changed)}" if changed else ""
         for kind, other in registry.attentions.members.items():
             if other is not cls:
                 yield f"set {section}.kind = {literal(kind)}{without}", other()

@@ -98,7 +98,7 @@ class Division:
         return "use 1" if is_free else "use 1, and set parallelism.data_parallel_shard_degree = -1"
 
     def _suits(self, degrees: Mapping[str, object], sizes: Mapping[str, int] | None = None) -> bool:
-        """Return True if all divides, and suits the number of ranks, with other `degrees` and decoder `sizes`."""
+        """Return True if all divides and suits the ranks with these `degrees` and `sizes` of the decoder."""
         mesh: Any = replace(self.parallelism, **degrees)
         if mesh.problems("parallelism", self.world_size):
             return False
