@@ -173,6 +173,13 @@ def test_another_optimizer_or_schedule_is_noted(go: Go, folder: Path, capsys) ->
     assert trained(folder) == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_schedule_that_follows_the_steps_is_noted_by_its_key(go: Go, folder: Path, capsys) -> None:
+    assert go("--lr-scheduler.total-steps", "none", training__steps=5) == 0
+    out = capsys.readouterr().out
+    noted = [line for line in out.splitlines() if "total_steps" in line]
+    assert noted == ["changed since then: lr_scheduler.total_steps = 5, was 6"]
+
+
 def test_the_attention_may_be_another(go: Go, folder: Path, first: Path, capsys, tmp_path: Path) -> None:
     shutil.copytree(first, tmp_path / "same")
     assert go("--model.attention", "varlen") == go(job__dump_folder=tmp_path / "same") == 0

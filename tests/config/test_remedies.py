@@ -123,8 +123,16 @@ def test_the_remedies_for_a_compiled_attention() -> None:
 
 
 def test_a_device_hides_what_would_not_help_and_a_flavor_is_named_for_a_flavor() -> None:
-    (problem,) = problems_of(flags_of("--model.flavor debugmodel_flex_flash --job.device cpu --dry-run"))
+    conditions = "--job.device cpu --training.mixed-precision-param float32 --debug.deterministic --dry-run"
+    (problem,) = problems_of(flags_of(f"--model.flavor debugmodel_flex_flash {conditions}"))
     assert problem.remedy == 'set model.flavor = "debugmodel_flex"'
+    (problem,) = problems_of(flags_of(f"--model.attention varlen --model.attention.kernel fa3 {conditions}"))
+    assert problem.remedy == 'use "auto" or "documents"'
+
+
+@pytest.mark.parametrize("more", ["", " --checkpoint.enable", " --checkpoint.keep_latest_k 1"])
+def test_the_remedies_for_the_dtype_of_an_export(more: str) -> None:
+    assert check(flags_of(f"--checkpoint.export-dtype bfloat16{more}")) == 2
 
 
 def test_the_remedies_of_the_commands_that_use_a_model() -> None:
