@@ -201,6 +201,7 @@ def test_every_key_of_torchtitan_has_its_own_remedy() -> None:
         ("--training.dataset c4", ["data.dataset", "python_stdlib"]),
         ("--parallelism.pipeline_parallel_degree 1", []),
         ("--metrics.enable_wandb false", []),
+        ("--metrics.no-enable-wandb", []),
         ("--activation_checkpoint.mode memory_budget", []),
         ("--parallelism.context_parallel_load_balancer ptrr", []),
         ("--optimizer.name Adam", []),

@@ -126,7 +126,9 @@ def _unknown_key(cls: type, place: _Place, key: str, value: object) -> WrongValu
         return WrongValue(place.path, Problem(key, value, rule, remedy, (by,)), is_of_another_member=True)
     is_section = key == dotted("", name)
     rule = f"is not a known {'section' if is_section else 'key'}"
-    if remedy := getattr(cls, "foreign_keys", {}).get(key):
+    foreign = getattr(cls, "foreign_keys", {})
+    switch = f"{key.removesuffix(name)}{name.removeprefix('no_')}"  # --metrics.no_enable_wandb
+    if remedy := foreign.get(key) or foreign.get(switch):
         return WrongValue(place.path, Problem(key, value, rule, remedy))
     elsewhere = [leaf for leaf in leaves(cls) if leaf.rpartition(".")[2] == name]
     if not isinstance(value, dict) and 0 < len(elsewhere) <= (3 if is_section else 1):
