@@ -208,7 +208,7 @@ MUTANTS = {
         f"{TESTS}start.py::test_a_folder_that_a_run_has_is_refused_to_another",
     ),
     "checkpoints: another run is gone on with": Mutant(
-        "torchtitan_lite/checkpoint/restore.py",
+        "torchtitan_lite/checkpoint/identity.py",
         "    if found and not allow_changes:\n",
         "    if False:\n",
         f"{TESTS}start.py::test_another_run_is_refused_with_what_is_and_was[seed]",

@@ -123,12 +123,11 @@ def as_line(cells: Iterable[str]) -> str:
 
 
 _FLASH = Refused(
-    'model.attention.kernel_options = {"BACKEND": "FLASH"} is for CUDA kernels, and the device is cpu: '
-    'set job.device = "cuda" where there is a GPU, or leave kernel_options empty'
+    'model.attention.kernel_options = {"BACKEND": "FLASH"} is for CUDA kernels, and the device is cpu: use {}'
 )
 _SMALL_BLOCKS = Refused(
     "model.attention.block_size = 32 finds no kernel within compiled blocks: "
-    "use a multiple of 128, or compile.enable = false"
+    "use 128, or set compile.enable = false"
 )
 
 

@@ -44,12 +44,15 @@ class RunFolder:
         self.path = self._on_first(self._claim)
         return self.path
 
-    def prepare(self, trainer: Trainer, resumed: VerifiedStep | None) -> None:
-        """Move all steps after `resumed` (None: all) to "earlier", and write config.toml and run.json."""
+    def prepare(self, trainer: Trainer, resumed: VerifiedStep | None, *, is_over: bool = False) -> None:
+        """Move all steps after `resumed` (None: all) to "earlier", and write config.toml and run.json.
+
+        If the run `is_over`, both files stay: no step is trained with the present settings.
+        """
         self.trainer = trainer
         place = provenance.place_of(trainer.stepper.device)
         places = self.world.patiently(lambda saving: saving.gather(place))
-        self._on_first(lambda: self._prepare(trainer, resumed, places))
+        self._on_first(lambda: self._prepare(trainer, resumed, None if is_over else places))
 
     def export(self) -> None:
         """If the run is done and last_save_in_hf is set, write the last model in Hugging Face's format."""
@@ -76,6 +79,14 @@ class RunFolder:
                 print(f"{end.message}: saved step {step}; the same command goes on from there")
             _summarize(trainer, path)
         return end.status
+
+    def pass_over(self, step: int) -> None:
+        """Say that there is nothing to do, as `step` is past the last step. Write nothing but exit.json."""
+        assert self.path is not None
+        if self.world.is_first:
+            line = f"step {step} is past training.steps = {self.job.training.steps}: nothing to do"
+            outputs.write_exit(self.path, End(rank=0, status=0, outcome="done", message=line), step)
+            print(f"{line}\nFiles: {self.path}")
 
     def write_exit(self, end: End) -> None:
         """Write to exit.json how the run ended. Do nothing if the run has not claimed its folder."""
@@ -125,8 +136,9 @@ class RunFolder:
         return folder
 
     def _prepare(
-        self, trainer: Trainer, resumed: VerifiedStep | None, places: Sequence[provenance.Place]
+        self, trainer: Trainer, resumed: VerifiedStep | None, places: Sequence[provenance.Place] | None
     ) -> None:
+        """`places` are those of the ranks, for run.json. None: the run is over."""
         path, _ = self._begun()
         steps, last = Steps(path / self.job.checkpoint.folder), -1 if resumed is None else resumed.state.step
         # This includes files and links with the name of a step: the run will save a step with that name.
@@ -137,8 +149,9 @@ class RunFolder:
             jsonl.cut(path, last, resumed.state.validated)
             (path / "exit.json").unlink(missing_ok=True)
         self._keep_tokenizer(path / hub.TOKENIZER, trainer)
-        (path / "config.toml").write_text(self.job.to_toml(self.world.size), encoding="utf-8")
-        provenance.write_start(path, places, None if resumed is None else last)
+        if places is not None:
+            (path / "config.toml").write_text(self.job.to_toml(self.world.size), encoding="utf-8")
+            provenance.write_start(path, places, None if resumed is None else last)
 
     def _keep_tokenizer(self, place: Path, trainer: Trainer) -> None:
         """Copy the tokenizer's files to `place` in the run's folder, which then needs no files elsewhere."""

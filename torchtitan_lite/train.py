@@ -77,12 +77,19 @@ def run(argv: Sequence[str], prog: str) -> int:
     with Guard(world, saves=job.checkpoint.enable, on_end=folder.write_exit) as guard:
         path = folder.claim()
         start = find_start(job, path, world)
+        if start.step > job.training.steps:
+            guard.stop.ignore_signals()
+            folder.pass_over(start.step)
+            leave()
+            return 0
         trainer = Trainer(job, world, start, folder=path, is_asked=lambda: guard.stop.asked)
-        folder.prepare(trainer, start.resumed)
+        is_over = trainer.is_done or start.is_model_only
+        folder.prepare(trainer, start.resumed, is_over=is_over)
         started()
-        if start.resumed is not None and start.resumed.state.model_only:
-            step = start.resumed.state.step
-            trainer.say(f"nothing to do: step {step} is the last one, and holds the model alone")
+        if is_over:
+            alone = ", and holds the model alone" if start.is_model_only else ""
+            trainer.say("\n".join(trainer.state.notes))
+            trainer.say(f"nothing to do: step {start.step} is the last one{alone}")
         else:
             trainer.run()
         folder.export()

@@ -1,6 +1,5 @@
 """A start in a folder that holds a step to go on from, steps of another run, or a run that goes on."""
 
-import json
 import os
 import shutil
 import time
@@ -98,12 +97,12 @@ OTHER_RUNS = {
     "batch": ({"training__global_batch_size": 16}, ["training.global_batch_size = 16 was 8"]),
     "no shape": (
         {"model__overrides": {**cases.MODEL, "rope_theta": 5000.0}},
-        ["model.rope_theta = 5000.0 was 1000000.0"],
+        ["model.overrides.rope_theta = 5000.0 was 1000000.0"],
     ),
-    "shapes": ({"model__overrides": {**cases.MODEL, "dim": 64}}, ["model.dim = 64 was 32"]),
+    "shapes": ({"model__overrides": {**cases.MODEL, "dim": 64}}, ["model.overrides.dim = 64 was 32"]),
     "two at once": (
         {"debug__seed": 3, "model__overrides": {**cases.MODEL, "n_layers": 3}},
-        ["model.n_layers = 3 was 2", "debug.seed = 3 was 0"],
+        ["model.overrides.n_layers = 3 was 2", "debug.seed = 3 was 0"],
     ),
 }
 
@@ -132,7 +131,7 @@ def test_another_text_is_refused_with_where_it_is_from(go: Go, folder: Path, tex
     assert go(data__path=texts / "other.jsonl") == 2
     err = capsys.readouterr().err
     assert f'data.path = "{texts / "other.jsonl"}" was "{texts / "one.jsonl"}" when step 4' in err
-    assert err.count(FLAG) == len(err.splitlines()) == 2
+    assert err.count(FLAG) == len(err.splitlines()) == 1
     assert files_in(folder) == before
 
 
@@ -146,7 +145,8 @@ def test_another_tokenizer_is_refused_with_its_name(go: Go, folder: Path, texts:
 
 def test_what_changes_no_shape_can_be_allowed(go: Go, folder: Path, capsys) -> None:
     assert go(FLAG, model__overrides={**cases.MODEL, "rope_theta": 5000.0}) == 0
-    assert "allowed: model.rope_theta = 5000.0 was 1000000.0 when step 4 was saved" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "allowed: model.overrides.rope_theta = 5000.0 was 1000000.0 when step 4 was saved" in out
     assert trained(folder) == [1, 2, 3, 4, 5, 6]
     assert set(cases.sample_ids(folder)[5]) == set(range(32, 40))
 
@@ -168,9 +168,16 @@ def test_another_optimizer_or_schedule_is_noted(go: Go, folder: Path, capsys) ->
     assert go(optimizer__lr=1e-4, lr_scheduler__total_steps=8) == 0
     out = capsys.readouterr().out
     assert "changed since then: optimizer.lr = 0.0001, was 0.0008" in out
-    assert "changed since then: schedule.total_steps = 8, was 6" in out
+    assert "changed since then: lr_scheduler.total_steps = 8, was 6" in out
     assert 0 < lines(folder)[-1]["lr"] <= 1e-4
     assert trained(folder) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_schedule_that_follows_the_steps_is_noted_by_its_key(go: Go, folder: Path, capsys) -> None:
+    assert go("--lr-scheduler.total-steps", "none", training__steps=5) == 0
+    out = capsys.readouterr().out
+    noted = [line for line in out.splitlines() if "total_steps" in line]
+    assert noted == ["changed since then: lr_scheduler.total_steps = 5, was 6"]
 
 
 def test_the_attention_may_be_another(go: Go, folder: Path, first: Path, capsys, tmp_path: Path) -> None:
@@ -192,14 +199,31 @@ def test_an_earlier_step_may_be_asked_for_and_nothing_is_lost(go: Go, folder: Pa
 
 
 def test_a_run_at_its_last_step_is_done(go: Go, folder: Path, capsys) -> None:
-    written = ("exit.json", "lock", "config.toml", "run.json")
-    before = files_in(folder, but=written)
-    assert go(training__steps=4) == 0
-    assert "goes on from step 4" in capsys.readouterr().out
-    assert files_in(folder, but=written) == before
-    facts = json.loads((folder / "run.json").read_text())
-    assert (facts["resumed_step"], [one["resumed_step"] for one in facts["earlier_starts"]]) == (4, [None])
+    before = files_in(folder)
+    assert go(training__steps=4, optimizer__lr=1e-4) == 0
+    assert "\nnothing to do: step 4 is the last one\n" in capsys.readouterr().out
+    assert files_in(folder) == before
     assert outcome(folder) == {"status": 0, "outcome": "done", "step": 4, "message": ""}
+
+
+@pytest.mark.parametrize("total_steps", [3, 6])
+def test_a_run_past_its_last_step_is_left_alone(total_steps: int, go: Go, folder: Path, capsys) -> None:
+    before = files_in(folder)
+    capsys.readouterr()
+    assert go("--debug.seed", 1, training__steps=3, lr_scheduler__total_steps=total_steps) == 0
+    line = "step 4 is past training.steps = 3: nothing to do"
+    assert capsys.readouterr().out == f"{line}\nFiles: {folder}\n"
+    assert files_in(folder) == before
+    assert outcome(folder) == {"status": 0, "outcome": "done", "step": 4, "message": line}
+
+
+def test_a_step_past_the_last_one_may_hold_the_model_alone(go: Go, folder: Path, capsys) -> None:
+    assert go("--checkpoint.last-save-model-only") == 0
+    before = files_in(folder)
+    capsys.readouterr()
+    assert go("--checkpoint.last-save-model-only", training__steps=3) == 0
+    assert "step 6 is past training.steps = 3: nothing to do\n" in capsys.readouterr().out
+    assert files_in(folder) == before
 
 
 def test_without_checkpoints_a_folder_with_steps_is_refused(go: Go, folder: Path, capsys) -> None:

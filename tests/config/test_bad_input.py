@@ -5,6 +5,7 @@ from pathlib import Path
 
 import programs
 import pytest
+import remedies
 
 from torchtitan_lite.attention import BACKENDS
 from torchtitan_lite.train import main
@@ -75,7 +76,8 @@ FLAGS = {
         '--validation.no-enable = "1" takes no value: write --validation.no-enable alone'
     ),
     "--validation.enable --data.validation-fraction 0": (
-        "validation.enable = true needs held-out text, and data.validation_fraction is 0: set that to 0.05"
+        "validation.enable = true needs held-out text, and data.validation_fraction is 0: "
+        "set data.validation_fraction = 0.05"
     ),
     "--model.name qwen": 'model.name = "qwen" is not a model family: did you mean "qwen3"?',
     "--model.flavor debugmodl": (
@@ -109,7 +111,8 @@ FLAGS = {
         """write a table, or on the command line JSON such as '{"key": 1}'"""
     ),
     "--model.flavor debugmodel_flex_flash --job.device cpu": (
-        'model.attention.kernel_options = {"BACKEND": "FLASH"} ... cpu: ...'
+        'model.attention.kernel_options = {"BACKEND": "FLASH"} is for CUDA kernels, and the device is cpu: '
+        'set model.flavor = "debugmodel_flex"'
     ),
     "--model.attention varlen --model.attention.kernel fa3 --job.device cpu": (
         'model.attention.kernel = "fa3" ...: ...'
@@ -159,14 +162,15 @@ FLAGS = {
         'job.dump_folder = "/dev/null/run" cannot be made below /dev/null, which is a file: name a folder'
     ),
     "--model.attention flex --model.attention.block-size 64 --compile.enable --job.device cuda --dry-run": (
-        "model.attention.block_size = 64 finds no kernel within compiled blocks: use a multiple of 128, ..."
+        "model.attention.block_size = 64 finds no kernel within compiled blocks: "
+        "use 128, or set compile.enable = false"
     ),
     "--checkpoint.interval 0": "checkpoint.interval = 0 must be at least 1: use 500 or so",
     "--checkpoint.load-step 5": (
         "checkpoint.load_step = 5 needs checkpoints, which are off: set checkpoint.enable"
     ),
     "--model.flavor debugmodel_flex_flash --job.device cuda --debug.deterministic --dry-run": (
-        "debug.deterministic = true is not for flex (flash) attention: use sdpa"
+        'debug.deterministic = true is not for flex (flash) attention: set model.flavor = "debugmodel_flex"'
     ),
     "--checkpoint.folder tb": (
         'checkpoint.folder = "tb" is the name of something else in the run\'s folder: use "checkpoint"'
@@ -260,6 +264,11 @@ def test_wrong_flags_are_refused_in_one_line(
 ) -> None:
     (line,) = refusal(capsys, *flags.split(" "))
     assert says(line, expected), f"{line}\nis not\n{expected}"
+
+
+@pytest.mark.parametrize("flags", [flags for flags, line in FLAGS.items() if "did you mean" not in line])
+def test_what_the_line_proposes_is_accepted(flags: str) -> None:
+    remedies.check_values(remedies.flags_of(flags))
 
 
 @pytest.mark.parametrize(("text", "expected"), FILES.items(), ids=[text[:40] for text in FILES])

@@ -1,10 +1,12 @@
 """Degrees of the mesh: which are allowed, and the errors for the others. No process group is needed."""
 
 import itertools
+import random
 import re
 from dataclasses import replace
 
 import pytest
+import remedies
 import torch
 
 from torchtitan_lite.config.job import load_job
@@ -40,8 +42,9 @@ REFUSED = {
         "parallelism.tensor_parallel_degree = 4 does not divide model.ffn_dim = 770: use 1 or 2"
     ),
     (4, f'{TP} 4 {SHARD} 1 --model.overrides {{"ffn_dim":770}}'): (
-        # With the other degrees as they are, no degree suits four ranks: the divisors are proposed.
-        "parallelism.tensor_parallel_degree = 4 does not divide model.ffn_dim = 770: use 1 or 2"
+        # With the other degrees as they are, no degree suits four ranks.
+        "parallelism.tensor_parallel_degree = 4 does not divide model.ffn_dim = 770: "
+        "use 1, and set parallelism.data_parallel_shard_degree = -1"
     ),
     (8, f"{TP} 8 --training.seq-len 510"): (
         "parallelism.tensor_parallel_degree = 8 does not divide model.n_kv_heads = 4: use 1 or 2"
@@ -138,6 +141,31 @@ def refusal(world_size: int, flags: str = "") -> list[str]:
     except ConfigError as error:
         return str(error).splitlines()
     return []
+
+
+@pytest.mark.parametrize("case", REFUSED, ids=[f"{n} {f}" for n, f in REFUSED])
+def test_what_the_line_proposes_is_accepted(case: tuple[int, str]) -> None:
+    world, flags = case
+    remedies.check(remedies.flags_of(f"--dry-run --world-size {world} {flags}"))
+
+
+def test_what_is_proposed_for_any_mesh_is_accepted() -> None:
+    choice, n_tried = random.Random(0).choice, 0
+    for _ in range(200):
+        options = {
+            "--world-size": choice([1, 2, 3, 4, 6, 8]),
+            TP: choice([1, 1, 2, 3, 4]),
+            CP: choice([1, 1, 2, 3]),
+            SHARD: choice([-1, -1, 1, 2]),
+            "--training.seq-len": choice([510, 512, 4095, 4096]),
+            "--parallelism.context-parallel-method": choice(["allgather", "ulysses"]),
+            "--model.overrides": choice(
+                ['{"vocab_size":256}', '{"vocab_size":300,"n_kv_heads":2}', '{"n_kv_heads":8}']
+            ),
+        }
+        flags = " ".join(f"{key} {value}" for key, value in options.items())
+        n_tried += remedies.check(remedies.flags_of(f"--dry-run {flags}"))
+    assert n_tried > 200
 
 
 @pytest.mark.parametrize(("case", "expected"), REFUSED.items(), ids=[f"{n} {f}" for n, f in REFUSED])

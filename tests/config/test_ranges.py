@@ -1,5 +1,6 @@
 """Ranges of values: in errors, in the help and in the JSON schema."""
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import plugin_cases
 import pytest
+import remedies
 from pydantic import Field
 
 from torchtitan_lite import registry
@@ -97,6 +99,26 @@ def test_the_remedy_for_a_value_out_of_range(key: str, value: float, remedy: str
     with pytest.raises(ConfigError) as caught:
         load_job([f"--{key}", str(value)])
     assert caught.value.problems[0].remedy.startswith(remedy)
+
+
+@pytest.mark.parametrize("key", leaves(JobConfig))
+def test_what_the_remedy_proposes_is_accepted(key: str) -> None:
+    if {int, float, bool} & set(plain_types(at(JobConfig, key.split(".")))):
+        needed = {"model.attention.kind": ["flex"]} if "attention." in key else {}
+        for value in (*OUT_OF_RANGE.get(key, ()), "x", -7.0, 3.5, 1e300):
+            remedies.check_values({**needed, key: [str(value)]})
+
+
+def test_a_whole_number_is_proposed_only_within_the_range() -> None:
+    with pytest.raises(ConfigError, match=r"steps = -7\.0 is not an integer: use 1 or more"):
+        load_job(["--training.steps", "-7.0"])
+
+
+@pytest.mark.parametrize("mine", ["../x", "tb", "profile_traces", "checkpoint"])
+def test_a_folder_is_proposed_only_if_no_other_has_its_name(mine: str) -> None:
+    for theirs in itertools.product(["lock", "tb", "profile_traces", "checkpoint"], repeat=2):
+        for names in ((mine, *theirs), (*theirs, mine)):
+            remedies.check({key: [name] for key, name in zip(FOLDERS, names, strict=True)})
 
 
 @pytest.mark.parametrize("key", FOLDERS)

@@ -46,6 +46,31 @@ class Capabilities:
         parts = [f"compute capability {gpus}" * bool(gpus), self.install]
         return ", ".join(part for part in parts if part)
 
+    def head_dim_rule(self, head_dim: int) -> str | None:
+        """Return the rule that `head_dim` breaks, or None. The GPU's own limits count if there is one."""
+        if head_dim % self.head_dim_multiple:
+            return f"is no multiple of {self.head_dim_multiple}, which {self.name} attention needs"
+        if self.head_dim_max is not None and head_dim > self.head_dim_max:
+            return f"is more than {self.head_dim_max}, the most that {self.name} attention has"
+        asks_gpu = bool(self.head_dims_lacking) and torch.cuda.is_available()
+        major = torch.cuda.get_device_capability()[0] if asks_gpu else 0
+        if head_dim in self.head_dims_lacking.get(major, ()):
+            return f"is not for {self.name} attention on this GPU"
+        return None
+
+    def head_dims_near(self, head_dim: int) -> list[int]:
+        """Return the even head dims next to `head_dim` that are supported: one below, then one above.
+
+        Rotary embedding turns pairs, so an odd head dim is of no use.
+        """
+        most = head_dim + self.head_dim_multiple * 2 if self.head_dim_max is None else self.head_dim_max
+        below, above = range(min(head_dim - 1, most), 0, -1), range(head_dim + 1, most + 1)
+        found = (
+            next((n for n in some if n % 2 == 0 and not self.head_dim_rule(n)), None)
+            for some in (below, above)
+        )
+        return [n for n in found if n is not None]
+
     def missing(self) -> str | None:
         """Return the reason why this machine cannot run the implementation, or None if it can."""
         if "cuda" in self.devices and "cpu" not in self.devices and not torch.cuda.is_available():
@@ -94,6 +119,8 @@ class Refusal(NamedTuple):
     value: object
     rule: str
     remedy: str
+    choices: tuple[object, ...] = ()
+    """Values of the field to try instead, the best first. Another rule may refuse some of them."""
 
 
 @runtime_checkable
@@ -145,34 +172,35 @@ def refusals(
 ) -> list[Refusal]:
     """Return every reason why attention of this shape cannot run with `config` on `device` ("cpu" or "cuda").
 
-    Packages and the GPU are checked only if this machine has a CUDA device.
+    Packages and the GPU are checked only if this machine has a CUDA device. If the implementation cannot run
+    here at all, only that is reported: no other dtype or shape would help.
     """
     found = list(config.option_refusals(device))
     can = config.implementation(device)
     name, dtype_name = f"{can.name} attention", str(dtype).removeprefix("torch.")
+    if device not in can.devices and not found:
+        rule, remedy = f"does not run {name}", f"it needs {' or '.join(can.devices)}"
+        choices = tuple(other for other in can.devices if other == "cpu")  # every machine has one
+        return [Refusal("device", device, rule, remedy, choices)]
+    if device not in can.devices or (found and device == "cuda" and can.unmet_here()):
+        return found
 
-    def refuse(is_wrong: object, field: str, value: object, rule: str, remedy: str) -> None:
-        if is_wrong:
-            found.append(Refusal(field, value, rule, remedy))
+    def refuse(field: str, value: object, rule: str, remedy: str, *choices: object) -> None:
+        found.append(Refusal(field, value, rule, remedy, choices))
 
-    # If an option chose an implementation for another device, the option has been refused already.
-    is_elsewhere = device not in can.devices and not found
-    refuse(is_elsewhere, "device", device, f"does not run {name}", f"it needs {' or '.join(can.devices)}")
-    remedy = f"use {can.dtypes[0]}, or another attention"
-    refuse(dtype_name not in can.dtypes, "dtype", dtype_name, f"is not for {name} on {device}", remedy)
-    rule = f"is no multiple of {can.head_dim_multiple}, which {name} needs"
-    refuse(head_dim % can.head_dim_multiple, "head_dim", head_dim, rule, "use sdpa, or another head_dim")
-    rule = f"is more than {can.head_dim_max}, the most that {name} has"
-    is_above = can.head_dim_max is not None and head_dim > can.head_dim_max
-    refuse(is_above, "head_dim", head_dim, rule, "use sdpa, or a smaller head_dim")
-    rule, remedy = f"is not for {name} on this GPU", "use another kernel, sdpa, or another head_dim"
-    asks_gpu = bool(can.head_dims_lacking) and torch.cuda.is_available()
-    major = torch.cuda.get_device_capability()[0] if asks_gpu else 0
-    refuse(head_dim in can.head_dims_lacking.get(major, ()), "head_dim", head_dim, rule, remedy)
-    divisors = [n for n in range(1, n_heads + 1) if n_heads % n == 0]
-    remedy = f"use {n_kv_heads * (n_heads // n_kv_heads or 1)} heads, or n_kv_heads out of {divisors}"
-    refuse(n_heads % n_kv_heads, "n_heads", n_heads, f"is no multiple of n_kv_heads = {n_kv_heads}", remedy)
-    is_windowed = sliding_window is not None and not can.sliding_window
-    refuse(is_windowed, "sliding_window", sliding_window, f"is not for {name}", "use sdpa")
-    refuse(deterministic and not can.deterministic, "deterministic", True, f"is not for {name}", "use sdpa")
+    if dtype_name not in can.dtypes:
+        remedy = f"use {can.dtypes[0]}, or another attention"
+        refuse("dtype", dtype_name, f"is not for {name} on {device}", remedy, *can.dtypes)
+    if rule := can.head_dim_rule(head_dim):
+        near = can.head_dims_near(head_dim)
+        remedy = f"use {' or '.join([*map(str, near), 'another attention'])}"
+        refuse("head_dim", head_dim, rule, remedy, *near)
+    if n_heads % n_kv_heads:
+        divisors = [n for n in range(1, n_heads + 1) if n_heads % n == 0]
+        remedy = f"use {n_kv_heads * (n_heads // n_kv_heads or 1)} heads, or n_kv_heads out of {divisors}"
+        refuse("n_heads", n_heads, f"is no multiple of n_kv_heads = {n_kv_heads}", remedy)
+    if sliding_window is not None and not can.sliding_window:
+        refuse("sliding_window", sliding_window, f"is not for {name}", "use another attention")
+    if deterministic and not can.deterministic:
+        refuse("deterministic", True, f"is not for {name}", "use another attention")
     return found

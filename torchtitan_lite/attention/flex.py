@@ -6,7 +6,7 @@ M query blocks, N key blocks.
 
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, ClassVar, Literal, get_args, get_type_hints
 
@@ -90,29 +90,37 @@ class Flex:
         return flash if self.flash else cpu if device == "cpu" else triton
 
     def option_refusals(self, device: str) -> list[Refusal]:
+        if self.kernel_options and (rule := self._kernel_lack(device)):
+            # Of a kernel that cannot run here, no other option matters.
+            options = {} if device == "cpu" else {**self.kernel_options}
+            options.pop("BACKEND", None)
+            remedy = "leave the options of the kernel out" if device == "cpu" else "use another BACKEND"
+            refusal = Refusal("kernel_options", self.kernel_options, rule, remedy, (options,))
+            return [refusal, *replace(self, kernel_options=options).option_refusals(device)]
         found = [*self._block_refusals(device), *self._kernel_refusals()]
-        if device == "cpu" and self.kernel_options:
-            rule = "is for CUDA kernels, and the device is cpu"
-            remedy = 'set job.device = "cuda" where there is a GPU, or leave kernel_options empty'
-            found.append(Refusal("kernel_options", self.kernel_options, rule, remedy))
-        if self.flash and device == "cuda" and (rule := self.implementation("cuda").unmet_here()):
-            found.append(Refusal("kernel_options", self.kernel_options, rule, "use another BACKEND"))
         if device == "cuda" and torch.cuda.is_available() and (fault := kernel_cache.fault(device)):
             found.append(Refusal("kind", self.kind, *fault))
         return found
 
+    def _kernel_lack(self, device: str) -> str | None:
+        """Return the rule by which `device` cannot run the kernel that `kernel_options` are for, or None."""
+        if device == "cpu":
+            return "is for CUDA kernels, and the device is cpu"
+        return self.implementation(device).unmet_here() if self.flash else None
+
     def _block_refusals(self, device: str) -> Iterator[Refusal]:
-        if any(size < 16 or size & (size - 1) for size in self.blocks):
-            yield Refusal("block_size", self.block_size, "must be powers of two from 16 up", "use 128")
-        elif self.flash:
+        allowed: list[tuple[int, int]] = []
+        if self.flash:
             major = torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else None
             allowed = [FLASH_BLOCKS[major]] if major in FLASH_BLOCKS else list(FLASH_BLOCKS.values())
-            if self.blocks not in allowed:
-                remedy = f"use {' or '.join(str(list(size)) for size in allowed)}"
-                yield Refusal("block_size", self.block_size, "does not fit the FLASH backend", remedy)
+        remedy = f"use {' or '.join(str(list(size)) for size in allowed) or TRITON_BLOCKS[1]}"
+        if any(size < 16 or size & (size - 1) for size in self.blocks):
+            yield Refusal("block_size", self.block_size, "must be powers of two from 16 up", remedy)
+        elif allowed and self.blocks not in allowed:
+            yield Refusal("block_size", self.block_size, "does not fit the FLASH backend", remedy)
         elif device == "cuda" and min(self.blocks) < TRITON_BLOCKS[0]:
             rule = f"is less than {TRITON_BLOCKS[0]}, the smallest tile of the Triton kernels"
-            yield Refusal("block_size", self.block_size, rule, f"use {TRITON_BLOCKS[1]}")
+            yield Refusal("block_size", self.block_size, rule, remedy)
 
     def _kernel_refusals(self) -> Iterator[Refusal]:
         known = get_type_hints(FlexKernelOptions)
@@ -120,15 +128,16 @@ class Flex:
             field, hint = f"kernel_options.{name}", known.get(name.removeprefix("fwd_").removeprefix("bwd_"))
             choices = get_args(hint)
             if hint is None:
-                remedy = f"use one of {', '.join(known)}, or one of them after fwd_ or bwd_"
+                remedy = (
+                    f"leave it out, or name one of {', '.join(known)}, or one of these after fwd_ or bwd_"
+                )
                 yield Refusal(field, value, "is no option of FlexAttention", remedy)
             elif choices and value not in choices:
-                yield Refusal(
-                    field, value, "is no backend of FlexAttention", f"use one of {', '.join(choices)}"
-                )
+                rule, remedy = "is no backend of FlexAttention", f"use one of {', '.join(choices)}"
+                yield Refusal(field, value, rule, remedy, choices)
             elif not choices and type(value) is not hint:
-                rule = "is not true or false" if hint is bool else "is not a whole number"
-                yield Refusal(field, value, rule, "use true" if hint is bool else "use 64 or the like")
+                right = "true or false" if hint is bool else "a whole number"
+                yield Refusal(field, value, f"is not {right}", f"write {right}, or leave it out")
 
     def build(self) -> nn.Module:
         tiles = {}

@@ -118,12 +118,11 @@ class Varlen:
 
     def option_refusals(self, device: str) -> list[Refusal]:
         can = self.implementation(device)
+        rule = can.unmet_here() if device == "cuda" else None
         if device not in can.devices:
             rule = f"needs a CUDA device with {can.needs}, and the device is {device}"
-            return [Refusal("kernel", self.kernel, rule, 'use "auto" or "documents"')]
-        if device == "cuda" and (rule := can.unmet_here()):
-            return [Refusal("kernel", self.kernel, rule, 'use "auto"')]
-        return []
+        choices = ("auto", "documents")
+        return [Refusal("kernel", self.kernel, rule, 'use "auto" or "documents"', choices)] if rule else []
 
     def build(self) -> nn.Module:
         """Return the attention module. Raises ValueError if `kernel` is not "auto" and cannot run here."""

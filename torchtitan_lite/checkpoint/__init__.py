@@ -67,10 +67,14 @@ class CheckpointConfig:
 
         if self.export_dtype != "float32" and not (self.last_save_model_only or self.last_save_in_hf):
             rule = "is for a last step that holds the model alone and for the folder hf, and both are off"
-            remedy = f"set {key}.last_save_model_only or {key}.last_save_in_hf, or leave it out"
-            add("export_dtype", rule, remedy, "last_save_model_only", "last_save_in_hf")
+            # With only one step kept, the step must not hold the model alone.
+            feature = "last_save_in_hf" if self.keep_latest_k == 1 else "last_save_model_only"
+            settings = [f"{key}.{name} = true" for name in ["enable"] * (not self.enable) + [feature]]
+            remedy = f"leave it out, or set {' and '.join(settings)}"
+            add("export_dtype", rule, remedy, "enable", "last_save_model_only", "last_save_in_hf")
         if self.initial_load_in_hf and not self.initial_load_path:
-            rule, remedy = "says what initial_load_path is, and that is empty", f"set {key}.initial_load_path"
+            rule = "says what initial_load_path is, and that is empty"
+            remedy = f"name the folder in {key}.initial_load_path, or leave it out"
             add("initial_load_in_hf", rule, remedy, "initial_load_path")
         if self.last_save_model_only and self.keep_latest_k == 1:
             rule = "would leave only a last step that holds the model alone, and none to go on from"

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torchtitan_lite.checkpoint.manifest import (
     MANIFEST,
@@ -18,16 +17,14 @@ from torchtitan_lite.checkpoint.manifest import (
     reading,
     refusing_damage,
 )
-from torchtitan_lite.checkpoint.state import STATE, State, changed, flat, read_state
+from torchtitan_lite.checkpoint.state import STATE, State, read_state
 from torchtitan_lite.checkpoint.steps import Steps
 from torchtitan_lite.checkpoint.tensors import Piece, Stored, differences, read_index, read_tensors
 from torchtitan_lite.config.load import ConfigError, Problem
-from torchtitan_lite.config.problem import literal, printable
+from torchtitan_lite.config.problem import printable
 from torchtitan_lite.launch.world import World
 
 _LOG = logging.getLogger(__name__)
-_DATA_KEYS = [f"data.{key}" for key in ("dataset", "path", "field", "tokenizer", "validation_fraction")]
-"""The settings that determine the fingerprint of the data."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,39 +134,6 @@ def _initial(path: str) -> Path:
     if not folder.name.startswith("step-") and not (folder / MANIFEST).exists():
         raise Damaged("it has none (checkpoint.enable has a run save some)")
     return folder
-
-
-def check_same_run(
-    state: State, identity: Mapping[str, Any], config: Mapping[str, Any], *, allow_changes: bool
-) -> list[Problem]:
-    """Return a problem for each difference between this run and the run that saved the step.
-
-    If the data has another fingerprint, the settings of the data in `config` are compared too. Raises
-    ConfigError with the problems unless `allow_changes`.
-    """
-    saved, now = dict(state.identity), dict(identity)
-    if saved.get("data.fingerprint") != now.get("data.fingerprint"):
-        # The user can set these settings back, but not a fingerprint.
-        saved, now = {**_of_data(state.config), **saved}, {**_of_data(config), **now}
-    return check_same(saved, now, state.step, allow_changes=allow_changes)
-
-
-def check_same(
-    saved: Mapping[str, Any], now: Mapping[str, Any], step: int, *, allow_changes: bool
-) -> list[Problem]:
-    """Return a problem for each value of `saved` that differs in `now`. Raise them unless `allow_changes`."""
-    remedy = "set it back, or use --checkpoint.allow-changes"
-    found = [
-        Problem(key, new, f"was {literal(old)} when step {step} was saved", remedy)
-        for key, (old, new) in changed(saved, now).items()
-    ]
-    if found and not allow_changes:
-        raise ConfigError(found)
-    return found
-
-
-def _of_data(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in flat(config).items() if key in _DATA_KEYS}
 
 
 def load(

@@ -1,16 +1,17 @@
 """The whole configuration of a run: the sections of all modules, and the checks between sections."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 
 from torchtitan_lite import registry
 from torchtitan_lite.attention import AttentionConfig
 from torchtitan_lite.checkpoint import CheckpointConfig
+from torchtitan_lite.config import torchtitan
 from torchtitan_lite.config.load import ConfigError, Loaded, Problem, load, to_toml
 from torchtitan_lite.config.problem import of_sound_keys
 from torchtitan_lite.data.datasets import DataConfig, PythonStdlib
@@ -18,9 +19,9 @@ from torchtitan_lite.data.tokenizer import load_tokenizer
 from torchtitan_lite.launch.world import CommConfig
 from torchtitan_lite.models.decoder import DecoderConfig
 from torchtitan_lite.models.huggingface import export_problems
+from torchtitan_lite.models.refusals import KEYS_OF_A_RUN, Conditions, attention_problems
 from torchtitan_lite.models.registry import (
     DEFAULT_FAMILY,
-    attention_problems,
     class_of_flavor,
     expand_model,
     flavors_in_words,
@@ -119,6 +120,9 @@ class JobConfig:
     debug: DebugConfig = field(default_factory=DebugConfig)
     hooks: Annotated[Any, registry.hooks] = field(default_factory=registry.hooks.defaults)
 
+    foreign_keys: ClassVar[Mapping[str, str]] = torchtitan.REMEDIES
+    """The remedies for unknown keys that people bring from elsewhere."""
+
     @property
     def device(self) -> str:
         """The device of the run: "cpu" or "cuda". "auto" becomes "cuda" if torch finds a GPU."""
@@ -183,44 +187,57 @@ class JobConfig:
             rule, remedy = "is not available, as torch finds no GPU", 'use "cpu" or "auto"'
             found.append(Problem("job.device", "cuda", rule, remedy))
         if self.validation.enable and self.data.validation_fraction == 0:
-            rule, remedy = "needs held-out text, and data.validation_fraction is 0", "set that to 0.05"
+            rule, remedy = (
+                "needs held-out text, and data.validation_fraction is 0",
+                "set data.validation_fraction = 0.05",
+            )
             found.append(Problem("validation.enable", True, rule, remedy, ("data.validation_fraction",)))
         found += self._folder_problems()
         found += self._text_problems()
-        found += attention_problems(
-            self.attention,
-            decoder,
+        conditions = Conditions(
+            decoder=decoder,
             device=self.device,
             dtype=self.training.compute_dtype,
             deterministic=self.debug.deterministic,
             is_compiled=self.compile.enable,
         )
+        found += attention_problems(self.attention, conditions, KEYS_OF_A_RUN, model.flavor)
         found += self._tokenizer_problems(decoder)
-        seq_len = self.training.seq_len
-        found += Division(self.parallelism, decoder, seq_len=seq_len, world_size=world_size).problems()
-        if decoder is not None and seq_len > decoder.max_seq_len:
-            rule = f"is more than the {decoder.max_seq_len} tokens that the model is meant for"
-            remedy = f"use at most {decoder.max_seq_len}, or raise model.overrides.max_seq_len"
-            found.append(Problem("training.seq_len", seq_len, rule, remedy, ("model.overrides.max_seq_len",)))
+        division = Division(self.parallelism, decoder, seq_len=self.training.seq_len, world_size=world_size)
+        found += division.problems()
+        found += self._length_problems(decoder, division.unit)
         if decoder is not None and self.checkpoint.last_save_in_hf:
             found += export_problems(decoder, "model.overrides")
         if decoder is not None and type(decoder) is not DecoderConfig and not wrong and not mesh:
             found += model_problems(decoder, self.parallelism.degrees(world_size))
         return wrong + of_sound_keys(found, wrong)
 
+    def _length_problems(self, decoder: DecoderConfig | None, unit: int) -> list[Problem]:
+        """Return a problem if the samples, a multiple of `unit` tokens, are too long for the model."""
+        seq_len = self.training.seq_len
+        if decoder is None or seq_len <= decoder.max_seq_len:
+            return []
+        rule = f"is more than the {decoder.max_seq_len} tokens that the model is meant for"
+        remedy = "raise model.overrides.max_seq_len"
+        if most := decoder.max_seq_len // unit * unit:
+            remedy = f"use at most {most}, or {remedy}"
+        return [Problem("training.seq_len", seq_len, rule, remedy, ("model.overrides.max_seq_len",))]
+
     def _folder_problems(self) -> list[Problem]:
         """Return a problem for each folder that is outside the run's folder, or whose name is used there."""
         tb, traces = self.metrics.save_tb_folder, self.profiling.save_traces_folder
+        folder = self.checkpoint.folder
         reports = {
-            "metrics.save_tb_folder": (tb, "tb"),
-            "profiling.save_traces_folder": (traces, "profile_traces"),
+            "metrics.save_tb_folder": (tb, ("tb", "tensorboard")),
+            "profiling.save_traces_folder": (traces, ("profile_traces", "traces")),
         }
         found = [
-            Problem(key, folder, "is not a folder of its own inside the run's", f'use "{default}"')
-            for key, (folder, default) in reports.items()
-            if not is_inside(folder)
+            Problem(key, place, "is not a folder of its own inside the run's", _use_free(names, {folder}))
+            for key, (place, names) in reports.items()
+            if not is_inside(place)
         ]
-        folder, remedy = self.checkpoint.folder, 'use "checkpoint"'
+        used = {"tb", "profile_traces", *Path(tb).parts[:1], *Path(traces).parts[:1]}
+        remedy = _use_free(("checkpoint", "checkpoints", "steps"), used)
         if Path(folder).name != folder or folder in ("", ".."):
             found.append(Problem("checkpoint.folder", folder, "is not a folder inside the run's", remedy))
         elif not is_inside(folder) or folder in (Path(tb).parts[:1] + Path(traces).parts[:1]):
@@ -248,9 +265,17 @@ class JobConfig:
         if decoder is None or size <= decoder.vocab_size:
             return []
         rule = f"has {size} tokens, and the model's vocab_size is {decoder.vocab_size}"
+        tensor = self.parallelism.tensor_parallel_degree
         remedy = f"set model.overrides.vocab_size to {size} or more"
+        if size % tensor:
+            remedy = f"set model.overrides.vocab_size = {-(-size // tensor) * tensor}"
         reads = ("tokenizers", "model.overrides.vocab_size")
         return [Problem("data.tokenizer", self.data.tokenizer, rule, remedy, reads)]
+
+
+def _use_free(names: Sequence[str], used: set[str]) -> str:
+    """Return the remedy that proposes the first of `names` that is not `used`."""
+    return f'use "{next(name for name in names if name not in used)}"'
 
 
 def _own_problems(section: Any, key: str) -> list[Problem]:

@@ -10,6 +10,7 @@ import operator
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
+from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from torchtitan_lite.config.problem import Problem, Remedy, dotted, either, literal, near
@@ -81,7 +82,8 @@ def wrong_values(cls: type, table: dict[str, Any], errors: Sequence[Any], key: s
         if annotation is None:
             found.append(_unknown_key(cls, place, key_there, value))
         else:
-            found.append(WrongValue(place.path, _wrong_value(annotation, key_there, value, kinds)))
+            default = getattr(place.owner, place.path[-1], None)
+            found.append(WrongValue(place.path, _wrong_value(annotation, key_there, value, kinds, default)))
     return found
 
 
@@ -97,7 +99,7 @@ def _place(cls: type, loc: Sequence[int | str]) -> _Place:
         section, owner = annotation, choice.members[rest.pop(0)] if choice else classes(annotation)[0]
 
 
-def _wrong_value(annotation: Any, key: str, value: Any, types: set[str]) -> Problem:
+def _wrong_value(annotation: Any, key: str, value: Any, types: set[str], default: object) -> Problem:
     """Return the problem of `value`, which pydantic refused with errors of these `types`."""
     choice = choice_of(annotation)
     if classes(annotation) and not isinstance(value, dict):
@@ -109,7 +111,7 @@ def _wrong_value(annotation: Any, key: str, value: Any, types: set[str]) -> Prob
         return Problem(f"{key}.{tag}", name, f"is not a known {tag}", near(name, choice.members))
     if not types.isdisjoint(_RANGES):
         return Problem(key, value, f"must be {limits(annotation)}", _range_remedy(annotation))
-    return Problem(key, value, f"is not {_described(annotation)}", _remedy(annotation, value))
+    return Problem(key, value, f"is not {_described(annotation)}", _remedy(annotation, value, default))
 
 
 def _unknown_key(cls: type, place: _Place, key: str, value: object) -> WrongValue:
@@ -123,6 +125,11 @@ def _unknown_key(cls: type, place: _Place, key: str, value: object) -> WrongValu
         remedy = f'leave it out, or set {by} = "{kinds[0]}"'
         return WrongValue(place.path, Problem(key, value, rule, remedy, (by,)), is_of_another_member=True)
     is_section = key == dotted("", name)
+    rule = f"is not a known {'section' if is_section else 'key'}"
+    foreign = getattr(cls, "foreign_keys", {})
+    switch = f"{key.removesuffix(name)}{name.removeprefix('no_')}"  # --metrics.no_enable_wandb
+    if remedy := foreign.get(key) or foreign.get(switch):
+        return WrongValue(place.path, Problem(key, value, rule, remedy))
     elsewhere = [leaf for leaf in leaves(cls) if leaf.rpartition(".")[2] == name]
     if not isinstance(value, dict) and 0 < len(elsewhere) <= (3 if is_section else 1):
         remedy = f"did you mean {either(map(literal, elsewhere))}?"
@@ -130,7 +137,6 @@ def _unknown_key(cls: type, place: _Place, key: str, value: object) -> WrongValu
         remedy = near(name, field_types(place.owner))
     if note(place.section, Sections):
         remedy = f"{remedy.rstrip('?')}, or name the plugin that has it in job.plugins"
-    rule = f"is not a known {'section' if is_section else 'key'}"
     return WrongValue(place.path, Problem(key, value, rule, remedy))
 
 
@@ -167,6 +173,21 @@ def _range_remedy(annotation: Any) -> str:
     return "use a number in this range"
 
 
+def _special_number(annotation: Any) -> str | None:
+    """Return the remedy that stands in the annotation, or None: for such a key 64 may be wrong."""
+    notes = (note(option, Remedy) for option in alternatives(annotation))
+    return next((remedy.text for remedy in notes if remedy), None)
+
+
+def _is_in_range(annotation: Any, number: int) -> bool:
+    """Return True if a key with this annotation takes the whole number."""
+    try:
+        TypeAdapter(annotation).validate_python(number, strict=True)
+    except ValidationError:
+        return False
+    return -(2**63) <= number < 2**63  # what TOML and a tensor can hold
+
+
 def _is_literal(tp: Any) -> bool:
     return get_origin(tp) is Literal
 
@@ -177,19 +198,28 @@ def _described(annotation: Any) -> str:
     return " or ".join(dict.fromkeys(names))
 
 
-def _remedy(annotation: Any, value: object) -> str:
-    """Return the remedy for a `value` of the wrong type: how to write a value of the annotated type."""
+def _remedy(annotation: Any, value: object, default: object) -> str:
+    """Return the remedy for a `value` of the wrong type: how to write a value of the annotated type.
+
+    A number that is shown as an example must be one that the key takes. `default` is the default of the key.
+    """
     types = plain_types(annotation)
     options = [tp for tp in types if tp is not type(None)]
     optional = ", or leave it out" if len(options) < len(types) else ""
     if optional and value is None:
         return "leave it out"
+    if int in options and isinstance(default, int) and not limits(annotation):
+        return f"write a whole number such as {default}{optional}"  # the range is checked elsewhere
     if int in options and isinstance(value, float) and value.is_integer():
+        if not _is_in_range(annotation, int(value)):
+            return _range_remedy(annotation)
         return f"write {int(value)}{optional}"
     choices = [choice for tp in options if _is_literal(tp) for choice in get_args(tp)]
     if choices and len(options) == 1:
         return near(value, choices) + optional
     main = next(tp for tp in options if not _is_literal(tp) or len(options) == 1)
+    if main is int and (special := _special_number(annotation)):
+        return special if "leave it out" in special else special + optional
     is_pair = main is int and any(get_origin(tp) is tuple for tp in options)
     remedy = _REMEDIES.get(get_origin(main) or main, f"write {_described(annotation)}")
     return remedy + ", or a list such as [64, 64]" * is_pair + optional

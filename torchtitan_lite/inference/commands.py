@@ -39,7 +39,8 @@ from torchtitan_lite.inference.trained import (
 from torchtitan_lite.launch.end import status_of
 from torchtitan_lite.launch.world import World, join, leave
 from torchtitan_lite.models.decoder import DecoderConfig
-from torchtitan_lite.models.registry import AnyAttention, attention_refusals
+from torchtitan_lite.models.refusals import KEYS_OF_A_COMMAND, Conditions, attention_problems
+from torchtitan_lite.models.registry import AnyAttention
 from torchtitan_lite.training import hub
 
 _LOG = logging.getLogger(__name__)
@@ -311,11 +312,9 @@ def _check(
     config: DecoderConfig, attention: AttentionConfig, device: torch.device, dtype: torch.dtype
 ) -> None:
     """Raise ConfigError if `attention` cannot run this model on `device` in `dtype`."""
-    refused = attention_refusals(attention, config, device=device.type, dtype=dtype)
-    if refused:
-        raise ConfigError(
-            [Problem(f"attention.{name}", value, rule, remedy) for name, value, rule, remedy in refused]
-        )
+    conditions = Conditions(decoder=config, device=device.type, dtype=dtype)
+    if problems := attention_problems(attention, conditions, KEYS_OF_A_COMMAND):
+        raise ConfigError(problems)
 
 
 _COMMANDS: dict[str, tuple[type, Callable[[str, Any], None]]] = {

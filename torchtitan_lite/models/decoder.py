@@ -120,7 +120,9 @@ class DecoderConfig:
         """Return problems if head_dim is odd, n_kv_heads does not divide n_heads, or the scaling is wrong."""
         found = []
         if self.head_dim % 2:
-            rule, remedy = "is odd, and rotary embedding turns pairs", f"use {self.head_dim + 1}"
+            # Every attention takes multiples of 16 up to 128.
+            better = min(-(-self.head_dim // 16) * 16, 128) if self.head_dim < 256 else self.head_dim - 1
+            rule, remedy = "is odd, and rotary embedding turns pairs", f"use {better}"
             found.append(Problem(f"{key}.head_dim", self.head_dim, rule, remedy))
         if self.n_heads % self.n_kv_heads:
             rule = f"does not divide n_heads = {self.n_heads}"

@@ -11,10 +11,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
-
 from torchtitan_lite import registry
-from torchtitan_lite.attention import BACKENDS, AttentionConfig, Flex, Refusal, refusals
+from torchtitan_lite.attention import BACKENDS, AttentionConfig
 from torchtitan_lite.config.load import ConfigError, Problem, last_said, near
 from torchtitan_lite.config.problem import of_sound_keys
 from torchtitan_lite.config.validation import holder, overlay, validate
@@ -51,13 +49,6 @@ FOLDER = "hf"
 """The name of a model whose flavor is a folder with a config.json."""
 
 _OVERRIDES = "model.overrides"
-_REFUSED_KEYS = {
-    "device": "job.device",
-    "dtype": "training.mixed_precision_param",
-    "deterministic": "debug.deterministic",
-    **{name: f"{_OVERRIDES}.{name}" for name in ("head_dim", "n_heads", "sliding_window")},
-}
-"""The configuration key of each refusal that is not about an option of the attention backend itself."""
 _SDPA: dict[str, Any] = {"kind": "sdpa"}
 _SUFFIXES: dict[str, dict[str, Any]] = {
     "_flex": {"kind": "flex"},
@@ -90,6 +81,14 @@ def split_flavor(flavor: str) -> tuple[str, dict[str, Any] | None]:
         if flavor.endswith(suffix):
             return flavor.removesuffix(suffix), copy.deepcopy(attention)
     return flavor, None
+
+
+def flavors_like(flavor: str) -> list[str]:
+    """Return the other flavors of the same size. First come those that the suffix of `flavor` extends."""
+    size = split_flavor(flavor)[0]
+    suffix = flavor.removeprefix(size)
+    others = {"", *_SUFFIXES} - {suffix}
+    return [size + other for other in sorted(others, key=lambda one: (not suffix.startswith(one), -len(one)))]
 
 
 def own_attention(flavor: str) -> AttentionConfig:
@@ -130,55 +129,6 @@ def _exists(name: object, flavor: object) -> bool:
     if name == FOLDER or not isinstance(flavor, str) or split_flavor(flavor)[1] is not None:
         return True
     return isinstance(name, str) and flavor in families.get(name, {})
-
-
-def attention_problems(
-    attention: AttentionConfig,
-    decoder: DecoderConfig | None,
-    *,
-    device: str,
-    dtype: torch.dtype,
-    deterministic: bool,
-    is_compiled: bool,
-) -> list[Problem]:
-    """Return the problems of a run's attention: its refusals, and a block size that compile cannot use."""
-    found = []
-    options: dict[str, Any] = {"device": device, "dtype": dtype, "deterministic": deterministic}
-    for name, value, rule, remedy in attention_refusals(attention, decoder, **options):
-        key = _REFUSED_KEYS.get(name, f"model.attention.{name}")
-        reads = ("job.device", "model.attention", *[_OVERRIDES] * key.startswith(_OVERRIDES))
-        found.append(Problem(key, value, rule, remedy, reads))
-    if is_compiled and device == "cuda" and isinstance(attention, Flex) and attention.autotuned:
-        key, rule = "model.attention.block_size", "finds no kernel within compiled blocks"
-        remedy, reads = "use a multiple of 128, or compile.enable = false", ("job.device", "compile.enable")
-        found.append(Problem(key, attention.block_size, rule, remedy, reads))
-    return found
-
-
-def attention_refusals(
-    attention: AttentionConfig,
-    decoder: DecoderConfig | None,
-    *,
-    device: str,
-    dtype: torch.dtype,
-    deterministic: bool = False,
-) -> list[Refusal]:
-    """Return the reasons why `attention` cannot run in `decoder` on the device "cpu" or "cuda".
-
-    If `decoder` is None, only the options of `attention` are checked.
-    """
-    if decoder is None:
-        return attention.option_refusals(device)
-    return refusals(
-        attention,
-        device=device,
-        dtype=dtype,
-        head_dim=decoder.head_dim,
-        n_heads=decoder.n_heads,
-        n_kv_heads=decoder.n_kv_heads,
-        sliding_window=decoder.sliding_window,
-        deterministic=deterministic,
-    )
 
 
 def true_flavor(flavor: str, attention: AttentionConfig) -> str:

@@ -51,7 +51,7 @@ class CompileConfig:
             return [Problem(f"{key}.backend", self.backend, rule, remedy, reads)]
         if self.uses_inductor and device == "cpu" and not shutil.which(CXX):
             rule = f"needs a C++ compiler, and {CXX} is not on PATH"
-            remedy, reads = "install one, name one in CXX, or do not compile", ("job.device",)
+            remedy, reads = "install one, name one in CXX, or set compile.enable = false", ("job.device",)
             return [Problem(f"{key}.enable", True, rule, remedy, reads)]
         return []
 

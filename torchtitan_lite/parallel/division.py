@@ -1,5 +1,6 @@
 """Check that the degrees of the mesh divide heads, widths, the vocabulary and the sequence."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from math import ceil, gcd, lcm
 from typing import Any
@@ -49,8 +50,8 @@ class Division:
                 f"does not divide {either(f'model.{name} = {self.sizes[name]}' for name in self.undivided)}"
             )
             remedy = self._better_degrees("tensor_parallel_degree", gcd(*self.sizes.values()))
-            if self.undivided == [extensible]:
-                enough = ceil(self.sizes[extensible] / degree) * degree
+            enough = ceil(self.sizes.get(extensible, 0) / degree) * degree
+            if self.undivided == [extensible] and self._suits({}, {extensible: enough}):
                 remedy += f", or model.overrides.{extensible} = {enough}"
             found.append(Problem("parallelism.tensor_parallel_degree", degree, rule, remedy, reads))
         if self.heads_left:
@@ -59,7 +60,7 @@ class Division:
             if self.tensor > 1:
                 rule += f" / parallelism.tensor_parallel_degree = {self.tensor}"
             remedy = self._better_degrees("context_parallel_degree", self.heads)
-            if self._suits(context_parallel_method="allgather"):
+            if self._suits({"context_parallel_method": "allgather"}):
                 remedy += ', or parallelism.context_parallel_method = "allgather"'
             found.append(Problem("parallelism.context_parallel_degree", degree, rule, remedy, reads))
         if self.seq_len % self.unit:
@@ -80,19 +81,27 @@ class Division:
         below = min(self.seq_len, most) // self.unit * self.unit
         better = [length for length in (below, below + self.unit) if 0 < length <= most]
         remedy = f"use {either(better)}" if better else "use smaller degrees"
-        if self._suits(context_parallel_load_balancer="none"):
+        if self._suits({"context_parallel_load_balancer": "none"}):
             remedy += ', or parallelism.context_parallel_load_balancer = "none"'
         return f"is not a multiple of {self.unit}, as {' and '.join(degrees)} {ask}", remedy
 
     def _better_degrees(self, name: str, whole: int) -> str:
-        """Return the remedy: values of the degree `name` that divide `whole`, and if possible all sizes."""
-        divisors = [n for n in range(1, min(whole, _MOST_TRIED) + 1) if whole % n == 0]
-        return f"use {either([n for n in divisors if self._suits(**{name: n})] or divisors)}"
+        """Return the remedy: values of the degree `name` that divide `whole` and suit all else, or 1.
 
-    def _suits(self, **changes: object) -> bool:
-        """Return True if the degrees, after `changes`, divide all sizes and suit the number of ranks."""
-        mesh: Any = replace(self.parallelism, **changes)
+        The other checks count a wrong degree as 1, so 1 suits whatever they propose. The ranks that this
+        leaves over can only shard the data.
+        """
+        divisors = [n for n in range(1, min(whole, _MOST_TRIED) + 1) if whole % n == 0]
+        if good := [n for n in divisors if self._suits({name: n})]:
+            return f"use {either(good)}"
+        is_free = self.parallelism.data_parallel_shard_degree == -1
+        return "use 1" if is_free else "use 1, and set parallelism.data_parallel_shard_degree = -1"
+
+    def _suits(self, degrees: Mapping[str, object], sizes: Mapping[str, int] | None = None) -> bool:
+        """Return True if all divides and suits the ranks with these `degrees` and `sizes` of the decoder."""
+        mesh: Any = replace(self.parallelism, **degrees)
         if mesh.problems("parallelism", self.world_size):
             return False
-        other = Division(mesh, self.decoder, seq_len=self.seq_len, world_size=self.world_size)
+        decoder = replace(self.decoder, **sizes) if sizes else self.decoder
+        other = Division(mesh, decoder, seq_len=self.seq_len, world_size=self.world_size)
         return not (other.undivided or other.heads_left or other.seq_len % other.unit)

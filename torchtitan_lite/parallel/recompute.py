@@ -28,7 +28,9 @@ class ActivationCheckpointConfig:
         """Return a problem if the option is malformed, or is larger than `n_blocks` (None: not known)."""
         name, option = f"{key}.selective_ac_option", self.selective_ac_option
         if not re.fullmatch("op|[1-9][0-9]{0,3}", option, re.ASCII):
-            rule, remedy = 'is neither "op" nor a number of blocks', 'use "op", or "2" for every 2nd block'
+            rule, remedy = 'is neither "op" nor a number of blocks', 'use "op"'
+            if n_blocks is None or n_blocks >= 2:
+                remedy += ', or "2" for every 2nd block'
             return [Problem(name, option, rule, remedy)]
         if self.mode != "selective" or option == "op" or n_blocks is None or int(option) <= n_blocks:
             return []

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchtitan_lite.checkpoint.identity import check_same
 from torchtitan_lite.checkpoint.restore import (
     VerifiedStep,
-    check_same,
-    check_same_run,
     find_initial,
     find_step,
     load,
@@ -46,6 +45,16 @@ class Start:
     """The checkpoint of this run to resume from."""
     initial: VerifiedStep | Path | None = None
     """The weights of a new run: a checkpoint, or the folder of a Hugging Face model."""
+
+    @property
+    def step(self) -> int:
+        """The number of steps that the run has done already."""
+        return self.resumed.state.step if self.resumed else 0
+
+    @property
+    def is_model_only(self) -> bool:
+        """True if the step to resume from holds the model alone: then the run is over."""
+        return self.resumed is not None and self.resumed.state.model_only
 
 
 def find_start(job: JobConfig, folder: Path, world: World) -> Start:
@@ -108,9 +117,10 @@ class Record:
             )
             remedy = "set it back, or start another run with checkpoint.initial_load_path"
             raise ConfigError([Problem("optimizer.name", self.job.optimizer.name, rule, remedy)])
-        others = check_same_run(state, self.identity, self.config, allow_changes=allow)
-        noted = changed(state.config, self.config, but=_NOT_NOTED)
-        noted |= changed(_resolved(state.schedule), _resolved(self.schedule))
+        others = check_same(state, self.identity, self.config, allow_changes=allow)
+        settings = changed(state.config, self.config, but=_NOT_NOTED)
+        settings |= changed(_resolved(state.schedule), _resolved(self.schedule))
+        noted = sorted(settings.items())
         n_ranks = flat(found.manifest.made).get("mesh.ranks")
         where = ""
         if n_ranks != self.n_ranks:
@@ -119,7 +129,7 @@ class Record:
             where += ", as checkpoint.load_step says: without it, from the newest"
         lines = [
             f"goes on from step {state.step} in {found.folder}{where}",
-            *(f"changed since then: {key} = {now}, was {then}" for key, (then, now) in sorted(noted.items())),
+            *(f"changed since then: {key} = {_shown(now)}, was {_shown(then)}" for key, (then, now) in noted),
             *(f"allowed: {problem}" for problem in others),
         ]
         is_over = state.step >= self.job.training.steps
@@ -134,8 +144,8 @@ class Record:
         identity = found.state.identity
         # A model that was imported without a tokenizer has no tokenizer fingerprint.
         keys = ["model", *({"data.tokenizer_fingerprint"} & identity.keys())]
-        saved, own = ({key: values.get(key) for key in keys} for values in (identity, self.identity))
-        others = check_same(saved, own, found.state.step, allow_changes=self.job.checkpoint.allow_changes)
+        allow = self.job.checkpoint.allow_changes
+        others = check_same(found.state, self.identity, self.config, allow_changes=allow, keys=keys)
         return [
             f"starts with the weights of {found.folder}",
             *(f"allowed: {problem}" for problem in others),
@@ -182,8 +192,12 @@ def pieces(
 
 
 def _resolved(schedule: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the total steps and the warm-up steps of a stored schedule, by dotted key."""
-    return {f"schedule.{key}": schedule.get(key) for key in ("total_steps", "warmup_steps")}
+    """Return the total steps and the warm-up steps of a stored schedule, by the keys that set them."""
+    return {f"lr_scheduler.{key}": schedule.get(key) for key in ("total_steps", "warmup_steps")}
+
+
+def _shown(value: object) -> str:
+    return "unset" if value is None else str(value)
 
 
 def load_initial(
