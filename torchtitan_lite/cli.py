@@ -1,8 +1,17 @@
-"""The command `torchtitan-lite`: train a model, use a trained model, or list the presets and backends."""
+"""The command `torchtitan-lite`: train a model, use a trained model, or list the presets and backends.
+
+This file also runs by its path, from any folder, without an installation.
+"""
 
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
+
+if not __package__:
+    # If the file is run by its path, Python searches its folder for imports first. Remove that folder.
+    here = Path(__file__).resolve().parent
+    sys.path[:] = [str(here.parent), *(entry for entry in sys.path if Path(entry).resolve() != here)]
 
 USAGE = """\
 usage: torchtitan-lite COMMAND

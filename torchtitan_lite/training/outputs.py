@@ -1,4 +1,4 @@
-"""The folder of a run: config.toml, metrics.jsonl, the TensorBoard and trace folders, and exit.json."""
+"""The folder of a run: config.toml, metrics.jsonl, log.txt, the TensorBoard and trace folders, exit.json."""
 
 import contextlib
 import json
@@ -15,7 +15,12 @@ from torchtitan_lite.launch.end import End
 
 _LOG = logging.getLogger(__name__)
 
-_FILES = ("config.toml", "metrics.jsonl", "exit.json", "sample_ids", "tokenizer", "hf", "hf_source.json")
+LOG = "log.txt"
+"""The file with the lines that the run prints."""
+_FILES = (
+    *("config.toml", "metrics.jsonl", LOG, "exit.json", "sample_ids", "tokenizer", "hf"),
+    "hf_source.json",
+)
 _EARLIER = "earlier"
 _LOCK = "lock"
 

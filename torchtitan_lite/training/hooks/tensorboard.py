@@ -1,6 +1,7 @@
 """The hook that writes the numbers of metrics.jsonl for TensorBoard."""
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -38,7 +39,8 @@ class TensorBoard(Reporter):
         self._writer: SummaryWriter | None = SummaryWriter(folder, purge_step=purge_step)
 
     def write(self, record: Mapping[str, float]) -> None:
-        for key in record.keys() - {"step"}:
+        known = {key for key in record if math.isfinite(record[key])}  # NaN: not known
+        for key in known - {"step"}:
             self._try(lambda writer, key=key: writer.add_scalar(key, record[key], int(record["step"])))
 
     def end(self, outcome: Outcome) -> None:

@@ -1,0 +1,103 @@
+"""What a run tells its reader: lines on standard output, warnings on standard error, all of them in log.txt.
+
+Everything goes through Python's logging, below the logger "torchtitan_lite".
+"""
+
+import contextlib
+import logging
+import sys
+import textwrap
+from pathlib import Path
+from typing import Literal
+
+from tqdm import tqdm
+
+COLUMNS = 78
+"""The most columns of a line. Longer lines are folded, because many terminals have 80 columns."""
+_LOG = logging.getLogger(__name__)
+_PACKAGE = logging.getLogger("torchtitan_lite")
+_SAID = logging.getLogger("torchtitan_lite.said")
+"""The logger of the lines for standard output. Its records reach the file log.txt through its parent."""
+
+
+class Console(logging.Handler):
+    """A handler that prints to standard output or standard error, without breaking a progress bar."""
+
+    def __init__(self, stream: Literal["stdout", "stderr"]) -> None:
+        super().__init__()
+        self._stream = stream
+        self.addFilter(lambda record: (record.name == _SAID.name) == (stream == "stdout"))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        stream = getattr(sys, self._stream)  # now, because a program may replace its streams
+        tqdm.write(self.format(record), file=stream)
+        stream.flush()
+
+
+class _File(logging.FileHandler):
+    """A handler that appends to a file. If writes fail, one warning says so and the run continues."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "a", "utf-8", errors="backslashreplace")
+        self._has_failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not self._has_failed:
+            self._has_failed = True  # first, because this handler also gets the warning
+            _LOG.warning(
+                "lines of %s are lost: it cannot be written (%s)", self.baseFilename, sys.exception()
+            )
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # the disk is still full
+            super().close()
+
+
+_SAID.setLevel(logging.INFO)
+_SAID.addHandler(Console("stdout"))
+
+
+def say(text: str, *, fold: bool = True) -> None:
+    """Print lines on standard output and write them to the log file. Only the first rank should call this.
+
+    Args:
+        fold: fold lines of more than `COLUMNS` columns. Commands that are to be pasted are not folded.
+    """
+    lines = text.split("\n")
+    _SAID.info("%s", "\n".join(map(folded, lines) if fold else lines))
+
+
+def folded(line: str) -> str:
+    """Return `line` in lines of at most `COLUMNS` columns. A longer word, such as a path, stays whole."""
+    if len(line) <= COLUMNS:
+        return line
+    indent = line[: len(line) - len(line.lstrip())] + "  "
+    return textwrap.fill(
+        line, COLUMNS, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
+
+
+def write_log(path: Path) -> None:
+    """Append what the run says and logs from now on to the file `path`, instead of the file before.
+
+    Raises OSError if the file cannot be opened.
+    """
+    close_log()
+    _PACKAGE.addHandler(_File(path))
+
+
+def close_log() -> None:
+    """Close the log file, if there is one."""
+    for handler in _files():
+        _PACKAGE.removeHandler(handler)
+        handler.close()
+
+
+def note(text: str) -> None:
+    """Write lines to the log file alone, because they are printed in another way."""
+    for handler in _files():
+        handler.handle(logging.makeLogRecord({"msg": text}))
+
+
+def _files() -> list[_File]:
+    return [handler for handler in _PACKAGE.handlers if isinstance(handler, _File)]
