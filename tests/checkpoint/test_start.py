@@ -191,7 +191,7 @@ def test_an_earlier_step_may_be_asked_for_and_nothing_is_lost(go: Go, folder: Pa
 
 
 def test_a_run_at_its_last_step_is_done(go: Go, folder: Path, capsys) -> None:
-    written = ("exit.json", "lock", "config.toml")
+    written = ("exit.json", "lock", "log.txt", "config.toml")
     before = files_in(folder, but=written)
     assert go(training__steps=4) == 0
     assert "goes on from step 4" in capsys.readouterr().out

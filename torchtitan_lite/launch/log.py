@@ -68,8 +68,8 @@ def say(text: str, *, fold: bool = True) -> None:
 
 
 def folded(line: str) -> str:
-    """Return `line` in lines of at most `COLUMNS` columns. A longer word, such as a path, stays whole."""
-    if len(line) <= COLUMNS:
+    """Return `line` in lines of at most `COLUMNS` columns. A line with an absolute path stays whole."""
+    if len(line) <= COLUMNS or any(word.startswith("/") for word in line.split()):
         return line
     indent = line[: len(line) - len(line.lstrip())] + "  "
     return textwrap.fill(

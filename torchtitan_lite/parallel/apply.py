@@ -194,13 +194,14 @@ def _largest_share(model: DecoderConfig, degrees: Degrees) -> int:
 
 def _memory_words(n_weights: int, optimizer_numbers: int | None) -> str:
     """Return the memory for `n_weights` weights, their gradients and the optimizer's state, as text."""
-    own = n_weights * torch.float32.itemsize / 2**20  # weights, gradients and state are float32
+    n_bytes = n_weights * torch.float32.itemsize  # weights, gradients and state are float32
+    unit, own = ("MiB", n_bytes / 2**20) if n_bytes < 2**30 else ("GiB", n_bytes / 2**30)
     parts = {"weights": own, "gradients": own}
     if optimizer_numbers is not None:
         parts["optimizer"] = optimizer_numbers * own
     sizes = " + ".join(f"{name} {size:,.1f}" for name, size in parts.items())
     unknown = "" if "optimizer" in parts else "; the optimizer's state comes on top"
-    return f"{sum(parts.values()):,.1f} MiB per rank = {sizes}{unknown}"
+    return f"{sum(parts.values()):,.1f} {unit} per rank = {sizes}{unknown}"
 
 
 def _largest_shard(shape: torch.Size, dim: int | None, degrees: Degrees) -> int:

@@ -197,7 +197,8 @@ class Trainer:
     def describe(self) -> list[str]:
         """Return lines to print about the model, the data, and how the ranks divide the work."""
         device, training = self.stepper.device, self.job.training
-        place = f"cpu, {torch.get_num_threads()} threads"
+        n_threads = torch.get_num_threads()
+        place = f"cpu, {n_threads} thread{'s' if n_threads > 1 else ''}"
         if device.type == "cuda":
             place = torch.cuda.get_device_name(device)
         n_samples = training.steps * training.samples_per_step(self.stepper.degrees.data)
