@@ -1,5 +1,6 @@
 """The folder of a run: claim it, prepare it for training, and tell how the run ended."""
 
+import contextlib
 import logging
 import os
 import time
@@ -90,8 +91,9 @@ class RunFolder:
         """Write to exit.json how the run ended. Do nothing if the run has not claimed its folder."""
         if self.path is not None:
             outputs.write_exit(self.path, end, self.trainer.state.step if self.trainer else 0)
-            if end.outcome not in ("done", "stopped"):
-                log.note(end.words or end.message)
+            if end.outcome not in ("done", "stopped", "refused"):
+                with contextlib.suppress(OSError):
+                    log.note(end.words or end.message)
 
     def _sample(self, path: Path, trainer: Trainer) -> str:
         """Return a text by the last saved step if the run is done and is to show one; otherwise "".
@@ -153,11 +155,12 @@ class RunFolder:
             paths = (job.data.tokenizer, checkpoint.initial_load_path, job.model.flavor)
             used = [os.path.abspath(os.path.expanduser(path)) for path in paths if path]
             outputs.set_aside(folder, subfolders, used)
-        log.write_log(folder / outputs.LOG)
+        log.keep_log(folder / outputs.LOG)
         return folder
 
     def _prepare(self, trainer: Trainer, resumed: VerifiedStep | None) -> None:
         path, _ = self._begun()
+        log.begin_log()
         steps, last = Steps(path / self.job.checkpoint.folder), -1 if resumed is None else resumed.state.step
         # This includes files and links with the name of a step: the run will save a step with that name.
         if later := [step for step in steps.named() if step > last]:

@@ -12,11 +12,16 @@ from torchtitan_lite.launch.process import show_log
 LOG = logging.getLogger("torchtitan_lite.tested")
 
 
+def write_log(path: Path) -> None:
+    log.keep_log(path)
+    log.begin_log()
+
+
 def test_lines_go_to_standard_output_warnings_to_standard_error_and_both_to_the_file(
     tmp_path: Path, capsys
 ) -> None:
     show_log(is_first=True)
-    log.write_log(tmp_path / "log.txt")
+    write_log(tmp_path / "log.txt")
     log.say("step 1")
     LOG.warning("a warning")
     LOG.info("a note")
@@ -38,7 +43,7 @@ def test_other_ranks_show_no_notes(capsys) -> None:
 
 def test_a_later_run_appends_and_another_file_ends_the_one_before(tmp_path: Path) -> None:
     for name, line in (("one", "first"), ("one", "second"), ("two", "third")):
-        log.write_log(tmp_path / name)
+        write_log(tmp_path / name)
         log.say(line)
     log.close_log()
     log.say("nowhere")
@@ -46,10 +51,20 @@ def test_a_later_run_appends_and_another_file_ends_the_one_before(tmp_path: Path
     assert (tmp_path / "two").read_text() == "third\n"
 
 
+def test_lines_from_before_the_file_is_opened_are_kept_for_it(tmp_path: Path) -> None:
+    log.keep_log(tmp_path / "log.txt")
+    log.say("early")
+    assert not (tmp_path / "log.txt").exists()
+    log.begin_log()
+    log.say("late")
+    log.begin_log()
+    assert (tmp_path / "log.txt").read_text() == "early\nlate\n"
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk_is_said_once_and_ends_nothing(capsys) -> None:
     show_log(is_first=True)
-    log.write_log(Path("/dev/full"))
+    write_log(Path("/dev/full"))
     for step in range(3):
         log.say(f"step {step}")
     out, err = capsys.readouterr()
@@ -58,7 +73,7 @@ def test_a_full_disk_is_said_once_and_ends_nothing(capsys) -> None:
 
 
 def test_a_name_that_is_not_utf_8_is_escaped_in_the_file(tmp_path: Path) -> None:
-    log.write_log(tmp_path / "log.txt")
+    write_log(tmp_path / "log.txt")
     log.note("folder \udce9")
     assert (tmp_path / "log.txt").read_text() == "folder \\udce9\n"
 

@@ -35,18 +35,35 @@ class Console(logging.Handler):
 
 
 class _File(logging.FileHandler):
-    """A handler that appends to a file. If writes fail, one warning says so and the run continues."""
+    """A handler that appends to a file. Until `begin`, it keeps the lines in memory.
+
+    If writes fail, one warning says so and the run continues.
+    """
 
     def __init__(self, path: Path) -> None:
-        super().__init__(path, "a", "utf-8", errors="backslashreplace")
+        super().__init__(path, "a", "utf-8", delay=True, errors="backslashreplace")
         self._has_failed = False
+        self._kept: list[logging.LogRecord] | None = []
+
+    def begin(self) -> None:
+        """Open the file, and write the lines so far. Raises OSError if the file cannot be opened."""
+        if self._kept is not None:
+            self.stream = self._open()
+            kept, self._kept = self._kept, None
+            for record in kept:
+                super().emit(record)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self._kept is None:
+            super().emit(record)
+        else:
+            self._kept.append(record)
 
     def handleError(self, record: logging.LogRecord) -> None:
         if not self._has_failed:
             self._has_failed = True  # first, because this handler also gets the warning
-            _LOG.warning(
-                "lines of %s are lost: it cannot be written (%s)", self.baseFilename, sys.exception()
-            )
+            path, error = self.baseFilename, sys.exception()
+            _LOG.warning("lines of %s are lost: it cannot be written (%s)", path, error)
 
     def close(self) -> None:
         with contextlib.suppress(OSError):  # the disk is still full
@@ -77,13 +94,19 @@ def folded(line: str) -> str:
     )
 
 
-def write_log(path: Path) -> None:
-    """Append what the run says and logs from now on to the file `path`, instead of the file before.
+def keep_log(path: Path) -> None:
+    """Keep what the run says and logs from now on for the file `path`, instead of the file before.
 
-    Raises OSError if the file cannot be opened.
+    `begin_log` opens the file: a start that is refused must not change the file of an earlier start.
     """
     close_log()
     _PACKAGE.addHandler(_File(path))
+
+
+def begin_log() -> None:
+    """Open the log file, and append the lines so far. Raises OSError if the file cannot be opened."""
+    for handler in _files():
+        handler.begin()
 
 
 def close_log() -> None:
@@ -94,7 +117,8 @@ def close_log() -> None:
 
 
 def note(text: str) -> None:
-    """Write lines to the log file alone, because they are printed in another way."""
+    """Write lines to the log file alone, because they are printed in another way. Raises OSError."""
+    begin_log()
     for handler in _files():
         handler.handle(logging.makeLogRecord({"msg": text}))
 
