@@ -10,7 +10,7 @@ from pathlib import Path
 
 import programs
 import pytest
-from resume_cases import main
+from resume_cases import main, start
 
 from torchtitan_lite import run_folder, summary
 from torchtitan_lite.launch.log import COLUMNS
@@ -145,3 +145,11 @@ def test_a_failure_is_in_the_log_of_the_run(small_run, tmp_path: Path, capsys) -
     said = capsys.readouterr().err
     assert re.match("error: the (loss|gradient norm) of step 2 is nan", said)
     assert (tmp_path / "run" / "log.txt").read_text().endswith(said)
+
+
+def test_of_two_ranks_the_first_writes_the_sample(ranks, small_run, tmp_path: Path) -> None:
+    argv = [str(word) for word in (*small_run, *SAVES)]
+    ended = ranks(2).run(start, argv)
+    assert [end.status for end in ended] == [0, 0]
+    said = (tmp_path / "run" / "log.txt").read_text()
+    assert said.count("A text that the model of step 5 writes:\n  | ") == 1

@@ -58,6 +58,7 @@ def test_two_ranks_and_two_nodes_train_like_one_rank(alone: Path, small_run, tmp
         "config.toml",
         "exit.json",
         "lock",
+        "log.txt",
         "metrics.jsonl",
         "profile_traces",
     }
@@ -70,7 +71,8 @@ def test_two_ranks_and_two_nodes_train_like_one_rank(alone: Path, small_run, tmp
         assert first.left() + second.left() == []
     check(first.out.splitlines(), folder, alone)
     assert second.out == ""
-    assert {path.name for path in folder.iterdir()} == {"config.toml", "exit.json", "lock", "metrics.jsonl"}
+    files = {"config.toml", "exit.json", "lock", "log.txt", "metrics.jsonl"}
+    assert {path.name for path in folder.iterdir()} == files
 
 
 def test_wrong_input_is_reported_in_one_line_although_every_rank_finds_it(small_run, tmp_path: Path) -> None:
