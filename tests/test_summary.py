@@ -5,6 +5,7 @@ import logging
 import re
 import shlex
 import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import pytest
 from resume_cases import main, start
 
 from torchtitan_lite import run_folder, summary
+from torchtitan_lite.config.job import load_job
+from torchtitan_lite.launch import command
 from torchtitan_lite.launch.log import COLUMNS
 
 SAVES = ("--checkpoint.enable", "--metrics.sample-tokens", 40)
@@ -130,6 +133,32 @@ def test_a_sample_is_shown_in_lines_that_fit_and_without_control_characters(caps
         f"  | {'x' * 74}",
         f"  | {'x' * 26}",
     ]
+
+
+STOPPED = "asked to stop by SIGTERM: saved step 7"
+
+
+@pytest.mark.parametrize(
+    ("words", "more"),
+    [
+        ((), " --job.dump-folder '/a run'"),
+        (("--job.dump-folder", "/a run"), ""),
+        (("--checkpoint.load-step", "4"), " --job.dump-folder '/a run' --checkpoint.load-step -1"),
+    ],
+)
+def test_a_stopped_run_prints_the_command_or_what_to_add_to_it(
+    words: tuple[str, ...], more: str, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = load_job(["--checkpoint.enable", *words]).config
+    monkeypatch.setattr(command, "again", lambda argv: ["train.py", *argv])
+    summary.say_resume(job, Path("/a run"), words, STOPPED)
+    line, found = capsys.readouterr().out.splitlines()
+    assert line == f"{STOPPED}; go on with:"
+    assert found == shlex.join([sys.executable, "train.py", *words]) + more
+    monkeypatch.setattr(command, "again", lambda argv: None)
+    summary.say_resume(job, Path("/a run"), words, STOPPED)
+    added = f" and these options:\n{more.strip()}" if more else ""
+    assert capsys.readouterr().out == f"{STOPPED}; go on with the same command{added}\n"
 
 
 def test_the_export_gets_a_name_that_is_free(tmp_path: Path) -> None:

@@ -57,8 +57,9 @@ def say_resume(job: JobConfig, folder: Path, argv: Sequence[str], reason: str) -
         say(f"{reason}; go on with:")
         say(command.in_shell([*words, *options]), fold=False)
         return
-    more = f" and {shlex.join(options)}" if options else ""
-    say(f"{reason}; go on with the same command on all machines{more}")
+    say(f"{reason}; go on with the same command{' and these options:' if options else ''}")
+    if options:
+        say(shlex.join(options), fold=False)
 
 
 def say_files(trainer: Trainer, folder: Path) -> None:
