@@ -157,7 +157,7 @@ def test_a_stopped_run_prints_the_command_or_what_to_add_to_it(
     assert found == shlex.join([sys.executable, "train.py", *words]) + more
     monkeypatch.setattr(command, "again", lambda argv: None)
     summary.say_resume(job, Path("/a run"), words, STOPPED)
-    added = f" and these options:\n{more.strip()}" if more else ""
+    added = f" and:\n{more.strip()}" if more else ""
     assert capsys.readouterr().out == f"{STOPPED}; go on with the same command{added}\n"
 
 

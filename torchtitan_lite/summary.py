@@ -57,7 +57,7 @@ def say_resume(job: JobConfig, folder: Path, argv: Sequence[str], reason: str) -
         say(f"{reason}; go on with:")
         say(command.in_shell([*words, *options]), fold=False)
         return
-    say(f"{reason}; go on with the same command{' and these options:' if options else ''}")
+    say(f"{reason}; go on with the same command{' and:' if options else ''}")
     if options:
         say(shlex.join(options), fold=False)
 
