@@ -11,6 +11,7 @@ to build a trainer without one; the files are in the page cache.
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -101,7 +102,7 @@ def first_step(words: Sequence[str], folder: Path, cache: Path) -> float:
         assert process.stdout is not None
         for line in process.stdout:
             lines.append(line)
-            if line.startswith("step 1/1 ") and "loss" in line and not seconds:
+            if re.match(r"[\d:]+ +1 ", line) and not seconds:
                 seconds = perf_counter() - began
     if process.returncode or not seconds:
         sys.exit(f"{' '.join(command)}\nfailed with status {process.returncode}:\n{''.join(lines[-20:])}")

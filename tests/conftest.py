@@ -19,6 +19,7 @@ from ranks import Ranks, RanksOf
 
 from torchtitan_lite.attention.portable import native
 from torchtitan_lite.attention.portable.native import CXX
+from torchtitan_lite.launch import log
 
 # The tests' tensors are small: more threads spend their time waiting for each other.
 torch.set_num_threads(1)
@@ -85,6 +86,7 @@ def _signals_as_before() -> Iterator[None]:
 def _log_as_before() -> Iterator[None]:
     """Remove the handlers of the log: a run in this process adds one for the output of its test."""
     yield
+    log.close_log()
     logging.getLogger("torchtitan_lite").handlers.clear()
 
 

@@ -286,6 +286,28 @@ def agreed_votes(
     return votes, sums
 
 
+def _local(x: Tensor | None) -> Tensor:
+    """This rank's shard."""
+    assert x is not None
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def held_mib(argv: Sequence[str]) -> tuple[float, float, float]:
+    """The MiB that this rank holds after a step: weights, gradients, and the optimizer's moments."""
+    trainer = new_trainer(argv)
+    sizes: list[int] = []
+
+    def note() -> tuple[()]:  # called when the gradients are complete
+        sizes.append(sum(_local(weight.grad).nbytes for weight in trainer.state.parameters.values()))
+        return ()
+
+    trainer.stepper.train_step(note)
+    weights = sum(_local(weight).nbytes for weight in trainer.state.parameters.values())
+    states = trainer.state.optimizer.state.values()
+    moments = sum(_local(state[key]).nbytes for state in states for key in ("exp_avg", "exp_avg_sq"))
+    return weights / 2**20, sizes[0] / 2**20, moments / 2**20
+
+
 def said_of_work(argv: Sequence[str]) -> list[str]:
     """The lines about the attention work of the first step that this rank prints."""
     trainer, said = new_trainer(argv), []

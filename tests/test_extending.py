@@ -68,7 +68,7 @@ def test_a_step_is_used_only_with_the_plugin_of_its_architecture(
     words = ("--job.dump-folder", str(folder / "run"), "--training.steps", "2", "--checkpoint.enable")
     with cases.forgotten():
         assert main(options(folder, *words)) == 0
-    assert "post_norm tiny: " in capsys.readouterr().out
+    assert "model: post_norm tiny\n" in capsys.readouterr().out
     generate = ["generate", str(folder / "run"), "--max-new-tokens", "3", "--device", "cpu"]
     with cases.forgotten():
         assert command(generate) == 2

@@ -203,7 +203,7 @@ def may_import(importer: str, imported: str) -> bool:
 
 def unit(module: str) -> str:
     """The unit of a module: its folder, or the module itself if the rule names it."""
-    if module in ("train", "run_folder", "cli", "__main__"):
+    if module in ("train", "run_folder", "summary", "cli", "__main__"):
         return "entry"
     if module in {*PLACE, "parallel.context", "parallel.exchange"}:
         return module

@@ -1,6 +1,7 @@
 """The command `torchtitan-lite`: train a model, use a trained model, or list the presets and backends.
 
-Imports are inside the functions: the usage and the versions need no slow import, such as torch.
+This file also runs by its path, from any folder, without an installation. Imports are inside the functions:
+the usage and the versions need no slow import, such as torch.
 """
 
 import platform
@@ -9,10 +10,13 @@ import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import NoReturn
 
-from torchtitan_lite import __version__
-from torchtitan_lite.launch.output import protect
+if not __package__:
+    # If the file is run by its path, Python searches its folder for imports first. Remove that folder.
+    here = Path(__file__).resolve().parent
+    sys.path[:] = [str(here.parent), *(entry for entry in sys.path if Path(entry).resolve() != here)]
 
 USAGE = """\
 usage: torchtitan-lite COMMAND
@@ -40,6 +44,8 @@ TRAINED = ("generate", "eval", "export-hf", "import-hf")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (by default this process's), and return the exit status."""
+    from torchtitan_lite.launch.output import protect
+
     protect()
     command, *rest = (sys.argv[1:] if argv is None else list(argv)) or [""]
     if command == "help" and rest:
@@ -72,6 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def versions() -> str:
     """Return a line with the versions of this package, torch and Python, without an import of torch."""
+    from torchtitan_lite import __version__
+
     try:
         torch = metadata.version("torch")
     except metadata.PackageNotFoundError:

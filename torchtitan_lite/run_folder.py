@@ -1,25 +1,29 @@
-"""The folder of a run: claim it, prepare it for training, and record in exit.json how the run ended."""
+"""The folder of a run: claim it, prepare it for training, and tell how the run ended."""
 
+import contextlib
+import logging
 import os
-import shlex
-import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, TypeVar
 
-from torchtitan_lite import registry
+from torchtitan_lite import registry, summary
 from torchtitan_lite.checkpoint import CheckpointConfig
 from torchtitan_lite.checkpoint.restore import VerifiedStep
 from torchtitan_lite.checkpoint.steps import Steps
 from torchtitan_lite.config.job import JobConfig
 from torchtitan_lite.config.load import ConfigError, Problem
 from torchtitan_lite.durable import new_folder
+from torchtitan_lite.inference.sample import write_sample
+from torchtitan_lite.launch import log
 from torchtitan_lite.launch.end import STATUS_STOPPED, End
 from torchtitan_lite.launch.world import World
 from torchtitan_lite.training import hub, outputs, provenance
 from torchtitan_lite.training.hooks import jsonl
 from torchtitan_lite.training.trainer import Trainer
 
+_LOG = logging.getLogger(__name__)
 _SECONDS_TO_DIE = 10
 """The longest time that a run whose launcher was killed may still keep the folder locked."""
 
@@ -36,6 +40,7 @@ class RunFolder:
         self.job, self.world = job, world
         self.path: Path | None = None
         self.trainer: Trainer | None = None
+        self._began = time.monotonic()
         self._lock: IO[str] | None = None
         """The lock file, which rank 0 keeps open until its process ends."""
 
@@ -62,10 +67,12 @@ class RunFolder:
             tokenizer = trainer.corpus.tokenizer
             self._on_first(lambda: hub.export_last(path, checkpoint, trainer.state.step, tokenizer))
 
-    def finish(self, signal_name: str) -> int:
-        """Write exit.json, print where the files are, and return the exit status.
+    def finish(self, signal_name: str, argv: Sequence[str]) -> int:
+        """Write exit.json, print what became of the run and what to do next, and return the exit status.
 
-        `signal_name` is the name of the signal that asked this rank to stop, or "".
+        Args:
+            signal_name: the name of the signal that asked this rank to stop, or "".
+            argv: the options of this process, for the command that goes on.
         """
         path, trainer = self._begun()
         end = End(rank=0, status=0, outcome="done")
@@ -74,10 +81,15 @@ class RunFolder:
             end = End(rank=0, status=STATUS_STOPPED, outcome="stopped", message=message)
         if self.world.is_first:
             self.write_exit(end)
+        sample = self._sample(path, trainer)
+        if self.world.is_first:
+            summary.say_losses(trainer, time.monotonic() - self._began)
+            if sample:
+                summary.say_sample(sample, trainer.state.step)
             if end.status == STATUS_STOPPED:
-                step = trainer.state.step
-                print(f"{end.message}: saved step {step}; the same command goes on from there")
-            _summarize(trainer, path)
+                reason = f"{end.message}: saved step {trainer.state.step}"
+                summary.say_resume(self.job, path, argv, reason)
+            summary.say_files(trainer, path)
         return end.status
 
     def pass_over(self, step: int) -> None:
@@ -86,12 +98,36 @@ class RunFolder:
         if self.world.is_first:
             line = f"step {step} is past training.steps = {self.job.training.steps}: nothing to do"
             outputs.write_exit(self.path, End(rank=0, status=0, outcome="done", message=line), step)
-            print(f"{line}\nFiles: {self.path}")
+            log.say(line)
+            log.say(f"Files: {self.path}", fold=False)
 
     def write_exit(self, end: End) -> None:
         """Write to exit.json how the run ended. Do nothing if the run has not claimed its folder."""
         if self.path is not None:
             outputs.write_exit(self.path, end, self.trainer.state.step if self.trainer else 0)
+            if end.outcome not in ("done", "stopped", "refused"):
+                with contextlib.suppress(OSError):
+                    log.note(end.words or end.message)
+
+    def _sample(self, path: Path, trainer: Trainer) -> str:
+        """Return a text by the last saved step if the run is done and is to show one; otherwise "".
+
+        Rank 0 writes the text, and the other ranks wait. A run does not fail if its sample does.
+        """
+        n_tokens = self.job.metrics.sample_tokens
+        if not (n_tokens and trainer.saver and trainer.is_done):
+            return ""
+        step = Steps(path / self.job.checkpoint.folder).path(trainer.state.step)
+
+        def written() -> str:
+            try:
+                return write_sample(str(step), n_tokens, trainer.stepper.device)
+            except Exception as error:  # noqa: BLE001 - whatever it is, the run is done
+                reason = str(error).partition("\n")[0] or type(error).__name__
+                _LOG.warning("the model wrote no sample, and the run is done all the same: %s", reason)
+                return ""
+
+        return self.world.patiently(lambda saving: saving.on_first(written))
 
     def _begun(self) -> tuple[Path, Trainer]:
         assert self.path is not None and self.trainer is not None
@@ -133,6 +169,7 @@ class RunFolder:
             paths = (job.data.tokenizer, checkpoint.initial_load_path, model.flavor)
             used = [os.path.abspath(os.path.expanduser(path)) for path in paths if path]
             outputs.set_aside(folder, subfolders, used)
+        log.keep_log(folder / outputs.LOG)
         return folder
 
     def _prepare(
@@ -140,6 +177,7 @@ class RunFolder:
     ) -> None:
         """`places` are those of the ranks, for run.json. None: the run is over."""
         path, _ = self._begun()
+        log.begin_log()
         steps, last = Steps(path / self.job.checkpoint.folder), -1 if resumed is None else resumed.state.step
         # This includes files and links with the name of a step: the run will save a step with that name.
         if later := [step for step in steps.named() if step > last]:
@@ -180,16 +218,3 @@ def _steps_problem(checkpoint: CheckpointConfig, steps: Steps, published: list[i
         remedy = f"use {min(others).name!r} to go on from there, or name another job.dump_folder"
         return Problem("checkpoint.folder", checkpoint.folder, rule, remedy)
     return None
-
-
-def _summarize(trainer: Trainer, folder: Path) -> None:
-    if trainer.validations:
-        first, last = (done.nats_per_byte for done in (trainer.validations[0], trainer.validations[-1]))
-        alone = trainer.validations[0].unigram_entropy
-        print(
-            f"Validation loss: {first:.4f} to {last:.4f} nats per byte (byte frequencies alone: {alone:.4f})"
-        )
-    print(f"Files: {folder}")
-    if trainer.job.metrics.enable_tensorboard:
-        logs = shlex.quote(str(folder / trainer.job.metrics.save_tb_folder))
-        print(f"TensorBoard: {shlex.quote(sys.executable)} -m tensorboard.main --logdir {logs}")

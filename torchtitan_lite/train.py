@@ -94,7 +94,7 @@ def run(argv: Sequence[str], prog: str) -> int:
             trainer.run()
         folder.export()
         guard.stop.ignore_signals()
-        status = folder.finish(guard.stop.signal_name)
+        status = folder.finish(guard.stop.signal_name, argv)
         leave()
     return status
 

@@ -1,12 +1,16 @@
 """A stop signal in any phase of a run: the ranks agree on a step, save it, and end with status 75."""
 
+import shlex
+import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import programs
 import pytest
-from launch import launched
+from launch import SCRIPT, launched
 from programs import Program, environment
 from resume_cases import lines, main, outcome, steps_in
 
@@ -212,8 +216,56 @@ def test_a_run_of_one_process_saves_and_stops(
     check_stopped(tmp_path, number, PHASES[phase], 1)
     said = f"asked to stop by {name(number)}"
     assert f"{said}: saves and stops as soon as it can" in err
-    assert f"{said}: saved step {PHASES[phase]}; the same command goes on from there" in out
+    assert f"{said}: saved step {PHASES[phase]}; go on with:\n" in out
     check_goes_on(tmp_path, small_run)
+
+
+@pytest.mark.parametrize("more", [(), ("--checkpoint.load-step", 2)])
+def test_the_printed_command_goes_on_in_the_folder_of_the_run(
+    more: tuple[object, ...], small_run, tmp_path: Path
+) -> None:
+    words = drive(tmp_path, "step", f"send({TERM})", small_run, (0,))
+    own = ["--job.dump-folder", str(tmp_path / "run")]
+    assert words[1:3] == own  # without it the run makes a new folder
+    _, *options = [word for word in words if word not in own]
+    first = programs.run(["driver.py", *options, "--training.local-batch-size", 8], cwd=tmp_path)
+    assert first.returncode == 75, first.stderr
+    (folder,) = (tmp_path / "outputs").iterdir()
+    command = command_after(first.stdout, "asked to stop by SIGTERM: saved step 3; go on with:")
+    assert command[-2:] == ["--job.dump-folder", str(folder)]
+    if more:  # stop again, in a run that went back to step 2: the next start must not go back once more
+        moved = folder.rename(tmp_path / "moved")
+        again = ["driver.py", *options, "--training.local-batch-size", 8, *more, "--job.dump-folder", "moved"]
+        second = programs.run(again, cwd=tmp_path)
+        assert second.returncode == 75, second.stderr
+        command, folder = command_after(second.stdout, "saved step 3; go on with:"), moved
+    last = programs.run(command[1:], cwd=tmp_path)
+    assert last.returncode == 0, last.stderr
+    assert f"goes on from step 3 in {folder / 'checkpoint' / 'step-3'}" in last.stdout
+    assert outcome(folder)["step"] == 5
+    assert not (tmp_path / "outputs").exists() or len(list((tmp_path / "outputs").iterdir())) <= 1
+
+
+def command_after(out: str, line: str) -> list[str]:
+    """The words of the command below a line that ends with `line`."""
+    lines = out.splitlines()
+    (place,) = (number for number, shown in enumerate(lines) if shown.endswith(line))
+    return shlex.split(lines[place + 1])
+
+
+@pytest.mark.slow
+def test_the_printed_command_of_two_ranks_starts_both(small_run, tmp_path: Path) -> None:
+    words = drive(tmp_path, "step", f"send({TERM})", small_run[2:], (0, 1))
+    options = ["--checkpoint.keep-latest-k", 3]
+    launcher = [sys.executable, "-m", "torchtitan_lite.cli", "launch", "--standalone", "--nproc_per_node", 2]
+    first = programs.run([*launcher[1:], *words, *options], fresh=True, cwd=tmp_path)
+    assert first.returncode == 75, first.stderr
+    (folder,) = (tmp_path / "outputs").iterdir()
+    command = command_after(first.stdout, "saved step 3; go on with:")
+    assert command == [*map(str, [*launcher, *words, *options]), "--job.dump-folder", str(folder)]
+    shutil.copy(SCRIPT, tmp_path / "driver.py")  # without the signal
+    subprocess.run(shlex.join(command), shell=True, check=True, cwd=tmp_path)
+    assert outcome(folder)["step"] == 5
 
 
 @pytest.mark.parametrize(

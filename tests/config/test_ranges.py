@@ -37,6 +37,7 @@ OUT_OF_RANGE = {
     "lr_scheduler.min_lr_factor": [-0.1, 1.5],
     "metrics.log_freq": [0],
     "metrics.peak_flops": [-1.0],
+    "metrics.sample_tokens": [-1, 65537],
     "validation.freq": [0],
     "validation.steps": [0, -2],
     "checkpoint.interval": [0],

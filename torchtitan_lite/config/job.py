@@ -146,15 +146,24 @@ class JobConfig:
         return registry.hooks.configured(self.hooks)
 
     def plan(self, world_size: int) -> list[str]:
-        """Return a few lines on how the run is spread over `world_size` ranks. No rank need be running."""
-        return plan(
-            self.decoder,
-            self.parallelism.degrees(world_size),
-            parallelism=self.parallelism,
-            recompute=self.activation_checkpoint,
-            compile=self.compile,
-            offload=self.training.enable_cpu_offload,
-        )
+        """Return lines on the model, and on how `world_size` ranks train it. No rank need be running."""
+        model, training, degrees = self.model, self.training, self.parallelism.degrees(world_size)
+        changes = "".join(f", {name} = {value}" for name, value in sorted(model.overrides.items()))
+        tokens = training.samples_per_step(degrees.data) * training.seq_len
+        return [
+            f"model: {model.name} {model.flavor}{changes}",
+            *plan(
+                self.decoder,
+                degrees,
+                device=self.device,
+                parallelism=self.parallelism,
+                recompute=self.activation_checkpoint,
+                compile=self.compile,
+                offload=training.enable_cpu_offload,
+                optimizer_numbers=getattr(self.optimizer, "numbers_per_weight", None),
+            ),
+            f"tokens: {tokens:,} per step, {tokens * training.steps:,} in {training.steps:,} steps",
+        ]
 
     def to_toml(self, world_size: int) -> str:
         """Return the plan for `world_size` ranks as comments, then the whole configuration as TOML."""

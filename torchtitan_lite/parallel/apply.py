@@ -141,19 +141,23 @@ def plan(
     model: DecoderConfig,
     degrees: Degrees,
     *,
+    device: str,
     parallelism: ParallelismConfig,
     recompute: ActivationCheckpointConfig,
     compile: CompileConfig,
     offload: bool,
+    optimizer_numbers: int | None,
 ) -> list[str]:
-    """Return lines of text on what `apply` does to a model of the config `model`. No rank need be running."""
+    """Return lines of text on what `apply` does to a model of the config `model`. No rank need be running.
+
+    Args:
+        optimizer_numbers: the numbers that the optimizer keeps for each weight; None: not known.
+    """
     axes = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, degrees.sizes, strict=True))
-    total, tp = model.n_params, degrees.tensor
-    largest = sum(
-        _largest_shard(shape, model.rows[name].shard_dim, degrees) for name, shape in model.shapes.items()
-    )
+    total, largest, tp = model.n_params, _largest_share(model, degrees), degrees.tensor
     projections, ends, loss = [], [], ["in chunks"]
-    attention, blocks = [model.attention.kind], [f"recompute {recompute.described()}"]
+    attention = [model.attention.implementation(device).name]
+    blocks = [f"recompute {recompute.described()}"]
     if tp > 1:
         projections = [f"{_projection_words(model)}, norms by tokens (tp {tp})"]
         ends = [f"by vocabulary (tp {tp})"]
@@ -176,6 +180,7 @@ def plan(
     rows = {
         "mesh": [f"{degrees.world} rank{'s' if degrees.world > 1 else ''} = {axes}"],
         "parameters": [f"{total:,} in all, {largest:,} per rank ({largest / total:.1%})"],
+        "memory": [_memory_words(largest, optimizer_numbers)],
         "projections": projections,
         "attention": attention,
         "blocks": blocks,
@@ -193,6 +198,25 @@ def _projection_words(model: DecoderConfig) -> str:
         names = dict.fromkeys(row.pattern.split(".")[-2] for row in rows)
         words += [f"{' '.join(names)} {way}"] if names else []
     return ", ".join(words)
+
+
+def _largest_share(model: DecoderConfig, degrees: Degrees) -> int:
+    """Return the number of weights of the rank that has the most."""
+    return sum(
+        _largest_shard(shape, model.rows[name].shard_dim, degrees) for name, shape in model.shapes.items()
+    )
+
+
+def _memory_words(n_weights: int, optimizer_numbers: int | None) -> str:
+    """Return the memory for `n_weights` weights, their gradients and the optimizer's state, as text."""
+    n_bytes = n_weights * torch.float32.itemsize  # weights, gradients and state are float32
+    unit, own = ("MiB", n_bytes / 2**20) if n_bytes < 2**30 else ("GiB", n_bytes / 2**30)
+    parts = {"weights": own, "gradients": own}
+    if optimizer_numbers is not None:
+        parts["optimizer"] = optimizer_numbers * own
+    sizes = " + ".join(f"{name} {size:,.1f}" for name, size in parts.items())
+    unknown = "" if "optimizer" in parts else "; the optimizer's state comes on top"
+    return f"{sum(parts.values()):,.1f} {unit} per rank = {sizes}{unknown}"
 
 
 def _largest_shard(shape: torch.Size, dim: int | None, degrees: Degrees) -> int:

@@ -45,6 +45,10 @@ class TrainingConfig:
             return 1
         return self.global_batch_size // (self.local_batch_size * data_ranks)
 
+    def samples_per_step(self, data_ranks: int = 1) -> int:
+        """Return the number of samples of an optimizer step, over all ranks and micro-batches."""
+        return self.local_batch_size * self.accumulation(data_ranks) * data_ranks
+
     def problems(self, key: str, data_ranks: int = 1) -> list[Problem]:
         """Return a problem if `data_ranks` ranks cannot share the global batch evenly."""
         size, unit = self.global_batch_size, self.local_batch_size * data_ranks

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 import torch
 from pydantic import Field
@@ -17,6 +17,9 @@ class OptimizerConfig(Protocol):
 
     `build` gets the parameters by name, and by the same names the group of each parameter: "matrix",
     "embedding", "head", "vector", "router" or "expert".
+
+    The class may have `numbers_per_weight`, the float32 numbers that its optimizer keeps for each weight. The
+    run then prints the memory that it expects.
     """
 
     @property
@@ -49,6 +52,9 @@ class AdamW:
     """Weight decay of all parameters except vectors, such as norm weights, which are never decayed."""
     implementation: Literal["fused", "foreach", "for-loop"] = "fused"
     """fused: one kernel for all weights; foreach: batched operations; for-loop: one weight at a time."""
+
+    numbers_per_weight: ClassVar[int] = 2
+    """The float32 numbers that the optimizer keeps for each weight: running means of gradient and square."""
 
     def build(
         self, parameters: Mapping[str, nn.Parameter], groups: Mapping[str, str]

@@ -1,4 +1,4 @@
-"""The folder of a run: config.toml, run.json, metrics.jsonl, exit.json, the TensorBoard and trace folders."""
+"""The folder of a run: the names of its files, its lock, and files that must survive a crash."""
 
 import contextlib
 import itertools
@@ -17,10 +17,13 @@ from torchtitan_lite.launch.end import End
 
 _LOG = logging.getLogger(__name__)
 
+LOG = "log.txt"
+"""The file with the lines that the run prints."""
 _FILES = (
     "config.toml",
     "run.json",
     "metrics.jsonl",
+    LOG,
     "exit.json",
     "sample_ids",
     "tokenizer",

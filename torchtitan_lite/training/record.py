@@ -85,7 +85,6 @@ class Record:
         self.job, self.degrees = job, job.parallelism.degrees(world.size)
         self.n_ranks = world.size
         training = job.training
-        accumulation = training.accumulation(self.degrees.data)
         self.identity: dict[str, Any] = _as_json(
             {
                 "model": hub.record_of(job.decoder),
@@ -93,7 +92,7 @@ class Record:
                 "data.tokenizer_fingerprint": tokenizer.fingerprint,
                 "debug.seed": job.debug.seed,
                 "training.seq_len": training.seq_len,
-                "training.global_batch_size": training.local_batch_size * accumulation * self.degrees.data,
+                "training.global_batch_size": training.samples_per_step(self.degrees.data),
             }
         )
         """The `State.identity` of the checkpoints: model, tokenizer, data, seed and batch."""

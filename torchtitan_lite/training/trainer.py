@@ -1,6 +1,7 @@
 """The training loop, which every rank runs: steps, validations, saves and calls of hooks."""
 
 import logging
+import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
@@ -14,11 +15,11 @@ from torchtitan_lite.checkpoint.save import Saver
 from torchtitan_lite.checkpoint.steps import Steps
 from torchtitan_lite.config.job import JobConfig
 from torchtitan_lite.data import Batch, Shards, in_order
+from torchtitan_lite.launch.log import say
 from torchtitan_lite.launch.process import set_up_process
 from torchtitan_lite.launch.world import World
 from torchtitan_lite.training.corpus import load_corpus
-from torchtitan_lite.training.hooks import HookFailed, Hooks, Outcome, RunInfo
-from torchtitan_lite.training.hooks.console import say
+from torchtitan_lite.training.hooks import HookFailed, Hooks, Outcome, RunInfo, StepStats
 from torchtitan_lite.training.record import Start
 from torchtitan_lite.training.state import TrainState
 from torchtitan_lite.training.step import NonFinite, Stepper
@@ -64,6 +65,8 @@ class Trainer:
         self.is_stopping = False
         """True once all ranks have agreed to stop early, because a rank was asked to stop."""
         self.validations: list[Validation] = []
+        self.last: StepStats | None = None
+        """The last step that this process has taken."""
 
     def _run_info(self, folder: Path) -> RunInfo:
         return RunInfo(
@@ -131,6 +134,7 @@ class Trainer:
             stats = self.stepper.train_step(
                 lambda: (self.is_asked(), bool(self.saver and self.saver.has_failed))
             )
+            self.last = stats
             self.is_stopping, save_failed = stats.votes
             if self.state.step == self.state.steps_before + 1:
                 if self.saver:
@@ -192,15 +196,20 @@ class Trainer:
 
     def describe(self) -> list[str]:
         """Return lines to print about the model, the data, and how the ranks divide the work."""
-        model, config, device = self.job.model, self.state.model.config, self.stepper.device
-        kind = config.attention.kind
-        threads = f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else ""
-        line = (
-            f"{model.name} {model.flavor}: {config.n_params:,} parameters, {kind} attention, "
-            f"{self.job.training.mixed_precision_param} on {device}{threads}; "
-            f"{self.corpus.shards.train.n_tokens:,} tokens to train on"
-        )
-        return [line, *self.job.plan(self.world.size)]
+        device, training = self.stepper.device, self.job.training
+        n_threads = torch.get_num_threads()
+        place = f"cpu, {n_threads} thread{'s' if n_threads > 1 else ''}"
+        if device.type == "cuda":
+            place = torch.cuda.get_device_name(device)
+        n_samples = training.steps * training.samples_per_step(self.stepper.degrees.data)
+        epochs = n_samples / len(self.corpus.samples)
+        rounded = f"{epochs:,.2f}" if epochs >= 0.01 else "less than 0.01"
+        return [
+            f"started: {time.strftime('%Y-%m-%d %H:%M:%S %z')}",
+            *self.job.plan(self.world.size),
+            f"device: {place}; computes in {training.mixed_precision_param}",
+            f"data: {self.corpus.shards.train.n_tokens:,} tokens to train on; the run makes {rounded} epochs",
+        ]
 
 
 class _Stopped(Exception):

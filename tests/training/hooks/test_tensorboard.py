@@ -118,6 +118,14 @@ def test_a_full_disk_is_reported_once_and_does_not_end_the_run(
     assert caplog.messages == ["nothing more is written for TensorBoard (no space)"]
 
 
+def test_a_number_that_is_not_known_is_null_in_the_file_and_no_point(tmp_path: Path) -> None:
+    lines = run(tmp_path, None, 4, loss=2.0, peak_flops=1.0)
+    assert [line["mfu"] for line in lines if "mfu" in line] == [None] * 4
+    events = EventAccumulator(str(tmp_path / "tb"))
+    events.Reload()
+    assert "mfu" not in events.Tags()["scalars"] and "loss" in events.Tags()["scalars"]
+
+
 @pytest.mark.parametrize(("rank", "enable"), [(0, False), (1, True)])
 def test_tensorboard_is_left_out_on_request_and_on_other_ranks(rank: int, enable: bool) -> None:
     job = job_with(metrics=MetricsConfig(enable_tensorboard=enable))
@@ -137,13 +145,15 @@ def shown_in(folder: Path) -> EventAccumulator:
     return events
 
 
-def run(folder: Path, resumed_step: int | None, last: int, loss: float) -> list[dict[str, Any]]:
+def run(
+    folder: Path, resumed_step: int | None, last: int, loss: float, peak_flops: float = 1e9
+) -> list[dict[str, Any]]:
     """Report the steps after `resumed_step` (None: a new run) up to `last`, with a validation every third."""
     done = resumed_step or 0
     folder.mkdir(exist_ok=True)
     if resumed_step is not None:
         jsonl.cut(folder, resumed_step, validated=resumed_step // 3 * 3)
-    metrics = MetricsConfig(log_freq=1, peak_flops=1.0)
+    metrics = MetricsConfig(log_freq=1, peak_flops=peak_flops)
     info = run_info(folder=folder, n_steps=12, resumed_step=resumed_step, job=job_with(metrics=metrics))
     hooks = Hooks({"file": JsonlConfig(), "board": TensorBoardConfig()}, info)
     hooks.start()

@@ -8,15 +8,19 @@ on a rank that needs no hook.
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import nn
 
 from torchtitan_lite.config.load import ConfigError
 from torchtitan_lite.training.validation import Validation
+
+if TYPE_CHECKING:
+    from torchtitan_lite.training.metrics import Meter
 
 METHODS = ("start", "step", "validated", "saved", "end")
 """The names of the methods that a hook may have. A hook has at least one of them."""
@@ -47,6 +51,13 @@ class RunInfo:
     def first_step(self) -> int:
         """The number of the first step that this process takes. The first step of a new run has number 1."""
         return (self.resumed_step or 0) + 1
+
+    @cached_property
+    def meter(self) -> "Meter":
+        """The numbers of the run's reports, which all hooks share."""
+        from torchtitan_lite.training.metrics import Meter  # not above: that module imports this one
+
+        return Meter(self)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,8 @@
 """The hooks that print to the console: reports, a progress bar, and the balance of attention work."""
 
+import math
+import time
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -8,12 +11,29 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from torchtitan_lite.launch.log import say
 from torchtitan_lite.training.hooks import Outcome, RunInfo, StepStats
-from torchtitan_lite.training.metrics import Reporter
+from torchtitan_lite.training.metrics import MetricsConfig, Reporter
 from torchtitan_lite.training.validation import Validation
 
-_NEGLIGIBLE = 0.01
-"""The share of the time that hooks must take before the console mentions them."""
+_NEGLIGIBLE = 0.05
+"""The share of the time that waiting for data, or hooks, must take before the console mentions it."""
+_COLUMNS = {
+    "time": 8,
+    "step": 8,
+    "loss": 7,
+    "norm": 7,
+    "lr": 8,
+    "tok/s": 5,
+    "MFU": 5,
+    "memory": 6,
+    "elapsed": 7,
+    "left": 7,
+}
+"""The columns of a report with their widths. With a space between the columns this makes 77."""
+_REPORTS_PER_HEADER = 20
+_RECENT_REPORTS = 20
+"""The number of reports whose speed says how much time is left."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +49,15 @@ class ConsoleConfig:
 class Console(Reporter):
     """A hook that prints a line per report and per validation. A terminal also gets a progress bar."""
 
+    def __init__(self, config: MetricsConfig) -> None:
+        super().__init__(config)
+        self._n_reports = 0
+        self._reported: deque[tuple[int, float]] = deque(maxlen=_RECENT_REPORTS + 1)
+        """The recent reports: step and time. The first entry is the slow first step of this process."""
+
     def start(self, run: RunInfo) -> None:
         super().start(run)
+        self._began = time.monotonic()
         self._bar = tqdm(
             initial=run.resumed_step or 0,
             total=run.n_steps,
@@ -41,33 +68,112 @@ class Console(Reporter):
         )
 
     def step(self, stats: StepStats) -> None:
+        if not self._reported:
+            self._reported.append((stats.step, time.monotonic()))
         self._bar.update(stats.step - self._bar.n)
         super().step(stats)
 
     def write(self, record: Mapping[str, float]) -> None:
-        line = (
-            "step {step:>{width}}/{steps}  loss {loss:7.4f}  gradient norm {grad_norm:7.3f}  lr {lr:.2e}  "
-            "{tokens_per_second:,.0f} tokens/s  memory {peak_memory_gib:.2f} GiB  MFU {mfu:.1%}  "
-            "data wait {data_wait_fraction:.1%}".format(
-                width=len(str(self.n_steps)), steps=self.n_steps, **record
+        now, step = time.monotonic(), int(record["step"])
+        if self._n_reports % _REPORTS_PER_HEADER == 0:
+            say(_row(*_COLUMNS))
+        self._n_reports += 1
+        if step > self._reported[-1][0]:
+            self._reported.append((step, now))
+        say(
+            _row(
+                time.strftime("%H:%M:%S"),
+                _count(step),
+                _fixed(record["loss"], 7, 4),
+                _fixed(record["grad_norm"], 7, 3),
+                _scientific(record["lr"], 8),
+                _count(record["tokens_per_second"], 5),
+                _percent(record["mfu"]),
+                f"{_fixed(record['peak_memory_gib'], 5, 2)}G",
+                duration(now - self._began),
+                duration(self._seconds_left(step)),
             )
         )
-        share = record["hooks_fraction"]
-        say(line if share < _NEGLIGIBLE else f"{line}  hooks {share:.1%}")
+        shares = {"waiting for data": record["data_wait_fraction"], "hooks": record["hooks_fraction"]}
+        if notable := [f"{name} {share:.0%}" for name, share in shares.items() if share >= _NEGLIGIBLE]:
+            say(f"{' ' * 8} of the time: {', '.join(notable)}")
 
     def validated(self, result: Validation) -> None:
-        say(
-            f"step {result.step}/{self.n_steps}  validation loss {result.loss:.4f} nats per token, "
-            f"{result.nats_per_byte:.4f} per byte (byte frequencies alone: {result.unigram_entropy:.4f})"
-        )
+        loss, per_byte = _fixed(result.loss, 7, 4), _fixed(result.nats_per_byte, 7, 4).strip()
+        row = _row(time.strftime("%H:%M:%S"), _count(result.step), loss)
+        say(f"{row} validation loss per token; {per_byte} per byte")
 
     def end(self, outcome: Outcome) -> None:
         self._bar.close()
 
+    def _seconds_left(self, step: int) -> float:
+        """Return the seconds that the steps left take at the recent speed, validations and saves included.
 
-def say(line: str) -> None:
-    """Print a line without breaking the progress bar."""
-    tqdm.write(line)
+        NaN: no speed is known, because this process has taken one step only.
+        """
+        (first, began), (last, ended) = self._reported[0], self._reported[-1]
+        if step == self.n_steps:
+            return 0.0
+        return (self.n_steps - step) * (ended - began) / (last - first) if last > first else math.nan
+
+
+def _row(*cells: str) -> str:
+    """Return the cells below the columns of a report. There may be fewer cells than columns."""
+    return " ".join(f"{cell:>{width}}" for cell, width in zip(cells, _COLUMNS.values(), strict=False))
+
+
+def _fixed(value: float, width: int, decimals: int) -> str:
+    """Return a number in at most `width` (5 or more) columns, with at most `decimals` decimals."""
+    is_small = 0 < abs(value) < 10.0 ** (1 - decimals)
+    if not is_small:
+        for n in range(decimals, -1, -1):
+            if len(text := f"{value:.{n}f}") <= width:
+                return text
+    return _scientific(value, width)
+
+
+def _scientific(value: float, width: int) -> str:
+    """Return a number with an exponent in at most `width` columns, if that is possible."""
+    texts = [f"{value:.{n}e}" for n in (2, 1, 0)]
+    texts.append(texts[-1].replace("e+0", "e").replace("e-0", "e-").replace("e+", "e"))
+    return next((text for text in texts if len(text) <= width), "0" if abs(value) < 1 else "huge")
+
+
+def _count(value: float, width: int = 8) -> str:
+    """Return a number in at most `width` (5 or more) columns, such as 1234567, 12.3k or 4.56M.
+
+    The number must not be negative.
+    """
+    if not math.isfinite(value):
+        return f"{value}"
+    if width > 5 and len(text := f"{value:.0f}") <= width:
+        return text
+    for prefix in ("", "k", "M", "G", "T", "P"):
+        if value < 999.5:
+            decimals = 0 if value >= 99.95 or not prefix else 1 if value >= 9.995 else 2
+            return f"{value:.{decimals}f}{prefix}"
+        value /= 1000
+    return _scientific(value * 1e15, width)
+
+
+def _percent(share: float) -> str:
+    if math.isnan(share):
+        return "-"
+    return f"{share:.0%}" if share >= 0.9995 else f"{share:.1%}"
+
+
+def duration(seconds: float) -> str:
+    """Return a duration in at most 7 columns: 0:01:02, 12h34m, 5d06h, or "-" if it is not known."""
+    if not math.isfinite(seconds):
+        return "-"
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    if hours < 10:
+        return f"{hours}:{minute:02}:{second:02}"
+    if hours < 100:
+        return f"{hours}h{minute:02}m"
+    return f"{days}d{hour:02}h" if days < 1000 else _count(days, 6) + "d"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,57 @@
+"""The command lines that a run prints, for pasting into a shell."""
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def in_shell(words: Sequence[str]) -> str:
+    """Return a command line as text for a POSIX shell, for this Python."""
+    return shlex.join([sys.executable, *words])
+
+
+def program(needs_modules: bool) -> list[str]:
+    """Return the words that start the command `torchtitan-lite` of this very package, after Python's name.
+
+    Args:
+        needs_modules: the command imports modules of the user, which may be in the working directory.
+    """
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    # `python -m` finds modules in the working directory, and a path to a script does not.
+    if needs_modules and spec is not None:
+        return ["-m", "torchtitan_lite"]
+    return [str(_PACKAGE / "cli.py")]
+
+
+def again(argv: Sequence[str]) -> list[str] | None:
+    """Return the words after Python's name that start this program again, with room for more options.
+
+    With a launcher these are its words. None: the launcher's words are not known here.
+
+    Args:
+        argv: the options of the training program.
+    """
+    if "RANK" in os.environ:
+        if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
+            return None  # each machine has a launcher with words of its own
+        words = _words_of_parent()
+        return words[1:] if _end_in(words, argv) and len(words) > 1 else None
+    words = sys.orig_argv
+    return words[1:] if _end_in(words, argv) else [str(_PACKAGE / "train.py"), *argv]
+
+
+def _end_in(words: Sequence[str], argv: Sequence[str]) -> bool:
+    return list(words[len(words) - len(argv) :]) == list(argv)
+
+
+def _words_of_parent() -> list[str]:
+    """Return the command line of the process that started this process, or [] if no /proc shows it."""
+    try:
+        text = Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
+    except OSError:
+        return []
+    return [os.fsdecode(word) for word in text.split(b"\0")[:-1]]
