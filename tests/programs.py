@@ -260,8 +260,9 @@ def _forget_the_parent() -> None:
     for number in signal.valid_signals():
         if callable(signal.getsignal(number)):
             signal.signal(number, signal.SIG_DFL)
-    # Even if the shell that started the tests ignores SIGINT.
+    # Even if the shell that started the tests ignores SIGINT, or nohup has started the tests.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     signal.set_wakeup_fd(-1)
     atexit._clear()
     for function in (_exit_function, *_NOTED):

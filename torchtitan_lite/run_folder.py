@@ -133,7 +133,8 @@ class RunFolder:
             jsonl.cut(path, last, resumed.state.validated)
             (path / "exit.json").unlink(missing_ok=True)
         self._keep_tokenizer(path / hub.TOKENIZER, trainer)
-        (path / "config.toml").write_text(self.job.to_toml(self.world.size), encoding="utf-8")
+        text = self.job.to_movable_toml(self.world.size, path)
+        (path / "config.toml").write_text(text, encoding="utf-8")
 
     def _keep_tokenizer(self, place: Path, trainer: Trainer) -> None:
         """Copy the tokenizer's files to `place` in the run's folder, which then needs no files elsewhere."""

@@ -39,7 +39,7 @@ def tell():
 
 guard.__enter__()
 if {is_deaf}:  # so that no handler raises before the process is inside the library
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, lambda *_: None)
 print("ready", flush=True)
 {after}
@@ -90,7 +90,8 @@ def test_a_rank_that_was_asked_to_stop_may_take_longer_than_the_grace(start) -> 
     ("number", "saves", "end", "said"),
     [
         (signal.SIGUSR1, False, "138 terminated", ""),
-        (signal.SIGINT, True, "130 interrupted", "interrupted\n"),
+        (signal.SIGINT, False, "130 interrupted", "interrupted\n"),
+        (signal.SIGHUP, False, "129 terminated", ""),
     ],
 )
 def test_a_signal_that_is_not_a_request_ends_a_rank_even_inside_a_library(

@@ -149,7 +149,20 @@ class JobConfig:
 
     def to_toml(self, world_size: int) -> str:
         """Return the plan for `world_size` ranks as comments, then the whole configuration as TOML."""
-        return "".join(f"# {line}\n" for line in self.plan(world_size)) + "\n" + to_toml(self)
+        return _comments(self.plan(world_size)) + "\n" + to_toml(self)
+
+    def to_movable_toml(self, world_size: int, folder: Path) -> str:
+        """Return the text of `to_toml` without the keys that name `folder`, the run's own folder.
+
+        So a run from this text, in the folder's old place or a new one, does not write to the old place. A
+        tokenizer or weights inside `folder` stay named: another run would not be the same without them.
+        """
+        note = "job.dump_folder is left out: to go on in this folder, name the folder with --job.dump-folder"
+        without = {"job": {"dump_folder"}}
+        cache = self.data.cache_dir
+        if cache and Path(cache).expanduser().resolve().is_relative_to(folder.resolve()):
+            without["data"] = {"cache_dir"}
+        return _comments([*self.plan(world_size), note]) + "\n" + to_toml(self, without)
 
     def check(self, world_size: int = 1, dry_run: bool = False) -> list[Problem]:
         """Return all problems between values that are each valid alone, for a run on `world_size` ranks.
@@ -235,6 +248,10 @@ class JobConfig:
         remedy = f"set model.overrides.vocab_size to {size} or more"
         reads = ("tokenizers", "model.overrides.vocab_size")
         return [Problem("data.tokenizer", self.data.tokenizer, rule, remedy, reads)]
+
+
+def _comments(lines: Sequence[str]) -> str:
+    return "".join(f"# {line}\n" for line in lines)
 
 
 def _own_problems(section: Any, key: str) -> list[Problem]:
