@@ -80,7 +80,8 @@ class import_path_in_environment(contextlib.AbstractContextManager[None]):
 
 def environment(**changes: str) -> dict[str, str]:
     """This process's variables without a launcher's, with `changes`. Empty variables are left out."""
-    kept = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+    own = ("RANK", "WORLD_SIZE", "SLURM_", "OMPI_", "PMI", "MPI_", "FLUX_")
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(own)}
     changed = {**kept, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **changes}
     return {key: value for key, value in changed.items() if value}
 

@@ -11,6 +11,7 @@ from launch import DEEP
 from programs import PIPE, Program, environment
 
 from torchtitan_lite.launch import guard
+from torchtitan_lite.launch.end import End
 from torchtitan_lite.launch.guard import Guard
 from torchtitan_lite.launch.signals import StopRequest
 from torchtitan_lite.launch.world import Progress, World
@@ -57,7 +58,9 @@ class Rank(Program):
 
     def __init__(self, after: str, rank: int, size: int, port: int, saves: bool) -> None:
         code = PROGRAM.format(after=after, saves=saves, is_deaf=DEEP in after)
-        super().__init__(["-c", code, rank, size, port], stdin=PIPE, env=environment(RANK=str(rank)))
+        # The store is in this process, as torchrun has it in its own.
+        variables = environment(RANK=str(rank), TORCHELASTIC_USE_AGENT_STORE="True")
+        super().__init__(["-c", code, rank, size, port], stdin=PIPE, env=variables)
 
 
 @pytest.fixture
@@ -197,8 +200,7 @@ class CountingStore:
 
 
 def guarded(store: Any) -> Guard:
-    world = World(size=2, store=store, progress=Progress(seconds=60))
-    return Guard(world, saves=True, on_end=lambda end: None)
+    return Guard(world_of(0, store), saves=True, on_end=lambda end: None)
 
 
 def test_a_wait_whose_time_is_up_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,11 +226,45 @@ def test_a_healthy_run_sends_the_store_one_request(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(guard, "_TICK", 0.001)
     monkeypatch.setattr(guard, "is_orphan", lambda: looks.append(time.monotonic()))
     monkeypatch.setattr(StopRequest, "install", lambda own: None)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     with guarded(store) as own:
         while len(looks) < 100:
             own.world.alive()
         assert store.requests == ["wait"]
     assert sorted(store.requests) == ["compare_set", "get", "wait"]
+
+
+def test_rank_0_waits_for_the_others_if_its_process_has_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    monkeypatch.setattr(guard, "PrefixStore", lambda prefix, own: own)
+    store: Any = CountingStore()
+    first, second = (Guard(world_of(rank, store), saves=True, on_end=lambda end: None) for rank in (0, 1))
+    second._part()
+    assert store.requests == ["set"]
+    first._part()
+    assert store.requests == ["set", "wait"]
+
+
+def test_a_rank_without_the_store_of_rank_0_names_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    monkeypatch.setattr(guard, "PrefixStore", lambda prefix, own: own)
+    store: Any = CountingStore()
+
+    def gone(*_: object) -> None:
+        raise RuntimeError("Connection reset by peer")
+
+    store.compare_set = gone
+    own, felt = End(rank=1, message="division by zero", is_own=True), End(rank=1, message="reset by peer")
+    ends = [
+        Guard(world_of(rank, store), saves=True, on_end=lambda end: None)._agree(end)
+        for rank, end in ((1, felt), (1, own), (0, felt))
+    ]
+    assert (ends[0].message, ends[0].writer) == ("rank 0 no longer answers", 1)
+    assert ends[1:] == [own, felt]
+
+
+def world_of(rank: int, store: Any) -> World:
+    return World(rank=rank, size=2, store=store, progress=Progress(seconds=60))
 
 
 LAUNCHER = """\

@@ -42,7 +42,7 @@ WAIT = "while not request.asked: time.sleep(0.01)\n"
 TELL = "threading.Thread(target=tell, daemon=True).start()\n"
 FOREVER = "while True: time.sleep(0.1)"
 ASKED = "asked to stop by {}: saves and stops as soon as it can\n"
-ASKED_BY = {
+ASKED_BY: dict[int, str] = {
     number: ASKED.format(number.name)
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 }
@@ -91,7 +91,7 @@ def start() -> Iterator[type[Process]]:
         one.communicate()
 
 
-STOPS = pytest.mark.parametrize("number", ASKED_BY, ids=[number.name for number in ASKED_BY])
+STOPS = pytest.mark.parametrize("number", ASKED_BY, ids=[signal.Signals(number).name for number in ASKED_BY])
 
 
 @STOPS
