@@ -72,7 +72,7 @@ if __name__ == "__main__":
     open(f"status-{{rank}}", "w").write(str(status))
     sys.exit(status)
 """
-TERM, USR1 = int(signal.SIGTERM), int(signal.SIGUSR1)
+TERM, USR1, INT, HUP = map(int, (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP))
 PHASES = {"data": 0, "model": 0, "first step": 1, "step": 3, "validation": 3, "save": 2}
 """The phases in which a signal arrives, and the step that the run then saves."""
 SAVES = (
@@ -156,7 +156,9 @@ def name(number: int) -> str:
     return signal.Signals(number).name
 
 
-@pytest.mark.parametrize("number", [USR1, pytest.param(TERM, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "number", [INT, *(pytest.param(number, marks=pytest.mark.slow) for number in (TERM, USR1, HUP))]
+)
 def test_a_signal_to_the_launcher_stops_both_ranks_and_its_status_is_75(
     number: int, small_run, tmp_path: Path
 ) -> None:
@@ -196,6 +198,8 @@ def start(tmp_path: Path, small_run) -> Iterator[Start]:
     ("phase", "number"),
     [
         ("step", TERM),
+        ("data", HUP),
+        ("save", INT),
         *(
             pytest.param(phase, number, marks=pytest.mark.slow)
             for phase in PHASES
@@ -235,7 +239,7 @@ def test_a_signal_to_the_process_group_does_not_end_what_the_run_has_started(
     check_stopped(tmp_path, TERM, PHASES[phase], 1)
 
 
-@pytest.mark.parametrize(("second", "status"), [(TERM, 143), (USR1, 138)])
+@pytest.mark.parametrize(("second", "status"), [(TERM, 143), (INT, 130)])
 def test_a_second_signal_ends_the_run_at_once_and_earlier_steps_stay(
     second: int, status: int, start: Start, small_run, tmp_path: Path
 ) -> None:
@@ -245,7 +249,8 @@ def test_a_second_signal_ends_the_run_at_once_and_earlier_steps_stay(
     assert found == status, err
     assert err.endswith("asked again: ending at once\n")
     left = outcome(tmp_path / "run")
-    assert (left["status"], left["outcome"], left["step"]) == (status, "terminated", 4)
+    outcome_then = "interrupted" if second == INT else "terminated"
+    assert (left["status"], left["outcome"], left["step"]) == (status, outcome_then, 4)
     steps = Steps(tmp_path / "run" / "checkpoint")
     assert steps.published() == [2]
     assert verify(steps.path(2), World()).state.step == 2
