@@ -287,3 +287,23 @@ def test_a_rank_that_waits_to_meet_the_others_ends_when_its_launcher_ends() -> N
     with Program(["-c", LAUNCHER]) as launcher:
         _, said = launcher.communicate()
     assert (launcher.returncode, said) == (-signal.SIGKILL, "stopped: the launcher no longer answers\n")
+
+
+def test_a_rank_that_waits_to_meet_the_others_ends_at_ctrl_c() -> None:
+    # It waits in C, where no handler of Python runs.
+    code = (
+        "import ctypes\nfrom torchtitan_lite.launch.guard import while_launched\n"
+        f"with while_launched():\n    print('ready', flush=True)\n    {DEEP}"
+    )
+    with Program(["-c", code], env=environment(RANK="0")) as rank:
+        rank.read("ready")
+        rank.send_signal(signal.SIGINT)
+        assert rank.end() == (-signal.SIGINT, "", "")
+
+
+def test_once_the_ranks_have_met_ctrl_c_is_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    before = signal.getsignal(signal.SIGINT)
+    with guard.while_launched():
+        pass
+    assert signal.getsignal(signal.SIGINT) is before
