@@ -221,22 +221,26 @@ def test_a_run_of_one_process_saves_and_stops(
 
 
 @pytest.mark.parametrize(
-    ("phase", "more"),
+    ("number", "phase", "more"),
     [
-        pytest.param("step", (), id="data thread"),
+        pytest.param(TERM, "step", (), id="data thread"),
         pytest.param(
-            "first step", ("--compile.enable",), marks=(pytest.mark.slow, pytest.mark.compiler), id="compiler"
+            INT,
+            "first step",
+            ("--compile.enable",),
+            marks=(pytest.mark.slow, pytest.mark.compiler),
+            id="compiler",
         ),
     ],
 )
 def test_a_signal_to_the_process_group_does_not_end_what_the_run_has_started(
-    phase: str, more: tuple[object, ...], start: Start, tmp_path: Path
+    number: int, phase: str, more: tuple[object, ...], start: Start, tmp_path: Path
 ) -> None:
-    # Kubernetes and some terminals signal the whole process group.
-    status, _, err = start(phase, "os.killpg(0, signal.SIGTERM); wait_until_asked()", *more).end()
+    # Kubernetes signals the whole process group, and so does a terminal at Ctrl-C.
+    status, _, err = start(phase, f"os.killpg(0, {number}); wait_until_asked()", *more).end()
     assert status == 75, err
     assert "Traceback" not in err and "worker" not in err
-    check_stopped(tmp_path, TERM, PHASES[phase], 1)
+    check_stopped(tmp_path, number, PHASES[phase], 1)
 
 
 @pytest.mark.parametrize(("second", "status"), [(TERM, 143), (INT, 130)])

@@ -149,7 +149,7 @@ def test_a_refusal_is_printed_by_each_process_unless_there_surely_is_a_first(var
 
 def test_a_command_of_one_process_says_so() -> None:
     (problem,) = adopt("", dict(OPEN_MPI)).problems
-    assert problem.remedy == "start one process"
+    assert problem.remedy == "start it as one process"
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,7 @@ def _read(options: type, command: str, path: str, argv: Sequence[str]) -> Any:
     adopted = adopt("-m torchtitan_lite.cli generate ..." if command == "generate" else "")
     n_ranks = os.environ.get("WORLD_SIZE", "1")
     if command != "generate" and n_ranks != "1":
-        remedy = f"start one process: torchtitan-lite {command}"
+        remedy = f"start it as one process: torchtitan-lite {command}"
         raise ConfigError([Problem("WORLD_SIZE", n_ranks, f"is more than {command} needs", remedy)])
     name = "PATH" if command == "import-hf" else KEY
     prog = f"torchtitan-lite {command} {name}"

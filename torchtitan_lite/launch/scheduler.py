@@ -239,7 +239,7 @@ def _refusal(
     started = f"means that {launcher.name} has started {size} processes"
     rule = f"{started}, and {absent} {verb} not say where they meet"
     if not program:
-        return Problem(name, int(given), rule, "start one process")
+        return Problem(name, int(given), rule, "start it as one process")
     if n_nodes == 1:
         line = f"torchrun --nproc_per_node {size} {program}"
     else:
