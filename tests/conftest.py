@@ -20,6 +20,7 @@ from ranks import Ranks, RanksOf
 from torchtitan_lite.attention.portable import native
 from torchtitan_lite.attention.portable.native import CXX
 from torchtitan_lite.launch import log
+from torchtitan_lite.launch.signals import STOPS
 
 # The tests' tensors are small: more threads spend their time waiting for each other.
 torch.set_num_threads(1)
@@ -73,7 +74,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 @pytest.fixture(autouse=True)
 def _signals_as_before() -> Iterator[None]:
     """Restore the signals: a run in this process ignores or blocks some, for its child processes too."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    handlers = {number: signal.getsignal(number) for number in STOPS}
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     yield
     signal.set_wakeup_fd(-1)

@@ -80,7 +80,8 @@ class import_path_in_environment(contextlib.AbstractContextManager[None]):
 
 def environment(**changes: str) -> dict[str, str]:
     """This process's variables without a launcher's, with `changes`. Empty variables are left out."""
-    kept = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+    own = ("RANK", "WORLD_SIZE", "SLURM_", "OMPI_", "PMI", "MPI_", "FLUX_")
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(own)}
     changed = {**kept, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **changes}
     return {key: value for key, value in changed.items() if value}
 
@@ -260,8 +261,9 @@ def _forget_the_parent() -> None:
     for number in signal.valid_signals():
         if callable(signal.getsignal(number)):
             signal.signal(number, signal.SIG_DFL)
-    # Even if the shell that started the tests ignores SIGINT.
+    # Even if the shell that started the tests ignores SIGINT, or nohup has started the tests.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     signal.set_wakeup_fd(-1)
     atexit._clear()
     for function in (_exit_function, *_NOTED):

@@ -50,9 +50,11 @@ sys.exit(75)
 class Launch:
     """A running launcher and its child processes, which all write to one pipe."""
 
-    def __init__(self, folder: Path, *words: object, fresh: bool = False, **more: str) -> None:
+    def __init__(
+        self, folder: Path, *words: object, fresh: bool = False, stdin: int | None = None, **more: str
+    ) -> None:
         """`fresh`: start launch.sh, as a scheduler does; otherwise only the Python launcher, in a fork."""
-        options: dict[str, Any] = {"env": environment(**more), "start_new_session": True}
+        options: dict[str, Any] = {"env": environment(**more), "stdin": stdin, "start_new_session": True}
         if fresh:
             command = ["bash", folder / "scripts" / "launch.sh", *map(str, words)]
             self.process = subprocess.Popen(command, stdout=PIPE, stderr=PIPE, text=True, **options)
@@ -117,11 +119,15 @@ def launch(repository: Path) -> Iterator:
 def check_saved(run: Launch, number: int) -> None:
     status, out, said = run.end()
     assert (status, out) == (75, "saved\n" * 2), said
-    assert said == [f"asked to stop by {signal.Signals(number).name}: saves and stops as soon as it can"]
+    how = "; press Ctrl-C again to end at once" if number == signal.SIGINT else ""
+    assert said == [f"asked to stop by {signal.Signals(number).name}: saves and stops as soon as it can{how}"]
     assert run.processes() == []
 
 
-@pytest.mark.parametrize(("number", "fresh"), [(signal.SIGTERM, False), (signal.SIGUSR1, True)])
+@pytest.mark.parametrize(
+    ("number", "fresh"),
+    [(signal.SIGTERM, False), (signal.SIGUSR1, True), (signal.SIGINT, False), (signal.SIGHUP, False)],
+)
 def test_a_signal_to_the_script_makes_every_rank_save_once_and_its_status_is_75(
     number: int, fresh: bool, launch
 ) -> None:
@@ -146,19 +152,23 @@ def test_a_signal_to_every_process_at_once_is_one_request(number: int, seconds: 
     check_saved(run, number)
 
 
-def test_a_second_signal_ends_all_at_once(launch, repository: Path) -> None:
+@pytest.mark.parametrize(
+    ("first", "second"), [(signal.SIGUSR1, signal.SIGTERM), (signal.SIGINT, signal.SIGINT)]
+)
+def test_a_second_signal_ends_all_at_once(first: int, second: int, launch, repository: Path) -> None:
     told = RANK.replace("time.sleep(float", 'sys.stdout.write("asked\\n")\ntime.sleep(float')
     (repository / "rank.py").write_text(told)
-    run = launch(1000)
+    run = launch(1000, "signals._REPEAT = 0.0")
     run.wait_until_ready()
-    run.process.send_signal(signal.SIGUSR1)
+    run.process.send_signal(first)
     run.read("asked")
-    run.process.send_signal(signal.SIGTERM)
+    run.process.send_signal(second)
     started = time.monotonic()
     status, out, said = run.end()
     assert time.monotonic() - started < 25, "torchrun has waited its 30 seconds"
-    assert (status, out) == (143, "")
+    assert (status, out) == (128 + second, "")
     assert "asked again: ending at once" in said
+    assert not any("Root Cause" in line for line in said)
     assert run.processes() == []
 
 
@@ -249,13 +259,28 @@ def test_no_restarts_may_be_asked_for_and_a_script_may_have_such_an_option(launc
     assert run.end()[:2] == (0, "['--max-restarts', '3']\n" * 2)
 
 
-def test_torchrun_itself_handles_an_interrupt(launch) -> None:
+def test_torchrun_itself_handles_ctrl_backslash(launch) -> None:
     run = launch(0)
     run.wait_until_ready()
-    os.killpg(run.process.pid, signal.SIGINT)
+    os.killpg(run.process.pid, signal.SIGQUIT)
     status, out, _ = run.end()
-    assert (status, out) == (130, "")
+    assert (status, out) == (131, "")
     assert run.processes() == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT], ids=["SIGHUP", "SIGINT"])
+def test_a_launcher_that_was_started_to_ignore_a_signal_goes_on(
+    number: int, launch, repository: Path
+) -> None:
+    # As nohup does with SIGHUP. The launcher passes nothing on: the ranks ignore the signal by themselves.
+    (repository / "rank.py").write_text("import sys; sys.stdout.write('ready\\n'); sys.stdin.readline()")
+    launcher = repository / "torchtitan_lite" / "launch" / "torchrun.py"
+    ignore = f"import signal; signal.signal({number:d}, signal.SIG_IGN)\n"
+    launcher.write_text(launcher.read_text().replace("import contextlib\n", f"import contextlib\n{ignore}"))
+    run = launch(stdin=PIPE)
+    run.wait_until_ready()
+    run.process.send_signal(number)
+    assert run.end()[0] == 0  # the end of the input ends the ranks
 
 
 def test_ranks_that_are_done_are_a_success(launch, repository: Path) -> None:

@@ -1,13 +1,16 @@
 """Training with torchrun on several ranks gives the numbers of one rank, and one set of files."""
 
 import json
+import os
 import re
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import tomli
 from launch import SCRIPT, launched, launched_on_two_nodes
+from programs import Program, environment
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 
@@ -76,6 +79,65 @@ def test_two_ranks_and_two_nodes_train_like_one_rank(alone: Path, small_run, tmp
     assert second.out == ""
     files = {"config.toml", "exit.json", "lock", "log.txt", "metrics.jsonl", "run.json"}
     assert {path.name for path in folder.iterdir()} == files
+
+
+SRUN = {
+    "SLURM_JOB_ID": str(os.getpid()),  # another test run beside this one meets at another port
+    "SLURM_STEP_ID": "0",
+    "SLURM_NTASKS": "2",
+    "SLURM_STEP_NUM_TASKS": "2",
+    "SLURM_STEP_NUM_NODES": "1",
+}
+
+
+@pytest.fixture
+def tasks(tmp_path: Path) -> Iterator[Callable[..., list[Program]]]:
+    """`tasks(*words, **variables)` starts two processes as srun does, and kills them at the end."""
+    started: list[Program] = []
+
+    def start(*words: object, **variables: str) -> list[Program]:
+        for rank in ("0", "1"):
+            own = environment(**{**SRUN, "SLURM_PROCID": rank, "SLURM_LOCALID": rank, **variables})
+            started.append(Program(words, cwd=tmp_path, env=own))
+        return started
+
+    yield start
+    for one in started:
+        one.kill()
+        one.communicate()
+
+
+def test_two_tasks_of_srun_train_like_one_rank(alone: Path, small_run, tasks, tmp_path: Path) -> None:
+    first, second = tasks(SCRIPT, *small_run, *SAME)
+    status, out, err = first.end()
+    assert (status, second.end()) == (0, (0, "", "")), err
+    check(out.splitlines(), tmp_path / "run", alone)
+
+
+def test_tasks_that_cannot_meet_are_refused_once_and_touch_nothing(small_run, tasks, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "exit.json").write_text("of an earlier run")
+    first, second = tasks(SCRIPT, *small_run, SLURM_STEP_NUM_NODES="2")
+    status, out, err = first.end()
+    assert (status, out) == (2, "")
+    assert re.fullmatch(
+        r"SLURM_STEP_NUM_TASKS = 2 means that .* torchrun --nnodes 2 --nproc_per_node 1 .*\n", err
+    )
+    assert second.end() == (2, "", "")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["exit.json"]
+    assert (tmp_path / "run" / "exit.json").read_text() == "of an earlier run"
+
+
+def test_a_batch_script_without_srun_trains_alone_and_a_line_says_so(run, small_run) -> None:
+    done = run(SCRIPT, *small_run, SLURM_JOB_ID="1", SLURM_NTASKS="8", SLURM_PROCID="0")
+    assert done.returncode == 0
+    assert done.stderr.count("SLURM_NTASKS = 8, but this process is the only one") == 1
+
+
+@pytest.mark.parametrize("option", ["--dry-run", "--help"])
+def test_what_trains_nothing_needs_no_address(option: str, run, small_run) -> None:
+    done = run(SCRIPT, *small_run, option, SLURM_NTASKS="2", SLURM_PROCID="1")
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_wrong_input_is_reported_in_one_line_although_every_rank_finds_it(small_run, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ usage: torchtitan-lite COMMAND
 
   train [options]                   train a model; `torchtitan-lite train --help` lists the options
   launch [torchrun's options] train.py [options]
-                                    torchrun that passes SIGTERM and SIGUSR1 on to the ranks, for schedulers
+                                    torchrun that waits until the ranks have saved, for schedulers
   generate RUN_OR_STEP [options]    continue a prompt with a trained model
   eval RUN_OR_STEP [options]        measure how well a trained model predicts a text
   export-hf RUN_OR_STEP --out DIR   write a trained model for transformers, vLLM and others

@@ -188,7 +188,8 @@ class RunFolder:
             (path / "exit.json").unlink(missing_ok=True)
         self._keep_tokenizer(path / hub.TOKENIZER, trainer)
         if places is not None:
-            (path / "config.toml").write_text(self.job.to_toml(self.world.size), encoding="utf-8")
+            text = self.job.to_movable_toml(self.world.size, path)
+            (path / "config.toml").write_text(text, encoding="utf-8")
             provenance.write_start(path, places, None if resumed is None else last)
 
     def _keep_tokenizer(self, place: Path, trainer: Trainer) -> None:

@@ -48,13 +48,20 @@ def run(argv: Sequence[str], prog: str) -> int:
     an exception ends the processes of all ranks, this process too.
     """
     from torchtitan_lite.config.job import load_job
+    from torchtitan_lite.config.load import ConfigError
+    from torchtitan_lite.launch.end import say
+    from torchtitan_lite.launch.scheduler import adopt
     from torchtitan_lite.launch.world import world_size
 
+    adopted = adopt("torchtitan_lite/train.py ...")
     loaded = load_job(argv, world_size=world_size(), prog=prog)
     job = loaded.config
     if loaded.dry_run:
         print(job.to_toml(loaded.world_size), end="", flush=True)
         return 0
+    if adopted.problems:
+        raise ConfigError(adopted.problems)
+    say(adopted.notice)
 
     from torchtitan_lite.launch.guard import Guard, while_launched
     from torchtitan_lite.launch.output import outlive_reader

@@ -261,7 +261,7 @@ def test_what_takes_long_on_the_first_rank_is_no_hang(monkeypatch) -> None:
     assert folder._on_first(slow) == "done" and len(alive) >= 3
 
 
-def test_ctrl_c_while_a_step_is_loaded_ends_with_130(texts: Path, folder: Path) -> None:
+def test_a_second_ctrl_c_while_a_step_is_loaded_ends_with_130(texts: Path, folder: Path) -> None:
     code = (
         "import os, signal, sys, threading, time\n"
         "from torchtitan_lite import train\n"
@@ -269,15 +269,16 @@ def test_ctrl_c_while_a_step_is_loaded_ends_with_130(texts: Path, folder: Path) 
         "from torchtitan_lite.launch.process import end_process\n"
         "read = restore.read_tensors\n"
         "def slowly(*words):\n"
-        "    threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGINT)).start()\n"
-        "    until = time.monotonic() + 3\n"
+        "    for after in (0.2, 0.7):\n"
+        "        threading.Timer(after, lambda: os.kill(os.getpid(), signal.SIGINT)).start()\n"
+        "    until = time.monotonic() + 60\n"
         "    while time.monotonic() < until:\n"
         "        read(*words)\n"
         "restore.read_tensors = slowly\n"
         "end_process(train.main(sys.argv[1:]))\n"
     )
     end = programs.run(["-c", code, *words(texts, job__dump_folder=folder)])
-    assert (end.returncode, end.stderr.splitlines()[-1]) == (130, "interrupted"), end.stderr
+    assert (end.returncode, end.stderr.splitlines()[-1]) == (130, "asked again: ending at once"), end.stderr
 
 
 @pytest.mark.parametrize("kind", ["file", "link"])

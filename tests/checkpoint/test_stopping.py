@@ -76,7 +76,7 @@ if __name__ == "__main__":
     open(f"status-{{rank}}", "w").write(str(status))
     sys.exit(status)
 """
-TERM, USR1 = int(signal.SIGTERM), int(signal.SIGUSR1)
+TERM, USR1, INT, HUP = map(int, (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP))
 PHASES = {"data": 0, "model": 0, "first step": 1, "step": 3, "validation": 3, "save": 2}
 """The phases in which a signal arrives, and the step that the run then saves."""
 SAVES = (
@@ -160,7 +160,9 @@ def name(number: int) -> str:
     return signal.Signals(number).name
 
 
-@pytest.mark.parametrize("number", [USR1, pytest.param(TERM, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "number", [INT, *(pytest.param(number, marks=pytest.mark.slow) for number in (TERM, USR1, HUP))]
+)
 def test_a_signal_to_the_launcher_stops_both_ranks_and_its_status_is_75(
     number: int, small_run, tmp_path: Path
 ) -> None:
@@ -200,6 +202,8 @@ def start(tmp_path: Path, small_run) -> Iterator[Start]:
     ("phase", "number"),
     [
         ("step", TERM),
+        ("data", HUP),
+        ("save", INT),
         *(
             pytest.param(phase, number, marks=pytest.mark.slow)
             for phase in PHASES
@@ -269,25 +273,29 @@ def test_the_printed_command_of_two_ranks_starts_both(small_run, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("phase", "more"),
+    ("number", "phase", "more"),
     [
-        pytest.param("step", (), id="data thread"),
+        pytest.param(TERM, "step", (), id="data thread"),
         pytest.param(
-            "first step", ("--compile.enable",), marks=(pytest.mark.slow, pytest.mark.compiler), id="compiler"
+            INT,
+            "first step",
+            ("--compile.enable",),
+            marks=(pytest.mark.slow, pytest.mark.compiler),
+            id="compiler",
         ),
     ],
 )
 def test_a_signal_to_the_process_group_does_not_end_what_the_run_has_started(
-    phase: str, more: tuple[object, ...], start: Start, tmp_path: Path
+    number: int, phase: str, more: tuple[object, ...], start: Start, tmp_path: Path
 ) -> None:
-    # Kubernetes and some terminals signal the whole process group.
-    status, _, err = start(phase, "os.killpg(0, signal.SIGTERM); wait_until_asked()", *more).end()
+    # Kubernetes signals the whole process group, and so does a terminal at Ctrl-C.
+    status, _, err = start(phase, f"os.killpg(0, {number}); wait_until_asked()", *more).end()
     assert status == 75, err
     assert "Traceback" not in err and "worker" not in err
-    check_stopped(tmp_path, TERM, PHASES[phase], 1)
+    check_stopped(tmp_path, number, PHASES[phase], 1)
 
 
-@pytest.mark.parametrize(("second", "status"), [(TERM, 143), (USR1, 138)])
+@pytest.mark.parametrize(("second", "status"), [(TERM, 143), (INT, 130)])
 def test_a_second_signal_ends_the_run_at_once_and_earlier_steps_stay(
     second: int, status: int, start: Start, small_run, tmp_path: Path
 ) -> None:
@@ -297,7 +305,8 @@ def test_a_second_signal_ends_the_run_at_once_and_earlier_steps_stay(
     assert found == status, err
     assert err.endswith("asked again: ending at once\n")
     left = outcome(tmp_path / "run")
-    assert (left["status"], left["outcome"], left["step"]) == (status, "terminated", 4)
+    outcome_then = "interrupted" if second == INT else "terminated"
+    assert (left["status"], left["outcome"], left["step"]) == (status, outcome_then, 4)
     steps = Steps(tmp_path / "run" / "checkpoint")
     assert steps.published() == [2]
     assert verify(steps.path(2), World()).state.step == 2

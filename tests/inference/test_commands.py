@@ -307,6 +307,22 @@ def test_a_command_for_one_process_is_refused_to_several(
     )
 
 
+@pytest.mark.parametrize("command", ["generate", "eval", "export-hf", "import-hf"])
+def test_processes_of_mpirun_that_cannot_meet_are_refused(
+    command: str, run: Path, say, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "1")
+    out_folder = ("--out", tmp_path / "out") if "hf" in command else ()
+    status, out, err = say(command, run, *out_folder)
+    assert (status, out) == (2, "") and err.startswith(
+        "OMPI_COMM_WORLD_SIZE = 2 means that mpirun has started 2 "
+    )
+    how = "torchrun --nnodes NODES" if command == "generate" else "start it as one process\n"
+    assert how in err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_damaged_step_is_not_used(run: Path, say, tmp_path: Path) -> None:
     import shutil
 

@@ -11,6 +11,7 @@ from launch import DEEP
 from programs import PIPE, Program, environment
 
 from torchtitan_lite.launch import guard
+from torchtitan_lite.launch.end import End
 from torchtitan_lite.launch.guard import Guard
 from torchtitan_lite.launch.signals import StopRequest
 from torchtitan_lite.launch.world import Progress, World
@@ -39,7 +40,7 @@ def tell():
 
 guard.__enter__()
 if {is_deaf}:  # so that no handler raises before the process is inside the library
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, lambda *_: None)
 print("ready", flush=True)
 {after}
@@ -57,7 +58,9 @@ class Rank(Program):
 
     def __init__(self, after: str, rank: int, size: int, port: int, saves: bool) -> None:
         code = PROGRAM.format(after=after, saves=saves, is_deaf=DEEP in after)
-        super().__init__(["-c", code, rank, size, port], stdin=PIPE, env=environment(RANK=str(rank)))
+        # The store is in this process, as torchrun has it in its own.
+        variables = environment(RANK=str(rank), TORCHELASTIC_USE_AGENT_STORE="True")
+        super().__init__(["-c", code, rank, size, port], stdin=PIPE, env=variables)
 
 
 @pytest.fixture
@@ -90,7 +93,8 @@ def test_a_rank_that_was_asked_to_stop_may_take_longer_than_the_grace(start) -> 
     ("number", "saves", "end", "said"),
     [
         (signal.SIGUSR1, False, "138 terminated", ""),
-        (signal.SIGINT, True, "130 interrupted", "interrupted\n"),
+        (signal.SIGINT, False, "130 interrupted", "interrupted\n"),
+        (signal.SIGHUP, False, "129 terminated", ""),
     ],
 )
 def test_a_signal_that_is_not_a_request_ends_a_rank_even_inside_a_library(
@@ -196,8 +200,7 @@ class CountingStore:
 
 
 def guarded(store: Any) -> Guard:
-    world = World(size=2, store=store, progress=Progress(seconds=60))
-    return Guard(world, saves=True, on_end=lambda end: None)
+    return Guard(world_of(0, store), saves=True, on_end=lambda end: None)
 
 
 def test_a_wait_whose_time_is_up_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,11 +226,45 @@ def test_a_healthy_run_sends_the_store_one_request(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(guard, "_TICK", 0.001)
     monkeypatch.setattr(guard, "is_orphan", lambda: looks.append(time.monotonic()))
     monkeypatch.setattr(StopRequest, "install", lambda own: None)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     with guarded(store) as own:
         while len(looks) < 100:
             own.world.alive()
         assert store.requests == ["wait"]
     assert sorted(store.requests) == ["compare_set", "get", "wait"]
+
+
+def test_rank_0_waits_for_the_others_if_its_process_has_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    monkeypatch.setattr(guard, "PrefixStore", lambda prefix, own: own)
+    store: Any = CountingStore()
+    first, second = (Guard(world_of(rank, store), saves=True, on_end=lambda end: None) for rank in (0, 1))
+    second._part()
+    assert store.requests == ["set"]
+    first._part()
+    assert store.requests == ["set", "wait"]
+
+
+def test_a_rank_without_the_store_of_rank_0_names_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    monkeypatch.setattr(guard, "PrefixStore", lambda prefix, own: own)
+    store: Any = CountingStore()
+
+    def gone(*_: object) -> None:
+        raise RuntimeError("Connection reset by peer")
+
+    store.compare_set = gone
+    own, felt = End(rank=1, message="division by zero", is_own=True), End(rank=1, message="reset by peer")
+    ends = [
+        Guard(world_of(rank, store), saves=True, on_end=lambda end: None)._agree(end)
+        for rank, end in ((1, felt), (1, own), (0, felt))
+    ]
+    assert (ends[0].message, ends[0].writer) == ("rank 0 no longer answers", 1)
+    assert ends[1:] == [own, felt]
+
+
+def world_of(rank: int, store: Any) -> World:
+    return World(rank=rank, size=2, store=store, progress=Progress(seconds=60))
 
 
 LAUNCHER = """\
@@ -250,3 +287,23 @@ def test_a_rank_that_waits_to_meet_the_others_ends_when_its_launcher_ends() -> N
     with Program(["-c", LAUNCHER]) as launcher:
         _, said = launcher.communicate()
     assert (launcher.returncode, said) == (-signal.SIGKILL, "stopped: the launcher no longer answers\n")
+
+
+def test_a_rank_that_waits_to_meet_the_others_ends_at_ctrl_c() -> None:
+    # It waits in C, where no handler of Python runs.
+    code = (
+        "import ctypes\nfrom torchtitan_lite.launch.guard import while_launched\n"
+        f"with while_launched():\n    print('ready', flush=True)\n    {DEEP}"
+    )
+    with Program(["-c", code], env=environment(RANK="0")) as rank:
+        rank.read("ready")
+        rank.send_signal(signal.SIGINT)
+        assert rank.end() == (-signal.SIGINT, "", "")
+
+
+def test_once_the_ranks_have_met_ctrl_c_is_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    before = signal.getsignal(signal.SIGINT)
+    with guard.while_launched():
+        pass
+    assert signal.getsignal(signal.SIGINT) is before

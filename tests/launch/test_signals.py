@@ -1,4 +1,4 @@
-"""SIGTERM, SIGUSR1 and SIGINT in a process with a StopRequest: real processes, real signals."""
+"""SIGTERM, SIGUSR1, SIGINT and SIGHUP in a process with a StopRequest: real processes, real signals."""
 
 import os
 import signal
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 from launch import DEEP
-from programs import Program, environment
+from programs import PIPE, Program, environment
 
 PROGRAM = """\
 import ctypes, os, signal, subprocess, sys, threading, time
@@ -42,6 +42,11 @@ WAIT = "while not request.asked: time.sleep(0.01)\n"
 TELL = "threading.Thread(target=tell, daemon=True).start()\n"
 FOREVER = "while True: time.sleep(0.1)"
 ASKED = "asked to stop by {}: saves and stops as soon as it can\n"
+ASKED_BY: dict[int, str] = {
+    number: ASKED.format(number.name)
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+}
+ASKED_BY[signal.SIGINT] = ASKED_BY[signal.SIGINT].replace("\n", "; press Ctrl-C again to end at once\n")
 AGAIN = "asked again: ending at once\n"
 SHORT_LAST_WORDS = "signals._LAST_WORDS = 1.0"  # instead of 5 seconds
 
@@ -57,10 +62,11 @@ class Process(Program):
         is_first: bool = True,
         launched: bool = False,
         saves: bool = True,
+        **options: int,
     ) -> None:
         code = PROGRAM.format(before=before, after=after, is_first=is_first, saves=saves)
         variables = {"RANK": "0"} if launched else {}
-        super().__init__(["-c", code], env=environment(**variables), start_new_session=True)
+        super().__init__(["-c", code], env=environment(**variables), start_new_session=True, **options)
         self.read("ready")
 
     def ask(self, number: int) -> None:
@@ -85,7 +91,7 @@ def start() -> Iterator[type[Process]]:
         one.communicate()
 
 
-STOPS = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=["SIGTERM", "SIGUSR1"])
+STOPS = pytest.mark.parametrize("number", ASKED_BY, ids=[signal.Signals(number).name for number in ASKED_BY])
 
 
 @STOPS
@@ -95,19 +101,42 @@ def test_the_first_signal_asks_to_stop_and_the_process_says_so_once(
 ) -> None:
     process = start(WAIT + "print(request.signal_name); request.ignore_signals()", launched=launched)
     process.send_signal(number)
-    name = signal.Signals(number).name
-    assert process.end() == (0, f"{name}\n", ASKED.format(name))
+    assert process.end() == (0, f"{signal.Signals(number).name}\n", ASKED_BY[number])
 
 
 @STOPS
 @pytest.mark.parametrize("code", [FOREVER, DEEP], ids=["in Python", "in C"])
 def test_a_second_signal_ends_the_process_at_once(number: int, code: str, start) -> None:
-    process = start(TELL + code, before="signals._LAST_WORDS = 1000.0")
+    process = start(TELL + code, before="signals._LAST_WORDS, signals._REPEAT = 1000.0, 0.0")
     process.ask(number)
     process.send_signal(number)
     status, out, err = process.end()
-    assert (status, out) == (128 + number, f"terminated {status}\n")
-    assert err == ASKED.format(signal.Signals(number).name) + AGAIN
+    outcome = "interrupted" if number == signal.SIGINT else "terminated"
+    assert (status, out) == (128 + number, f"{outcome} {status}\n")
+    assert err == ASKED_BY[number] + AGAIN
+
+
+def test_a_terminal_that_closes_may_send_its_signal_twice(start) -> None:
+    # Once by its shell, and once by the system.
+    process = start(
+        TELL + WAIT + "time.sleep(1); request.ignore_signals()", before="signals._REPEAT = 1000.0"
+    )
+    process.ask(signal.SIGHUP)
+    for _ in range(2):
+        process.send_signal(signal.SIGHUP)
+        time.sleep(0.1)
+    assert process.end() == (0, "", ASKED_BY[signal.SIGHUP])
+
+
+@pytest.mark.parametrize("saves", [True, False])
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT], ids=["SIGHUP", "SIGINT"])
+def test_a_signal_that_was_ignored_at_the_start_stays_ignored(number: int, saves: bool, start) -> None:
+    # nohup ignores SIGHUP, and a shell script ignores SIGINT in what it starts in the background.
+    code = "input(); print(request.asked, ending.is_set()); request.ignore_signals()"
+    process = start(code, before=f"signal.signal({number:d}, signal.SIG_IGN)", saves=saves, stdin=PIPE)
+    process.send_signal(number)
+    print(file=process.stdin, flush=True)
+    assert process.end() == (0, "False False\n", "")
 
 
 def test_only_the_first_rank_prints(start) -> None:
@@ -160,7 +189,7 @@ def test_after_the_save_signals_are_ignored(start) -> None:
     )
     process.send_signal(signal.SIGTERM)
     process.read("done")
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in ASKED_BY:
         process.send_signal(number)
         time.sleep(0.05)
     assert process.end() == (75, "", ASKED.format("SIGTERM"))
@@ -173,33 +202,34 @@ def test_the_request_is_not_announced_when_the_run_is_about_to_fail(start) -> No
     assert process.end() == (0, "", "")
 
 
-def test_a_signal_to_the_process_group_does_not_end_child_processes(start) -> None:
-    # Such as a compiler.
+@STOPS
+def test_a_signal_to_the_process_group_does_not_end_child_processes(number: int, start) -> None:
+    # Such as a compiler. A terminal signals all processes in its foreground.
     child = "import time; print('started', flush=True); time.sleep(1); print('compiled')"
     run = f"subprocess.run([sys.executable, '-c', {child!r}], check=True)\n"
     process = start(run + "print(request.asked); request.ignore_signals()", launched=True)
     process.read("started")
-    os.killpg(process.pid, signal.SIGTERM)
-    assert process.end() == (0, "compiled\nTrue\n", ASKED.format("SIGTERM"))
+    os.killpg(process.pid, number)
+    assert process.end() == (0, "compiled\nTrue\n", ASKED_BY[number])
 
 
 @pytest.mark.parametrize(
-    ("number", "saves", "error"),
+    ("number", "error"),
     [
-        (signal.SIGINT, True, "KeyboardInterrupt()"),
-        (signal.SIGINT, False, "KeyboardInterrupt()"),
-        (signal.SIGTERM, False, "SystemExit(143)"),
-        (signal.SIGUSR1, False, "SystemExit(138)"),
+        (signal.SIGINT, "KeyboardInterrupt()"),
+        (signal.SIGTERM, "SystemExit(143)"),
+        (signal.SIGUSR1, "SystemExit(138)"),
+        (signal.SIGHUP, "SystemExit(129)"),
     ],
 )
 def test_a_signal_that_is_not_a_request_raises_in_the_main_thread_and_sets_a_deadline(
-    number: int, saves: bool, error: str, start
+    number: int, error: str, start
 ) -> None:
     code = (
         "try: print('in', flush=True); time.sleep(9)\n"
         "except BaseException as error: ending.wait(); print(repr(error))"
     )
-    process = start(code, saves=saves)
+    process = start(code, saves=False)
     process.read("in")
     process.send_signal(number)
     assert process.end() == (0, f"deadline {int(number)}\n{error}\n", "")

@@ -110,10 +110,27 @@ def test_a_dry_run_prints_the_config_and_writes_nothing(run, small_run, tmp_path
 def test_the_saved_config_is_resolved_and_repeats_the_run(run, small_run, tmp_path: Path) -> None:
     resolved = run(SCRIPT, *small_run, "--dry-run").stdout
     run(SCRIPT, *small_run)
-    assert (tmp_path / "run" / "config.toml").read_text() == resolved
+    saved = tomli.loads((tmp_path / "run" / "config.toml").read_text())
+    wanted = tomli.loads(resolved)
+    assert wanted["job"].pop("dump_folder") == str(tmp_path / "run")
+    assert saved == wanted
     again = run(SCRIPT, "--config", tmp_path / "run" / "config.toml", "--job.dump-folder", tmp_path / "again")
     assert again.returncode == 0, again.stderr
     assert losses(tmp_path / "again") == pytest.approx(losses(tmp_path / "run"), rel=1e-6)
+
+
+def test_a_run_from_the_config_of_a_folder_that_has_moved_leaves_the_old_place_alone(
+    run, small_run, tmp_path: Path
+) -> None:
+    assert run(SCRIPT, *small_run, "--data.cache-dir", tmp_path / "run" / "cache").returncode == 0
+    (tmp_path / "run").rename(tmp_path / "moved")
+    saved = (tmp_path / "moved" / "config.toml").read_text()
+    assert str(tmp_path / "run") not in saved and "# job.dump_folder is left out" in saved
+    words = ("--config", "moved/config.toml", "--data.cache-dir", tmp_path / "moved" / "cache")
+    done = run(SCRIPT, *words)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "run").exists()
+    assert [path.name.partition("-2")[0] for path in (tmp_path / "outputs").iterdir()] == ["qwen3-debugmodel"]
 
 
 def test_wrong_input_gives_status_2_and_a_line_for_each_error_without_a_traceback(

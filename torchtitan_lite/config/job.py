@@ -167,7 +167,20 @@ class JobConfig:
 
     def to_toml(self, world_size: int) -> str:
         """Return the plan for `world_size` ranks as comments, then the whole configuration as TOML."""
-        return "".join(f"# {line}\n" for line in self.plan(world_size)) + "\n" + to_toml(self)
+        return _comments(self.plan(world_size)) + "\n" + to_toml(self)
+
+    def to_movable_toml(self, world_size: int, folder: Path) -> str:
+        """Return the text of `to_toml` without the keys that name `folder`, the run's own folder.
+
+        So a run from this text, in the folder's old place or a new one, does not write to the old place. A
+        tokenizer or weights inside `folder` stay named: another run would not be the same without them.
+        """
+        note = "job.dump_folder is left out: to go on in this folder, name the folder with --job.dump-folder"
+        without = {"job": {"dump_folder"}}
+        cache = self.data.cache_dir
+        if cache and Path(cache).expanduser().resolve().is_relative_to(folder.resolve()):
+            without["data"] = {"cache_dir"}
+        return _comments([*self.plan(world_size), note]) + "\n" + to_toml(self, without)
 
     def check(self, world_size: int = 1, dry_run: bool = False) -> list[Problem]:
         """Return all problems between values that are each valid alone, for a run on `world_size` ranks.
@@ -285,6 +298,10 @@ class JobConfig:
 def _use_free(names: Sequence[str], used: set[str]) -> str:
     """Return the remedy that proposes the first of `names` that is not `used`."""
     return f'use "{next(name for name in names if name not in used)}"'
+
+
+def _comments(lines: Sequence[str]) -> str:
+    return "".join(f"# {line}\n" for line in lines)
 
 
 def _own_problems(section: Any, key: str) -> list[Problem]:

@@ -8,7 +8,7 @@ used.
 import copy
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
@@ -117,11 +117,14 @@ def holder(table: Any, path: Path) -> _Table:
     return table if isinstance(table, dict) and path[-1] in table else {}
 
 
-def to_toml(config: Any) -> str:
-    """Return TOML that loads back to an equal `config`. None is left out, as it is always the default."""
+def to_toml(config: Any, without: Mapping[str, set[str]] | None = None) -> str:
+    """Return TOML that loads back to an equal `config`. None is left out, as it is always the default.
+
+    `without` names the keys of each section that are left out too.
+    """
     import tomli_w
 
-    tables = adapter(type(config)).dump_python(config, exclude_none=True)
+    tables = adapter(type(config)).dump_python(config, exclude_none=True, exclude=without)
     return tomli_w.dumps({name: table for name, table in tables.items() if table != {}})
 
 

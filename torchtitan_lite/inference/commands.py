@@ -37,6 +37,7 @@ from torchtitan_lite.inference.trained import (
     renaming_keys,
 )
 from torchtitan_lite.launch.end import status_of
+from torchtitan_lite.launch.scheduler import adopt
 from torchtitan_lite.launch.world import World, join, leave
 from torchtitan_lite.models.decoder import DecoderConfig
 from torchtitan_lite.models.refusals import KEYS_OF_A_COMMAND, Conditions, attention_problems
@@ -136,18 +137,21 @@ def run(command: str, argv: Sequence[str]) -> int:
 def _read(options: type, command: str, path: str, argv: Sequence[str]) -> Any:
     """Return a command's options from `argv`.
 
-    Raises ConfigError if the options are wrong, if `path` is empty, or if torchrun has started several
-    processes of a command that needs only one process.
+    Raises ConfigError if the options are wrong, if `path` is empty, or if a launcher has started several
+    processes, and the command needs only one process or the processes cannot meet.
     """
+    adopted = adopt("-m torchtitan_lite.cli generate ..." if command == "generate" else "")
     n_ranks = os.environ.get("WORLD_SIZE", "1")
     if command != "generate" and n_ranks != "1":
-        remedy = f"start it without torchrun: torchtitan-lite {command}"
+        remedy = f"start it as one process: torchtitan-lite {command}"
         raise ConfigError([Problem("WORLD_SIZE", n_ranks, f"is more than {command} needs", remedy)])
     name = "PATH" if command == "import-hf" else KEY
     prog = f"torchtitan-lite {command} {name}"
     if issubclass(options, ExportConfig | ImportConfig):
         prog += " --out DIR"
     loaded = load(options, argv, prog=prog, check=_out_problems, plugins="plugins", of_a_run=False)
+    if adopted.problems:
+        raise ConfigError(adopted.problems)
     if not path:
         rule, remedy = "is not named", f"write torchtitan-lite {command} FOLDER"
         raise ConfigError([Problem(name, MISSING, rule, remedy)])

@@ -45,8 +45,8 @@ _AT_MOST = 60.0
 _FOREVER = timedelta(days=20)
 """The longest timeout of a request to the store: poll() counts milliseconds, for at most 24 days."""
 
-# The keys in the store, besides answer/RANK. "trouble" holds the rank that announced trouble, or _OVER after
-# a run without trouble.
+# The keys in the store, besides answer/RANK and left/RANK. "trouble" holds the rank that announced trouble,
+# or _OVER after a run without trouble.
 _TROUBLE, _VERDICT, _TOLD = "trouble", "verdict", "told"
 _OVER = "over"
 _ANSWER, _END = TypeAdapter(Answer), TypeAdapter(End)
@@ -73,6 +73,8 @@ class Guard:
         self._ending = threading.Lock()
         self._is_announced, self._is_over = threading.Event(), threading.Event()
         self._threads: list[threading.Thread] = []
+        # Without torchrun, the store is in the process of rank 0 (torch.distributed.rendezvous).
+        self._store_is_of_rank_0 = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True)
         if world.size > 1:
             self._store, self._waiting = _connect(world), _connect(world)
             self._threads = [
@@ -94,6 +96,7 @@ class Guard:
                     self._store.compare_set(_TROUBLE, "", _OVER)
             for thread in self._threads:
                 thread.join()
+            self._part()
             return
         while True:  # try again if a signal raises inside
             with contextlib.suppress(KeyboardInterrupt, SystemExit):
@@ -126,7 +129,7 @@ class Guard:
             limit = threading.Timer(_AT_MOST, os._exit, [own.status])
             limit.daemon = True
             limit.start()
-            for number in (*STOPS, signal.SIGINT):
+            for number in STOPS:
                 with contextlib.suppress(ValueError):  # not the main thread, so no handler raises here
                     signal.signal(number, signal.SIG_IGN)
             end, rank = self._agree(own), self.world.rank
@@ -147,6 +150,8 @@ class Guard:
                     self.on_end(end)
             tell_launcher(end.message if is_cause else line or end.message, late=not is_cause)
             sys.stdout.flush()
+            if not end.is_dead:
+                self._part()
             os._exit(end.status)
 
     def _agree(self, own: End) -> End:
@@ -164,7 +169,7 @@ class Guard:
                 self._store.set(_VERDICT, _END.dump_json(self._judge()).decode())
             return _verdict(self._store, announcer)
         except RuntimeError:
-            return own
+            return own if own.is_own or own.reason == "signal" else self._without_store(own)
 
     def _judge(self) -> End:
         """Collect the answers of all ranks, and return the end of the rank that is the cause."""
@@ -203,7 +208,7 @@ class Guard:
         except RuntimeError:
             # At the end of a run the store may close shortly before `_is_over` is set.
             if not self._is_over.wait(2):
-                self.end(self._orphaned())
+                self.end(self._without_store(self._orphaned()))
             return
         if end.rank == rank:  # the main thread hangs, or is about to end the process
             self.end(end)
@@ -225,6 +230,23 @@ class Guard:
                 self.end(self._hang())
             elif time.monotonic() > self._must_end_at:
                 self.end(signalled(self.world.rank, self._signal))
+
+    def _part(self) -> None:
+        """Let rank 0 wait until the other ranks need the store no longer, if its process has the store."""
+        if not self._threads or not self._store_is_of_rank_0:
+            return
+        with contextlib.suppress(RuntimeError):  # a rank is dead, or the store is gone
+            if self.world.rank:
+                self._store.set(f"left/{self.world.rank}", "")
+            else:
+                others = [f"left/{rank}" for rank in range(1, self.world.size)]
+                self._store.wait(others, timedelta(seconds=_SILENCE))
+
+    def _without_store(self, own: End) -> End:
+        """Return the end of a run whose store is gone: `own`, unless the store was in another rank."""
+        if not self._store_is_of_rank_0 or self.world.rank == 0:
+            return own
+        return replace(_no_answer([0]), reason="consequence", writer=1)
 
     def _orphaned(self) -> End:
         end = End(rank=self.world.rank, message="the launcher no longer answers")
@@ -263,8 +285,11 @@ def _no_answer(ranks: list[int]) -> End:
 
 @contextlib.contextmanager
 def while_launched() -> Iterator[None]:
-    """A context manager: this process ends if its launcher ends inside. Used until there is a Guard."""
-    is_over = threading.Event()
+    """A context manager: this process ends if its launcher ends inside, or at a Ctrl-C.
+
+    Used until there is a Guard.
+    """
+    is_over, before = threading.Event(), signal.getsignal(signal.SIGINT)
 
     def look() -> None:
         while not is_over.wait(_TICK):
@@ -274,7 +299,11 @@ def while_launched() -> Iterator[None]:
 
     if "RANK" in os.environ:  # otherwise there is no launcher
         threading.Thread(target=look, name="launcher", daemon=True).start()
+        if before is signal.default_int_handler:
+            # No handler of Python runs while the rank waits for the others, which is in C.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         yield
     finally:
         is_over.set()
+        signal.signal(signal.SIGINT, before)

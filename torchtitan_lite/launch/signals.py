@@ -1,4 +1,7 @@
-"""Turn SIGTERM and SIGUSR1, with which schedulers announce the end of a job, into a request to save and stop.
+"""Turn the signals that announce the end of a run into a request to save and stop.
+
+Schedulers send SIGTERM and SIGUSR1. A terminal sends SIGINT at Ctrl-C and SIGHUP when it closes, to all
+processes that run in its foreground.
 
 A thread reads the signals from a pipe (signal.set_wakeup_fd). So a signal is noticed even while the main
 thread is in C code, where no Python handler runs.
@@ -21,9 +24,11 @@ from torchtitan_lite.launch.end import say, signalled
 if TYPE_CHECKING:
     from torchtitan_lite.launch.guard import Guard
 
-STOPS = frozenset({signal.SIGTERM, signal.SIGUSR1})
+_OF_TERMINALS = frozenset({signal.SIGINT, signal.SIGHUP})
+STOPS = frozenset({signal.SIGTERM, signal.SIGUSR1}) | _OF_TERMINALS
 _REPEAT = 1.0
-"""The seconds in which a launcher may forward the signal that this process has also received directly."""
+"""The seconds in which one event may bring a signal twice. A launcher may forward the signal that this
+process has also received directly. When a terminal closes, its shell sends SIGHUP, and so does the system."""
 _PAUSE = 1.0
 """The seconds before a request is printed. The launcher also sends SIGTERM when another rank has failed, and
 this rank learns of the failure in this time."""
@@ -32,14 +37,16 @@ _LAST_WORDS = 5.0
 
 
 class StopRequest:
-    """The request to save and stop that the first SIGTERM or SIGUSR1 makes.
+    """The request to save and stop that the first signal of `STOPS` makes.
 
-    A second signal ends the process. But under a launcher, the same signal within a second does not count: a
-    scheduler may signal the launcher and the ranks, and the launcher forwards its signal to the ranks.
+    A second signal ends the process. But the same signal within a second does not count under a launcher: a
+    scheduler may signal the launcher and the ranks, and the launcher forwards its signal to the ranks. Nor
+    does a second SIGHUP within a second.
 
     Args:
         guard: the Guard, which ends the process on a second signal.
-        saves: whether the run saves checkpoints. If not, a signal raises SystemExit in the main thread.
+        saves: whether the run saves checkpoints. If not, SIGINT raises KeyboardInterrupt in the main thread,
+            and the other signals raise SystemExit.
     """
 
     def __init__(self, guard: "Guard", *, saves: bool) -> None:
@@ -47,6 +54,7 @@ class StopRequest:
         self.signal_name = ""
         """The name of the signal that made the request, or "" before a request."""
         self._guard, self._saves = guard, saves
+        self._handled = STOPS - _ignored() if saves else STOPS - _ignored() - {signal.SIGINT}
         self._launched, self._asked_at = "RANK" in os.environ, 0.0
         self._is_done = threading.Event()
         self._telling = threading.Thread(target=self._tell, daemon=True)
@@ -57,7 +65,7 @@ class StopRequest:
         If the run saves, all other threads and all processes that start later block the signals. So a child
         process, such as a compiler, continues when a scheduler signals the whole process group.
         """
-        for number in STOPS:
+        for number in self._handled:
             signal.signal(number, _pass if self._saves else _exit)
             if self._saves:
                 signal.siginterrupt(number, False)
@@ -66,11 +74,11 @@ class StopRequest:
         signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
         threading.Thread(target=self._listen, args=(reading,), name="signals", daemon=True).start()
         if self._saves:
-            signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+            signal.pthread_sigmask(signal.SIG_BLOCK, self._handled)
 
     def ignore_signals(self) -> None:
-        """Ignore SIGTERM and SIGUSR1 from now on. A launcher signals all ranks when the first rank ends."""
-        for number in STOPS:
+        """Ignore the signals from now on. A launcher signals all ranks when the first rank ends."""
+        for number in self._handled:
             signal.signal(number, signal.SIG_IGN)
         self._is_done.set()
         if self.asked:
@@ -78,13 +86,13 @@ class StopRequest:
 
     def _listen(self, reading: int) -> None:
         if self._saves:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, self._handled)
         while True:
             for number in os.read(reading, 64):
                 self._take(number)
 
     def _take(self, number: int) -> None:
-        if number == signal.SIGINT or (number in STOPS and not self._saves):
+        if number in STOPS and not self._saves:
             self._guard.set_deadline(number)
         elif number not in STOPS or self._is_done.is_set():
             return
@@ -97,14 +105,16 @@ class StopRequest:
 
     def _is_repeat(self, number: int) -> bool:
         is_same = signal.Signals(number).name == self.signal_name
-        return self._launched and is_same and time.monotonic() < self._asked_at + _REPEAT
+        may_repeat = self._launched or number == signal.SIGHUP
+        return may_repeat and is_same and time.monotonic() < self._asked_at + _REPEAT
 
     def _tell(self) -> None:
         """Print what the signal does. A thread runs this: printing blocks if nobody reads the output."""
         if self._launched:
             self._is_done.wait(_PAUSE)
         if not self._guard.is_ending:
-            self._say(f"asked to stop by {self.signal_name}: saves and stops as soon as it can")
+            how = "; press Ctrl-C again to end at once" if self.signal_name == "SIGINT" else ""
+            self._say(f"asked to stop by {self.signal_name}: saves and stops as soon as it can{how}")
 
     def _end(self, number: int) -> None:
         try:
@@ -118,6 +128,11 @@ class StopRequest:
     def _say(self, text: str) -> None:
         if self._guard.world.is_first:
             say(text)
+
+
+def _ignored() -> set[signal.Signals]:
+    """Return the signals of terminals that this process was started to ignore, as nohup does with SIGHUP."""
+    return {number for number in _OF_TERMINALS if signal.getsignal(number) is signal.SIG_IGN}
 
 
 def _pass(*_: object) -> None:

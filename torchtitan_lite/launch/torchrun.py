@@ -1,9 +1,9 @@
 """torchrun for schedulers: `torchtitan-lite launch` or `python -m torchtitan_lite.launch.torchrun`.
 
-This launcher forwards SIGTERM and SIGUSR1 to the ranks, lets them take as long as they need to save, and
-returns the exit status of the ranks. Plain torchrun kills the ranks 30 seconds after a SIGTERM. On a SIGUSR1
-it dies and leaves the ranks running. It turns every exit status but 0 into 1. This launcher works on Linux
-only, because it finds the ranks in /proc.
+This launcher forwards SIGTERM, SIGUSR1, SIGINT and SIGHUP to the ranks, lets them take as long as they need
+to save, and returns the exit status of the ranks. Plain torchrun kills the ranks 30 seconds after a signal,
+and ends with a traceback. On a SIGUSR1 it dies and leaves the ranks running. It turns every exit status but 0
+into 1. This launcher works on Linux only, because it finds the ranks in /proc.
 """
 
 import contextlib
@@ -74,22 +74,23 @@ def main(argv: Sequence[str]) -> int:
     """Handle the signals, run torchrun with `argv`, and return the exit status."""
     protect()
     outlive_reader()  # the ranks have the same reader, and go on
-    words, passed_on = list(argv), False
+    words, passed_on = list(argv), set[int]()
 
     def pass_on(number: int, _: object) -> None:
         """Forward a signal to the ranks, or end this process if no rank has started."""
-        nonlocal passed_on
         found = children()
         if not found and not passed_on:
             # An exception in the middle of torch's import would abort the process, so use _exit.
             os._exit(128 + number)
-        passed_on = True
+        passed_on.add(number)
         for pid in found:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
 
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, pass_on)
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
+        # A launcher that ignores SIGHUP, because nohup has started it, has ranks that ignore SIGHUP.
+        if number not in (signal.SIGINT, signal.SIGHUP) or signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, pass_on)
 
     # Not at the top of the file, so that the signals are handled before this slow import.
     from torch.distributed import run as torchrun
@@ -101,7 +102,7 @@ def main(argv: Sequence[str]) -> int:
         return 2
     outlive_the_store()
     try:
-        torchrun.main(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *words])
+        torchrun.main(["--signals-to-handle", "SIGQUIT", *words])
     except ChildFailedError as error:
         # This import takes 0.3 s, and only a run that fails or stops needs it.
         from torchtitan_lite.launch.end import STATUS_STOPPED
@@ -109,9 +110,11 @@ def main(argv: Sequence[str]) -> int:
         statuses = [failure.exitcode for failure in error.failures.values()]
         if STATUS_STOPPED in statuses:
             return STATUS_STOPPED
-        print(error, file=sys.stderr)
         first = error.get_first_failure()[1].exitcode
-        return first if first > 0 else 128 - first
+        status = first if first > 0 else 128 - first
+        if status - 128 not in passed_on:  # torchrun's report says nothing new about a signal
+            print(error, file=sys.stderr)
+        return status
     except SignalException as error:
         return 128 + error.sigval
     return 0
