@@ -49,15 +49,15 @@ class RunFolder:
         self.path = self._on_first(self._claim)
         return self.path
 
-    def prepare(self, trainer: Trainer, resumed: VerifiedStep | None, *, is_over: bool = False) -> None:
+    def prepare(self, trainer: Trainer, resumed: VerifiedStep | None) -> None:
         """Move all steps after `resumed` (None: all) to "earlier", and write config.toml and run.json.
 
-        If the run `is_over`, both files stay: no step is trained with the present settings.
+        If the run is over, both files stay: no step is trained with the present settings.
         """
         self.trainer = trainer
         place = provenance.place_of(trainer.stepper.device)
         places = self.world.patiently(lambda saving: saving.gather(place))
-        self._on_first(lambda: self._prepare(trainer, resumed, None if is_over else places))
+        self._on_first(lambda: self._prepare(trainer, resumed, None if trainer.is_over else places))
 
     def export(self) -> None:
         """If the run is done and last_save_in_hf is set, write the last model in Hugging Face's format."""

@@ -90,15 +90,9 @@ def run(argv: Sequence[str], prog: str) -> int:
             leave()
             return 0
         trainer = Trainer(job, world, start, folder=path, is_asked=lambda: guard.stop.asked)
-        is_over = trainer.is_done or start.is_model_only
-        folder.prepare(trainer, start.resumed, is_over=is_over)
+        folder.prepare(trainer, start.resumed)
         started()
-        if is_over:
-            alone = ", and holds the model alone" if start.is_model_only else ""
-            trainer.say("\n".join(trainer.state.notes))
-            trainer.say(f"nothing to do: step {start.step} is the last one{alone}")
-        else:
-            trainer.run()
+        trainer.run()
         folder.export()
         guard.stop.ignore_signals()
         status = folder.finish(guard.stop.signal_name, argv)

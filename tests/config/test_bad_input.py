@@ -104,7 +104,7 @@ FLAGS = {
     ),
     "--model.attention flex --model.attention.block-size 64 128 256": (
         "model.attention.block_size = [64, 128, 256] is not an integer or a list of 2 integers: "
-        "write a whole number such as 64, or a list such as [64, 64]"
+        "write a whole number such as 128, or a list such as [128, 128]"
     ),
     "--model.attention flex --model.attention.kernel-options FLASH": (
         'model.attention.kernel_options = "FLASH" is not a table: '

@@ -116,7 +116,7 @@ def test_a_list_of_numbers_is_written_in_the_same_ways(words: str, shares: tuple
 )
 def test_what_is_no_pair_is_refused_with_both_forms(words: str, shown: str) -> None:
     rule = "is not an integer or a list of 2 integers"
-    remedy = "write a whole number such as 64, or a list such as [64, 64]"
+    remedy = "write a whole number such as 128, or a list such as [128, 128]"
     assert refused("--size", words) == f"size = {shown} {rule}: {remedy}"
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -32,7 +33,7 @@ def test_a_start_has_its_time_versions_command_hosts_and_devices(tmp_path: Path)
     assert facts["versions"]["torch"] == torch.__version__
     assert facts["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
     assert facts["versions"].get("cuda") == torch.version.cuda
-    assert "pytest" in facts["command"] and facts["working_directory"] == os.getcwd()
+    assert facts["command"] == shlex.join(sys.orig_argv) and facts["working_directory"] == os.getcwd()
     assert (facts["host"], facts["ranks"], facts["ranks_on_hosts"]) == ("one", 3, {"one": 1, "two": 2})
     assert (facts["devices"], facts["resumed_step"], facts["earlier_starts"]) == ({"GPU": 3}, None, [])
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]

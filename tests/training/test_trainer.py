@@ -263,7 +263,7 @@ def test_a_run_learns_and_reports_the_steps_that_are_due(small_run, tmp_path: Pa
     assert [line["step"] for line in steps] == [1, 10, 20, 25]
     assert [line["step"] for line in lines if "validation_loss" in line] == [0, 10, 20, 25]
     assert set(steps[0]) == {
-        *("step", "loss", "grad_norm", "lr", "n_tokens_seen", "tokens_per_second", "mfu"),
+        *("step", "time", "loss", "grad_norm", "lr", "n_tokens_seen", "tokens_per_second", "mfu"),
         *("peak_memory_gib", "data_wait_fraction", "hooks_fraction"),
     }
     assert [line["n_tokens_seen"] for line in steps] == [step * 4 * 64 for step in (1, 10, 20, 25)]

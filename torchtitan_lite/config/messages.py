@@ -209,7 +209,9 @@ def _remedy(annotation: Any, value: object, default: object) -> str:
     if optional and value is None:
         return "leave it out"
     if int in options and isinstance(default, int) and not limits(annotation):
-        return f"write a whole number such as {default}{optional}"  # the range is checked elsewhere
+        is_pair = any(get_origin(tp) is tuple for tp in options)
+        pair = f", or a list such as [{default}, {default}]" * is_pair
+        return f"write a whole number such as {default}{pair}{optional}"  # the range is checked elsewhere
     if int in options and isinstance(value, float) and value.is_integer():
         if not _is_in_range(annotation, int(value)):
             return _range_remedy(annotation)
@@ -220,9 +222,7 @@ def _remedy(annotation: Any, value: object, default: object) -> str:
     main = next(tp for tp in options if not _is_literal(tp) or len(options) == 1)
     if main is int and (special := _special_number(annotation)):
         return special if "leave it out" in special else special + optional
-    is_pair = main is int and any(get_origin(tp) is tuple for tp in options)
-    remedy = _REMEDIES.get(get_origin(main) or main, f"write {_described(annotation)}")
-    return remedy + ", or a list such as [64, 64]" * is_pair + optional
+    return _REMEDIES.get(get_origin(main) or main, f"write {_described(annotation)}") + optional
 
 
 def _name(tp: Any) -> str:

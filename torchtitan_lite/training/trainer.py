@@ -57,7 +57,8 @@ class Trainer:
             uses_inductor=job.compile.uses_inductor,
         )
         self.corpus = load_corpus(job, self.world, shards)
-        self.state = TrainState(job, self.world, self.corpus, start or Start())
+        self.start = start or Start()
+        self.state = TrainState(job, self.world, self.corpus, self.start)
         self.stepper = Stepper(job, self.world, self.state)
         self.hooks = Hooks(job.hook_configs, self._run_info(folder)) if folder else Hooks({})
         self.saver = self._build_saver(folder) if folder and job.checkpoint.enable else None
@@ -103,8 +104,18 @@ class Trainer:
         is_validated = self.corpus.held_out is None or self.state.validated == self.state.step
         return self.state.step >= self.job.training.steps and is_validated
 
+    @property
+    def is_over(self) -> bool:
+        """True if `run` has nothing to do: the last step is done, or only the model was saved."""
+        return self.is_done or self.start.is_model_only
+
     def run(self) -> None:
         """Train, validate and save, to the last step or until a rank is asked to stop."""
+        if self.is_over:
+            alone = ", and holds the model alone" if self.start.is_model_only else ""
+            self.say("\n".join(self.state.notes))
+            self.say(f"nothing to do: step {self.state.step} is the last one{alone}")
+            return
         with closing(self.state.batches):
             try:
                 self.hooks.start()

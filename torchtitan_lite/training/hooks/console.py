@@ -31,7 +31,7 @@ _COLUMNS = {
     "left": 7,
 }
 """The columns of a report with their widths. With a space between the columns this makes 77."""
-_REPORTS_PER_HEADER = 20
+_ROWS_PER_HEADER = 20
 _RECENT_REPORTS = 20
 """The number of reports whose speed says how much time is left."""
 
@@ -51,7 +51,7 @@ class Console(Reporter):
 
     def __init__(self, config: MetricsConfig) -> None:
         super().__init__(config)
-        self._n_reports = 0
+        self._n_rows = 0
         self._reported: deque[tuple[int, float]] = deque(maxlen=_RECENT_REPORTS + 1)
         """The recent reports: step and time. The first entry is the slow first step of this process."""
 
@@ -75,9 +75,7 @@ class Console(Reporter):
 
     def write(self, record: Mapping[str, float]) -> None:
         now, step = time.monotonic(), int(record["step"])
-        if self._n_reports % _REPORTS_PER_HEADER == 0:
-            say(_row(*_COLUMNS))
-        self._n_reports += 1
+        self._say_columns()
         if step > self._reported[-1][0]:
             self._reported.append((step, now))
         say(
@@ -99,12 +97,19 @@ class Console(Reporter):
             say(f"{' ' * 8} of the time: {', '.join(notable)}")
 
     def validated(self, result: Validation) -> None:
+        self._say_columns()
         loss, per_byte = _fixed(result.loss, 7, 4), _fixed(result.nats_per_byte, 7, 4).strip()
         row = _row(time.strftime("%H:%M:%S"), _count(result.step), loss)
         say(f"{row} validation loss per token; {per_byte} per byte")
 
     def end(self, outcome: Outcome) -> None:
         self._bar.close()
+
+    def _say_columns(self) -> None:
+        """Print the names of the columns, before the first row and again after some rows."""
+        if self._n_rows % _ROWS_PER_HEADER == 0:
+            say(_row(*_COLUMNS))
+        self._n_rows += 1
 
     def _seconds_left(self, step: int) -> float:
         """Return the seconds that the steps left take at the recent speed, validations and saves included.
