@@ -20,7 +20,7 @@ _SAID = logging.getLogger("torchtitan_lite.said")
 """The logger of the lines for standard output. Its records reach the file log.txt through its parent."""
 
 
-class Console(logging.Handler):
+class ConsoleHandler(logging.Handler):
     """A handler that prints to standard output or standard error, without breaking a progress bar."""
 
     def __init__(self, stream: Literal["stdout", "stderr"]) -> None:
@@ -71,7 +71,7 @@ class _File(logging.FileHandler):
 
 
 _SAID.setLevel(logging.INFO)
-_SAID.addHandler(Console("stdout"))
+_SAID.addHandler(ConsoleHandler("stdout"))
 
 
 def say(text: str, *, fold: bool = True) -> None:
