@@ -47,11 +47,13 @@ class _File(logging.FileHandler):
 
     def begin(self) -> None:
         """Open the file, and write the lines so far. Raises OSError if the file cannot be opened."""
-        if self._kept is not None:
-            self.stream = self._open()
-            kept, self._kept = self._kept, None
-            for record in kept:
-                super().emit(record)
+        assert self.lock is not None
+        with self.lock:  # lines of other threads come after these
+            if self._kept is not None:
+                self.stream = self._open()
+                kept, self._kept = self._kept, None
+                for record in kept:
+                    super().emit(record)
 
     def emit(self, record: logging.LogRecord) -> None:
         if self._kept is None:
