@@ -85,10 +85,12 @@ def _signals_as_before() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _log_as_before() -> Iterator[None]:
-    """Remove the handlers of the log: a run in this process adds one for the output of its test."""
+    """Remove the handlers and the level of the log, which a run in this process sets for its own output."""
     yield
     log.close_log()
-    logging.getLogger("torchtitan_lite").handlers.clear()
+    logger = logging.getLogger("torchtitan_lite")
+    logger.handlers.clear()
+    logger.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,6 @@ import logging
 import re
 import shlex
 import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -150,11 +149,11 @@ def test_a_stopped_run_prints_the_command_or_what_to_add_to_it(
     words: tuple[str, ...], more: str, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = load_job(["--checkpoint.enable", *words]).config
-    monkeypatch.setattr(command, "again", lambda argv: ["train.py", *argv])
+    monkeypatch.setattr(command, "again", lambda argv: ["python", "train.py", *argv])
     summary.say_resume(job, Path("/a run"), words, STOPPED)
     line, found = capsys.readouterr().out.splitlines()
     assert line == f"{STOPPED}; go on with:"
-    assert found == shlex.join([sys.executable, "train.py", *words]) + more
+    assert found == shlex.join(["python", "train.py", *words]) + more
     monkeypatch.setattr(command, "again", lambda argv: None)
     summary.say_resume(job, Path("/a run"), words, STOPPED)
     added = f" and:\n{more.strip()}" if more else ""

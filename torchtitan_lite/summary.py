@@ -1,6 +1,7 @@
 """The last lines of a run: losses, a sample of text, its files, and the commands that are of use next."""
 
 import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -55,7 +56,7 @@ def say_resume(job: JobConfig, folder: Path, argv: Sequence[str], reason: str) -
     words = command.again(argv)
     if words is not None:
         say(f"{reason}; go on with:")
-        say(command.in_shell([*words, *options]), fold=False)
+        say(shlex.join([*words, *options]), fold=False)
         return
     say(f"{reason}; go on with the same command{' and:' if options else ''}")
     if options:
@@ -67,11 +68,11 @@ def say_files(trainer: Trainer, folder: Path) -> None:
     say(f"Files: {folder}", fold=False)
     for purpose, words in next_commands(trainer, folder).items():
         say(f"{purpose}:")
-        say(command.in_shell(words), fold=False)
+        say(shlex.join(words), fold=False)
     if trainer.job.metrics.enable_tensorboard:
         logs = str(folder / trainer.job.metrics.save_tb_folder)
         say("TensorBoard:")
-        say(command.in_shell(["-m", "tensorboard.main", "--logdir", logs]), fold=False)
+        say(shlex.join([sys.executable, "-m", "tensorboard.main", "--logdir", logs]), fold=False)
 
 
 def next_commands(trainer: Trainer, folder: Path) -> dict[str, list[str]]:

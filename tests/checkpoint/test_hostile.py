@@ -373,5 +373,5 @@ def test_a_step_cannot_write_lines_of_its_own_or_to_the_terminal(
     assert start.status == 0, start
     assert "\x1b" not in start.out + start.err
     assert "all is well" not in (start.out + start.err).splitlines()
-    assert "changed since then: optimizer.lr = 0.0008, was \\x1b[2J\\nall is well" in start.out
+    assert r'changed since then: optimizer.lr = 0.0008, was "\u001b[2J\nall is well\n"' in start.out
     assert "is DAMAGED and is passed over: \\x1b[2J\\nall is well" in start.err

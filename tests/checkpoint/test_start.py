@@ -183,7 +183,7 @@ def test_a_schedule_that_follows_the_steps_is_noted_by_its_key(go: Go, folder: P
 def test_the_attention_may_be_another(go: Go, folder: Path, first: Path, capsys, tmp_path: Path) -> None:
     shutil.copytree(first, tmp_path / "same")
     assert go("--model.attention", "varlen") == go(job__dump_folder=tmp_path / "same") == 0
-    assert "changed since then: model.attention.kind = varlen, was sdpa" in capsys.readouterr().out
+    assert 'changed since then: model.attention.kind = "varlen", was "sdpa"' in capsys.readouterr().out
     for line, other in zip(lines(folder), lines(tmp_path / "same"), strict=True):
         assert line == pytest.approx(other, rel=1e-4)
 

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,26 @@ def test_lines_from_before_the_file_is_opened_are_kept_for_it(tmp_path: Path) ->
     log.say("late")
     log.begin_log()
     assert (tmp_path / "log.txt").read_text() == "early\nlate\n"
+
+
+def test_a_line_of_another_thread_waits_until_the_kept_lines_are_written(tmp_path: Path) -> None:
+    class Slow:
+        thread: threading.Thread | None = None
+
+        def __str__(self) -> str:
+            if self.thread and not self.thread.ident:
+                self.thread.start()
+                self.thread.join(0.2)
+            return "first"
+
+    slow = Slow()
+    log.keep_log(tmp_path / "log.txt")
+    LOG.warning("%s", slow)
+    LOG.warning("second")
+    slow.thread = threading.Thread(target=LOG.warning, args=["third"])
+    log.begin_log()
+    slow.thread.join()
+    assert (tmp_path / "log.txt").read_text() == "first\nsecond\nthird\n"
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")

@@ -125,7 +125,7 @@ _LACKING = {
     "fault_tolerance": "a run resumes from its newest checkpoint (checkpoint.enable)",
     "float8": _FLOAT8,
     "liger_kernel": "the loss never holds all logits at once",
-    "memory_estimation": "memory is not estimated, and metrics.jsonl has the peak of the memory",
+    "memory_estimation": "--dry-run prints the memory of weights, gradients and optimizer",
     "mx": _FLOAT8,
     "quantize": _FLOAT8,
 }

@@ -9,5 +9,7 @@ signals.py      SIGTERM, SIGUSR1, SIGINT, SIGHUP: a request to save and stop
 cause.py        find the rank that caused the run to end
 end.py          how a run ends: exit status, outcome, message
 output.py       standard output and standard error, whose failures must not end a run
+log.py          the lines that a run prints, and the file log.txt that keeps them
+command.py      the command lines that a run prints
 process.py      settings of the whole process
 """

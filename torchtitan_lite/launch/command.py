@@ -1,7 +1,6 @@
 """The command lines that a run prints, for pasting into a shell."""
 
 import os
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,13 +8,8 @@ from pathlib import Path
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
-def in_shell(words: Sequence[str]) -> str:
-    """Return a command line as text for a POSIX shell, for this Python."""
-    return shlex.join([sys.executable, *words])
-
-
 def program(needs_modules: bool) -> list[str]:
-    """Return the words that start the command `torchtitan-lite` of this very package, after Python's name.
+    """Return the words that start the command `torchtitan-lite` of this very package.
 
     Args:
         needs_modules: the command imports modules of the user, which may be in the working directory.
@@ -23,14 +17,14 @@ def program(needs_modules: bool) -> list[str]:
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     # `python -m` finds modules in the working directory, and a path to a script does not.
     if needs_modules and spec is not None:
-        return ["-m", "torchtitan_lite"]
-    return [str(_PACKAGE / "cli.py")]
+        return [sys.executable, "-m", "torchtitan_lite"]
+    return [sys.executable, str(_PACKAGE / "cli.py")]
 
 
 def again(argv: Sequence[str]) -> list[str] | None:
-    """Return the words after Python's name that start this program again, with room for more options.
+    """Return the words that start this program again. More options may follow them.
 
-    With a launcher these are its words. None: the launcher's words are not known here.
+    With a launcher, such as torchrun or mpirun, these are its words. None: they are not known here.
 
     Args:
         argv: the options of the training program.
@@ -39,9 +33,9 @@ def again(argv: Sequence[str]) -> list[str] | None:
         if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
             return None  # each machine has a launcher with words of its own
         words = _words_of_parent()
-        return words[1:] if _end_in(words, argv) and len(words) > 1 else None
-    words = sys.orig_argv
-    return words[1:] if _end_in(words, argv) else [str(_PACKAGE / "train.py"), *argv]
+        return words if _end_in(words, argv) and len(words) > 1 else None
+    words = sys.orig_argv[1:] if _end_in(sys.orig_argv, argv) else [str(_PACKAGE / "train.py"), *argv]
+    return [sys.executable, *words]
 
 
 def _end_in(words: Sequence[str], argv: Sequence[str]) -> bool:

@@ -20,7 +20,7 @@ _SAID = logging.getLogger("torchtitan_lite.said")
 """The logger of the lines for standard output. Its records reach the file log.txt through its parent."""
 
 
-class Console(logging.Handler):
+class ConsoleHandler(logging.Handler):
     """A handler that prints to standard output or standard error, without breaking a progress bar."""
 
     def __init__(self, stream: Literal["stdout", "stderr"]) -> None:
@@ -47,11 +47,13 @@ class _File(logging.FileHandler):
 
     def begin(self) -> None:
         """Open the file, and write the lines so far. Raises OSError if the file cannot be opened."""
-        if self._kept is not None:
-            self.stream = self._open()
-            kept, self._kept = self._kept, None
-            for record in kept:
-                super().emit(record)
+        assert self.lock is not None
+        with self.lock:  # lines of other threads come after these
+            if self._kept is not None:
+                self.stream = self._open()
+                kept, self._kept = self._kept, None
+                for record in kept:
+                    super().emit(record)
 
     def emit(self, record: logging.LogRecord) -> None:
         if self._kept is None:
@@ -71,7 +73,7 @@ class _File(logging.FileHandler):
 
 
 _SAID.setLevel(logging.INFO)
-_SAID.addHandler(Console("stdout"))
+_SAID.addHandler(ConsoleHandler("stdout"))
 
 
 def say(text: str, *, fold: bool = True) -> None:

@@ -44,13 +44,14 @@ def started() -> None:
 
 def show_log(is_first: bool) -> None:
     """Print warnings and the log of this package to standard error, on rank 0 only."""
-    from torchtitan_lite.launch.log import Console  # tqdm takes time to import, and --help does not need it
+    # tqdm takes time to import, and --help does not need it.
+    from torchtitan_lite.launch.log import ConsoleHandler
 
     if not is_first:
         warnings.simplefilter("ignore")
     log = logging.getLogger("torchtitan_lite")
     if not log.handlers:
-        log.addHandler(Console("stderr"))
+        log.addHandler(ConsoleHandler("stderr"))
         log.setLevel(logging.INFO if is_first else logging.CRITICAL)
 
 

@@ -127,8 +127,9 @@ def adopt(program: str, environ: MutableMapping[str, str] = os.environ) -> Adopt
         if variables := _as_rank(launcher, environ, program):
             environ.update(variables)
     except ConfigError as error:
-        if _job(launcher, environ):
-            environ["LOCAL_RANK"] = _text(environ, launcher.rank)[1]
+        rank = _text(environ, launcher.rank)[1]
+        if _job(launcher, environ) and rank.isdecimal():  # otherwise each process prints the refusal
+            environ["LOCAL_RANK"] = rank
         return Adopted(problems=error.problems)
     return Adopted()
 

@@ -133,7 +133,8 @@ class _Trial:
         """Return the remedy that names the most similar attention that helps, if there is one."""
         found = self._flavors() if self.flavor else iter(())
         candidates = itertools.chain(found, () if self._is_flavored else self._settings())
-        return [words for words, other in candidates if self._helps(other, field)][:1]
+        helping = (words for words, other in candidates if self._helps(other, field))
+        return list(itertools.islice(helping, 1))
 
     @property
     def _is_flavored(self) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchtitan_lite.checkpoint.identity import check_same
+from torchtitan_lite.checkpoint.identity import check_same, shown
 from torchtitan_lite.checkpoint.restore import (
     VerifiedStep,
     find_initial,
@@ -128,7 +128,7 @@ class Record:
             where += ", as checkpoint.load_step says: without it, from the newest"
         lines = [
             f"goes on from step {state.step} in {found.folder}{where}",
-            *(f"changed since then: {key} = {_shown(now)}, was {_shown(then)}" for key, (then, now) in noted),
+            *(f"changed since then: {key} = {shown(now)}, was {shown(then)}" for key, (then, now) in noted),
             *(f"allowed: {problem}" for problem in others),
         ]
         is_over = state.step >= self.job.training.steps
@@ -193,10 +193,6 @@ def pieces(
 def _resolved(schedule: Mapping[str, Any]) -> dict[str, Any]:
     """Return the total steps and the warm-up steps of a stored schedule, by the keys that set them."""
     return {f"lr_scheduler.{key}": schedule.get(key) for key in ("total_steps", "warmup_steps")}
-
-
-def _shown(value: object) -> str:
-    return "unset" if value is None else str(value)
 
 
 def load_initial(
