@@ -135,6 +135,13 @@ def test_a_sample_is_shown_in_lines_that_fit_and_without_control_characters(caps
     ]
 
 
+def test_a_sample_in_chinese_fits_too(capsys) -> None:
+    summary.say_sample("a" + "\N{CJK UNIFIED IDEOGRAPH-6A21}" * 37, 7)
+    first, second = capsys.readouterr().out.splitlines()[1:]
+    assert first == "  | a" + "\N{CJK UNIFIED IDEOGRAPH-6A21}" * 36  # 4 + 1 + 72 = 77 columns
+    assert second == "  | \N{CJK UNIFIED IDEOGRAPH-6A21}"
+
+
 STOPPED = "asked to stop by SIGTERM: saved step 7"
 
 

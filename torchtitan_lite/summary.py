@@ -1,7 +1,8 @@
 """The last lines of a run: losses, a sample of text, its files, and the commands that are of use next."""
 
 import shlex
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from torchtitan_lite.checkpoint.steps import Steps
@@ -37,9 +38,20 @@ def say_sample(text: str, step: int) -> None:
     say(f"A text that the model of step {step} writes:")
     for line in text.strip("\n").split("\n"):
         shown = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line.expandtabs(4))
-        width = COLUMNS - 4
-        for start in range(0, max(len(shown), 1), width):
-            say(f"  | {shown[start : start + width]}".rstrip(), fold=False)
+        for part in _parts(shown, COLUMNS - 4):
+            say(f"  | {part}".rstrip(), fold=False)
+
+
+def _parts(text: str, columns: int) -> Iterator[str]:
+    """Yield `text` in parts of at most `columns` columns. A Chinese character, for example, takes two."""
+    part, used = "", 0
+    for character in text:
+        width = 2 if unicodedata.east_asian_width(character) in "WF" else 1
+        if used + width > columns:
+            yield part
+            part, used = "", 0
+        part, used = part + character, used + width
+    yield part
 
 
 def say_resume(job: JobConfig, folder: Path, argv: Sequence[str], reason: str) -> None:
