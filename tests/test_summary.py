@@ -99,6 +99,13 @@ def test_without_a_saved_step_there_is_no_sample_and_no_command(small_run, capsy
     assert "Training loss: " in out and "Validation loss" not in out
 
 
+def test_a_folder_with_the_longest_name_gives_commands_too(small_run, tmp_path: Path, capsys) -> None:
+    name = "x" * 255
+    assert main(*small_run, *SAVES, "--job.dump-folder", tmp_path / name) == 0
+    words = commands(capsys.readouterr().out)["Export to Hugging Face's format"]
+    assert words[-1] == str(tmp_path / f"{name[:120]}-hf")
+
+
 def test_a_run_that_is_done_shows_its_sample_again(small_run, capsys) -> None:
     assert main(*small_run, *SAVES) == 0
     first = capsys.readouterr().out

@@ -13,6 +13,7 @@ from torchtitan_lite.launch import command
 from torchtitan_lite.launch.log import COLUMNS, say
 from torchtitan_lite.models.huggingface import export_problems
 from torchtitan_lite.training.hooks.console import duration
+from torchtitan_lite.training.outputs import shortened
 from torchtitan_lite.training.trainer import Trainer
 
 
@@ -102,7 +103,7 @@ def next_commands(trainer: Trainer, folder: Path) -> dict[str, list[str]]:
     if (text := _text_to_evaluate(trainer)) is not None:
         found["Measure the loss"] = [*start, "eval", str(folder), *text, *plugins]
     if not export_problems(job.decoder, "model"):
-        out = str(_free(folder.with_name(f"{folder.name}-hf")))
+        out = str(_free(folder.with_name(f"{shortened(folder.name)}-hf")))
         found["Export to Hugging Face's format"] = [
             *(*start, "export-hf", str(folder), "--out", out),
             *plugins,
