@@ -98,6 +98,13 @@ def test_without_a_saved_step_there_is_no_sample_and_no_command(small_run, capsy
     assert "Training loss: " in out and "Validation loss" not in out
 
 
+def test_a_folder_with_the_longest_name_gives_commands_too(small_run, tmp_path: Path, capsys) -> None:
+    name = "x" * 255
+    assert main(*small_run, *SAVES, "--job.dump-folder", tmp_path / name) == 0
+    words = commands(capsys.readouterr().out)["Export to Hugging Face's format"]
+    assert words[-1] == str(tmp_path / f"{name[:120]}-hf")
+
+
 def test_a_run_that_is_done_shows_its_sample_again(small_run, capsys) -> None:
     assert main(*small_run, *SAVES) == 0
     first = capsys.readouterr().out
@@ -132,6 +139,13 @@ def test_a_sample_is_shown_in_lines_that_fit_and_without_control_characters(caps
         f"  | {'x' * 74}",
         f"  | {'x' * 26}",
     ]
+
+
+def test_a_sample_in_chinese_fits_too(capsys) -> None:
+    summary.say_sample("a" + "\N{CJK UNIFIED IDEOGRAPH-6A21}" * 37, 7)
+    first, second = capsys.readouterr().out.splitlines()[1:]
+    assert first == "  | a" + "\N{CJK UNIFIED IDEOGRAPH-6A21}" * 36  # 4 + 1 + 72 = 77 columns
+    assert second == "  | \N{CJK UNIFIED IDEOGRAPH-6A21}"
 
 
 STOPPED = "asked to stop by SIGTERM: saved step 7"

@@ -2,7 +2,8 @@
 
 import shlex
 import sys
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from torchtitan_lite.checkpoint.steps import Steps
@@ -13,6 +14,7 @@ from torchtitan_lite.launch import command
 from torchtitan_lite.launch.log import COLUMNS, say
 from torchtitan_lite.models.huggingface import export_problems
 from torchtitan_lite.training.hooks.console import duration
+from torchtitan_lite.training.outputs import shortened
 from torchtitan_lite.training.trainer import Trainer
 
 
@@ -38,9 +40,20 @@ def say_sample(text: str, step: int) -> None:
     say(f"A text that the model of step {step} writes:")
     for line in text.strip("\n").split("\n"):
         shown = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line.expandtabs(4))
-        width = COLUMNS - 4
-        for start in range(0, max(len(shown), 1), width):
-            say(f"  | {shown[start : start + width]}".rstrip(), fold=False)
+        for part in _parts(shown, COLUMNS - 4):
+            say(f"  | {part}".rstrip(), fold=False)
+
+
+def _parts(text: str, columns: int) -> Iterator[str]:
+    """Yield `text` in parts of at most `columns` columns. A Chinese character, for example, takes two."""
+    part, used = "", 0
+    for character in text:
+        width = 2 if unicodedata.east_asian_width(character) in "WF" else 1
+        if used + width > columns:
+            yield part
+            part, used = "", 0
+        part, used = part + character, used + width
+    yield part
 
 
 def say_resume(job: JobConfig, folder: Path, argv: Sequence[str], reason: str) -> None:
@@ -91,7 +104,7 @@ def next_commands(trainer: Trainer, folder: Path) -> dict[str, list[str]]:
     if (text := _text_to_evaluate(trainer)) is not None:
         found["Measure the loss"] = [*start, "eval", str(folder), *text, *plugins]
     if not export_problems(job.decoder, "model"):
-        out = str(_free(folder.with_name(f"{folder.name}-hf")))
+        out = str(_free(folder.with_name(f"{shortened(folder.name)}-hf")))
         found["Export to Hugging Face's format"] = [
             *(*start, "export-hf", str(folder), "--out", out),
             *plugins,

@@ -189,6 +189,11 @@ def test_every_key_of_torchtitan_has_its_own_remedy() -> None:
     ("flags", "words"),
     [
         ("--training.batch-size 4", ["training.local_batch_size", "4"]),
+        ("--training.checkpoint_interval 7", ["checkpoint.interval", "7"]),
+        ("--training.sequence_parallel_degree 1", ["parallelism.tensor_parallel_degree", "1"]),
+        ("--profiling.run_profiler true", ["profiling.enable_profiling", "true"]),
+        ("--training.data_parallel_type fsdp", []),
+        ("--training.enable_fsdp_float8_all_gather true", []),
         ("--training.compile true --job.device cpu", ["compile.enable", "true"]),
         ("--checkpoint.enable_checkpoint true", ["checkpoint.enable", "true"]),
         ("--validation.enabled true", ["validation.enable", "true"]),

@@ -122,8 +122,14 @@ def test_an_unknown_name_is_answered_with_what_was_meant(args: tuple[str, str], 
     assert found.startswith(line)
 
 
+OVERRIDES = (
+    '"vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "max_seq_len", '
+    '"norm_eps", "rope_theta", "rope_scaling", "qk_norm", "tie_embeddings", "sliding_window"'
+)
+"""The keys that overrides take. `attention` is none of them, as it has a table of its own."""
 BAD_OVERRIDES = [
     ({"dims": 3}, 'dims = 3 is not a known key: did you mean "dim"?'),
+    ({"atention": "flex"}, f'atention = "flex" is not a known key: choose one of {OVERRIDES}'),
     ({"n_layers": 1.5}, "n_layers = 1.5 is not an integer: write a whole number such as 64"),
     ({"n_layers": True}, "n_layers = true is not an integer: write a whole number such as 64"),
     ({"n_layers": 0}, "n_layers = 0 must be at least 1: use 1 or more"),

@@ -44,6 +44,24 @@ def test_without_one_every_run_gets_its_own(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize(
+    ("flavor", "size"),
+    [
+        ("8B", "8B"),
+        (".", "here"),
+        ("..", "above"),
+        ("~/models/Llama", "Llama"),
+        ("\N{LATIN SMALL LETTER E WITH ACUTE}" * 120, "\N{LATIN SMALL LETTER E WITH ACUTE}" * 60),
+    ],
+)
+def test_the_folder_of_a_model_gives_a_part_of_the_name(
+    flavor: str, size: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "above" / "here").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "above" / "here")
+    assert re.fullmatch(rf"hf-{size}-\d{{8}}-\d{{6}}", make_folder("", "hf", flavor).name)
+
+
+@pytest.mark.parametrize(
     ("overrides", "words"),
     [
         ({"n_layers": 4, "dim": 128}, "n_layers4-dim128"),

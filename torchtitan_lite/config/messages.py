@@ -134,7 +134,8 @@ def _unknown_key(cls: type, place: _Place, key: str, value: object) -> WrongValu
     if not isinstance(value, dict) and 0 < len(elsewhere) <= (3 if is_section else 1):
         remedy = f"did you mean {either(map(literal, elsewhere))}?"
     else:
-        remedy = near(name, field_types(place.owner))
+        refused = getattr(place.owner, "set_elsewhere", ())
+        remedy = near(name, [field for field in field_types(place.owner) if field not in refused])
     if note(place.section, Sections):
         remedy = f"{remedy.rstrip('?')}, or name the plugin that has it in job.plugins"
     return WrongValue(place.path, Problem(key, value, rule, remedy))

@@ -102,6 +102,8 @@ class DecoderConfig:
     """The name of the architecture in a checkpoint. A subclass with another `forward` needs another name."""
     parameters: ClassVar[Table] = PARAMETERS
     """The table that describes every parameter. A subclass with other parameters has its own table."""
+    set_elsewhere: ClassVar[tuple[str, ...]] = ("attention",)
+    """The fields that overrides refuse, because another table sets them. A near miss does not name them."""
     dealt_by_ulysses: ClassVar[str] = "n_kv_heads"
     """The name of the field with the number of heads that Ulysses divides among the ranks of a sequence."""
     extensible: ClassVar[str] = "vocab_size"

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import logging
+import os
 import re
 import sys
 import time
@@ -32,6 +33,8 @@ _FILES = (
 )
 _LONGEST_OVERRIDES = 80
 """The most characters that overrides of the model add to the name of a run's folder."""
+_LONGEST_PART = 120
+"""The most bytes of another folder's name in the name of a folder. A whole name may have 255 bytes."""
 _EARLIER = "earlier"
 
 
@@ -48,12 +51,18 @@ def make_folder(dump_folder: str, name: str, flavor: str, overrides: Mapping[str
     The name of a new folder has the model's family, its size with the `overrides` of the size, and the time.
     """
     if not dump_folder:
-        size = Path(flavor).name  # the flavor is a path if the model is read from a folder
+        # The flavor is a path if the model is read from a folder.
+        size = shortened(Path(os.path.abspath(os.path.expanduser(flavor))).name)
         stem = "-".join([name, size, *_short(overrides or {}), time.strftime("%Y%m%d-%H%M%S")])
         return free_folder(Path("outputs").absolute(), stem)
     folder = Path(dump_folder).expanduser().absolute()
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def shortened(name: str) -> str:
+    """Return the start of a file's name, short enough to be a part of another name."""
+    return os.fsencode(name)[:_LONGEST_PART].decode(errors="ignore")
 
 
 def _short(overrides: Mapping[str, Any]) -> list[str]:
