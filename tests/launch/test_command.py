@@ -76,6 +76,16 @@ def test_the_words_of_the_parent_are_read_as_they_were_given(tmp_path: Path) -> 
     assert done.stdout == f"{[sys.executable, '-c', code, 'two words', '']}\n"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_words_of_a_parent_that_is_not_python_are_unknown(tmp_path: Path) -> None:
+    own = "from torchtitan_lite.launch import command; print(command._words_of_parent())"
+    # Like mpirun, this shell stays the parent: a second command follows.
+    words = f"['sh', '-c', '\"$@\"; true', 'sh', {sys.executable!r}, *sys.argv[1:]]"
+    code = f"import subprocess, sys; subprocess.run({words})"
+    done = programs.run(["-c", code, "-c", own, *ARGV], fresh=True, cwd=tmp_path)
+    assert done.stdout == "[]\n"
+
+
 def test_a_command_survives_the_shell() -> None:
     words = ["-m", "a module", "it's", "$HOME", ""]
     assert shlex.split(command.in_shell(words)) == [sys.executable, *words]
