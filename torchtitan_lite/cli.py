@@ -63,8 +63,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return torchrun.main(rest)
     if command in TRAINED:
-        from torchtitan_lite.inference.commands import run
+        from torchtitan_lite.launch.process import ending_at_interrupt
 
+        with ending_at_interrupt():
+            from torchtitan_lite.inference.commands import run
         return run(command, rest)
     # The text before "=" is an option; the words after --plugins are its value.
     if command in LISTINGS and (not rest or rest[0].partition("=")[0] in _LISTING_OPTIONS):
@@ -107,10 +109,13 @@ class AttentionListConfig(Plugins):
 
 def _list(command: str, argv: Sequence[str]) -> int:
     """Print the listing of `command`, as its options `argv` say, and return the exit status."""
-    # Register our own members first. A plugin that takes one of their names is then refused.
-    from torchtitan_lite.config import job  # noqa: F401
-    from torchtitan_lite.config.load import load
-    from torchtitan_lite.launch.end import status_of
+    from torchtitan_lite.launch.process import ending_at_interrupt
+
+    with ending_at_interrupt():
+        # Register our own members first. A plugin that takes one of their names is then refused.
+        from torchtitan_lite.config import job  # noqa: F401
+        from torchtitan_lite.config.load import load
+        from torchtitan_lite.launch.end import status_of
 
     options, listing = LISTINGS[command]
     try:

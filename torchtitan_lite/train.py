@@ -47,29 +47,32 @@ def run(argv: Sequence[str], prog: str) -> int:
     exit.json in the run's folder records the outcome, even if that is an exception. In a run of several ranks
     an exception ends the processes of all ranks, this process too.
     """
-    from torchtitan_lite.config.job import load_job
-    from torchtitan_lite.config.load import ConfigError
-    from torchtitan_lite.launch.end import say
-    from torchtitan_lite.launch.scheduler import adopt
-    from torchtitan_lite.launch.world import world_size
+    from torchtitan_lite.launch.process import ending_at_interrupt
 
-    adopted = adopt("torchtitan_lite/train.py ...")
-    loaded = load_job(argv, world_size=world_size(), prog=prog)
-    job = loaded.config
-    if loaded.dry_run:
-        print(job.to_toml(loaded.world_size), end="", flush=True)
-        return 0
-    if adopted.problems:
-        raise ConfigError(adopted.problems)
-    say(adopted.notice)
+    with ending_at_interrupt():
+        from torchtitan_lite.config.job import load_job
+        from torchtitan_lite.config.load import ConfigError
+        from torchtitan_lite.launch.end import say
+        from torchtitan_lite.launch.scheduler import adopt
+        from torchtitan_lite.launch.world import world_size
 
-    from torchtitan_lite.launch.guard import Guard, while_launched
-    from torchtitan_lite.launch.output import outlive_reader
-    from torchtitan_lite.launch.process import show_log, started
-    from torchtitan_lite.launch.world import join, leave
-    from torchtitan_lite.run_folder import RunFolder
-    from torchtitan_lite.training.record import find_start
-    from torchtitan_lite.training.trainer import Trainer
+        adopted = adopt("torchtitan_lite/train.py ...")
+        loaded = load_job(argv, world_size=world_size(), prog=prog)
+        job = loaded.config
+        if loaded.dry_run:
+            print(job.to_toml(loaded.world_size), end="", flush=True)
+            return 0
+        if adopted.problems:
+            raise ConfigError(adopted.problems)
+        say(adopted.notice)
+
+        from torchtitan_lite.launch.guard import Guard, while_launched
+        from torchtitan_lite.launch.output import outlive_reader
+        from torchtitan_lite.launch.process import show_log, started
+        from torchtitan_lite.launch.world import join, leave
+        from torchtitan_lite.run_folder import RunFolder
+        from torchtitan_lite.training.record import find_start
+        from torchtitan_lite.training.trainer import Trainer
 
     outlive_reader()
     with while_launched():

@@ -151,6 +151,8 @@ def test_the_first_bad_byte_is_found_at_its_place(n_bytes: int) -> None:
         ("travail à faire\n".encode("latin-1") * 500, kinds.NOT_UTF_8),
         (TEXT.decode().encode("utf-16-le"), kinds.UTF_16),
         ("travail à faire\n".encode("utf-16-be") * 500, kinds.UTF_16),
+        ("вся работа\n".encode("utf-16-le") * 500, kinds.UTF_16),  # all bytes are ASCII, few are NUL
+        (b"\1\2\3a" * 500, kinds.BINARY),
     ],
 )
 def test_texts_damaged_texts_and_binary_files_are_told_apart(content: bytes, expected: Kind | None) -> None:

@@ -83,6 +83,16 @@ def test_the_words_of_the_parent_are_read_as_they_were_given(tmp_path: Path) -> 
     assert done.stdout == f"{[sys.executable, '-c', code, 'two words', '']}\n"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_words_of_a_parent_that_is_not_python_are_unknown(tmp_path: Path) -> None:
+    own = "from torchtitan_lite.launch import command; print(command._words_of_parent())"
+    # Like mpirun, this shell stays the parent: a second command follows.
+    words = f"['sh', '-c', '\"$@\"; true', 'sh', {sys.executable!r}, *sys.argv[1:]]"
+    code = f"import subprocess, sys; subprocess.run({words})"
+    done = programs.run(["-c", code, "-c", own, *ARGV], fresh=True, cwd=tmp_path)
+    assert done.stdout == "[]\n"
+
+
 @pytest.mark.parametrize("needs_modules", [True, False])
 @pytest.mark.parametrize("is_module", [True, False])
 def test_modules_of_the_working_directory_are_found_as_in_training(

@@ -2,11 +2,15 @@
 
 import gc
 import os
+import signal
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
+import programs
 import pytest
 import torch
+from programs import FreshProgram
 
 from torchtitan_lite import train
 from torchtitan_lite.launch import process
@@ -133,3 +137,42 @@ def test_garbage_collection_is_rare_until_training_begins(small_run, monkeypatch
 def test_garbage_collection_is_as_usual_after_a_start_that_fails_or_only_prints(words, capsys) -> None:
     train.main(words)
     assert gc.get_threshold() == USUAL
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["-m", "torchtitan_lite.train", "--dry-run"],
+        ["-m", "torchtitan_lite", "generate", "somewhere"],
+        ["-m", "torchtitan_lite", "models"],
+    ],
+    ids=["train", "generate", "models"],
+)
+def test_an_interrupt_during_the_import_of_torch_ends_the_process_with_one_line(
+    words: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "torch").mkdir()
+    # Like an import in C, this module loses the exception.
+    (tmp_path / "torch" / "__init__.py").write_text(
+        "import os, signal, time\n"
+        "try:\n"
+        "    os.kill(os.getpid(), signal.SIGINT); time.sleep(1)\n"
+        "except KeyboardInterrupt:\n"
+        "    pass\n"
+    )
+    # PYTHONPATH is searched before the folder of the packages, and -m searches the working directory first.
+    found = FreshProgram(words, cwd=tmp_path, env=programs.environment())
+    out, err = found.communicate(timeout=60)
+    assert (out, err, found.returncode) == ("", "interrupted\n", 130)
+
+
+def test_a_second_interrupt_at_the_end_of_a_process_prints_no_traceback() -> None:
+    code = """
+import atexit, os, signal
+from torchtitan_lite.launch.process import end_process
+atexit.register(lambda: (os.kill(os.getpid(), signal.SIGINT), sum(range(1000))))
+end_process(130)
+"""
+    found = FreshProgram(["-c", code])
+    assert found.communicate(timeout=60) == ("", "")
+    assert found.returncode == -signal.SIGINT

@@ -144,6 +144,9 @@ def test_the_remedy_is_the_address_or_torchrun(variables: dict[str, str], absent
         ({"SLURM_NTASKS": "2", "SLURM_PROCID": "1"}, None),
         ({name: value for name, value in SRUN.items() if name != "SLURM_PROCID"}, None),
         ({**OPEN_MPI, "OMPI_COMM_WORLD_RANK": "x"}, None),
+        # Only this process knows that its number is wrong.
+        ({**SRUN, "SLURM_PROCID": "5"}, None),
+        ({**SRUN, **ADDRESS, "SLURM_LOCALID": "4"}, None),
     ],
 )
 def test_a_refusal_is_printed_by_each_process_unless_there_surely_is_a_first(variables, local_rank) -> None:

@@ -163,19 +163,26 @@ class TextCheck:
 
     def kind(self) -> Kind | None:
         """Return None if all bytes together are text, else the kind of file. A text may hold some NULs."""
+        n_controls = _n_controls(self._head)
         if self.bad is None:
-            is_binary = self._n_nul * 3 > self._n_bytes
+            is_binary = self._n_nul * 3 > self._n_bytes or n_controls * 3 > len(self._head)
         else:
             # A text has next to no control characters. A tenth of random bytes are control characters. If a
             # file starts as a text does, what comes later is damage.
-            n_controls = len(self._head) - len(self._head.translate(None, _CONTROLS))
             is_binary = n_controls * 50 > len(self._head)
         if is_binary:
             return UTF_16 if _alternates(self._head) else BINARY
         return None if self.bad is None else NOT_UTF_8
 
 
+def _n_controls(data: bytes) -> int:
+    return len(data) - len(data.translate(None, _CONTROLS))
+
+
 def _alternates(head: bytes) -> bool:
-    """Return True if every other byte is NUL, nearly: UTF-16 of a Latin script, without a byte order mark."""
-    fewer, more = sorted((head[0::2].count(0), head[1::2].count(0)))
+    """Return True if nearly every other byte is a control character: UTF-16 without a byte order mark.
+
+    The first bytes of the characters of Latin, Greek, Cyrillic, Hebrew and Arabic are 0 to 6.
+    """
+    fewer, more = sorted((_n_controls(head[0::2]), _n_controls(head[1::2])))
     return more * 3 > len(head) and fewer * 20 < more

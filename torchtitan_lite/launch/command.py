@@ -43,9 +43,16 @@ def _end_in(words: Sequence[str], argv: Sequence[str]) -> bool:
 
 
 def _words_of_parent() -> list[str]:
-    """Return the command line of the process that started this process, or [] if no /proc shows it."""
+    """Return the command line of the process that started this process.
+
+    Returns [] if no /proc shows it, or if that process runs no Python, as mpirun and timeout do: `in_shell`
+    puts Python's name in the place of the first word.
+    """
+    parent = Path(f"/proc/{os.getppid()}")
     try:
-        text = Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
+        if not os.path.samefile(parent / "exe", "/proc/self/exe"):
+            return []
+        text = (parent / "cmdline").read_bytes()
     except OSError:
         return []
     return [os.fsdecode(word) for word in text.split(b"\0")[:-1]]

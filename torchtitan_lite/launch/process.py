@@ -10,7 +10,9 @@ import gc
 import logging
 import os
 import random
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from typing import NoReturn
@@ -34,6 +36,31 @@ def starting() -> Iterator[None]:
         gc.freeze()
         gc.unfreeze()
         gc.set_threshold(*_GC_THRESHOLDS)
+
+
+@contextlib.contextmanager
+def ending_at_interrupt() -> Iterator[None]:
+    """A context manager for imports: the first Ctrl-C inside ends the process with one line.
+
+    A KeyboardInterrupt in the middle of torch's import is lost, or crashes the process. A handler that the
+    caller has installed stays.
+    """
+
+    def end(*_: object) -> None:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            with contextlib.suppress(OSError):
+                os.write(2, b"interrupted\n")
+        os._exit(128 + signal.SIGINT)
+
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def started() -> None:
@@ -62,6 +89,8 @@ def is_orphan() -> bool:
 
 def end_process(status: int) -> NoReturn:
     """End the process without Python's own cleanup, which aborts if a thread is running torch code."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends the process without a traceback
     if "RANK" not in os.environ:
         atexit._run_exitfuncs()  # plugins may have registered some
     for stream in (sys.stdout, sys.stderr):

@@ -111,7 +111,7 @@ def adopt(program: str, environ: MutableMapping[str, str] = os.environ) -> Adopt
 
     The variables RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set. If the
     start must be refused, LOCAL_RANK is set where the launch is known to have a first process: this process
-    prints the refusal for all.
+    prints the refusal for all. But a process whose own number is wrong prints its refusal itself.
 
     Args:
         program: what torchrun is to start, for the remedy, or "" if the command needs only one process.
@@ -127,8 +127,9 @@ def adopt(program: str, environ: MutableMapping[str, str] = os.environ) -> Adopt
         if variables := _as_rank(launcher, environ, program):
             environ.update(variables)
     except ConfigError as error:
-        rank = _text(environ, launcher.rank)[1]
-        if _job(launcher, environ) and rank.isdecimal():  # otherwise each process prints the refusal
+        rank, of_one_process = _text(environ, launcher.rank)[1], {*launcher.rank, *launcher.local_rank}
+        is_of_all = of_one_process.isdisjoint(problem.key for problem in error.problems)
+        if _job(launcher, environ) and rank.isdecimal() and is_of_all:  # otherwise each process prints it
             environ["LOCAL_RANK"] = rank
         return Adopted(problems=error.problems)
     return Adopted()
