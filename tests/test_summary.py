@@ -39,7 +39,9 @@ def test_a_run_that_saves_ends_with_the_losses_a_sample_and_the_next_commands(
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     loss = [record["loss"] for record in records if "loss" in record][-1]
     first, *_, last = (record["validation_loss"] for record in records if "validation_loss" in record)
-    assert re.search(r"^Steps: 5 in \d:\d\d:\d\d, to step 5; 1,280 tokens in all$", out, re.MULTILINE)
+    assert re.search(
+        r"^5 steps in \d:\d\d:\d\d; the run is at step 5, after 1,280 tokens$", out, re.MULTILINE
+    )
     assert f"Training loss: {loss:.4f} nats per token at step 5\n" in out
     assert f"Validation loss: {last:.4f} nats per token at step 5 ({first:.4f} at step 0)\n" in out
     assert "A text that the model of step 5 writes:\n  | " in out

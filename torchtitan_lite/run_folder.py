@@ -211,7 +211,7 @@ def _steps_problem(checkpoint: CheckpointConfig, steps: Steps, published: list[i
         return Problem("checkpoint.folder", checkpoint.folder, rule, "make job.dump_folder the link instead")
     if published and not checkpoint.enable:
         rule = f"leaves the steps of an earlier run in {steps.folder} unused (the newest: {published[-1]})"
-        remedy = "set it to go on from there, or name another job.dump_folder"
+        remedy = "set checkpoint.enable = true to go on from there, or name another job.dump_folder"
         return Problem("checkpoint.enable", False, rule, remedy)
     others = {path.parents[1] for path in steps.folder.parent.glob("*/step-*/manifest.json")} - {steps.folder}
     if others and not published:

@@ -22,10 +22,10 @@ def say_losses(trainer: Trainer, seconds: float) -> None:
     """Print how far the run has come, and the last losses. `seconds` is the duration of this process."""
     state, last = trainer.state, trainer.last
     own, tokens = state.step - state.steps_before, state.n_tokens_seen
-    say(f"Steps: {own:,} in {duration(seconds)}, to step {state.step:,}; {tokens:,} tokens in all")
+    say(f"{own:,} steps in {duration(seconds)}; the run is at step {state.step:,}, after {tokens:,} tokens")
     if last is not None:
         say(f"Training loss: {last.loss:.4f} nats per token at step {last.step}")
-    if trainer.validations:
+    if trainer.validations and (last is None or trainer.validations[-1].step > state.steps_before):
         first, result = trainer.validations[0], trainer.validations[-1]
         before = "" if first is result else f" ({first.loss:.4f} at step {first.step})"
         say(f"Validation loss: {result.loss:.4f} nats per token at step {result.step}{before}")
@@ -79,6 +79,8 @@ def say_resume(job: JobConfig, folder: Path, argv: Sequence[str], reason: str) -
 def say_files(trainer: Trainer, folder: Path) -> None:
     """Print where the files of the run in `folder` are, and the next commands, each on a line of its own."""
     say(f"Files: {folder}", fold=False)
+    if not trainer.job.checkpoint.enable:
+        say("No step was saved: --checkpoint.enable saves the model.")
     for purpose, words in next_commands(trainer, folder).items():
         say(f"{purpose}:")
         say(shlex.join(words), fold=False)

@@ -1,5 +1,6 @@
 """Differences between a run and the run that saved a step, in the words of the configuration."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -116,4 +117,7 @@ def test_a_step_without_settings_is_told_in_words() -> None:
     now = merged(IDENTITY, {"data.tokenizer_fingerprint": "two", "debug.seed": 1})
     keys = ["model", "data.tokenizer_fingerprint"]
     (problem,) = check_same(state({}), now, CONFIG, allow_changes=True, keys=keys)
-    assert str(problem).startswith('data.tokenizer = "bytes" is not the tokenizer of step 6')
+    assert str(problem).startswith('data.tokenizer = "bytes" is not the tokenizer of step 6: name that one')
+    place = Path("steps/tokenizer")
+    (problem,) = check_same(state({}), now, CONFIG, allow_changes=True, keys=keys, tokenizer=place)
+    assert str(problem).startswith('data.tokenizer = "bytes" is not the tokenizer of step 6: use steps/tok')

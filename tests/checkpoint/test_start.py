@@ -113,7 +113,8 @@ def check_refused(capsys, folder: Path, before: dict[str, bytes], expected: list
     assert len(said) == len(expected)
     for line in expected:
         (found,) = (other for other in said if other.startswith(line))
-        assert found == f"{line} when step 4 was saved: set it back, or use {FLAG}"
+        was = line.rpartition(" was ")[2]
+        assert found == f"{line} when step 4 was saved: use {was}, or use {FLAG}"
     assert files_in(folder) == before
     assert outcome(folder) == {"status": 2, "outcome": "refused", "step": 0, "message": "\n".join(said)}
 
@@ -387,7 +388,7 @@ def test_initial_weights_that_are_not_there_are_refused(go: Go, path: str, capsy
 def test_of_a_run_that_saved_no_step_it_is_said_how_one_does(go: Go, tmp_path: Path, capsys) -> None:
     (tmp_path / "other").mkdir()
     assert go("--checkpoint.initial-load-path", tmp_path / "other") == 2
-    expected = "holds no good step: it has none (checkpoint.enable has a run save some): name a step-N folder"
+    expected = "holds no good step: no step was saved there, as checkpoint.enable was off: name the folder"
     assert expected in capsys.readouterr().err
 
 

@@ -15,7 +15,7 @@ KINDS = ", ".join(f'"{backend.kind}"' for backend in BACKENDS)
 # Wrong flags and the line that reports them; "..." stands for any words.
 FLAGS = {
     "--trainng.steps 5": 'trainng = {"steps": 5} is not a known section: did you mean "training"?',
-    "--steps 5": 'steps = 5 is not a known section: did you mean "training.steps" or "validation.steps"?',
+    "--steps 5": 'steps = 5 is not a known key: did you mean "training.steps" or "validation.steps"?',
     "--training.stps 5": 'training.stps = 5 is not a known key: did you mean "steps"?',
     "--training.lr 1e-3": 'training.lr = 0.001 is not a known key: did you mean "optimizer.lr"?',
     "--training.steps abc": 'training.steps = "abc" is not an integer: write a whole number such as 64',
@@ -187,7 +187,7 @@ FLAGS = {
 # Wrong files and the line that reports them.
 FILES = {
     "[trainng]\nsteps = 5": 'trainng = {"steps": 5} is not a known section: did you mean "training"?',
-    "steps = 5": 'steps = 5 is not a known section: did you mean "training.steps" or "validation.steps"?',
+    "steps = 5": 'steps = 5 is not a known key: did you mean "training.steps" or "validation.steps"?',
     "training = 5": "training = 5 is not a table: write training.local_batch_size = ...",
     "[[training]]\nsteps = 5": (
         'training = [{"steps": 5}] is not a table: write training.local_batch_size = ...'

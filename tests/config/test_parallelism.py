@@ -185,7 +185,7 @@ def test_a_mesh_that_does_not_divide_evenly_is_one_problem(case: tuple[int, str]
         ("--dry-run --world-size true", "--world-size = true is not a number of ranks: ..."),
         (f"--dry-run --world-size x {TP} 2", '--world-size = "x" is not a number of ranks: ...'),
         (f"--dry-run --world-size {10**10}", f"--world-size = {10**10} is not a number of ranks: ..."),
-        ("--dry-run --worldsize 2", "worldsize = 2 is not a known section: ..."),
+        ("--dry-run --worldsize 2", "worldsize = 2 is not a known key: ..."),
         (
             f"{TP} 2",
             (

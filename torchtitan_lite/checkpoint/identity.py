@@ -1,6 +1,7 @@
 """Compare the identity of a run with the identity that a step holds, in the words of the configuration."""
 
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 from torchtitan_lite.checkpoint.state import State, changed, flat
@@ -19,16 +20,18 @@ def check_same(
     *,
     allow_changes: bool,
     keys: Collection[str] | None = None,
+    tokenizer: Path | None = None,
 ) -> list[Problem]:
     """Return a problem for each difference between a run and the run that saved `state`.
 
     `identity` and `config` are those of the run. The problems name settings of `config`. If `keys` are given,
-    only these keys of the identity are compared. Raises ConfigError with the problems unless `allow_changes`.
+    only these keys of the identity are compared. `tokenizer` is a copy of the step's tokenizer, if there is
+    one. Raises ConfigError with the problems unless `allow_changes`.
     """
     saved = state.identity
     if keys is not None:
         saved, identity = ({key: one.get(key) for key in keys} for one in (saved, identity))
-    found = _Comparison(saved, identity, flat(state.config), flat(config), state.step).problems()
+    found = _Comparison(saved, identity, flat(state.config), flat(config), state.step, tokenizer).problems()
     if found and not allow_changes:
         raise ConfigError(found)
     return found
@@ -44,9 +47,10 @@ class _Comparison:
         old: Mapping[str, Any],
         new: Mapping[str, Any],
         step: int,
+        tokenizer: Path | None,
     ) -> None:
         self.differences = changed(saved, identity)
-        self.old, self.new, self.step = old, new, step
+        self.old, self.new, self.step, self.tokenizer = old, new, step, tokenizer
 
     def problems(self) -> list[Problem]:
         """Return a problem for each setting that differs, or whose meaning differs."""
@@ -61,8 +65,9 @@ class _Comparison:
 
     def _was(self, key: str, pair: tuple[Any, Any]) -> Problem:
         old, new = pair
+        remedy = "set it back" if old is None or isinstance(old, dict) else f"use {shown(old)}"
         return Problem(
-            key, new, f"was {shown(old)} when step {self.step} was saved", f"set it back, or {_ALLOW}"
+            key, new, f"was {shown(old)} when step {self.step} was saved", f"{remedy}, or {_ALLOW}"
         )
 
     def _changed(self, keys: list[str]) -> dict[str, tuple[Any, Any]]:
@@ -99,7 +104,8 @@ class _Comparison:
         if named := self._changed(keys):
             return [self._was(key, pair) for key, pair in named.items()]
         if _TOKENIZER in self.differences:
-            rule, remedy = f"is not the tokenizer of step {self.step}", "name that one"
+            rule = f"is not the tokenizer of step {self.step}"
+            remedy = f"use {self.tokenizer}" if self.tokenizer else "name that one"
             return [Problem("data.tokenizer", self.new.get("data.tokenizer"), rule, f"{remedy}, or {_ALLOW}")]
         key = "data.path" if "data.path" in self.new else "data.dataset"
         rule = f"gives other tokens than when step {self.step} was saved"

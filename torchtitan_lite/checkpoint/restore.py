@@ -116,14 +116,14 @@ def find_initial(path: str, world: World, key: str = "checkpoint.initial_load_pa
 
 def refusing_bad_step(key: str, path: str) -> AbstractContextManager[None]:
     """Return a context manager: Damaged or Unreadable inside becomes a ConfigError about `key` = `path`."""
-    return refusing_damage(key, path, "holds no good step", "name a step-N folder that a run has published")
+    return refusing_damage(key, path, "holds no good step", "name the folder of a run or of a step")
 
 
 def _initial(path: str) -> Path:
     try:
         folder = Path(path).expanduser().absolute()
         if not folder.is_dir():
-            raise Damaged("no folder is there")
+            raise Damaged("there is no such folder")
         # The folders "earlier" hold steps that a run has moved aside.
         inside = sorted(path for path in folder.iterdir() if not path.name.startswith("earlier"))
         for place in (folder, *inside):
@@ -132,7 +132,7 @@ def _initial(path: str) -> Path:
     except (OSError, RuntimeError) as error:  # the name is too long, or ~ names no user
         raise Unreadable(f"it cannot be read ({error})") from None
     if not folder.name.startswith("step-") and not (folder / MANIFEST).exists():
-        raise Damaged("it has none (checkpoint.enable has a run save some)")
+        raise Damaged("no step was saved there, as checkpoint.enable was off")
     return folder
 
 

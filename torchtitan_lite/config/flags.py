@@ -79,6 +79,8 @@ def read_flags(cls: type, argv: Sequence[str], *, of_a_run: bool = True) -> Flag
         else:
             option = "--section.key" if of_a_run else "--option"
             remedy = f"write {option} VALUE, and text with spaces in quotes"
+            if of_a_run and word.endswith(".toml"):
+                remedy = f"write --config {word}"
             flags.report("argument", word, "belongs to no flag", remedy)
     if flags.world_size is not None and not flags.dry_run:
         remedy = "start that many ranks with torchrun"

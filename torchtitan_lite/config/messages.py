@@ -125,7 +125,7 @@ def _unknown_key(cls: type, place: _Place, key: str, value: object) -> WrongValu
         remedy = f'leave it out, or set {by} = "{kinds[0]}"'
         return WrongValue(place.path, Problem(key, value, rule, remedy, (by,)), is_of_another_member=True)
     is_section = key == dotted("", name)
-    rule = f"is not a known {'section' if is_section else 'key'}"
+    rule = f"is not a known {'section' if is_section and isinstance(value, dict) else 'key'}"
     foreign = getattr(cls, "foreign_keys", {})
     switch = f"{key.removesuffix(name)}{name.removeprefix('no_')}"  # --metrics.no_enable_wandb
     if remedy := foreign.get(key) or foreign.get(switch):

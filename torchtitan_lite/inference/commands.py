@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -279,7 +280,7 @@ def _export(path: str, config: ExportConfig) -> None:
     out = Path(os.path.expanduser(config.out)).absolute()
     with _reporting_os_errors(config.out), refusing_bad_step(KEY, path):
         hub.export(trained.found, trained.tokenizer, out, config.dtype)
-    print(f"Files: {out}")
+    print(f"Files: {out} ({config.dtype})")
 
 
 def _import(path: str, config: ImportConfig) -> None:
@@ -288,7 +289,11 @@ def _import(path: str, config: ImportConfig) -> None:
         tokenizer = load_tokenizer(str(folder)) if (folder / "tokenizer.json").is_file() else None
     with _reporting_os_errors(config.out):
         hub.import_(folder, out, tokenizer)
-    print(f"Step: {out / 'step-0'}; start a run with it: --checkpoint.initial-load-path {out}")
+    options = ["--model.name", "hf", "--model.flavor", str(folder)]
+    if tokenizer is not None:
+        options += ["--data.tokenizer", str(folder)]
+    print(f"Step: {out / 'step-0'}\nOptions of a run that starts with it:")
+    print(shlex.join([*options, "--checkpoint.initial-load-path", str(out)]))
 
 
 @contextmanager

@@ -144,7 +144,11 @@ class Record:
         # A model that was imported without a tokenizer has no tokenizer fingerprint.
         keys = ["model", *({"data.tokenizer_fingerprint"} & identity.keys())]
         allow = self.job.checkpoint.allow_changes
-        others = check_same(found.state, self.identity, self.config, allow_changes=allow, keys=keys)
+        beside = (folder / hub.TOKENIZER for folder in found.folder.parents[:2])
+        tokenizer = next((place for place in beside if place.exists()), None)
+        others = check_same(
+            found.state, self.identity, self.config, allow_changes=allow, keys=keys, tokenizer=tokenizer
+        )
         return [
             f"starts with the weights of {found.folder}",
             *(f"allowed: {problem}" for problem in others),

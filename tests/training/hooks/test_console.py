@@ -47,9 +47,9 @@ def test_a_validation_is_a_row_with_the_loss_in_its_column(capsys) -> None:
     ("data_seconds", "hook_seconds", "notes"),
     [
         (0.01, 0.01, []),
-        (0.5, 0.0, ["of the time: waiting for data 33%"]),
-        (0.05, 0.25, ["of the time: hooks 17%"]),
-        (0.5, 0.5, ["of the time: waiting for data 33%, hooks 33%"]),
+        (0.5, 0.0, ["33% of the time waiting for data"]),
+        (0.05, 0.25, ["17% of the time in hooks"]),
+        (0.5, 0.5, ["33% of the time waiting for data, 33% of the time in hooks"]),
     ],
 )
 def test_waiting_and_hooks_are_mentioned_only_from_a_notable_share_of_the_time_on(

@@ -92,9 +92,12 @@ class Console(Reporter):
                 duration(self._seconds_left(step)),
             )
         )
-        shares = {"waiting for data": record["data_wait_fraction"], "hooks": record["hooks_fraction"]}
-        if notable := [f"{name} {share:.0%}" for name, share in shares.items() if share >= _NEGLIGIBLE]:
-            say(f"{' ' * 8} of the time: {', '.join(notable)}")
+        shares = {"waiting for data": record["data_wait_fraction"], "in hooks": record["hooks_fraction"]}
+        notable = [
+            f"{share:.0%} of the time {name}" for name, share in shares.items() if share >= _NEGLIGIBLE
+        ]
+        if notable:
+            say(f"{' ' * 8} {', '.join(notable)}")
 
     def validated(self, result: Validation) -> None:
         self._say_columns()
