@@ -1,5 +1,7 @@
 """The last lines of a run: losses, a sample of text, its files, and the commands that are of use next."""
 
+import contextlib
+import os
 import shlex
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -15,6 +17,8 @@ from torchtitan_lite.models.huggingface import export_problems
 from torchtitan_lite.training.hooks.console import duration
 from torchtitan_lite.training.outputs import shortened
 from torchtitan_lite.training.trainer import Trainer
+
+_MEASURE = "Measure the loss"
 
 
 def say_losses(trainer: Trainer, seconds: float) -> None:
@@ -80,11 +84,21 @@ def say_files(trainer: Trainer, folder: Path) -> None:
     say(f"Files: {folder}", fold=False)
     for purpose, words in next_commands(trainer, folder).items():
         say(f"{purpose}:")
-        say(command.in_shell(words), fold=False)
+        start = _change_of_folder(trainer.job.data) if purpose == _MEASURE else ""
+        say(start + command.in_shell(words), fold=False)
     if trainer.job.metrics.enable_tensorboard:
         logs = str(folder / trainer.job.metrics.save_tb_folder)
         say("TensorBoard:")
         say(command.in_shell(["-m", "tensorboard.main", "--logdir", logs]), fold=False)
+
+
+def _change_of_folder(data: DataConfig) -> str:
+    """Return the start of a command line that reads `data` in any folder, if its path is a relative one."""
+    if not isinstance(data, Text | Jsonl) or os.path.isabs(os.path.expanduser(data.path)):
+        return ""
+    with contextlib.suppress(OSError):  # the working directory may have been removed
+        return f"cd {shlex.quote(os.getcwd())} && "
+    return ""
 
 
 def next_commands(trainer: Trainer, folder: Path) -> dict[str, list[str]]:
@@ -101,7 +115,7 @@ def next_commands(trainer: Trainer, folder: Path) -> dict[str, list[str]]:
         "Write text": [*start, "generate", str(folder), "--temperature", str(TEMPERATURE), *plugins],
     }
     if (text := _text_to_evaluate(trainer)) is not None:
-        found["Measure the loss"] = [*start, "eval", str(folder), *text, *plugins]
+        found[_MEASURE] = [*start, "eval", str(folder), *text, *plugins]
     if not export_problems(job.decoder, "model"):
         out = str(_free(folder.with_name(f"{shortened(folder.name)}-hf")))
         found["Export to Hugging Face's format"] = [
