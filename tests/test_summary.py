@@ -75,6 +75,17 @@ def test_the_printed_commands_work_in_any_folder(small_run, tmp_path: Path, caps
     assert (tmp_path / "a run's folder-hf" / "model.safetensors").exists()
 
 
+def test_the_loss_is_measured_in_any_folder_if_the_path_of_the_text_is_relative(
+    small_run, tmp_path: Path, text_folder: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(text_folder.parent)
+    assert main(*small_run, *SAVES, *VALIDATES, "--data.path", text_folder.name) == 0
+    lines = capsys.readouterr().out.splitlines()
+    line = lines[lines.index("Measure the loss:") + 1]
+    done = subprocess.run(["sh", "-c", line], check=False, cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.startswith("loss "), done.stderr
+
+
 @pytest.mark.slow
 def test_the_printed_commands_work_in_a_shell(run, small_run, tmp_path: Path) -> None:
     done = run("-m", "torchtitan_lite.train", *small_run, *SAVES, fresh=True)

@@ -1,5 +1,7 @@
 """The last lines of a run: losses, a sample of text, its files, and the commands that are of use next."""
 
+import contextlib
+import os
 import shlex
 import sys
 import unicodedata
@@ -16,6 +18,8 @@ from torchtitan_lite.models.huggingface import export_problems
 from torchtitan_lite.training.hooks.console import duration
 from torchtitan_lite.training.outputs import shortened
 from torchtitan_lite.training.trainer import Trainer
+
+_MEASURE = "Measure the loss"
 
 
 def say_losses(trainer: Trainer, seconds: float) -> None:
@@ -78,16 +82,30 @@ def say_resume(job: JobConfig, folder: Path, argv: Sequence[str], reason: str) -
 
 def say_files(trainer: Trainer, folder: Path) -> None:
     """Print where the files of the run in `folder` are, and the next commands, each on a line of its own."""
+    job = trainer.job
     say(f"Files: {folder}", fold=False)
-    if not trainer.job.checkpoint.enable:
+    if not job.checkpoint.enable:
         say("No step was saved: --checkpoint.enable saves the model.")
     for purpose, words in next_commands(trainer, folder).items():
         say(f"{purpose}:")
-        say(shlex.join(words), fold=False)
-    if trainer.job.metrics.enable_tensorboard:
-        logs = str(folder / trainer.job.metrics.save_tb_folder)
+        reads_here = bool(job.job.plugins) or (purpose == _MEASURE and _is_relative(job.data))
+        say(_change_of_folder() * reads_here + shlex.join(words), fold=False)
+    if job.metrics.enable_tensorboard:
+        logs = str(folder / job.metrics.save_tb_folder)
         say("TensorBoard:")
         say(shlex.join([sys.executable, "-m", "tensorboard.main", "--logdir", logs]), fold=False)
+
+
+def _is_relative(data: DataConfig) -> bool:
+    """Return True if the path of the text is relative to the working directory."""
+    return isinstance(data, Text | Jsonl) and not os.path.isabs(os.path.expanduser(data.path))
+
+
+def _change_of_folder() -> str:
+    """Return the start of a command line that reads files, or modules, of the working directory."""
+    with contextlib.suppress(OSError):  # the working directory may have been removed
+        return f"cd {shlex.quote(os.getcwd())} && "
+    return ""
 
 
 def next_commands(trainer: Trainer, folder: Path) -> dict[str, list[str]]:
@@ -104,7 +122,7 @@ def next_commands(trainer: Trainer, folder: Path) -> dict[str, list[str]]:
         "Write text": [*start, "generate", str(folder), "--temperature", str(TEMPERATURE), *plugins],
     }
     if (text := _text_to_evaluate(trainer)) is not None:
-        found["Measure the loss"] = [*start, "eval", str(folder), *text, *plugins]
+        found[_MEASURE] = [*start, "eval", str(folder), *text, *plugins]
     if not export_problems(job.decoder, "model"):
         out = str(_free(folder.with_name(f"{shortened(folder.name)}-hf")))
         found["Export to Hugging Face's format"] = [

@@ -305,6 +305,16 @@ def test_deep_nesting_is_refused() -> None:
     assert "levels deep" in problems("--model.overrides", deep, "--model.overrides", deep)[0]
 
 
+def test_a_wrong_value_in_a_table_is_not_called_a_missing_table() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Counts:
+        counts: dict[str, int] = field(default_factory=dict)
+
+    rule = r'counts = \{"a": "x"\} is not a table of integers: write a table, or'
+    with pytest.raises(ConfigError, match=rule):
+        load(Counts, ["--counts.a", "x"], prog="count")
+
+
 def test_a_near_miss_is_suggested_and_otherwise_the_choice_is_listed() -> None:
     assert near("stps", ["steps", "lr"]) == 'did you mean "steps"?'
     assert near("SEQ-LEN", ["steps", "seq_len"]) == 'did you mean "seq_len"?'

@@ -232,4 +232,6 @@ def _name(tp: Any) -> str:
         return f"one of {', '.join(map(literal, args))}" if len(args) > 1 else literal(args[0])
     if origin is tuple and args[-1] is not ...:
         return f"a list of {len(args)} {_name(args[0]).split()[-1]}s"
+    if origin is dict and args[-1] in (int, float, str):
+        return f"a table of {_NAMES[args[-1]].split()[-1]}s"
     return _NAMES.get(origin, "a list")
