@@ -22,6 +22,10 @@ from torchtitan_lite.attention.portable.native import CXX
 from torchtitan_lite.launch import log
 from torchtitan_lite.launch.signals import STOPS
 
+SIGNAL_HANDLERS = {number: signal.getsignal(number) for number in STOPS}
+SIGNAL_MASK = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+"""The signals as they are before any test."""
+
 # The tests' tensors are small: more threads spend their time waiting for each other.
 torch.set_num_threads(1)
 
@@ -73,13 +77,19 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 @pytest.fixture(autouse=True)
 def _signals_as_before() -> Iterator[None]:
-    """Restore the signals: a run in this process ignores or blocks some, for its child processes too."""
-    handlers = {number: signal.getsignal(number) for number in STOPS}
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    """Restore the signals: a run in this process ignores or blocks some, for its child processes too.
+
+    They are restored before a test too, because a fixture of a module may have run something.
+    """
+    _restore_signals()
     yield
+    _restore_signals()
+
+
+def _restore_signals() -> None:
     signal.set_wakeup_fd(-1)
-    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    for number, handler in handlers.items():
+    signal.pthread_sigmask(signal.SIG_SETMASK, SIGNAL_MASK)
+    for number, handler in SIGNAL_HANDLERS.items():
         signal.signal(number, handler)
 
 

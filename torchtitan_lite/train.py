@@ -97,8 +97,8 @@ def run(argv: Sequence[str], prog: str) -> int:
         started()
         trainer.run()
         folder.export()
-        guard.stop.ignore_signals()
         status = folder.finish(guard.stop.signal_name, argv)
+        guard.stop.ignore_signals()
         leave()
     return status
 

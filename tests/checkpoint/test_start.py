@@ -233,7 +233,7 @@ def test_without_checkpoints_a_folder_with_steps_is_refused(go: Go, folder: Path
     assert go("--checkpoint.no-enable", training__steps=1) == 2
     assert capsys.readouterr().err == (
         f"checkpoint.enable = false leaves the steps of an earlier run in {folder / 'checkpoint'} unused "
-        "(the newest: 4): set it to go on from there, or name another job.dump_folder\n"
+        "(the newest: 4): set checkpoint.enable = true to go on from there, or name another job.dump_folder\n"
     )
     assert files_in(folder) == before
 
