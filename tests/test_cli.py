@@ -140,3 +140,7 @@ def test_a_wrong_command_prints_one_line_and_has_status_2(argv: list[str], line:
 def test_without_a_command_the_usage_is_printed_as_an_error(capsys) -> None:
     assert cli.main([]) == 2
     assert capsys.readouterr().err == cli.USAGE
+
+
+def test_the_usage_fits_a_terminal() -> None:
+    assert max(map(len, cli.USAGE.splitlines())) <= 78

@@ -21,19 +21,19 @@ if not __package__:
 USAGE = """\
 usage: torchtitan-lite COMMAND
 
-  train [options]                   train a model; `torchtitan-lite train --help` lists the options
+  train [options]                  train a model
   launch [torchrun's options] train.py [options]
-                                    torchrun that waits until the ranks have saved, for schedulers
-  generate RUN_OR_STEP [options]    continue a prompt with a trained model
-  eval RUN_OR_STEP [options]        measure how well a trained model predicts a text
-  export-hf RUN_OR_STEP --out DIR   write a trained model for transformers, vLLM and others
-  import-hf PATH --out DIR          turn a Hugging Face model into a step, to start runs with
-  models                            list the presets of every family with their parameter counts
-  attention                         list the attention backends, what each can do, and what runs here
-  help [COMMAND]                    show this text, or the options of a command, as COMMAND --help does
+                                   torchrun that lets all ranks save first
+  generate RUN_OR_STEP [options]   continue a prompt with a trained model
+  eval RUN_OR_STEP [options]       measure how well a model predicts text
+  export-hf RUN_OR_STEP --out DIR  write a model for transformers and vLLM
+  import-hf PATH --out DIR         turn a Hugging Face model into a step
+  models                           list the presets of every model family
+  attention                        list the attention backends that run here
+  help [COMMAND]                   show this text, or the options of a command
 
-`torchtitan-lite --version` shows the versions of torchtitan_lite, torch and Python.
-models and attention take --plugins MODULE ..., and then also list what these modules add.
+`torchtitan-lite --version` shows the versions of the package and of torch.
+models and attention take --plugins MODULE ..., and list its members too.
 """
 _LISTING_OPTIONS = ("--plugins", "-h", "--help")
 _WIDTH = 100
