@@ -97,7 +97,7 @@ def changed(flags: Flags, change: Change) -> Flags:
 def check_values(flags: Flags) -> int:
     """Try every remedy for `flags`: no value of the remedy may be refused. Return how many were tried.
 
-    What the user wrote may be refused next, such as an option of the attention that is now chosen.
+    The changed configuration may have another problem, such as an option that the new attention lacks.
     """
     tried = [(problem, change) for problem in problems_of(flags) for change in changes_of(problem)]
     for problem, change in tried:

@@ -124,7 +124,7 @@ def test_a_folder_is_proposed_only_if_no_other_has_its_name(mine: str) -> None:
 
 @pytest.mark.parametrize("key", FOLDERS)
 @pytest.mark.parametrize(
-    "folder", ["", ".", "..", "../tb", "tb/../../tb", "/tmp/tb", "run.json", "earlier/tb", "lock"]
+    "folder", ["", ".", "..", "../tb", "tb/../../tb", "/elsewhere/tb", "run.json", "earlier/tb", "lock"]
 )
 def test_a_folder_outside_of_the_folder_of_the_run_is_one_problem(key: str, folder: str) -> None:
     ((found, shown, _),) = problems(f"--{key}={folder}")

@@ -73,7 +73,7 @@ def test_run_folders_are_left_out_from_the_first_start_on(folder: Path, dataset:
 
 
 def _messages(folder: Path, dataset: str, digest: str, caplog) -> list[str]:
-    """What is said when the folder is read again. Its text must have this digest."""
+    """Return the warnings of another reading of the folder. Its text must have this digest."""
     caplog.clear()
     assert opened(folder, dataset).digest == digest
     return caplog.messages

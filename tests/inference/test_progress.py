@@ -1,4 +1,4 @@
-"""What standard error shows of a long command."""
+"""A long command shows its progress on standard error."""
 
 import sys
 

@@ -91,7 +91,7 @@ class Flex:
 
     def option_refusals(self, device: str) -> list[Refusal]:
         if self.kernel_options and (rule := self._kernel_lack(device)):
-            # Of a kernel that cannot run here, no other option matters.
+            # The kernel cannot run here, so its other options do not matter.
             options = {} if device == "cpu" else {**self.kernel_options}
             options.pop("BACKEND", None)
             remedy = "leave the options of the kernel out" if device == "cpu" else "use another BACKEND"

@@ -172,8 +172,8 @@ class JobConfig:
     def to_movable_toml(self, world_size: int, folder: Path) -> str:
         """Return the text of `to_toml` without the keys that name `folder`, the run's own folder.
 
-        So a run from this text, in the folder's old place or a new one, does not write to the old place. A
-        tokenizer or weights inside `folder` stay named: another run would not be the same without them.
+        A folder may be moved, and a run that starts from this text must not write to the old place. The text
+        still names a tokenizer or weights inside `folder`, because the run depends on them.
         """
         note = "job.dump_folder is left out: to go on in this folder, name the folder with --job.dump-folder"
         without = {"job": {"dump_folder"}}

@@ -40,7 +40,7 @@ _REPLACED = {
     "training.dataset_path": _TEXT,
     "training.enable_loss_parallel": "write parallelism.disable_loss_parallel instead, the opposite of it",
 }
-"""What to do instead of each key that has other values here."""
+"""The remedy for each key of torchtitan whose counterpart here takes other values."""
 
 _EXPERTS = "there are no experts in these models"
 _FLOAT8 = "there is no training in float8 or MXFP8"
@@ -144,4 +144,4 @@ REMEDIES = {
     **_REPLACED,
     **{old: f"leave it out, as {reason}" for old, reason in _LACKING.items()},
 }
-"""What to do instead of each key or section of torchtitan that is not here."""
+"""The remedy for each key or section of torchtitan that does not exist here."""

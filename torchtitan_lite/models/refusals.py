@@ -17,7 +17,7 @@ from torchtitan_lite.models.registry import flavors_like, own_attention, split_f
 
 @dataclass(frozen=True, kw_only=True)
 class Conditions:
-    """What an attention must be able to run."""
+    """The conditions of a run under which its attention must work."""
 
     decoder: DecoderConfig | None
     """The model, or None if it is not known. Then only the options of the attention are checked."""

@@ -140,7 +140,7 @@ def scalars(folder: Path, tag: str) -> list[tuple[int, float]]:
 
 
 def shown_in(folder: Path) -> EventAccumulator:
-    """What TensorBoard shows of the run in `folder`."""
+    """Return the data that TensorBoard reads from `folder`."""
     events = EventAccumulator(str(folder))
     events.Reload()
     return events
